@@ -1,0 +1,97 @@
+"""What the training scripts share: learning rate, weight averaging, checkpoints, prefetching, command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """Parse the options all training scripts have, and one more per keyword.
+
+    Args:
+        description: first words of the help text.
+        defaults: further options and their default values; a value's type is the option's.
+    Returns: the options.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--smoke", action="store_true", help="only a few steps, to see that everything runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, clips and noise")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def cosine(step: int, steps: int, start: float, end: float, warmup: int = 50) -> float:
+    """Return the learning rate of a step: a linear warm-up, then half a cosine from start to end."""
+    rate = end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate * min(1.0, (step + 1) / warmup)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use one learning rate in all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Average:
+    """Exponential moving average of a model's weights, with a shorter memory at the start.
+
+    Args:
+        model: whose weights to follow.
+        decay: share of the old average kept at each step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.weights = {name: w.detach().clone() for name, w in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's present weights."""
+        self.steps += 1
+        keep = min(self.decay, self.steps / (self.steps + 9))
+        for name, w in model.state_dict().items():
+            self.weights[name].lerp_(w, 1 - keep)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a run that is killed meanwhile leaves the previous one intact."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of `save`."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def prefetch(make: Callable[[], T], depth: int = 4) -> Iterator[T]:
+    """Yield make() for ever, computed ahead in a thread."""
+    ready: queue.Queue[T] = queue.Queue(depth)
+
+    def fill() -> None:
+        while True:
+            ready.put(make())
+
+    threading.Thread(target=fill, daemon=True).start()
+    while True:
+        yield ready.get()

@@ -1,0 +1,249 @@
+"""Train the embedded checkpoint's autoencoder: still images first, then clips that grow longer.
+
+    python examples/tiny/train_vae.py --out runs/tiny
+
+Writes runs/tiny/vae in the Diffusers layout. `--resume` goes on from runs/tiny/vae.pt, saved every 200 steps.
+
+Axes: b batch, c channels, t h w frames, rows, columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import clips
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from common import Average, arguments, cosine, load, prefetch, save, set_learning_rate
+from muon import Muon
+from torch import nn
+
+from wan22 import AutoencoderKLWan
+from wan22.models.autoencoder_layers import CausalConv3d, RMSNorm
+
+CONFIG = {"base_dim": 8, "dim_mult": [1, 2, 4, 8], "z_dim": 16, "num_res_blocks": 1}
+# Layers whose convolutions look back in time. At higher resolutions only the current frame's weights are trained
+# and the rest stay zero: motion is slow there, and a third of the work remains.
+TEMPORAL_LAYERS = ("encoder.down_blocks.6", "encoder.mid_block", "encoder.conv_out")
+TEMPORAL_LAYERS += ("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0")
+KL_WEIGHT, SQUARE_WEIGHT, EMA_DECAY = 1e-4, 5.0, 0.998
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the training.
+
+    Args:
+        steps: optimizer steps.
+        batch: clips per step.
+        frames: frames of a clip.
+        size: height and width in pixels; everything is drawn smaller in a smaller frame.
+        lr: learning rate at the start.
+        lr_end: learning rate at the end.
+    """
+
+    steps: int
+    batch: int
+    frames: int
+    size: int
+    lr: float
+    lr_end: float
+
+
+STAGES = (
+    Stage(900, 32, 1, 32, 3e-3, 1.5e-3),
+    Stage(1200, 6, 17, 32, 2e-3, 1e-3),
+    Stage(700, 4, 17, 64, 1.5e-3, 1e-5),
+)
+SMOKE_STAGES = (Stage(2, 2, 1, 16, 3e-3, 1e-3), Stage(2, 2, 5, 16, 1e-3, 1e-5))
+
+
+class FrameConv(nn.Module):
+    """A causal convolution whose weights for earlier frames are zero, computed frame by frame.
+
+    It takes a CausalConv3d's place for the time of the training, and holds its parameters under their names.
+    """
+
+    def __init__(self, conv: CausalConv3d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.padding = conv.weight, conv.bias, conv.padding[1:]
+
+    def forward(self, x: torch.Tensor, cache: None = None) -> torch.Tensor:
+        """Convolve "b c t h w" to "b c t h w"."""
+        frames = x.transpose(1, 2).flatten(0, 1)  # (b t) c h w
+        frames = F.conv2d(frames, self.weight[:, :, -1], self.bias, padding=self.padding)
+        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class FusedRMSNorm(nn.Module):
+    """The autoencoder's norm by PyTorch's kernel over the last axis, which has a fast backward on CPU."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.gamma = norm.gamma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over dimension 1."""
+        return F.rms_norm(x.movedim(1, -1), self.gamma.shape[:1], self.gamma.flatten(), 1e-12).movedim(-1, 1)
+
+
+def speed_up(vae: AutoencoderKLWan, temporal_layers: tuple[str, ...] = ()) -> AutoencoderKLWan:
+    """Swap layers for equivalent ones that are faster on CPU, in place; parameters and their names stay.
+
+    Args:
+        vae: the autoencoder.
+        temporal_layers: beginnings of the names of layers to leave alone although they do not look back yet.
+    Returns: vae.
+    """
+    for name, layer in list(vae.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(layer, RMSNorm):
+            setattr(vae.get_submodule(parent), child, FusedRMSNorm(layer))
+        elif isinstance(layer, CausalConv3d) and not name.startswith(temporal_layers or "-"):
+            if layer.kernel_size[1] > 1 and not layer.weight[:, :, :-1].any():
+                setattr(vae.get_submodule(parent), child, FrameConv(layer))
+    return vae
+
+
+@torch.no_grad()
+def initialize(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Start as if there were no time: convolutions see the current frame, repeat it, or average two; in place."""
+    for layer in vae.modules():
+        if not isinstance(layer, nn.Conv3d) or layer.kernel_size[0] == 1:
+            continue
+        if layer.kernel_size[1] > 1:
+            layer.weight[:, :, :-1] = 0
+            continue
+        identity = torch.eye(layer.in_channels)
+        layer.weight.zero_()
+        layer.bias.zero_()  # type: ignore[union-attr]
+        if layer.out_channels == layer.in_channels:  # downsampling: two frames become one
+            layer.weight[:, :, 1, 0, 0] = layer.weight[:, :, 2, 0, 0] = identity / 2
+        else:  # upsampling: one frame becomes two
+            layer.weight[:, :, 2, 0, 0] = identity.repeat(2, 1)
+    z_dim = vae.config.z_dim
+    vae.quant_conv.weight[z_dim:] *= 0.1
+    vae.quant_conv.bias[z_dim:] = -6.0  # little noise on the latents at first
+    return vae
+
+
+def make_optimizer(vae: nn.Module) -> Muon:
+    """Muon for the inner convolutions, AdamW for the first, the last, norms and biases."""
+    outer = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
+    inner = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[:2]) > 1 and p not in outer]
+    chosen = set(inner)
+    return Muon(inner, [p for p in vae.parameters() if p not in chosen], lr=STAGES[0].lr)
+
+
+def to_pixels(frames: np.ndarray) -> torch.Tensor:
+    """Turn uint8 "b t h w c" into "b c t h w" in [-1, 1], with channels innermost in memory for speed."""
+    x = torch.from_numpy(frames).float() / 127.5 - 1
+    return x.permute(0, 4, 1, 2, 3).contiguous(memory_format=torch.channels_last_3d)
+
+
+def loss_of(vae: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the training loss of clips "b c t h w" and their mean squared error on the scale 0 to 1."""
+    mean, logvar = vae.encode_chunk(x)[0].chunk(2, dim=1)
+    logvar = logvar.clamp(-20, 4)
+    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    error = vae.decode_chunk(z)[0] - x
+    square = error.square().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + SQUARE_WEIGHT * square + KL_WEIGHT * kl, square.detach() / 4
+
+
+@torch.no_grad()
+def round_trip(vae: nn.Module, frames: np.ndarray) -> torch.Tensor:
+    """Return each clip's PSNR in dB after encoding to the posterior mean and decoding, "b"."""
+    errors = []
+    for part in np.array_split(frames, max(1, len(frames) // 8)):
+        x = to_pixels(part)
+        y = vae.decode(vae.encode(x, chunk_latents=None).latent_dist.mode(), chunk_latents=None).sample
+        errors.append(((x - y) / 2).square().mean(dim=(1, 2, 3, 4)))
+    return -10 * torch.cat(errors).log10()
+
+
+@torch.no_grad()
+def latent_statistics(vae: nn.Module, n: int, seed: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each latent channel over n training clips."""
+    rng = np.random.default_rng(seed)
+    batches = [clips.draw_batch(rng, min(8, n))[0] for _ in range(max(1, n // 8))]
+    z = torch.cat([vae.encode(to_pixels(b), chunk_latents=None).latent_dist.mode() for b in batches])
+    mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4))
+    return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
+
+
+def averaged(average: Average, **config: object) -> AutoencoderKLWan:
+    """Return a plain autoencoder with averaged weights."""
+    vae = AutoencoderKLWan(**(CONFIG | config))
+    vae.load_state_dict(average.weights)
+    return vae.eval()
+
+
+def batches(stage: Stage, seed: list[int]) -> Iterator[np.ndarray]:
+    """Yield uint8 training clips "b t h w c" of one stage for ever."""
+    rng = np.random.default_rng(seed)
+    draw = partial(clips.draw_batch, rng, stage.batch, size=stage.size, frames=stage.frames)
+    return prefetch(lambda: draw()[0])
+
+
+def main() -> None:
+    """Run all stages, then write the averaged weights with the latents' statistics."""
+    options = arguments(__doc__)
+    stages = SMOKE_STAGES if options.smoke else STAGES
+    vae = speed_up(initialize(AutoencoderKLWan(**CONFIG)), TEMPORAL_LAYERS)
+    checkpoint = options.out / "vae.pt"
+    optimizer, average = make_optimizer(vae), Average(vae, EMA_DECAY)
+    first_stage = first_step = 0
+    if options.resume and checkpoint.exists():
+        state = load(checkpoint)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights, average.steps = state["average"], state["average_steps"]
+        first_stage, first_step = state["stage"], state["step"]
+
+    for number in range(first_stage, len(stages)):
+        stage, started, squares = stages[number], time.time(), []
+        held_out = clips.draw_batch(
+            np.random.default_rng(7), 16, "held_out", size=stage.size, frames=stage.frames
+        )[0]
+        stream = batches(stage, [options.seed, number, first_step])
+        for step in range(first_step, stage.steps):
+            set_learning_rate(optimizer, cosine(step, stage.steps, stage.lr, stage.lr_end))
+            loss, square = loss_of(vae, to_pixels(next(stream)))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            average.update(vae)
+            squares.append(square)
+            if (step + 1) % 200 == 0 or step + 1 == stage.steps:
+                training = -10 * torch.stack(squares).mean().log10()
+                speed = len(squares) * stage.batch / (time.time() - started)
+                test = round_trip(speed_up(averaged(average)), held_out).mean()
+                print(
+                    f"stage {number} step {step + 1}/{stage.steps}: training {training:.2f} dB, "
+                    f"held out {test:.2f} dB, {speed:.1f} clips/s",
+                    flush=True,
+                )
+                started, squares = time.time(), []
+                state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"average": average.weights, "average_steps": average.steps}
+                save(checkpoint, state | {"stage": number, "step": step + 1})
+        first_step = 0
+
+    mean, std = latent_statistics(speed_up(averaged(average)), 4 if options.smoke else 512, options.seed)
+    final = averaged(average, latents_mean=mean, latents_std=std)
+    final.save_pretrained(options.out / "vae")
+    held_out = clips.draw_batch(np.random.default_rng(8), 4 if options.smoke else 64, "held_out")[0]
+    test = round_trip(speed_up(final), held_out)
+    print(f"round trip of held-out clips: mean {test.mean():.2f} dB, lowest {test.min():.2f} dB")
+    print(f"latent standard deviations: {std}")
+
+
+if __name__ == "__main__":
+    main()

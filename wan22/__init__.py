@@ -1,0 +1,49 @@
+"""Wan 2.1 and 2.2 video models: pipelines, models and schedulers, compatible with the Diffusers hub."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
+_EXPORTS = {
+    "AutoencoderKLWan": "wan22.models.autoencoder",
+    "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
+    "FlowMatchEulerScheduler": "wan22.schedulers.euler",
+    "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
+    "WanT2VPipeline": "wan22.pipelines.t2v",
+    "WanTransformer3DModel": "wan22.models.transformer",
+    "WanVideo": "wan22.pipelines.output",
+    "tiny_checkpoint": "wan22.assets",
+}
+
+__all__ = [  # noqa: RUF022 (grouped by use)
+    "WanT2VPipeline",
+    "WanVideo",
+    "WanTransformer3DModel",
+    "AutoencoderKLWan",
+    "FlowMatchUniPCScheduler",
+    "FlowMatchDPMSolverScheduler",
+    "FlowMatchEulerScheduler",
+    "tiny_checkpoint",
+]
+
+if TYPE_CHECKING:
+    from wan22.assets import tiny_checkpoint
+    from wan22.models.autoencoder import AutoencoderKLWan
+    from wan22.models.transformer import WanTransformer3DModel
+    from wan22.pipelines.output import WanVideo
+    from wan22.pipelines.t2v import WanT2VPipeline
+    from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler
+    from wan22.schedulers.euler import FlowMatchEulerScheduler
+    from wan22.schedulers.unipc import FlowMatchUniPCScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'wan22' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,20 @@
+"""The trained miniature checkpoints that ship inside the package."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+def tiny_checkpoint(name: str = "t2v") -> Path:
+    """Return the folder of an embedded checkpoint, in the Diffusers layout.
+
+    Args:
+        name: "t2v", a miniature Wan2.2-T2V-A14B: two experts, umT5, a 4x8x8 VAE; 64 x 64 pixels, 17 frames.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    names = sorted(folder.parent.name for folder in _FOLDER.glob("*/model_index.json"))
+    if name not in names:
+        raise ValueError(f"there is no embedded checkpoint {name!r}; there is {', '.join(names)}")
+    return _FOLDER / name

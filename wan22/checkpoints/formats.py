@@ -1,0 +1,50 @@
+"""What a weight file holds, told from its header alone."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Return a safetensors file's tensor table: key to dtype, shape and byte offsets.
+
+    Raises:
+        ValueError: the file is not safetensors, or is cut off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: its header claims {length} of {size} bytes"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
+    """Return the floating dtype in which most bytes of a component's safetensors weights are stored.
+
+    Args:
+        folder: of one component in the Diffusers layout, with one file or several shards.
+        variant: such as "fp16": only files named so are read, if there are any.
+
+    Returns: the dtype, or None without safetensors files.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    files = [f for f in files if variant and f".{variant}" in f.name] or files
+    sizes: Counter[torch.dtype] = Counter()
+    for file in files:
+        for entry in read_header(file).values():
+            if entry["dtype"] in _DTYPES:
+                start, end = entry["data_offsets"]
+                sizes[_DTYPES[entry["dtype"]]] += end - start
+    return sizes.most_common(1)[0][0] if sizes else None

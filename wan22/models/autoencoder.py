@@ -1,0 +1,407 @@
+"""The Wan video autoencoder: pixels to latents and back, the 2.1 and the 2.2 family in one class.
+
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns: of pixels in [-1, 1] for a video ("x", c = 3),
+of latent cells for latents ("z"). A clip of 1 + 4k frames has 1 + k latent frames.
+
+A long clip goes through in chunks; what the causal layers must remember between chunks is a `TemporalCache`,
+an object of the caller's. The model itself never changes while it runs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from wan22.models.autoencoder_coders import Decoder3d, Encoder3d
+from wan22.models.temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
+from wan22.models.tiling import Tile, blend_tiles, make_tiles, split_axis
+
+# Statistics of the 2.1 latents, channel by channel; 2.2 checkpoints bring theirs in the config.
+# Source: Wan2.2 wan/modules/vae2_1.py, Wan2_1_VAE.
+LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+class AutoencoderKLWan(ModelMixin, ConfigMixin):
+    """The video autoencoder of Wan 2.1 (4x8x8, 16 channels) or, by configuration, 2.2 (4x16x16, 48 channels).
+
+    Config names and state-dict keys are those of diffusers' class of the same name; checkpoints go both ways.
+
+    Args:
+        base_dim: encoder channels at full resolution.
+        decoder_base_dim: decoder channels at full resolution; None: base_dim.
+        z_dim: channels of a latent.
+        dim_mult: channels of each resolution, in multiples of the base, full resolution first.
+        num_res_blocks: residual blocks per resolution.
+        attn_scales: resolutions with extra attention in the encoder (none in released checkpoints).
+        temperal_downsample: whether each step down halves time as well (spelt as in the checkpoints).
+        dropout: dropout rate.
+        latents_mean: mean of each latent channel.
+        latents_std: standard deviation of each latent channel.
+        is_residual: the 2.2 family.
+        in_channels: channels of the encoder's input: 3 x patch_size^2.
+        out_channels: channels of the decoder's output: 3 x patch_size^2.
+        patch_size: side of the pixel squares that are folded into channels; None: 1.
+        scale_factor_temporal: recorded for pipelines; `temporal_stride` is what the layers do.
+        scale_factor_spatial: recorded for pipelines; `spatial_stride` is what the layers do.
+    Source: Wan2.2 wan/modules/vae2_1.py and vae2_2.py, WanVAE_.
+    """
+
+    _supports_gradient_checkpointing = False
+    _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
+
+    @register_to_config
+    def __init__(
+        self,
+        base_dim: int = 96,
+        decoder_base_dim: int | None = None,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attn_scales: Sequence[float] = (),
+        temperal_downsample: Sequence[bool] = (False, True, True),
+        dropout: float = 0.0,
+        latents_mean: Sequence[float] = LATENTS_MEAN,
+        latents_std: Sequence[float] = LATENTS_STD,
+        is_residual: bool = False,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        patch_size: int | None = None,
+        scale_factor_temporal: int | None = 4,
+        scale_factor_spatial: int | None = 8,
+    ) -> None:
+        """Build the model with random weights."""
+        super().__init__()
+        shared = (dim_mult, num_res_blocks)
+        down, up = temperal_downsample, temperal_downsample[::-1]
+        self.encoder = Encoder3d(
+            in_channels, z_dim * 2, base_dim, *shared, attn_scales, down, dropout, is_residual
+        )
+        self.quant_conv = nn.Conv3d(z_dim * 2, z_dim * 2, 1)
+        self.post_quant_conv = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder3d(
+            z_dim, out_channels, decoder_base_dim or base_dim, *shared, up, dropout, is_residual
+        )
+        assign_cache_keys(self)
+
+        self.patch_size = patch_size or 1
+        self.temporal_stride = 2 ** sum(map(bool, temperal_downsample))
+        self.spatial_stride = 2 ** (len(dim_mult) - 1) * self.patch_size
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = self.tile_sample_min_width = 256
+        self.tile_sample_stride_height = self.tile_sample_stride_width = 192
+
+    # Chunks: one step through a clip. These are what `torch.compile` gets.
+
+    def encode_chunk(
+        self, x: Tensor, cache: TemporalCache | None = None
+    ) -> tuple[Tensor, TemporalCache | None]:
+        """Encode the next frames of a clip; what is left to do, for all chunks together, is `quant_conv`.
+
+        Args:
+            x: pixels, "b 3 t h w": 1 + 4k frames at the clip's start, 4k later.
+            cache: the clip's cache, new at its start; None: x is the whole clip.
+        Returns: the encoder's output, "b 2c t h w"; the cache for the next chunk.
+        """
+        return self.encoder(patchify(x, self.patch_size), cache), cache
+
+    def decode_chunk(
+        self, z: Tensor, cache: TemporalCache | None = None
+    ) -> tuple[Tensor, TemporalCache | None]:
+        """Decode the next latent frames of a clip.
+
+        Args:
+            z: what `post_quant_conv` made of raw latents, "b c t h w", any number of frames.
+            cache: the clip's cache, new at its start; None: z is the whole clip.
+        Returns: pixels, "b 3 t h w", not clamped; the cache for the next chunk.
+        """
+        return unpatchify(self.decoder(z, cache), self.patch_size), cache
+
+    # Clips.
+
+    @apply_forward_hook
+    def encode(
+        self, x: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode a clip.
+
+        Args:
+            x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
+            return_dict: whether to return an output object or a tuple.
+            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
+        Returns: the posterior of the raw (not normalised) latents.
+        Raises: ValueError: shape or chunk_latents is not as above.
+        """
+        self._check_video(x)
+        self._check_frame_count(x.shape[2])
+        self._check_chunk_latents(chunk_latents)
+        s = self.spatial_stride
+        tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
+        moments = blend_tiles((self._encode_clip(tile.cut(x, s), chunk_latents) for tile in tiles), tiles)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode a clip.
+
+        Args:
+            z: raw (not normalised) latents, "b c t h w".
+            return_dict: whether to return an output object or a tuple.
+            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
+        Returns: pixels, "b 3 t h w" in [-1, 1].
+        Raises: ValueError: shape or chunk_latents is not as above.
+        """
+        self._check_latents(z)
+        self._check_chunk_latents(chunk_latents)
+        tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
+        parts = (self._decode_clip(tile.cut(z), chunk_latents) for tile in tiles)
+        sample = blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def encode_stream(
+        self, frames: Iterable[Tensor], chunk_latents: int = 1
+    ) -> Iterator[DiagonalGaussianDistribution]:
+        """Encode a clip that arrives piece by piece, in the memory of one chunk.
+
+        Args:
+            frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
+            chunk_latents: latent frames to compute at a time.
+        Returns: an iterator over the posteriors of consecutive latents, together those of `encode`.
+        Raises: ValueError: chunk_latents is below 1; or, while iterating, a piece's shape or the sum of frames is
+            not as above.
+        """
+        self._check_chunk_latents(chunk_latents)
+        return self._encode_stream(frames, chunk_latents)
+
+    @apply_forward_hook
+    def decode_stream(self, z: Tensor, chunk_latents: int = 1) -> Iterator[Tensor]:
+        """Decode a clip piece by piece, in the memory of one chunk.
+
+        Args:
+            z: raw latents, "b c t h w".
+            chunk_latents: latent frames to compute at a time.
+        Returns: an iterator over pixels "b 3 t h w" in [-1, 1], together those of `decode`.
+        Raises: ValueError: z's shape or chunk_latents is not as above.
+        """
+        self._check_latents(z)
+        self._check_chunk_latents(chunk_latents)
+        return self._decode_stream(z, chunk_latents)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode a clip.
+
+        Args:
+            sample: pixels, "b 3 t h w" in [-1, 1].
+            sample_posterior: whether to draw the latents; otherwise they are the posterior's mean.
+            return_dict: whether to return an output object or a tuple.
+            generator: randomness of the draw.
+        Returns: pixels, shaped like sample.
+        """
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """Give raw latents "b c t h w" mean 0 and deviation 1 per channel, as the transformer has them; float32."""
+        mean, inv_std, z = self._latent_statistics(z)
+        return (z - mean) * inv_std
+
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """Turn the transformer's latents "b c t h w" into raw ones for `decode`; float32."""
+        mean, inv_std, z = self._latent_statistics(z)
+        return z / inv_std + mean
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Compute large videos in overlapping tiles, which takes less memory and changes the result a little.
+
+        Args:
+            tile_sample_min_height: height of a tile in pixels; None keeps the present value, first 256.
+            tile_sample_min_width: width of a tile, likewise.
+            tile_sample_stride_height: rows from tile to tile; None keeps the present value, first 192.
+            tile_sample_stride_width: columns from tile to tile, likewise.
+        Raises: ValueError: a value is no positive multiple of `spatial_stride`, or a stride exceeds its tile.
+        """
+        given = {
+            "tile_sample_min_height": tile_sample_min_height,
+            "tile_sample_min_width": tile_sample_min_width,
+            "tile_sample_stride_height": tile_sample_stride_height,
+            "tile_sample_stride_width": tile_sample_stride_width,
+        }
+        sizes = {name: getattr(self, name) if size is None else size for name, size in given.items()}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least {self.spatial_stride}")
+            _check_multiple(name, size, self.spatial_stride)
+        for axis in ("height", "width"):
+            size, stride = sizes[f"tile_sample_min_{axis}"], sizes[f"tile_sample_stride_{axis}"]
+            if stride > size:
+                raise ValueError(
+                    f"tile_sample_stride_{axis} is {stride}; it must be at most the tile's {size}"
+                )
+        for name, size in sizes.items():
+            setattr(self, name, size)
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Compute each video as a whole again."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Compute one sample of a batch at a time, which takes less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Compute all samples of a batch at once again."""
+        self.use_slicing = False
+
+    def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
+        """Encode "b 3 t h w" without tiling, `chunk_latents` at a time."""
+        if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
+            return self.quant_conv(self.encode_chunk(x)[0])
+        cache = TemporalCache()
+        groups = regroup_frames([x], *self._chunk_frames(chunk_latents))
+        return self.quant_conv(torch.cat([self.encode_chunk(group, cache)[0] for group in groups], dim=2))
+
+    def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
+        """Decode "b c t h w" without tiling, `chunk_latents` at a time."""
+        z = self.post_quant_conv(z)
+        if chunk_latents is None or z.shape[2] <= chunk_latents:
+            return self.decode_chunk(z)[0]
+        cache = TemporalCache()
+        return torch.cat([self.decode_chunk(part, cache)[0] for part in z.split(chunk_latents, dim=2)], dim=2)
+
+    def _encode_stream(
+        self, frames: Iterable[Tensor], chunk_latents: int
+    ) -> Iterator[DiagonalGaussianDistribution]:
+        """Encode chunk by chunk; every tile keeps a cache of its own."""
+        s, seen = self.spatial_stride, 0
+        caches: dict[Tile, TemporalCache] = {}
+        for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
+            self._check_video(x)
+            seen += x.shape[2]
+            self._check_frame_count(seen)
+            tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
+            caches = caches or {tile: TemporalCache() for tile in tiles}
+            parts = (self.quant_conv(self.encode_chunk(tile.cut(x, s), caches[tile])[0]) for tile in tiles)
+            yield DiagonalGaussianDistribution(blend_tiles(parts, tiles))
+
+    def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
+        """Decode chunk by chunk; every tile keeps a cache of its own."""
+        tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
+        caches = {tile: TemporalCache() for tile in tiles}
+        chunks = zip(
+            *(self.post_quant_conv(tile.cut(z)).split(chunk_latents, dim=2) for tile in tiles), strict=True
+        )
+        for chunk in chunks:
+            parts = (self.decode_chunk(x, caches[tile])[0] for x, tile in zip(chunk, tiles, strict=True))
+            yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
+
+    def _chunk_frames(self, chunk_latents: int) -> tuple[int, int]:
+        """Frames of the first chunk and of each later one."""
+        return 1 + self.temporal_stride * (chunk_latents - 1), self.temporal_stride * chunk_latents
+
+    def _tiles(self, b: int, h: int, w: int) -> list[Tile]:
+        """Lay out the tiles of b samples of h x w latent cells, as slicing and tiling are switched."""
+        samples, rows, columns = [(0, b)], [(0, h)], [(0, w)]
+        if self.use_slicing:
+            samples = split_axis(b, 1, 1)
+        if self.use_tiling:
+            s = self.spatial_stride
+            rows = split_axis(h, self.tile_sample_min_height // s, self.tile_sample_stride_height // s)
+            columns = split_axis(w, self.tile_sample_min_width // s, self.tile_sample_stride_width // s)
+        return make_tiles(samples, rows, columns)
+
+    def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and reciprocal deviation, "c 1 1 1", and z, in float32 (float64 stays)."""
+        # float32: the sampler's latents are, and half types would round them once more on each way.
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        mean, std = (
+            z.new_tensor(values)[:, None, None, None]
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        # The official code keeps the reciprocal; rounding it first gives its last bit.
+        return mean, 1 / std, z
+
+    def _check_video(self, x: Tensor) -> None:
+        """Raise ValueError unless x can be encoded, whatever its number of frames."""
+        channels = self.config.in_channels // self.patch_size**2
+        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+            raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
+        _check_multiple("video height", x.shape[3], self.spatial_stride)
+        _check_multiple("video width", x.shape[4], self.spatial_stride)
+
+    def _check_frame_count(self, t: int) -> None:
+        """Raise ValueError unless t frames make whole latent frames."""
+        s = self.temporal_stride
+        if (t - 1) % s:
+            below = t - (t - 1) % s
+            raise ValueError(
+                f"video has {t} frames; it must be 1 + a multiple of {s}, such as {below} or {below + s}"
+            )
+
+    def _check_latents(self, z: Tensor) -> None:
+        """Raise ValueError unless z can be decoded."""
+        channels = self.config.z_dim
+        if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape:
+            raise ValueError(f"latents have shape {tuple(z.shape)}; it must be (b, {channels}, t, h, w)")
+
+    def _check_chunk_latents(self, chunk_latents: int | None) -> None:
+        """Raise ValueError unless a chunk has at least one latent frame."""
+        if chunk_latents is not None and chunk_latents < 1:
+            raise ValueError(
+                f"chunk_latents is {chunk_latents}; it must be at least 1, or None for the whole clip"
+            )
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Fold p x p squares of pixels into channels: "b c t (h p) (w q)" to "b (c q p) t h w"."""
+    if p == 1:
+        return x
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 6, 4, 2, 3, 5)  # b c q p t h w
+    return x.reshape(b, c * p * p, t, h // p, w // p)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """Undo `patchify`: "b (c q p) t h w" to "b c t (h p) (w q)"."""
+    if p == 1:
+        return x
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c // p**2, p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)  # b c t h p w q
+    return x.reshape(b, c // p**2, t, h * p, w * p)
+
+
+def _check_multiple(name: str, value: int, step: int) -> None:
+    """Raise ValueError unless value is a multiple of step."""
+    if value % step:
+        below = value - value % step
+        nearest = f"{below} or {below + step}" if below else f"{step}"
+        raise ValueError(f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")

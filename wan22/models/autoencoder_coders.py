@@ -1,0 +1,228 @@
+"""Encoder and decoder of the Wan video autoencoder: the layers stacked, resolution by resolution.
+
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns at the block's own resolution.
+
+Like the layers, every block takes any number of frames and a `TemporalCache`, or None for a whole clip.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan22.models.autoencoder_layers import (
+    AttentionBlock,
+    AverageDown,
+    CausalConv3d,
+    Downsample,
+    DuplicateUp,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
+from wan22.models.temporal_cache import TemporalCache
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float = 0.0):
+        """Build the block."""
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout) for _ in range(2)])
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t h w"."""
+        x = self.resnets[0](x, cache)
+        x = self.attentions[0](x, cache)
+        return self.resnets[1](x, cache)
+
+
+class ResidualDownBlock(nn.Module):
+    """A resolution of the 2.2 encoder: residual blocks, a downsampler, and an averaging shortcut around them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
+    ):
+        """Build the block; `spatial` and `temporal` say which axes are halved at its end."""
+        super().__init__()
+        self.avg_shortcut = AverageDown(in_channels, out_channels, 2 if temporal else 1, 2 if spatial else 1)
+        widths = [in_channels] + [out_channels] * blocks
+        self.resnets = _residual_chain(widths, dropout)
+        self.downsampler = Downsample(out_channels, temporal) if spatial else None
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' h' w'"."""
+        shortcut = self.avg_shortcut(x)
+        for resnet in self.resnets:
+            x = resnet(x, cache)
+        if self.downsampler is not None:
+            x = self.downsampler(x, cache)
+        return x + shortcut
+
+
+class UpBlock(nn.Module):
+    """A resolution of the 2.1 decoder: residual blocks, then an upsampler that also halves the channels."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
+    ):
+        """Build the block; `spatial` and `temporal` say which axes are doubled at its end."""
+        super().__init__()
+        self.resnets = _residual_chain([in_channels] + [out_channels] * blocks, dropout)
+        upsamplers = [Upsample(out_channels, out_channels // 2, temporal)] if spatial else []
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' h' w'"."""
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x, cache)
+        return x
+
+
+class ResidualUpBlock(nn.Module):
+    """A resolution of the 2.2 decoder: residual blocks, an upsampler, and a duplicating shortcut around them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
+    ):
+        """Build the block; `spatial` and `temporal` say which axes are doubled at its end."""
+        super().__init__()
+        self.resnets = _residual_chain([in_channels] + [out_channels] * blocks, dropout)
+        self.upsampler = Upsample(out_channels, out_channels, temporal) if spatial else None
+        factor_t = 2 if temporal else 1
+        self.avg_shortcut = DuplicateUp(in_channels, out_channels, factor_t, 2) if spatial else None
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' h' w'"."""
+        y = x
+        for resnet in self.resnets:
+            y = resnet(y, cache)
+        if self.upsampler is None or self.avg_shortcut is None:
+            return y
+        return self.upsampler(y, cache) + self.avg_shortcut(x, cache)
+
+
+class Encoder3d(nn.Module):
+    """From (patched) pixels to the moments of the latents.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, twice those of a latent.
+        base_dim: channels at full resolution.
+        dim_mult: channels of each resolution, in multiples of base_dim.
+        num_res_blocks: residual blocks per resolution.
+        attn_scales: resolutions, as fractions of the full one, with attention after each residual
+            block (2.1 only).
+        temporal_downsample: whether the step from each resolution to the next halves time as well.
+        dropout: dropout rate.
+        is_residual: the 2.2 family, with shortcuts around each resolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        base_dim: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_scales: Sequence[float],
+        temporal_downsample: Sequence[bool],
+        dropout: float,
+        is_residual: bool,
+    ):
+        """Build the encoder."""
+        super().__init__()
+        self.conv_in = CausalConv3d(in_channels, base_dim)
+        self.down_blocks = nn.ModuleList()
+        width = base_dim
+        for level, multiple in enumerate(dim_mult):
+            previous, width = width, base_dim * multiple
+            spatial = level < len(dim_mult) - 1
+            temporal = spatial and temporal_downsample[level]
+            if is_residual:
+                block = ResidualDownBlock(previous, width, num_res_blocks, dropout, spatial, temporal)
+                self.down_blocks.append(block)
+                continue
+            for _ in range(num_res_blocks):
+                self.down_blocks.append(ResidualBlock(previous, width, dropout))
+                if 0.5**level in attn_scales:
+                    self.down_blocks.append(AttentionBlock(width))
+                previous = width
+            if spatial:
+                self.down_blocks.append(Downsample(width, temporal))
+        self.mid_block = MidBlock(width, dropout)
+        self.norm_out = RMSNorm(width)
+        self.conv_out = CausalConv3d(width, out_channels)
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map pixels "b c t h w" to moments "b 2c t' h' w'"."""
+        x = self.conv_in(x, cache)
+        for block in self.down_blocks:
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        if cache is not None:
+            cache.started = True
+        return x
+
+
+class Decoder3d(nn.Module):
+    """From latents to (patched) pixels.
+
+    Args:
+        in_channels: channels of a latent.
+        out_channels: channels of the output.
+        base_dim: channels at full resolution.
+        dim_mult: channels of each resolution, in multiples of base_dim, full resolution first.
+        num_res_blocks: residual blocks per resolution; the decoder has one more.
+        temporal_upsample: whether the step from each resolution to the next doubles time as well, lowest
+            resolution first.
+        dropout: dropout rate.
+        is_residual: the 2.2 family, with shortcuts around each resolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        base_dim: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        temporal_upsample: Sequence[bool],
+        dropout: float,
+        is_residual: bool,
+    ):
+        """Build the decoder."""
+        super().__init__()
+        widths = [base_dim * multiple for multiple in reversed(dim_mult)]
+        self.conv_in = CausalConv3d(in_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], dropout)
+        self.up_blocks = nn.ModuleList()
+        previous = widths[0]
+        for level, width in enumerate(widths):
+            spatial = level < len(widths) - 1
+            temporal = spatial and temporal_upsample[level]
+            block = ResidualUpBlock if is_residual else UpBlock
+            self.up_blocks.append(block(previous, width, num_res_blocks + 1, dropout, spatial, temporal))
+            # The 2.1 upsampler halves its channels.
+            previous = width if is_residual else width // 2
+        self.norm_out = RMSNorm(width)
+        self.conv_out = CausalConv3d(width, out_channels)
+
+    def forward(self, z: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map latents "b c t h w" to pixels "b c t' h' w'"."""
+        x = self.mid_block(self.conv_in(z, cache), cache)
+        for block in self.up_blocks:
+            x = block(x, cache)
+        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        if cache is not None:
+            cache.started = True
+        return x
+
+
+def _residual_chain(widths: Sequence[int], dropout: float) -> nn.ModuleList:
+    """Residual blocks that lead through the given channel numbers."""
+    return nn.ModuleList([ResidualBlock(a, b, dropout) for a, b in pairwise(widths)])

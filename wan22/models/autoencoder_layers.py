@@ -1,0 +1,250 @@
+"""Layers of the Wan video autoencoder, one set for the 2.1 and the 2.2 family.
+
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns at the layer's own resolution.
+
+Every layer takes any number of frames and a `TemporalCache`. Without a cache the frames are the whole clip;
+with one they continue the clip whose cache it is. Either way the result is that of the whole clip in one go.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan22.models.temporal_cache import TemporalCache
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution that looks at the present and earlier frames only; before the clip there are zeros.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: extents in time, height and width; time at least 2, height and width odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int] = (3, 3, 3)):
+        """Pad space inside the convolution (no copy); time is the forward's business."""
+        t, h, w = kernel_size
+        super().__init__(in_channels, out_channels, kernel_size, padding=(0, h // 2, w // 2))
+        self.history = t - 1
+        self.cache_key = ""
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Convolve "b c t h w" to "b c t h w" with the frames before it."""
+        past = None if cache is None else cache.exchange(self.cache_key, x, self.history)
+        if past is not None:
+            x = torch.cat([past, x], dim=2)
+        elif cache is None and x.shape[2] == 1:
+            # A still image: all taps but the last would read the zeros before it.
+            return self._conv_forward(x, self.weight[:, :, -1:], self.bias)
+        else:
+            x = F.pad(x, (0, 0, 0, 0, self.history, 0))
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Scale each position's channel vector to root mean square 1, then by a learned gain.
+
+    Args:
+        channels: length of the channel vector.
+        axes: how many axes follow the channels: 3 for "b c t h w", 2 for "b c h w".
+    """
+
+    def __init__(self, channels: int, axes: int = 3):
+        """Start with gain 1."""
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over dimension 1."""
+        # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
+        # Three roundings in the official order: folding the two gains costs the last bit of every layer.
+        y *= self.scale
+        return (y * self.gamma).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions, each after norm and SiLU, added to a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        """Build the block; the shortcut is a 1x1x1 convolution where the channel number changes."""
+        super().__init__()
+        self.norm1 = RMSNorm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = RMSNorm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t h w"."""
+        y = self.conv1(F.silu(self.norm1(x)), cache)
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))), cache)
+        return self.conv_shortcut(x) + y
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention among the positions of each frame."""
+
+    def __init__(self, channels: int):
+        """Build the block."""
+        super().__init__()
+        self.norm = RMSNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t h w"; frames do not see each other, so the cache is not needed."""
+        b, c, t, h, w = x.shape
+        frames = _fold_time(x)  # (b t) c h w
+        qkv = self.to_qkv(self.norm(frames)).reshape(b * t, 1, 3 * c, h * w)
+        # Attention kernels want each position's vector in one piece.
+        q, k, v = qkv.transpose(2, 3).contiguous().chunk(3, dim=-1)  # (b t) 1 (h w) c
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.proj(y.transpose(2, 3).reshape(b * t, c, h, w))
+        return x + _unfold_time(y, b)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and on demand the number of frames after the clip's first.
+
+    Args:
+        channels: channels of input and output.
+        temporal: whether to halve time too.
+    """
+
+    def __init__(self, channels: int, temporal: bool):
+        """Build the layer."""
+        super().__init__()
+        # Rows and columns are padded at the end only.
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.cache_key = ""
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' h/2 w/2"; t' is 1 + (t - 1)/2 at the clip's start and t/2 after it."""
+        x = _unfold_time(self.resample(_fold_time(x)), x.shape[0])
+        if self.time_conv is None:
+            return x
+        past = None if cache is None else cache.exchange(self.cache_key, x, 1)
+        if past is not None:
+            return self.time_conv(torch.cat([past, x], dim=2))
+        # The clip's first frame stands alone; it is also the context of the pair that follows it.
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double height and width, and on demand the number of frames after the clip's first.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        temporal: whether to double time too.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool):
+        """Build the layer."""
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.time_conv = CausalConv3d(in_channels, in_channels * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' 2h 2w"; t' is 1 + 2(t - 1) at the clip's start and 2t after it."""
+        if self.time_conv is not None:
+            if cache is not None and cache.started:
+                x = self._double_time(x, cache)
+            elif x.shape[2] > 1:
+                # The first frame is neither doubled nor seen by the convolution: the second's context is zeros.
+                x = torch.cat([x[:, :, :1], self._double_time(x[:, :, 1:], cache)], dim=2)
+        return _unfold_time(self.resample(_fold_time(x)), x.shape[0])
+
+    def _double_time(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
+        """Map "b c t h w" to "b c 2t h w"; the convolution's channel halves are even and odd frames."""
+        b, c, t, h, w = x.shape
+        x = self.time_conv(x, cache).reshape(b, 2, c, t, h, w)  # type: ignore[misc]
+        return x.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+
+
+class AverageDown(nn.Module):
+    """Shortcut of a 2.2 down block: pixels become channels, which are averaged in groups.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        factor_t: reduction in time, 1 or 2.
+        factor_s: reduction in height and width, 1 or 2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        """Build the layer.
+
+        Raises: ValueError: the pixels of a cell do not divide into equal groups.
+        """
+        super().__init__()
+        cell = in_channels * factor_t * factor_s**2
+        if cell % out_channels:
+            raise ValueError(f"out_channels {out_channels} must divide in_channels x factors = {cell}")
+        self.out_channels = out_channels
+        self.factor_t = factor_t
+        self.factor_s = factor_s
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map "b c t h w" to "b c t/factor_t h/factor_s w/factor_s"."""
+        ft, fs = self.factor_t, self.factor_s
+        # Only a clip's start has an odd number of frames; its first one is paired with zeros before it.
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+        b, c, t, h, w = x.shape
+        x = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs)
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # b c ft fs fs t h w
+        return x.reshape(b, self.out_channels, -1, t // ft, h // fs, w // fs).mean(dim=2)
+
+
+class DuplicateUp(nn.Module):
+    """Shortcut of a 2.2 up block: channels are repeated and become pixels.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        factor_t: growth in time, 1 or 2.
+        factor_s: growth in height and width.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        """Build the layer.
+
+        Raises: ValueError: the pixels of a cell are no multiple of the input channels.
+        """
+        super().__init__()
+        cell = out_channels * factor_t * factor_s**2
+        if cell % in_channels:
+            raise ValueError(f"in_channels {in_channels} must divide out_channels x factors = {cell}")
+        self.repeats = cell // in_channels
+        self.out_channels = out_channels
+        self.factor_t = factor_t
+        self.factor_s = factor_s
+
+    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Map "b c t h w" to "b c t' h*factor_s w*factor_s", with the t' of `Upsample`."""
+        b, _, t, h, w = x.shape
+        ft, fs = self.factor_t, self.factor_s
+        x = x.repeat_interleave(self.repeats, dim=1).reshape(b, self.out_channels, ft, fs, fs, t, h, w)
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # b c t ft h fs w fs
+        x = x.reshape(b, self.out_channels, t * ft, h * fs, w * fs)
+        return x if cache is not None and cache.started else x[:, :, ft - 1 :]
+
+
+def _fold_time(x: Tensor) -> Tensor:
+    """Turn "b c t h w" into "(b t) c h w"."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold_time(x: Tensor, b: int) -> Tensor:
+    """Turn "(b t) c h w" into "b c t h w"."""
+    return x.unflatten(0, (b, -1)).transpose(1, 2)

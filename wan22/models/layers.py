@@ -1,0 +1,76 @@
+"""Layers of the transformer whose arithmetic is float32 or wider, however their weights are stored.
+
+The official model runs under bf16 autocast with float32 islands: the residual stream, normalisation, time
+embedding, modulation and head. Rounding any of them to bf16 costs more than all the bf16 matrix products
+together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a float32 island: float32, or float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if parameter is None else parameter.to(dtype)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in its input's dtype, float32 or wider, and so never rounds it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map "… in" to "… out"."""
+        return F.linear(input, self.weight.to(input.dtype), _cast(self.bias, input.dtype))
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """Layer normalisation of the last dimension in float32 or wider."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise "… c"; the result is float32 or wider."""
+        x = input.to(wide(input.dtype))
+        return F.layer_norm(
+            x, self.normalized_shape, _cast(self.weight, x.dtype), _cast(self.bias, x.dtype), self.eps
+        )
+
+
+class Float32RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation of the last dimension in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise "… c"; the result is float32 or wider."""
+        x = x.to(wide(x.dtype))
+        return F.rms_norm(x, self.normalized_shape, _cast(self.weight, x.dtype), self.eps)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU; the parameter names are diffusers' (`net.0.proj`, `net.2`)."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, approximate: str) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GELU(dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map "… dim" to "… out_dim"."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class GELU(nn.Module):
+    """A linear layer followed by GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden_dim)
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map "… dim" to "… hidden_dim"."""
+        return F.gelu(self.proj(x), approximate=self.approximate)

@@ -1,0 +1,57 @@
+"""Rotary position embedding over the three axes of a video: frames, rows, columns.
+
+Shapes: b batch, l tokens, n heads, d head size; t h w the grid of tokens.
+"""
+
+import torch
+
+THETA = 10000.0
+
+
+def axis_sizes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of one head that turn with the frame, the row and the column (44, 42, 42 of 128)."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def rotary_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every token's rotation angles.
+
+    Args:
+        grid: number of tokens along t, h, w; tokens are ordered frame, row, column.
+        head_dim: size of one attention head, even and at least 6.
+        device: where the tables are used.
+        dtype: of the result. The angles are float64 whatever it is, as a float32 angle of frame 20 is off
+            by 1e-6.
+
+    Returns: cosine and sine, each "1 l 1 d/2".
+    Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
+    """
+    # Devices without float64 (MPS) get tables made on the CPU.
+    build = torch.device("cpu") if device.type == "mps" else device
+    angles = []
+    for axis, (length, size) in enumerate(zip(grid, axis_sizes(head_dim), strict=True)):
+        exponents = torch.arange(0, size, 2, dtype=torch.float64, device=build) / size
+        positions = torch.arange(length, dtype=torch.float64, device=build)
+        table = positions[:, None] * THETA**-exponents
+        shape = [1, 1, 1, table.shape[1]]
+        shape[axis] = length
+        angles.append(table.view(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)[None, :, None]  # t h w d/2 -> 1 l 1 d/2
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each adjacent pair of channels by its token's angle.
+
+    Args:
+        x: queries or keys, "b l n d".
+        cos: "1 l 1 d/2", from `rotary_tables`.
+        sin: like `cos`.
+
+    Returns: shaped like x.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,0 +1,386 @@
+"""The Wan diffusion transformer: one class for every Wan 2.1 and 2.2 text- and image-to-video checkpoint.
+
+Shapes: b batch, c latent channels, t h w latent frames, rows, columns, l video tokens, s text or image rows,
+k values of time per sample (1, or l for one per token), d model size, n heads.
+
+Precision: the residual stream, norms, time embedding, modulation and head are float32 (float64 in a float64
+model); the large linear layers and attention run in the dtype of `encoder_hidden_states`.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from .attention import attention
+from .layers import FeedForward, Float32LayerNorm, Float32Linear, Float32RMSNorm, wide
+from .rope import rotary_tables, rotate
+
+RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
+
+class WanAttention(nn.Module):
+    """Multi-head attention whose queries and keys are normalised over all heads together."""
+
+    def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = Float32RMSNorm(dim, eps=eps)
+        self.norm_k = Float32RMSNorm(dim, eps=eps)
+        if added_kv_proj_dim is not None:
+            self.add_k_proj = nn.Linear(added_kv_proj_dim, dim)
+            self.add_v_proj = nn.Linear(added_kv_proj_dim, dim)
+            self.norm_added_k = Float32RMSNorm(dim, eps=eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        rotary: RotaryTables | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) rows.
+
+        Args:
+            x: "b l d".
+            context: text rows "b s d"; None attends to x itself.
+            image: image rows "b s d", attended on their own and added.
+            rotary: tables for queries and keys.
+            bias: "b s", added to the logits of each row of context.
+
+        Returns: "b l d".
+        """
+        context = x if context is None else context
+        query, key = self._heads(self.norm_q(self.to_q(x))), self._heads(self.norm_k(self.to_k(context)))
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query = query.to(x.dtype)
+        out = attention(query, key.to(x.dtype), self._heads(self.to_v(context)), bias)
+        if image is not None:
+            key = self._heads(self.norm_added_k(self.add_k_proj(image))).to(x.dtype)
+            out = out + attention(query, key, self._heads(self.add_v_proj(image)))
+        return self.to_out[0](out.flatten(2))  # b l n d/n -> b l d
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1))  # b l d -> b l n d/n
+
+
+class WanTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward; the time modulates the first and the last."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        cross_attn_norm: bool,
+        eps: float,
+        added_kv_proj_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = WanAttention(dim, num_heads, eps)
+        self.norm2 = Float32LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.attn2 = WanAttention(dim, num_heads, eps, added_kv_proj_dim)
+        self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = FeedForward(dim, ffn_dim, dim, approximate="tanh")
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: RotaryTables,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        encoder_attention_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Refine the video tokens.
+
+        Args:
+            hidden_states: residual stream, "b l d", float32.
+            encoder_hidden_states: text rows, "b s d"; their dtype is the one the linear layers run in.
+            temb: the time's modulation, "b k 6 d", float32.
+            rotary_emb: tables of `rotary_tables`.
+            encoder_hidden_states_image: image rows of Wan 2.1 I2V, "b s d".
+            encoder_attention_bias: "b s", added to the logits of each text row.
+
+        Returns: the new residual stream, "b l d", float32.
+        """
+        x, dtype = hidden_states, encoder_hidden_states.dtype
+        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
+        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
+        x = x + self.attn1(y, rotary=rotary_emb) * gate1
+        y = self.norm2(x).to(dtype)
+        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image, bias=encoder_attention_bias)
+        y = (self.norm3(x) * (1 + scale3) + shift3).to(dtype)
+        return x + self.ffn(y) * gate3
+
+
+class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """Predicts the flow velocity of noisy video latents.
+
+    Args:
+        patch_size: latent frames, rows and columns of one token.
+        num_attention_heads: heads n.
+        attention_head_dim: channels of one head; d = n times this.
+        in_channels: 16 (T2V), 36 (I2V: 16 noisy, 4 mask, 16 image), 48 (TI2V-5B).
+        out_channels: 16, or 48 for TI2V-5B.
+        text_dim: width of the text encoder's rows.
+        freq_dim: channels of the sinusoidal time embedding.
+        ffn_dim: hidden size of the feed-forward.
+        num_layers: blocks.
+        cross_attn_norm: whether cross-attention's input is normalised.
+        qk_norm: "rms_norm_across_heads", the only one Wan uses.
+        eps: of every norm.
+        image_dim: width of the CLIP rows of Wan 2.1 I2V.
+        added_kv_proj_dim: width of those rows inside the blocks (Wan 2.1 I2V).
+        rope_max_seq_len: the most tokens along one axis.
+        pos_embed_seq_len: image rows of first and last frame together (Wan 2.1 FLF).
+
+    Source: Wan2.2 wan/modules/model.py, WanModel; names are those of diffusers 0.42.1.
+    """
+
+    _no_split_modules = ["WanTransformerBlock"]
+    _repeated_blocks = ["WanTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm", "proj_out"]
+    # What the official code leaves in float32 under its bf16 autocast, and the patch embedding: it feeds the
+    # float32 residual stream, and costs nothing beside a block.
+    _keep_in_fp32_modules = [
+        *("patch_embedding", "time_embedder", "time_proj", "scale_shift_table", "proj_out"),
+        *("norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_added_k"),
+    ]
+    # Trained along but used nowhere, in the official code as in diffusers: image rows have no queries.
+    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(
+                f"qk_norm={qk_norm!r} is not a Wan transformer; it must be 'rms_norm_across_heads'."
+            )
+        self.patch_size = cast(tuple[int, int, int], tuple(patch_size))
+        self.in_channels, self.out_channels = in_channels, out_channels or in_channels
+        self.head_dim, self.rope_max_seq_len = attention_head_dim, rope_max_seq_len
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embedding = nn.Conv3d(
+            in_channels, dim, kernel_size=self.patch_size, stride=self.patch_size
+        )
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
+        self.blocks = nn.ModuleList(
+            WanTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, added_kv_proj_dim)
+            for _ in range(num_layers)
+        )
+        self.norm_out = Float32LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = Float32Linear(dim, self.out_channels * math.prod(self.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        encoder_attention_bias: torch.Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the flow velocity of noisy latents.
+
+        Args:
+            hidden_states: noisy latents, "b c t h w".
+            timestep: "b", or "b l" for one value per token (TI2V-5B); 0 to 1000, 1000 is pure noise. Never
+                rounded: it is used in float64.
+            encoder_hidden_states: text rows, "b s text_dim", in the dtype that the large linear layers run
+                in. Wan is trained on 512 rows, zero past the prompt's end, all of them attended to.
+            encoder_hidden_states_image: CLIP rows of Wan 2.1 I2V, "b s image_dim".
+            return_dict: False returns a tuple.
+            attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
+            encoder_attention_bias: "b s", added to the cross-attention logits of each text row: log(c) for
+                a row that stands for c identical ones.
+
+        Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
+
+        Raises:
+            ValueError: a size is not a multiple of the patch, the channels are not in_channels, or the
+                timesteps are not one per sample or token.
+
+        Source: Wan2.2 wan/modules/model.py, WanModel.forward.
+        """
+        grid = self._token_grid(hidden_states, timestep)
+        island = wide(encoder_hidden_states.dtype)
+        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, island)
+        x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
+        x = x.flatten(2).transpose(1, 2).to(island)  # b d t h w -> b l d
+
+        temb, modulation = self.condition_embedder.embed_time(timestep, island)
+        text = self.condition_embedder.text_embedder(encoder_hidden_states)
+        image = None
+        if encoder_hidden_states_image is not None:
+            image = self.condition_embedder.embed_image(encoder_hidden_states_image)
+        for block in self.blocks:
+            x = block(x, text, modulation, rotary, image, encoder_attention_bias)
+
+        shift, scale = (self.scale_shift_table + temb[:, :, None]).unbind(2)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        velocity = self._unpatchify(x, grid)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        # b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)
+        x = x.unflatten(2, (*self.patch_size, self.out_channels)).unflatten(1, grid)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _token_grid(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[int, int, int]:
+        """Check the inputs' shapes and return the number of tokens along t, h, w."""
+        if hidden_states.ndim != 5 or hidden_states.shape[1] != self.in_channels:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}; it must be 'b c t h w' with c = "
+                f"{self.in_channels}."
+            )
+        sizes = hidden_states.shape[2:]
+        for name, size, patch in zip("thw", sizes, self.patch_size, strict=True):
+            if size % patch:
+                raise ValueError(
+                    f"latent {name} is {size}; it must be a multiple of {patch}: {size // patch * patch} is."
+                )
+        t, h, w = (size // patch for size, patch in zip(sizes, self.patch_size, strict=True))
+        if max(t, h, w) > self.rope_max_seq_len:
+            raise ValueError(f"{t} x {h} x {w} tokens: at most {self.rope_max_seq_len} fit along one axis.")
+        b = hidden_states.shape[0]
+        if tuple(timestep.shape) not in ((b,), (b, 1), (b, t * h * w)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; it must be ({b},) or, for one per token, ({b}, "
+                f"{t * h * w})."
+            )
+        return t, h, w
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds time, text rows and image rows into the model's size."""
+
+    def __init__(
+        self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None, pos_embed_seq_len: int | None
+    ) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLayers(freq_dim, dim, Float32Linear, "silu")
+        self.time_proj = Float32Linear(dim, 6 * dim)
+        self.text_embedder = TwoLayers(text_dim, dim, nn.Linear, "gelu_tanh")
+        self.image_embedder = (
+            ImageEmbedder(image_dim, dim, pos_embed_seq_len) if image_dim is not None else None
+        )
+
+    def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed timesteps.
+
+        Args:
+            timestep: "b" or "b k".
+            dtype: of the float32 islands.
+
+        Returns: the embedding "b k d" and its projection to the blocks' modulation "b k 6 d".
+        """
+        if timestep.ndim == 1:
+            timestep = timestep[:, None]
+        temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))
+        return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
+
+    def embed_image(self, rows: torch.Tensor) -> torch.Tensor:
+        """Embed CLIP rows "b s image_dim" to "b s d".
+
+        Raises:
+            ValueError: the model has no image rows.
+        """
+        if self.image_embedder is None:
+            raise ValueError(
+                "encoder_hidden_states_image was given, but this transformer takes none (image_dim is None)"
+            )
+        return self.image_embedder(rows)
+
+
+class TwoLayers(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, in_dim: int, dim: int, linear: type[nn.Linear], activation: str) -> None:
+        super().__init__()
+        self.linear_1 = linear(in_dim, dim)
+        self.linear_2 = linear(dim, dim)
+        self.activation = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map "… in_dim" to "… d"."""
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ImageEmbedder(nn.Module):
+    """Embeds the CLIP rows of Wan 2.1 I2V; with learned positions, of a first and a last frame (FLF)."""
+
+    def __init__(self, in_dim: int, dim: int, pos_embed_seq_len: int | None) -> None:
+        super().__init__()
+        self.norm1 = Float32LayerNorm(in_dim)
+        self.ff = FeedForward(in_dim, in_dim, dim, approximate="none")
+        self.norm2 = Float32LayerNorm(dim)
+        self.pos_embed = None
+        if pos_embed_seq_len is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_seq_len, in_dim))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map CLIP rows "b s image_dim" to "b s d"; with positions, pairs "2b s/2 image_dim" become one."""
+        dtype = rows.dtype
+        if self.pos_embed is not None:
+            rows = rows.reshape(-1, self.pos_embed.shape[1], rows.shape[-1]) + self.pos_embed
+        return self.norm2(self.ff(self.norm1(rows).to(dtype))).to(dtype)
+
+
+def sinusoidal_embedding(position: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of a position at geometrically spaced frequencies.
+
+    Args:
+        position: any shape.
+        dim: number of channels, even.
+
+    Returns: "… dim", float64 (float32 on devices without it).
+    Source: Wan2.2 wan/modules/model.py, sinusoidal_embedding_1d.
+    """
+    dtype = torch.float32 if position.device.type == "mps" else torch.float64
+    exponents = torch.arange(dim // 2, dtype=dtype, device=position.device) / (dim // 2)
+    angles = position.to(dtype)[..., None] * 10000.0**-exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+# Lets diffusers' step caches (enable_cache) find the block's input and output.
+TransformerBlockRegistry.register(WanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -1,0 +1,404 @@
+"""What every Wan pipeline shares: components, defaults, checks, noise, the denoising loop, decoding.
+
+Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text rows, d their width.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..models.autoencoder import AutoencoderKLWan
+from ..models.transformer import WanTransformer3DModel
+from ..presets import CONVERTED_FLOW_SHIFT, Preset, closest_preset, find_preset
+from . import checks
+from .experts import Expert
+from .hub import HubPipeline, adopt, execution_device
+from .output import WanVideo, to_uint8
+from .request import Plan, Prompt, reshifted, scheduler_shift
+from .text import TEXT_ROWS, encode_prompt, pad_rows
+
+logger = logging.getLogger(__name__)
+
+
+class Condition(Protocol):
+    """What a pipeline gives the transformer beside noise and text."""
+
+    def model_inputs(self, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
+        """Return the transformer's arguments for one video's latents "1 c t h w" and a timestep "1"."""
+        ...
+
+    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the latents that the next step starts from, "b c t h w"."""
+        ...
+
+
+class WanPipeline(HubPipeline):
+    """Base of WanT2VPipeline and WanI2VPipeline.
+
+    Args:
+        tokenizer: of umT5.
+        text_encoder: UMT5EncoderModel; None if prompt_embeds are given at every call.
+        vae: AutoencoderKLWan, ours or diffusers'.
+        scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers.
+        transformer: the high-noise expert, or the only transformer.
+        transformer_2: the low-noise expert. A slot that the schedule never reaches may be None.
+        boundary_ratio: `transformer` serves timesteps at or above this share of 1000; None for one
+            transformer.
+        expand_timesteps: whether the checkpoint takes one timestep per token (TI2V-5B).
+
+    Raises:
+        ValueError: the components do not belong together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
+    _optional_components = ["tokenizer", "text_encoder", "transformer", "transformer_2"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    vae: AutoencoderKLWan
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    transformer: WanTransformer3DModel | None
+    transformer_2: WanTransformer3DModel | None
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        transformer: Any = None,
+        transformer_2: Any = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=adopt(vae),
+            scheduler=scheduler,
+            transformer=adopt(transformer),
+            transformer_2=adopt(transformer_2),
+        )
+        self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._current_timestep: Any = None
+        self._check_components()
+
+    # ---- what the components are ----
+
+    @property
+    def any_transformer(self) -> WanTransformer3DModel:
+        """A loaded transformer; both slots have the same configuration."""
+        model = self.transformer if self.transformer is not None else self.transformer_2
+        if model is None:
+            raise ValueError("neither transformer nor transformer_2 is loaded; a video needs at least one")
+        return model
+
+    @property
+    def released(self) -> Preset | None:
+        """The released checkpoint that the loaded configs belong to; None if it is an unknown one."""
+        config = self.any_transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        return find_preset(dim, config.in_channels, self.config.boundary_ratio)
+
+    @property
+    def preset(self) -> Preset:
+        """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
+        in_channels = self.any_transformer.config.in_channels
+        return self.released or closest_preset(in_channels, self.config.boundary_ratio)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """The released checkpoint's name, or where an unknown one came from."""
+        return (
+            self.released.name
+            if self.released
+            else str(self.config.get("_name_or_path") or "unnamed checkpoint")
+        )
+
+    def _check_components(self) -> None:
+        models = [m for m in (self.transformer, self.transformer_2) if m is not None]
+        if self.config.boundary_ratio is None and self.transformer_2 is not None:
+            raise ValueError(
+                "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
+            )
+        for model in models:
+            if self.vae is not None and model.config.out_channels != self.vae.config.z_dim:
+                raise ValueError(
+                    f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
+                    f"{self.vae.config.z_dim}; they are of different checkpoints"
+                )
+
+    def correct_shift(self) -> None:
+        """Give a converted repository of a released checkpoint the official shift.
+
+        diffusers' conversion script writes the same 3.0 for every Wan checkpoint but TI2V-5B, and a
+        repository that still has it gets worse videos than the official code.
+        """
+        preset = self.released
+        if (
+            preset is not None
+            and scheduler_shift(self.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift
+        ):
+            logger.info(
+                "flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift
+            )
+            self.scheduler = reshifted(self.scheduler, preset.flow_shift)
+
+    # ---- the steps of a call ----
+
+    def encode_prompt(
+        self,
+        prompt: Prompt = None,
+        negative_prompt: Prompt = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = TEXT_ROWS,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode prompts; the result can be kept and given to any number of calls.
+
+        Args:
+            prompt: one or several.
+            negative_prompt: one, or one per prompt; empty means the checkpoint's default.
+            do_classifier_free_guidance: whether the negative prompt is needed.
+            num_videos_per_prompt: how often each row is repeated.
+            prompt_embeds: instead of prompt, "b s d" with s up to 512.
+            negative_prompt_embeds: instead of negative_prompt.
+            max_sequence_length: tokens at which a prompt is cut; the result has 512 rows whatever it is.
+            device: of the result; default is where the transformer runs.
+            dtype: of the result; default is the text encoder's.
+
+        Returns: embeddings of prompt and negative prompt, each "b 512 d"; None for the latter without
+            guidance.
+        """
+        device = device or self._execution_device
+        known: dict[str, torch.Tensor] = {}
+
+        def rows(texts: list[str]) -> torch.Tensor:
+            for text in texts:
+                if text not in known:
+                    known[text] = encode_prompt(self.tokenizer, self.text_encoder, text, max_sequence_length)
+            return torch.cat([known[text] for text in texts])
+
+        def finish(embeds: torch.Tensor) -> torch.Tensor:
+            return pad_rows(embeds).repeat_interleave(num_videos_per_prompt, 0).to(device, dtype)
+
+        with torch.no_grad():
+            if prompt_embeds is None:
+                prompt_embeds = rows(checks.as_prompts("prompt", prompt) or [])
+            if do_classifier_free_guidance and negative_prompt_embeds is None:
+                negatives = (
+                    checks.as_prompts("negative_prompt", negative_prompt or "", len(prompt_embeds)) or []
+                )
+                negative_prompt_embeds = rows([text or self.preset.negative_prompt for text in negatives])
+            negative = finish(negative_prompt_embeds) if negative_prompt_embeds is not None else None
+            return finish(prompt_embeds), negative if do_classifier_free_guidance else None
+
+    def encode_plan(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode a plan's prompts and negative prompts: "b 512 d", one entry per video."""
+        request = plan.request
+        return self.encode_prompt(
+            request.prompt,
+            request.negative_prompt,
+            plan.guided,
+            request.num_videos_per_prompt,
+            request.prompt_embeds,
+            request.negative_prompt_embeds,
+            request.max_sequence_length,
+        )
+
+    def prepare_latents(self, plan: Plan) -> torch.Tensor:
+        """Draw each video's noise from its own generator, or take the given latents; "b c t h w", float32."""
+        device, given = self._execution_device, plan.request.latents
+        if given is not None:
+            return given.to(device, torch.float32)
+        recipe = plan.recipe
+        shape = self.latent_shape(recipe.num_frames, recipe.height, recipe.width)
+        draws = [
+            torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in plan.generators
+        ]
+        return torch.stack([draw.to(device) for draw in draws])
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return one video's latent shape "c t h w"."""
+        stride = self.vae.spatial_stride
+        frames = 1 + (num_frames - 1) // self.vae.temporal_stride
+        return self.vae.config.z_dim, frames, height // stride, width // stride
+
+    def denoise(
+        self,
+        plan: Plan,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        condition: Condition,
+    ) -> torch.Tensor:
+        """Run the sampling loop.
+
+        Args:
+            plan: scheduler with its timesteps set, experts, callback.
+            latents: "b c t h w", float32.
+            prompt_embeds: "b 512 d".
+            negative_prompt_embeds: "b 512 d", or None if no step is guided.
+            condition: what the transformer gets beside latents and text.
+
+        Returns: "b c t h w", float32.
+
+        Raises:
+            FloatingPointError: the latents are no longer finite.
+        """
+        scheduler, times = plan.scheduler, plan.scheduler.timesteps.tolist()
+        self._num_timesteps, self._interrupt = len(times), False
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        with self.progress_bar(total=len(times)) as bar:
+            for i, t in enumerate(scheduler.timesteps):
+                self._current_timestep = t
+                expert = plan.experts.serving(times[i])
+                bar.set_postfix_str(expert.label)
+                step = {
+                    "step_index": i,
+                    "sigma": float(scheduler.sigmas[i]),
+                    "num_inference_steps": len(times),
+                }
+                # Each video goes through the model by itself: it cannot depend on its neighbours, to the last
+                # bit, and a clip is long enough to fill a device.
+                velocities = []
+                for b in range(len(latents)):
+                    inputs: dict[str, Any] = condition.model_inputs(latents[b : b + 1], t.reshape(1))
+                    inputs["attention_kwargs"] = plan.request.attention_kwargs
+                    positive, negative = (None if e is None else e[b : b + 1] for e in embeds.values())
+                    velocities.append(guided_velocity(expert, inputs, positive, negative, step))
+                latents = scheduler.step(torch.cat(velocities), t, latents, return_dict=False)[0]
+                latents = condition.after_step(latents)
+                if not torch.isfinite(latents).all():
+                    raise FloatingPointError(
+                        f"the latents are not finite after step {i + 1} of {len(times)} (timestep "
+                        f"{times[i]:g}, "
+                        f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype})"
+                    )
+                latents = self._call_back(plan, i, t, latents, embeds)
+                bar.update()
+                if self._interrupt:
+                    break
+        return latents
+
+    def _call_back(
+        self, plan: Plan, i: int, t: torch.Tensor, latents: torch.Tensor, embeds: dict[str, Any]
+    ) -> torch.Tensor:
+        """Call the caller's function, which may replace latents and embeddings."""
+        function = plan.request.callback_on_step_end
+        if function is None:
+            return latents
+        offered = {"latents": latents, **embeds}
+        replaced = function(self, i, t, {name: offered[name] for name in plan.callback_tensors}) or {}
+        for name in embeds:
+            embeds[name] = replaced.get(name, embeds[name])
+        replacement = replaced.get("latents", latents)
+        checks.check_latents(replacement, tuple(latents.shape))
+        return replacement
+
+    def decode(self, latents: torch.Tensor, output_type: str = "np") -> Any:
+        """Decode normalised latents, video by video and chunk by chunk.
+
+        Args:
+            latents: "b c t h w".
+            output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
+
+        Returns: the frames.
+
+        Raises:
+            FloatingPointError: the VAE produced values that are not finite.
+        """
+        if output_type == "latent":
+            return latents
+        videos = []
+        for z in latents.split(1):
+            z = self.vae.denormalize_latents(z).to(execution_device(self.vae), self.vae.dtype)
+            chunks = [chunk[0].float().cpu() for chunk in self.vae.decode_stream(z)]  # c t h w
+            video = (torch.cat(chunks, dim=1) / 2 + 0.5).clamp(0, 1)
+            if not torch.isfinite(video).all():
+                raise FloatingPointError(
+                    f"the VAE's frames are not finite in {self.vae.dtype}; load it in float32"
+                )
+            videos.append(video)
+        if output_type == "pt":
+            return torch.stack(videos).transpose(1, 2)  # b c t h w -> b t c h w
+        arrays = np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
+        return arrays if output_type == "np" else [[Image.fromarray(f) for f in v] for v in to_uint8(arrays)]
+
+    def finish(self, plan: Plan, latents: torch.Tensor) -> WanVideo | tuple[Any]:
+        """Decode and wrap the result."""
+        frames = self.decode(latents, plan.request.output_type)
+        if not plan.request.return_dict:
+            return (frames,)
+        return WanVideo(frames=frames, fps=plan.recipe.fps, recipe=plan.recipe)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Leave the pipeline ready for the next call, however this one ends: Ctrl-C included."""
+        try:
+            yield
+        finally:
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
+
+    # ---- state that diffusers' callbacks read ----
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by setting `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running or last call."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Any:
+        """Timestep of the running step; None outside a call."""
+        return self._current_timestep
+
+
+def guided_velocity(
+    expert: Expert,
+    inputs: dict[str, Any],
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    step: dict[str, Any],
+) -> torch.Tensor:
+    """Predict one video's velocity with classifier-free guidance, in float32.
+
+    Args:
+        expert: the transformer and its guidance scale.
+        inputs: the transformer's arguments beside the text.
+        prompt_embeds: "1 512 d".
+        negative_prompt_embeds: "1 512 d", needed if the scale is not 1.
+        step: what diffusers' step caches want to know about the step.
+
+    Returns: "1 c t h w".
+    """
+
+    def velocity(name: str, embeds: torch.Tensor | None) -> torch.Tensor:
+        assert embeds is not None, "a call always has prompt embeddings"
+        with expert.model.cache_context(name, **step):
+            text = embeds.to(expert.model.dtype)
+            return expert.model(encoder_hidden_states=text, return_dict=False, **inputs)[0].float()
+
+    conditional = velocity("cond", prompt_embeds)
+    if expert.guidance_scale == 1 or negative_prompt_embeds is None:
+        return conditional
+    unconditional = velocity("uncond", negative_prompt_embeds)
+    return unconditional + expert.guidance_scale * (conditional - unconditional)

@@ -1,0 +1,113 @@
+"""Checks of a call's arguments. Each error names the value, the rule and the nearest valid value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .text import TEXT_ROWS
+
+
+def check_size(name: str, value: int, multiple: int) -> None:
+    """Refuse a width or height that is not a positive multiple of what one token covers."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
+        raise ValueError(
+            f"{name}={value!r} must be a positive multiple of {multiple}; {_nearest(value, multiple)}"
+        )
+
+
+def check_num_frames(value: int, stride: int) -> None:
+    """Refuse a frame count that does not fill whole latent frames."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (value - 1) % stride:
+        nearest = _nearest(value - 1 if isinstance(value, int) else value, stride, plus=1, least=0)
+        raise ValueError(f"num_frames={value!r} must be 1 + a multiple of {stride}; {nearest}")
+
+
+def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"give an int such as {plus + multiple * 4}"
+    below = max(int(value // multiple), least)
+    above = max(below + 1, least)
+    return f"the nearest are {plus + below * multiple} and {plus + above * multiple}"
+
+
+def check_positive_int(name: str, value: int, most: int | None = None) -> None:
+    """Refuse a count that is not an int from 1 to `most`."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < 1
+        or (most is not None and value > most)
+    ):
+        rule = "at least 1" if most is None else f"1 to {most}"
+        nearest = most if most is not None and isinstance(value, (int, float)) and value > most else 1
+        raise ValueError(f"{name}={value!r} must be an int, {rule}; the nearest is {nearest}")
+
+
+def check_guidance(name: str, value: float) -> None:
+    """Refuse a guidance scale below 1, where libraries disagree about the meaning."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a number, 1 or more; 1 turns guidance off")
+
+
+def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str] | None:
+    """Return a list of prompts, or None.
+
+    Args:
+        name: of the argument.
+        prompt: one, or several.
+        count: how many there must be; one is repeated.
+
+    Raises:
+        ValueError: it is neither a string nor a non-empty list of strings, or there are not `count`.
+    """
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, not {_describe(prompt)}")
+    if count is not None and len(prompts) != count:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"{name} has {len(prompts)} entries for {count} prompts; give {count}, or one string"
+            )
+        prompts = [prompt] * count
+    return list(prompts)
+
+
+def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -> None:
+    """Refuse embeddings that are not "b s width" with at most 512 rows, for `count` prompts."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {_describe(embeds)}")
+    b, s, d = embeds.shape
+    if d != width or not 1 <= s <= TEXT_ROWS or not torch.isfinite(embeds).all():
+        raise ValueError(
+            f"{name} has shape {tuple(embeds.shape)}; it must be 'b s {width}' with 1 to {TEXT_ROWS} finite "
+            "rows s"
+        )
+    if count is not None and b != count:
+        raise ValueError(f"{name} is for {b} prompts; it must be for {count}")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Refuse initial latents of another shape."""
+    if (
+        not isinstance(latents, torch.Tensor)
+        or tuple(latents.shape) != shape
+        or not latents.is_floating_point()
+    ):
+        raise ValueError(
+            f"latents must be a floating-point tensor of shape {shape}, not {_describe(latents)}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"

@@ -1,0 +1,166 @@
+"""How a pipeline reads and writes the Diffusers layout with this library's classes in it.
+
+diffusers imports the module that model_index.json names for each component and takes the class from there. A
+repository says "diffusers"; here that is read as this module, which holds our class under diffusers' name,
+and written back on save. So every argument of diffusers' from_pretrained works, and plain diffusers reads
+what we save.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .. import __version__
+from ..checkpoints.formats import stored_dtype
+from ..models.autoencoder import AutoencoderKLWan
+from ..models.transformer import WanTransformer3DModel
+from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
+from ..schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
+from ..schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
+
+# What diffusers' loader looks up in this module: our classes under the names of model_index.json, and the
+# bases by which it tells models from schedulers.
+__all__ = [
+    "AutoencoderKLWan",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HubPipeline",
+    "ModelMixin",
+    "SchedulerMixin",
+    "UniPCMultistepScheduler",
+    "WanTransformer3DModel",
+    "adopt",
+    "execution_device",
+]
+_MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
+# Written into model_index.json, ignored by diffusers: the settings in the folder are somebody's choice.
+_MARK = "_wan22_version"
+
+
+class HubPipeline(DiffusionPipeline):
+    """Base of the pipelines: from_pretrained, save_pretrained and from_pipe with our classes.
+
+    A subclass names the diffusers pipeline it stands for in `_hub_class_name`, and knows the official shift.
+    """
+
+    _hub_class_name: str
+
+    def correct_shift(self) -> None:
+        """Replace a shift that the repository is known to have wrong."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a pipeline from a folder or a hub repository in the Diffusers layout.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository such as "Wan-AI/Wan2.2-T2V-A14B-Diffusers".
+            **kwargs: those of diffusers' `DiffusionPipeline.from_pretrained`, such as `revision`,
+                `cache_dir`, `token`, `local_files_only`, `variant`, `device_map`, `quantization_config`;
+                any component, ready made, or None to leave it out. `dtype` (or `torch_dtype`): of all
+                components, or a dict by component; default is the one each is stored in.
+
+        Returns: the pipeline.
+        """
+        source = str(pretrained_model_name_or_path)
+        folder = source
+        # One place resolves the repository, so that the stored dtypes are known before anything is loaded.
+        if not Path(source).is_dir():
+            folder = cls.download(
+                source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
+            )
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs.pop("torch_dtype", None)
+            kwargs["dtype"] = _stored_dtypes(Path(folder), kwargs.get("variant"))
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=source)
+        if kwargs.get("scheduler") is None and _MARK not in cls.load_config(folder):
+            pipe.correct_shift()
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Build this pipeline from another one's components, sharing their weights; nothing is cast or "
+        "copied.
+
+        Args:
+            pipeline: one of ours or of diffusers' Wan pipelines.
+            **kwargs: components and settings that replace the other's.
+        """
+        components, settings = cls._get_signature_keys(cls)
+        known = {
+            **pipeline.components,
+            **{k: v for k, v in pipeline.config.items() if k in settings},
+            **kwargs,
+        }
+        unknown = sorted(set(kwargs) - set(components) - set(settings))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(components + settings)}"
+            )
+        pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read model_index.json; components that we have a class for are looked up in this module."""
+        loaded = super().load_config(*args, **kwargs)
+        config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        config = {
+            name: [__name__, value[1]]
+            if isinstance(value, (list, tuple))
+            and len(value) == 2
+            and value[0] == "diffusers"
+            and value[1] in __all__
+            else value
+            for name, value in config.items()
+        }
+        return (config, *rest) if rest else config
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        # Empty annotations skip diffusers' own type warnings: `adopt` takes both families' classes.
+        return {name: (inspect.Signature.empty,) for name in super()._get_signature_types()}
+
+    def to_json_string(self) -> str:
+        """Write model_index.json with diffusers' names."""
+        config = json.loads(super().to_json_string())
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == 2 and str(value[0]).split(".")[0] == "wan22":
+                component = getattr(self, name)
+                schema = getattr(component, "schema", None)
+                config[name] = ["diffusers", schema.class_name if schema else type(component).__name__]
+        config["_class_name"] = self._hub_class_name
+        config[_MARK] = __version__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def adopt(component: Any) -> Any:
+    """Return our model for one of diffusers' own, sharing its weights; anything else as it is."""
+    ours = _MODELS.get(type(component).__name__)
+    if ours is None or isinstance(component, ours):
+        return component
+    with torch.device("meta"):
+        model = ours.from_config(component.config)
+    model.load_state_dict(component.state_dict(), assign=True)
+    return model.eval()
+
+
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """Return where a module runs: an offloaded one comes to its hook's device when called."""
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)
+
+
+def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    dtypes = {
+        child.name: stored_dtype(child, variant) for child in sorted(folder.iterdir()) if child.is_dir()
+    }
+    return {"default": torch.float32, **{name: dtype for name, dtype in dtypes.items() if dtype is not None}}

@@ -1,0 +1,241 @@
+"""What a caller asks of a pipeline, checked and completed with the official settings before any work."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..schedulers import FlowMatchScheduler
+from . import checks
+from .experts import Experts
+from .output import OUTPUT_TYPES, Recipe
+from .text import TEXT_ROWS
+
+if TYPE_CHECKING:
+    from .base import WanPipeline
+
+Prompt = str | Sequence[str] | None
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments that all pipelines' calls share; WanT2VPipeline.__call__ describes them."""
+
+    prompt: Prompt
+    negative_prompt: Prompt
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    guidance_scale_2: float | None
+    num_videos_per_prompt: int
+    generator: Generators
+    latents: torch.Tensor | None
+    prompt_embeds: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    output_type: str
+    return_dict: bool
+    attention_kwargs: dict[str, Any] | None
+    callback_on_step_end: Callable[..., Any] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    max_sequence_length: int
+    seed: int | Sequence[int] | None
+    flow_shift: float | None
+    sigmas: Sequence[float] | None
+    timesteps: Sequence[float] | None
+    noise_device: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request, and all that its run needs.
+
+    Args:
+        request: as the caller gave it.
+        recipe: every setting, completed.
+        generators: one per video.
+        scheduler: its schedule is set.
+        experts: which transformer serves which timestep.
+        guided: whether any step needs the negative prompt.
+        callback_tensors: what the callback gets.
+    """
+
+    request: Request
+    recipe: Recipe
+    generators: list[torch.Generator]
+    scheduler: Any
+    experts: Experts
+    guided: bool
+    callback_tensors: Sequence[str]
+
+
+def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
+    """Check a request and complete it.
+
+    Raises:
+        ValueError: an argument breaks its rule; the message names the value, the rule and the nearest valid
+            value.
+    """
+    checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
+    checks.check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
+    checks.check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
+    prompts, negatives = _prompts(pipe, request)
+    height, width, num_frames = _size(pipe, request)
+    if request.latents is not None:
+        checks.check_latents(request.latents, (len(prompts), *pipe.latent_shape(num_frames, height, width)))
+    generators = _generators(request, len(prompts))
+    callback_tensors = _callback_tensors(request, pipe._callback_tensor_inputs)
+    scheduler = _scheduler(pipe, request)
+    experts = _experts(pipe, request, scheduler)
+    guided = experts.guided(scheduler.timesteps.tolist())
+    custom = request.sigmas is not None or request.timesteps is not None
+    shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
+    recipe = Recipe(
+        checkpoint=pipe.checkpoint_name,
+        prompts=prompts,
+        negative_prompts=negatives if guided else (None,) * len(prompts),
+        seeds=_seeds(request, generators),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=pipe.preset.fps,
+        scheduler=type(scheduler).__name__,
+        num_inference_steps=len(scheduler.timesteps),
+        flow_shift=None if custom else shift,
+        guidance_scale=experts.high.guidance_scale,
+        guidance_scale_2=None if experts.boundary is None else experts.low.guidance_scale,
+        boundary_ratio=pipe.config.boundary_ratio,
+    )
+    return Plan(request, recipe, generators, scheduler, experts, guided, callback_tensors)
+
+
+def _prompts(pipe: "WanPipeline", request: Request) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Return prompt and negative prompt of each video; None where embeddings were given."""
+    width = pipe.any_transformer.config.text_dim
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise ValueError("give prompt or prompt_embeds, and only one of them")
+    if request.prompt_embeds is not None:
+        checks.check_embeds("prompt_embeds", request.prompt_embeds, width)
+        prompts: list[str | None] = [None] * len(request.prompt_embeds)
+    else:
+        prompts = list(checks.as_prompts("prompt", request.prompt) or [])
+    if request.negative_prompt_embeds is not None:
+        if request.negative_prompt is not None:
+            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+        checks.check_embeds("negative_prompt_embeds", request.negative_prompt_embeds, width, len(prompts))
+        negatives: list[str | None] = [None] * len(prompts)
+    else:
+        texts = checks.as_prompts("negative_prompt", request.negative_prompt or "", len(prompts)) or []
+        negatives = [text or pipe.preset.negative_prompt for text in texts]
+    repeat = request.num_videos_per_prompt
+    return tuple(p for p in prompts for _ in range(repeat)), tuple(
+        n for n in negatives for _ in range(repeat)
+    )
+
+
+def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
+    """Return height, width and frames: the given ones, or the checkpoint's."""
+    preset, patch = pipe.preset, pipe.any_transformer.config.patch_size
+    height = preset.height if request.height is None else request.height
+    width = preset.width if request.width is None else request.width
+    num_frames = preset.num_frames if request.num_frames is None else request.num_frames
+    checks.check_size("height", height, pipe.vae.spatial_stride * patch[1])
+    checks.check_size("width", width, pipe.vae.spatial_stride * patch[2])
+    checks.check_num_frames(num_frames, pipe.vae.temporal_stride)
+    return height, width, num_frames
+
+
+def _generators(request: Request, count: int) -> list[torch.Generator]:
+    """Return one generator per video; a single seed s gives the videos s, s + 1, …"""
+    if request.generator is not None:
+        if request.seed is not None:
+            raise ValueError("seed and generator are both given; give one")
+        given = request.generator
+        generators = [given] * count if isinstance(given, torch.Generator) else list(given)
+        if len(generators) != count:
+            raise ValueError(f"{len(generators)} generators for {count} videos; give {count}, or one")
+        return generators
+    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} videos; give {count}, or one")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ValueError(f"seed={value!r} must be an int from 0 to 2**63 - 1")
+    return [torch.Generator(request.noise_device or "cpu").manual_seed(value) for value in seeds]
+
+
+def _seeds(request: Request, generators: list[torch.Generator]) -> tuple[int | None, ...]:
+    """Return each video's seed; None where it cannot be told."""
+    if request.latents is not None:
+        return (None,) * len(generators)
+    first_of_shared = isinstance(request.generator, torch.Generator)
+    return tuple(None if first_of_shared and i else g.initial_seed() for i, g in enumerate(generators))
+
+
+def _callback_tensors(request: Request, allowed: Sequence[str]) -> Sequence[str]:
+    """Return the tensors that the callback asks for."""
+    function, tensors = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+    if isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
+        tensors = function.tensor_inputs
+    for name in tensors:
+        checks.check_choice("callback_on_step_end_tensor_inputs", name, allowed)
+    return tensors
+
+
+def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
+    """Return the scheduler with the call's schedule set."""
+    lists = {"sigmas": request.sigmas, "timesteps": request.timesteps}
+    custom: dict[str, Any] = {name: values for name, values in lists.items() if values is not None}
+    steps = request.num_inference_steps
+    if steps is None and not custom:
+        steps = pipe.preset.num_inference_steps
+    if steps is not None:
+        checks.check_positive_int("num_inference_steps", steps)
+    scheduler, device = pipe.scheduler, pipe._execution_device
+    if isinstance(scheduler, FlowMatchScheduler):
+        scheduler.set_timesteps(steps, device, shift=request.flow_shift, **custom)
+    else:
+        if request.flow_shift is not None:
+            scheduler = reshifted(scheduler, request.flow_shift)
+        scheduler.set_timesteps(device=device, **(custom or {"num_inference_steps": steps}))
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _experts(pipe: "WanPipeline", request: Request, scheduler: Any) -> Experts:
+    """Return the experts with their guidance: the given scales or the checkpoint's; one serves both."""
+    preset, ratio = pipe.preset, pipe.config.boundary_ratio
+    first, second = request.guidance_scale, request.guidance_scale_2
+    if second is not None and ratio is None:
+        raise ValueError(f"guidance_scale_2={second!r} is for checkpoints of two experts; use guidance_scale")
+    if second is None:
+        second = preset.guidance_scale_2 if first is None else first
+    if first is None:
+        first = preset.guidance_scale
+    second = first if second is None else second
+    checks.check_guidance("guidance_scale", first)
+    checks.check_guidance("guidance_scale_2", second)
+    boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
+    experts = Experts(pipe.transformer, pipe.transformer_2, boundary, (first, second))
+    experts.needed(scheduler.timesteps.tolist())
+    return experts
+
+
+def scheduler_shift(scheduler: Any) -> float | None:
+    """Return the shift in a scheduler's config, ours or diffusers'."""
+    for name in ("flow_shift", "shift"):
+        if name in scheduler.config:
+            return float(scheduler.config[name])
+    return None
+
+
+def reshifted(scheduler: Any, shift: float) -> Any:
+    """Return a scheduler like the given one with another shift."""
+    name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+    return type(scheduler).from_config(scheduler.config, **{name: shift})

@@ -1,0 +1,160 @@
+"""What is known about each released checkpoint: how to tell it, and the official recipe to run it with."""
+
+from dataclasses import dataclass
+
+# The official code's default, used wherever the negative prompt is empty.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The facts about one released checkpoint and its official settings.
+
+    Args:
+        name: of the checkpoint.
+        repo: on the hub, in the Diffusers layout; "" if it ships inside this package.
+        dim: the transformer's model size.
+        in_channels: the transformer's input channels.
+        boundary_ratio: timesteps at or above this share of 1000 are the high-noise expert's; None for one
+            transformer.
+        num_inference_steps: denoising steps.
+        flow_shift: shift of the noise schedule.
+        guidance_scale: of the high-noise expert, or of the only transformer.
+        guidance_scale_2: of the low-noise expert; None for one transformer.
+        width: pixels.
+        height: pixels.
+        num_frames: frames, 1 + a multiple of 4.
+        fps: frames per second.
+        negative_prompt: used where the caller's is empty.
+
+    Source: Wan2.2 wan/configs, Wan2.1 wan/configs and its README.
+    """
+
+    name: str
+    repo: str
+    dim: int
+    in_channels: int
+    boundary_ratio: float | None
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    guidance_scale_2: float | None
+    width: int
+    height: int
+    num_frames: int = 81
+    fps: int = 16
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+T2V_A14B = Preset(
+    name="Wan2.2-T2V-A14B",
+    repo="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    dim=5120,
+    in_channels=16,
+    boundary_ratio=0.875,
+    num_inference_steps=40,
+    flow_shift=12.0,
+    guidance_scale=4.0,
+    guidance_scale_2=3.0,
+    width=1280,
+    height=720,
+)
+I2V_A14B = Preset(
+    name="Wan2.2-I2V-A14B",
+    repo="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    dim=5120,
+    in_channels=36,
+    boundary_ratio=0.900,
+    num_inference_steps=40,
+    flow_shift=5.0,
+    guidance_scale=3.5,
+    guidance_scale_2=3.5,
+    width=1280,
+    height=720,
+)
+TI2V_5B = Preset(
+    name="Wan2.2-TI2V-5B",
+    repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    dim=3072,
+    in_channels=48,
+    boundary_ratio=None,
+    num_inference_steps=50,
+    flow_shift=5.0,
+    guidance_scale=5.0,
+    guidance_scale_2=None,
+    width=1280,
+    height=704,
+    num_frames=121,
+    fps=24,
+)
+T2V_1_3B = Preset(
+    name="Wan2.1-T2V-1.3B",
+    repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    dim=1536,
+    in_channels=16,
+    boundary_ratio=None,
+    num_inference_steps=50,
+    flow_shift=8.0,
+    guidance_scale=6.0,
+    guidance_scale_2=None,
+    width=832,
+    height=480,
+)
+T2V_14B = Preset(
+    name="Wan2.1-T2V-14B",
+    repo="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    dim=5120,
+    in_channels=16,
+    boundary_ratio=None,
+    num_inference_steps=50,
+    flow_shift=5.0,
+    guidance_scale=5.0,
+    guidance_scale_2=None,
+    width=1280,
+    height=720,
+)
+TINY_T2V = Preset(
+    name="tiny-t2v",
+    repo="",
+    dim=128,
+    in_channels=16,
+    boundary_ratio=0.875,
+    num_inference_steps=20,
+    flow_shift=3.0,
+    guidance_scale=4.0,
+    guidance_scale_2=3.0,
+    width=64,
+    height=64,
+    num_frames=17,
+    fps=8,
+    negative_prompt="",
+)
+# What diffusers' conversion script writes as flow_shift for every Wan checkpoint but TI2V-5B, right or not.
+CONVERTED_FLOW_SHIFT = 3.0
+PRESETS = (T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, TINY_T2V)
+
+
+def find_preset(dim: int, in_channels: int, boundary_ratio: float | None) -> Preset | None:
+    """Return the released checkpoint that these configs belong to, or None.
+
+    Args:
+        dim: the transformer's model size (heads times head size).
+        in_channels: the transformer's input channels.
+        boundary_ratio: of the pipeline's config; only whether there is one counts.
+    """
+    for preset in PRESETS:
+        experts_agree = (preset.boundary_ratio is None) == (boundary_ratio is None)
+        if (preset.dim, preset.in_channels) == (dim, in_channels) and experts_agree:
+            return preset
+    return None
+
+
+def closest_preset(in_channels: int, boundary_ratio: float | None) -> Preset:
+    """Return the release whose recipe suits a checkpoint of unknown size: same channels and experts."""
+    family = [p for p in PRESETS if p.repo and p.in_channels == in_channels] or [T2V_14B]
+    same = [p for p in family if (p.boundary_ratio is None) == (boundary_ratio is None)]
+    return (same or family)[0]

@@ -1,0 +1,35 @@
+"""Euler's method: one straight step along the velocity."""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from . import hub_config
+from .flow_match import FlowMatchScheduler
+
+
+class FlowMatchEulerScheduler(FlowMatchScheduler):
+    """First-order solver, the one few-step distilled checkpoints are trained for.
+
+    The noise levels are shift(linspace(1, 0, n + 1)), shifted once, and the timesteps keep their fractions:
+    4 steps at shift 5 are 1000, 937.5, 833.33 and 625. (diffusers' FlowMatchEulerDiscreteScheduler shifts its
+    first and last level and then the whole table again: other levels from the same config.)
+
+    Args:
+        num_train_timesteps: the timestep of pure noise, at least 2.
+        shift: default shift of the schedule, above 0.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Liu et al. 2022, arXiv:2209.03003, section 2 (the ODE dx = v dsigma by Euler's method).
+    """
+
+    schema = hub_config.EULER
+    truncates_timesteps = False
+
+    @register_to_config
+    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        super().__init__(num_train_timesteps, shift)
+
+    def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+        return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity

@@ -1,0 +1,368 @@
+"""The flow-matching schedule that every solver shares: shift, sigmas, timesteps, step index.
+
+Flow matching interpolates linearly, x_sigma = (1 - sigma) x0 + sigma noise, and the model predicts the
+velocity noise - x0. The timestep is sigma * num_train_timesteps. Sampling goes from sigma near 1 down to 0.
+
+Source: Wan2.2 wan/utils/fm_solvers_unipc.py and wan/utils/fm_solvers.py; Lipman et al. 2022, arXiv:2210.02747
+(flow matching); Esser et al. 2024, arXiv:2403.03206 (shift).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+
+from .checks import check_count, check_shift, checked_table
+from .hub_config import MULTISTEP_FLOW, SCHEMAS, HubSchema, read_config
+
+
+def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Move sigmas towards 1 for shift > 1; 0 and 1 stay where they are.
+
+    Args:
+        sigmas: noise levels in [0, 1].
+        shift: above 0; 1 changes nothing.
+
+    Returns: shift s / (1 + (shift - 1) s), in the dtype of `sigmas`.
+    """
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def x0_from_velocity(sample: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Predict the clean sample: x - sigma v.
+
+    Args:
+        sample: at noise level `sigma`, any shape.
+        velocity: the model's prediction of noise - x0, shaped like `sample`.
+        sigma: scalar in [0, 1].
+
+    Returns: shaped like `sample`.
+    """
+    return sample - sigma * velocity
+
+
+def half_log_snr(sigma: torch.Tensor) -> torch.Tensor:
+    """Time variable of the exponential solvers, lambda = log(alpha) - log(sigma) with alpha = 1 - sigma.
+
+    Args:
+        sigma: in [0, 1].
+
+    Returns: -inf at sigma 1, +inf at sigma 0.
+    """
+    return torch.log(1 - sigma) - torch.log(sigma)
+
+
+class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
+    """Base of the solvers: builds the schedule and keeps the step index.
+
+    A solver gives `schema`, `_solve` and, where it keeps a history, `_reset`. The noise levels stay on the
+    CPU in float32 whatever the device of the samples, so every machine computes the same coefficients.
+
+    Args:
+        num_train_timesteps: the timestep of pure noise, at least 2.
+        shift: default shift of the schedule, above 0.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    schema: ClassVar[HubSchema]
+    truncates_timesteps: ClassVar[bool] = True
+    _compatibles = [schema.class_name for schema in SCHEMAS]
+    order = 1  # model evaluations per step
+    init_noise_sigma = 1.0
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+    def __init__(self, num_train_timesteps: int, shift: float) -> None:
+        check_count("num_train_timesteps", num_train_timesteps, least=2)
+        check_shift(shift)
+        # The live config carries diffusers' names too, so its classes can be built from it with from_config.
+        mirrored = {**MULTISTEP_FLOW, **self.schema.fixed, "flow_shift": shift}
+        self.register_to_config(**mirrored, _class_name=self.schema.class_name)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, dtype=torch.int64)
+        self.sigmas = torch.empty(0)
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget the solver's history."""
+
+    def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+        """Go from sigmas[index] to sigmas[index + 1], in float32."""
+        raise NotImplementedError
+
+    @property
+    def sigma_start(self) -> float:
+        """First noise level before the shift."""
+        return 1.0
+
+    # ---- schedule ----
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        shift: float | None = None,
+        sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
+        timesteps: Sequence[float] | np.ndarray | torch.Tensor | None = None,
+    ) -> None:
+        """Build the schedule and forget the previous run.
+
+        Exactly one of `num_inference_steps`, `sigmas` and `timesteps` decides; the number of steps may
+        accompany a list if it agrees with it.
+
+        Args:
+            num_inference_steps: at least 1.
+            device: where `timesteps` goes; `sigmas` stays on the CPU.
+            shift: instead of the config's, above 0; only for a schedule built from `num_inference_steps`.
+            sigmas: noise levels in (0, 1], strictly descending, without the final 0; not shifted.
+            timesteps: sigma * num_train_timesteps, strictly descending likewise; not shifted, kept as floats.
+
+        Raises:
+            ValueError: a value outside its range, or arguments that contradict each other.
+        """
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("sigmas and timesteps were both given; give one of them")
+        if num_inference_steps is not None:
+            check_count("num_inference_steps", num_inference_steps, least=1)
+
+        scale = self.config["num_train_timesteps"]
+        if timesteps is not None:
+            times = checked_table("timesteps", timesteps, scale, num_inference_steps, shift)
+            levels = times / scale
+        elif sigmas is not None:
+            levels = checked_table("sigmas", sigmas, 1, num_inference_steps, shift)
+            times = levels * scale
+        elif num_inference_steps is None:
+            raise ValueError("no schedule was given; give one of num_inference_steps, sigmas and timesteps")
+        else:
+            shift = self.config["shift"] if shift is None else shift
+            check_shift(shift)
+            levels = shift_sigmas(np.linspace(self.sigma_start, 0, num_inference_steps + 1)[:-1], shift)
+            times = levels * scale
+
+        levels = np.append(levels, 0).astype(np.float32)
+        if not (np.diff(levels) < 0).all():
+            raise ValueError(
+                f"{len(times)} steps at shift {shift} lie closer than float32 can tell apart; "
+                "use fewer steps or a shift nearer to 1"
+            )
+        dtype = torch.int64 if self.truncates_timesteps and timesteps is None else torch.float32
+        self.timesteps = torch.from_numpy(times).to(dtype).to(device)
+        self.sigmas = torch.from_numpy(levels)
+        self.num_inference_steps = len(times)
+        self._begin_index = None
+        self._step_index = None
+        self._reset()
+
+    def __len__(self) -> int:
+        """Count the training timesteps."""
+        return int(self.config["num_train_timesteps"])
+
+    # ---- index ----
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step; None before the first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, if `set_begin_index` gave one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the next run at a later step of the schedule.
+
+        Args:
+            begin_index: from 0 to the number of steps - 1.
+
+        Raises:
+            ValueError: no schedule, or an index outside it.
+        """
+        steps = self._require_schedule()
+        if not 0 <= begin_index < steps:
+            nearest = min(max(begin_index, 0), steps - 1)
+            raise ValueError(
+                f"begin_index must be from 0 to {steps - 1}, got {begin_index}; the nearest is {nearest}"
+            )
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """Find the first step with this timestep.
+
+        Args:
+            timestep: one value, or several equal ones.
+
+        Returns: its index.
+
+        Raises:
+            ValueError: no schedule, or a timestep that is not in it.
+        """
+        self._require_schedule()
+        values = torch.as_tensor(timestep).flatten().unique()
+        if len(values) != 1:
+            raise ValueError(
+                f"timestep must be one value, got {values.tolist()}; set_begin_index says where to start"
+            )
+        distances = (self.timesteps.cpu().double() - values.cpu().double()).abs()
+        index = int(distances.argmin())
+        if distances[index] > 1e-3:  # float32 holds a timestep to 6e-5
+            nearest = self.timesteps[index].item()
+            raise ValueError(
+                f"timestep {values.item()} is not in the schedule; the nearest is {nearest} (step {index}); "
+                f"set_begin_index({index}) starts there"
+            )
+        return index
+
+    def _require_schedule(self) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError(f"{type(self).__name__} has no schedule yet; call set_timesteps first")
+        return self.num_inference_steps
+
+    # ---- sampling ----
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor | None,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Take the next step of the schedule, in float32.
+
+        Args:
+            model_output: velocity, shaped like `sample`.
+            timestep: read only on a run's first step, to find where it starts, and only if no begin index is
+                set; None starts at the beginning. After that the index counts, so timesteps may repeat.
+            sample: noisy sample of any shape.
+            generator: unused, the solvers are deterministic; pipelines written for diffusers pass it.
+            return_dict: False returns a tuple.
+
+        Returns: the sample at the next noise level as `prev_sample`, in the dtype of `sample`.
+
+        Raises:
+            ValueError: no schedule, no step left, or shapes that differ.
+        """
+        steps = self._require_schedule()
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must be shaped like sample {(*sample.shape,)}, got {(*model_output.shape,)}"
+            )
+        index = self._step_index
+        if index is None:
+            index = self._begin_index
+        if index is None:
+            index = 0 if timestep is None else self.index_for_timestep(timestep)
+        if index >= steps:
+            raise ValueError(
+                f"step {index} is past the end, the last is {steps - 1}; call set_timesteps to start again"
+            )
+
+        prev_sample = self._solve(index, sample.float(), model_output.float()).to(sample.dtype)
+        self._step_index = index + 1
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the sample unchanged: flow matching feeds it to the model as it is.
+
+        Args:
+            sample: any shape.
+            timestep: unused.
+
+        Returns: `sample`.
+        """
+        return sample
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Bring a clean sample to a step's noise level, (1 - sigma) x0 + sigma noise, in float32.
+
+        Args:
+            sample: clean, "b ...".
+            timestep: of the schedule, one or "b"; once a run has a begin or step index, that counts instead.
+            noise: shaped like `sample`.
+
+        Returns: shaped like `sample`, in its dtype.
+
+        Raises:
+            ValueError: no schedule, or a timestep that is not in it.
+        """
+        steps = self._require_schedule()
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            indices = [self.index_for_timestep(value) for value in torch.as_tensor(timestep).flatten()]
+        else:
+            indices = [min(index, steps)]
+        sigma = self.sigmas[indices].to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
+        return ((1 - sigma) * sample.float() + sigma * noise.float()).to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """`scale_noise` with the name and argument order of diffusers' multistep schedulers.
+
+        Args:
+            original_samples: clean, "b ...".
+            noise: shaped like it.
+            timesteps: as in `scale_noise`.
+
+        Returns: as in `scale_noise`.
+        """
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    # ---- config ----
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build this solver from a diffusers flow scheduler's config, whichever of the supported ones it is.
+
+        Args:
+            config: of UniPCMultistepScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler,
+                or of one of the solvers here.
+            return_unused_kwargs: return (scheduler, kwargs that are no setting).
+            kwargs: settings that replace the config's, such as `shift` or `flow_shift`.
+
+        Returns: the scheduler.
+
+        Raises:
+            ValueError: a setting that is not supported.
+        """
+        settings = {"num_train_timesteps", "solver_order", "shift", "flow_shift"}.union(
+            *(s.fixed for s in SCHEMAS)
+        )
+        overrides = {name: kwargs.pop(name) for name in settings & kwargs.keys()}
+        arguments = read_config(config, overrides, cls.schema)
+        if "solver_order" not in cls._get_init_keys(cls):
+            arguments.pop("solver_order", None)
+        return super().from_config(arguments, return_unused_kwargs, **kwargs)
+
+    def to_json_string(self) -> str:
+        """Write the config that plain diffusers reads.
+
+        Returns: JSON with diffusers' class and field names.
+        """
+        fields = {
+            "_class_name": self.schema.class_name,
+            "_diffusers_version": diffusers.__version__,
+            "num_train_timesteps": self.config["num_train_timesteps"],
+            self.schema.shift_field: self.config["shift"],
+            **self.schema.fixed,
+        }
+        if "solver_order" in self.config:
+            fields["solver_order"] = self.config["solver_order"]
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
