@@ -1,9 +1,9 @@
-"""Encode captioned training clips once, so that a training step of the transformer costs no drawing or encoding.
+"""Encode captioned training clips once, so that training the transformer costs no drawing and encoding.
 
     python examples/tiny/cache_latents.py --out runs/tiny
 
-Writes runs/tiny/latents/00000.pt and so on, 500 clips each. Files that are there are kept, so it can be interrupted,
-and training may already read the first ones while the rest are made.
+Writes runs/tiny/latents/00000.pt and so on, 500 clips each. Files that are there are kept, so it can be
+interrupted; training may already read the first ones while the rest are made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from train_vae import speed_up, to_pixels
 from wan22 import AutoencoderKLWan
 
 CLIPS_PER_FILE, BATCH = 500, 20
+# Most clips show the motions that must hold.
+MOTION_WEIGHTS = {motion: 1.0 if motion in clips.CORE_MOTIONS else 0.2 for motion in clips.MOTIONS}
 
 
 @torch.inference_mode()
@@ -35,7 +37,7 @@ def encode_clips(vae: AutoencoderKLWan, n: int, seed: list[int], split: str) -> 
     rng = np.random.default_rng(seed)
     latents, captions = [], []
     for start in range(0, n, BATCH):
-        frames, texts, _ = clips.draw_batch(rng, min(BATCH, n - start), split)
+        frames, texts, _ = clips.draw_batch(rng, min(BATCH, n - start), split, weights=MOTION_WEIGHTS)
         mean = vae.encode_chunk(to_pixels(frames))[0].chunk(2, dim=1)[0]
         latents.append(vae.normalize_latents(mean).half().contiguous())
         captions += texts

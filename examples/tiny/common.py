@@ -1,4 +1,4 @@
-"""What the training scripts share: learning rate, weight averaging, checkpoints, prefetching, command line."""
+"""What the training scripts share: options, learning rate, weight averaging, checkpoints, prefetching."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         defaults: further options and their default values; a value's type is the option's.
     Returns: the options.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="only a few steps, to see that everything runs")

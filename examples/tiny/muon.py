@@ -15,7 +15,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         matrices: "n rows columns".
         steps: Newton-Schulz iterations.
     Returns: "n rows columns", singular values between about 0.7 and 1.2.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), quintic iteration.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
@@ -30,7 +30,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon on matrices and convolution kernels (as output × everything else), AdamW on the rest.
 
-    Muon's update is scaled to the root mean square of a typical AdamW update, so one learning rate serves both.
+    Muon's update is scaled to the size of a typical AdamW update, so one learning rate serves both.
 
     Args:
         matrices: weights with two or more axes.
@@ -67,7 +67,8 @@ class Muon(torch.optim.Optimizer):
                 self._adam(params, group)
 
     def _muon(self, params: list[nn.Parameter], group: dict) -> None:
-        gradients = torch.stack([p.grad for p in params]).flatten(2)  # matrices of one shape, "n rows columns"
+        # Matrices of one shape go together, "n rows columns".
+        gradients = torch.stack([p.grad for p in params]).flatten(2)
         state = self.state[group["params"][0]]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradients)

@@ -1,4 +1,4 @@
-"""Make the small tokenizer of the embedded checkpoint: the words of the captions, and characters for all others.
+"""Make the small tokenizer of the embedded checkpoint: the captions' words, and characters for all others.
 
     python examples/tiny/tokenizer.py --out runs/tiny
 
@@ -30,7 +30,7 @@ def caption_words(samples: int = 20000) -> list[str]:
 
 
 def make_tokenizer() -> T5TokenizerFast:
-    """Build the tokenizer: caption words in three spellings (red, Red, RED), ASCII characters for any other text."""
+    """Build the tokenizer: caption words in three spellings (red, Red, RED), ASCII characters for the rest."""
     words = [spelling for word in caption_words() for spelling in (word, word.capitalize(), word.upper())]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(SPACE + word, WORD_SCORE) for word in dict.fromkeys(words)]

@@ -39,7 +39,7 @@ def test_run(run, shift_from, golden):
         velocity = torch.sin(3 * x) + (t / 1000) * x
         x = scheduler.step(velocity, t, x, return_dict=False)[0]
         reference = expected["trajectory"][i + 1]
-        assert (x - reference).norm() <= 2e-7 * reference.norm(), f"step {i}"
+        assert (x - reference).norm() <= 1e-6 * reference.norm(), f"step {i}"
 
 
 def test_every_solver_and_length_is_stored():

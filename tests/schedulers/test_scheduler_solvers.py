@@ -110,7 +110,7 @@ def test_matches_float64_formula(solver, reference, steps):
     x = noise(2, 3, 2, 4)
     expected = torch.from_numpy(reference(scheduler.sigmas.double().numpy(), x.double().numpy()))
     error = (run(scheduler, x) - expected).norm() / expected.norm()
-    assert error <= 5e-7
+    assert error <= 1e-6
 
 
 @pytest.mark.parametrize("solver", [UNIPC, DPMPP, EULER])
@@ -237,7 +237,7 @@ class TestStep:
 
     def test_half_precision_is_stepped_in_float32(self, solver):
         scheduler = solver(shift=5.0)
-        x, v = noise(2, 4).bfloat16(), noise(2, 4, seed=1).bfloat16()
+        x, v = noise(2, 256).bfloat16(), noise(2, 256, seed=1).bfloat16()
         scheduler.set_timesteps(4)
         half = scheduler.step(v, scheduler.timesteps[0], x).prev_sample
         scheduler.set_timesteps(4)

@@ -1,7 +1,7 @@
 """The Wan video autoencoder: pixels to latents and back, the 2.1 and the 2.2 family in one class.
 
-Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns: of pixels in [-1, 1] for a video ("x", c = 3),
-of latent cells for latents ("z"). A clip of 1 + 4k frames has 1 + k latent frames.
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns: of pixels in [-1, 1] for a video ("x", 3
+channels), of latent cells for latents ("z"). A clip of 1 + 4k frames has 1 + k latent frames.
 
 A long clip goes through in chunks; what the causal layers must remember between chunks is a `TemporalCache`,
 an object of the caller's. The model itself never changes while it runs.
@@ -183,7 +183,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
             frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
             chunk_latents: latent frames to compute at a time.
         Returns: an iterator over the posteriors of consecutive latents, together those of `encode`.
-        Raises: ValueError: chunk_latents is below 1; or, while iterating, a piece's shape or the sum of frames is
+        Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
             not as above.
         """
         self._check_chunk_latents(chunk_latents)
@@ -224,7 +224,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
         return self.decode(z, return_dict=return_dict)
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """Give raw latents "b c t h w" mean 0 and deviation 1 per channel, as the transformer has them; float32."""
+        """Give raw latents "b c t h w" mean 0 and deviation 1 per channel, as the transformer's; float32."""
         mean, inv_std, z = self._latent_statistics(z)
         return (z - mean) * inv_std
 

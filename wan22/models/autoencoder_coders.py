@@ -41,7 +41,7 @@ class MidBlock(nn.Module):
 
 
 class ResidualDownBlock(nn.Module):
-    """A resolution of the 2.2 encoder: residual blocks, a downsampler, and an averaging shortcut around them."""
+    """A resolution of the 2.2 encoder: residual blocks, a downsampler, an averaging shortcut around them."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
@@ -83,7 +83,7 @@ class UpBlock(nn.Module):
 
 
 class ResidualUpBlock(nn.Module):
-    """A resolution of the 2.2 decoder: residual blocks, an upsampler, and a duplicating shortcut around them."""
+    """A resolution of the 2.2 decoder: residual blocks, an upsampler, a duplicating shortcut around them."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool

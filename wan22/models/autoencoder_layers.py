@@ -84,7 +84,7 @@ class ResidualBlock(nn.Module):
         """Map "b c t h w" to "b c t h w"."""
         y = self.conv1(F.silu(self.norm1(x)), cache)
         y = self.conv2(self.dropout(F.silu(self.norm2(y))), cache)
-        return self.conv_shortcut(x) + y
+        return y + self.conv_shortcut(x)
 
 
 class AttentionBlock(nn.Module):
@@ -106,7 +106,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.transpose(2, 3).contiguous().chunk(3, dim=-1)  # (b t) 1 (h w) c
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.proj(y.transpose(2, 3).reshape(b * t, c, h, w))
-        return x + _unfold_time(y, b)
+        return _unfold_time(y, b) + x
 
 
 class Downsample(nn.Module):
@@ -161,7 +161,7 @@ class Upsample(nn.Module):
             if cache is not None and cache.started:
                 x = self._double_time(x, cache)
             elif x.shape[2] > 1:
-                # The first frame is neither doubled nor seen by the convolution: the second's context is zeros.
+                # The first frame is neither doubled nor seen by the convolution, whose context is zeros then.
                 x = torch.cat([x[:, :, :1], self._double_time(x[:, :, 1:], cache)], dim=2)
         return _unfold_time(self.resample(_fold_time(x)), x.shape[0])
 

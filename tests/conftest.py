@@ -1,0 +1,67 @@
+"""What all tests share: one thread, no network, golden data, small random pipelines."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+import torch
+
+from tests import builders
+from wan22 import presets
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) returns (description, weights, tensors) of tests/golden."""
+    return builders.load_golden
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """Let the random pipelines count as a released checkpoint with settings small enough to run."""
+    preset = presets.Preset(
+        name="random-t2v",
+        repo="",
+        dim=48,
+        in_channels=16,
+        boundary_ratio=0.875,
+        num_inference_steps=3,
+        flow_shift=5.0,
+        guidance_scale=3.0,
+        guidance_scale_2=2.0,
+        width=48,
+        height=32,
+        num_frames=5,
+        fps=12,
+    )
+    monkeypatch.setattr(presets, "PRESETS", (*presets.PRESETS, preset))
+    return preset
+
+
+@pytest.fixture
+def pipe():
+    """A random WanT2VPipeline of T2V-A14B's form."""
+    return builders.random_pipeline()
+
+
+@pytest.fixture
+def single_pipe():
+    """A random WanT2VPipeline with one transformer, of Wan 2.1's form."""
+    return builders.random_pipeline(experts=1)
+
+
+@pytest.fixture
+def ti2v_pipe():
+    """A random WanT2VPipeline of TI2V-5B's form."""
+    return builders.random_pipeline(experts=1, channels=48)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder that a random pipeline was saved to, in float32."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    builders.random_pipeline().save_pretrained(folder)
+    return folder

@@ -1,0 +1,151 @@
+"""Prompt cleaning and umT5 encoding."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.builders import (
+    byte_tokenizer,
+    golden_text_encoder,
+    load_golden,
+    random_text_encoder,
+    relative_error,
+)
+from wan22.pipelines.text import TEXT_ROWS, clean_prompt, encode_prompt, pad_rows
+from wan22.presets import NEGATIVE_PROMPT
+
+CASES = [(f"case{c}", i) for c, sizes in enumerate(([64, 20, 1], [170], [33])) for i in range(len(sizes))]
+
+
+class GivenTokens:
+    """A tokenizer that answers any text with the given ids."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, text, **kwargs):
+        return SimpleNamespace(input_ids=self.ids)
+
+
+# ---- cleaning ----
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a  red\n\tcircle ", "a red circle"),
+        ("a\u00a0red\u3000circle", "a red circle"),
+        ("a cat &amp; a dog", "a cat & a dog"),
+        ("a cat &amp;amp; a dog", "a cat & a dog"),
+        ("a &amp;lt;b&amp;gt; c", "a <b> c"),
+        ("a cat &amp;amp;amp; a dog", "a cat &amp; a dog"),  # twice, not until nothing is left
+        ("cafÃ© in the rain", "café in the rain"),  # UTF-8 read as Latin-1
+        ("it\u2019s a \u201ctest\u201d", "it's a \"test\""),
+        ("", ""),
+        (" \n ", ""),
+    ],
+)
+def test_cleaning(text, cleaned):
+    assert clean_prompt(text) == cleaned
+
+
+def test_cleaning_the_default_negative_prompt():
+    cleaned = clean_prompt(NEGATIVE_PROMPT)
+    assert "，" in NEGATIVE_PROMPT
+    assert cleaned == NEGATIVE_PROMPT.replace("，", ",")
+    assert clean_prompt(cleaned) == cleaned
+
+
+# ---- umT5 against the official encoder ----
+
+
+@pytest.mark.parametrize("case", ["case0", "case1", "case2"])
+def test_golden_padded_and_masked(case):
+    _, _, tensors = load_golden("t5")
+    with torch.no_grad():
+        out = golden_text_encoder()(
+            tensors[f"{case}.ids"], attention_mask=tensors[f"{case}.mask"]
+        ).last_hidden_state
+    for i, mask in enumerate(tensors[f"{case}.mask"]):
+        assert relative_error(out[i, : int(mask.sum())], tensors[f"{case}.out{i}"]) <= 2e-6
+
+
+@pytest.mark.parametrize(("case", "i"), CASES)
+def test_golden_through_encode_prompt(case, i):
+    """On the real tokens alone the encoder gives what it gives padded and masked; past them the rows are zero."""
+    _, _, tensors = load_golden("t5")
+    reference = tensors[f"{case}.out{i}"]
+    ids = tensors[f"{case}.ids"][i, : len(reference)].tolist()
+    with torch.no_grad():
+        rows = encode_prompt(GivenTokens(ids), golden_text_encoder(), "any")
+    assert rows.shape == (1, TEXT_ROWS, reference.shape[1])
+    assert relative_error(rows[0, : len(ids)], reference) <= 2e-6
+    assert not rows[0, len(ids) :].any()
+
+
+def test_each_layer_has_its_own_positions():
+    """The golden weights can tell: with layer 0's table everywhere the result is another."""
+    encoder = golden_text_encoder()
+    tables = [
+        block.layer[0].SelfAttention.relative_attention_bias.weight for block in encoder.encoder.block
+    ]
+    assert not any(torch.equal(tables[0], table) for table in tables[1:])
+
+
+# ---- encode_prompt ----
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return byte_tokenizer(), random_text_encoder(1)
+
+
+@torch.no_grad()
+def test_encodes_the_cleaned_text(parts):
+    assert torch.equal(encode_prompt(*parts, "a  &amp;amp; b "), encode_prompt(*parts, "a & b"))
+    assert not torch.equal(encode_prompt(*parts, "a & c"), encode_prompt(*parts, "a & b"))
+
+
+@torch.no_grad()
+def test_the_empty_prompt_is_its_end_token(parts):
+    rows = encode_prompt(*parts, "")
+    assert rows[0, 0].any()
+    assert not rows[0, 1:].any()
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_cut_with_a_warning(parts, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = encode_prompt(*parts, "abcdefgh", max_tokens=6)
+    assert "9 tokens, 6 are used" in caplog.text
+    assert "'fgh'" in caplog.text
+    assert torch.equal(rows, encode_prompt(*parts, "abcde")), "the end token stays"
+
+
+@torch.no_grad()
+def test_a_prompt_that_just_fits_is_not_cut(parts, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = encode_prompt(*parts, "a" * (TEXT_ROWS - 1))
+    assert not caplog.records
+    assert rows.shape[1] == TEXT_ROWS
+    assert rows[0, -1].any()
+
+
+@torch.no_grad()
+def test_cut_at_512_tokens(parts, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = encode_prompt(*parts, "a" * TEXT_ROWS)
+    assert "513 tokens, 512 are used; ignored: 'a'" in caplog.text
+    assert torch.equal(rows, encode_prompt(*parts, "a" * (TEXT_ROWS - 1)))
+
+
+def test_pad_rows():
+    rows = torch.randn(2, 5, 3)
+    padded = pad_rows(rows)
+    assert padded.shape == (2, TEXT_ROWS, 3)
+    assert torch.equal(padded[:, :5], rows)
+    assert not padded[:, 5:].any()
+    full = torch.randn(1, TEXT_ROWS, 3)
+    assert torch.equal(pad_rows(full), full)
