@@ -14,7 +14,7 @@ import clips
 import numpy as np
 import torch
 from common import arguments, load, save
-from train_vae import speed_up, to_pixels
+from train_vae import moments, speed_up, to_pixels
 
 from wan22 import AutoencoderKLWan
 
@@ -38,7 +38,7 @@ def encode_clips(vae: AutoencoderKLWan, n: int, seed: list[int], split: str) -> 
     latents, captions = [], []
     for start in range(0, n, BATCH):
         frames, texts, _ = clips.draw_batch(rng, min(BATCH, n - start), split, weights=MOTION_WEIGHTS)
-        mean = vae.encode_chunk(to_pixels(frames))[0].chunk(2, dim=1)[0]
+        mean = moments(vae, to_pixels(frames)).chunk(2, dim=1)[0]
         latents.append(vae.normalize_latents(mean).half().contiguous())
         captions += texts
     return {"latents": torch.cat(latents), "captions": captions}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -50,6 +54,35 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use one learning rate in all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def rank() -> int:
+    """Return this process's number among those that train together; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def workers() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_others() -> None:
+    """Return when all processes that train together have come here, and so have written their files."""
+    if workers() > 1:
+        dist.barrier()
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Replace the gradients by their mean over all processes that train together."""
+    if workers() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(
+        gradients, (flat / workers()).split([g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(mean.view_as(gradient))
 
 
 class Average:

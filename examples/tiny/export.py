@@ -52,7 +52,7 @@ def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
         model.load_state_dict(load(source / f"{expert}.pt")["average"])
         model.transformer.to(dtype).save_pretrained(folder / slot)
     # The experts' training leaves the text encoder alone, so either file has the one to ship.
-    model.text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
+    model.to(dtype).text_encoder.save_pretrained(folder / "text_encoder")
     AutoencoderKLWan.from_pretrained(source / "vae").to(vae_dtype).save_pretrained(folder / "vae")
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
@@ -64,5 +64,5 @@ def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
 
 if __name__ == "__main__":
     options = arguments(__doc__, to="wan22/assets/t2v", dtype="bfloat16", vae_dtype="float16", shift=SHIFT)
-    dtypes = (getattr(torch, name) for name in (options.dtype, options.vae_dtype))
-    export(options.out, Path(options.to), *dtypes, shift=options.shift)
+    dtype, vae_dtype = getattr(torch, options.dtype), getattr(torch, options.vae_dtype)
+    export(options.out, Path(options.to), dtype, vae_dtype, options.shift)

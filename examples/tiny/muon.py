@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,15 +61,14 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] += 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if params and group["muon"]:
-                self._muon(params, group)
-            elif params:
-                self._adam(params, group)
+            (self._muon if group["muon"] else self._adam)(group)
 
-    def _muon(self, params: list[nn.Parameter], group: dict) -> None:
+    def _muon(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
         # Matrices of one shape go together, "n rows columns".
-        gradients = torch.stack([p.grad for p in params]).flatten(2)
+        gradients = torch.stack([p.grad for p in params if p.grad is not None]).flatten(2)
         state = self.state[group["params"][0]]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradients)
@@ -78,9 +78,11 @@ class Muon(torch.optim.Optimizer):
         for p, u in zip(params, update, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.view_as(p), alpha=-group["lr"] * scale)
 
-    def _adam(self, params: list[nn.Parameter], group: dict, beta1: float = 0.9, beta2: float = 0.99) -> None:
+    def _adam(self, group: dict[str, Any], beta1: float = 0.9, beta2: float = 0.99) -> None:
         correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-        for p in params:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
             state = self.state[p]
             if not state:
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)

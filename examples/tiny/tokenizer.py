@@ -14,7 +14,7 @@ from pathlib import Path
 import clips
 import numpy as np
 from common import arguments
-from transformers import T5TokenizerFast
+from transformers import T5TokenizerFast  # type: ignore[attr-defined]
 
 SPACE = "▁"  # stands for the space before a word
 WORD_SCORE, CHARACTER_SCORE = -1.0, -10.0  # log probabilities: whole words are preferred
@@ -30,7 +30,7 @@ def caption_words(samples: int = 20000) -> list[str]:
 
 
 def make_tokenizer() -> T5TokenizerFast:
-    """Build the tokenizer: caption words in three spellings (red, Red, RED), ASCII characters for the rest."""
+    """Build the tokenizer: caption words in three spellings (red, Red, RED), characters for the rest."""
     words = [spelling for word in caption_words() for spelling in (word, word.capitalize(), word.upper())]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(SPACE + word, WORD_SCORE) for word in dict.fromkeys(words)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import clips
 import numpy as np
@@ -25,11 +26,13 @@ from torch import nn
 from wan22 import AutoencoderKLWan
 from wan22.models.autoencoder_layers import CausalConv3d, RMSNorm
 
-CONFIG = {"base_dim": 8, "dim_mult": [1, 2, 4, 8], "z_dim": 16, "num_res_blocks": 1}
-# Layers whose convolutions look back in time. At higher resolutions only the weights for the current frame are
-# trained and the rest stay zero: motion is slow there, and a third of the work remains.
-TEMPORAL_LAYERS = ("encoder.down_blocks.6", "encoder.mid_block", "encoder.conv_out")
-TEMPORAL_LAYERS += ("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0")
+CONFIG: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 2, 4, 8], "z_dim": 16, "num_res_blocks": 1}
+# Layers whose convolutions look back in time. At higher resolutions only the weights of the current frame are
+# trained, the rest stay zero: motion is slow there, and a third of the work remains.
+TEMPORAL_LAYERS = (
+    *("encoder.down_blocks.6", "encoder.mid_block", "encoder.conv_out"),
+    *("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0"),
+)
 KL_WEIGHT, SQUARE_WEIGHT, EMA_DECAY = 1e-4, 5.0, 0.998
 
 
@@ -121,18 +124,18 @@ def initialize(vae: AutoencoderKLWan) -> AutoencoderKLWan:
             continue
         identity = torch.eye(layer.in_channels)
         layer.weight.zero_()
-        layer.bias.zero_()  # type: ignore[union-attr]
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         if layer.out_channels == layer.in_channels:  # downsampling: two frames become one
             layer.weight[:, :, 1, 0, 0] = layer.weight[:, :, 2, 0, 0] = identity / 2
         else:  # upsampling: one frame becomes two
             layer.weight[:, :, 2, 0, 0] = identity.repeat(2, 1)
     z_dim = vae.config.z_dim
     vae.quant_conv.weight[z_dim:] *= 0.1
-    vae.quant_conv.bias[z_dim:] = -6.0  # little noise on the latents at first
+    vae.quant_conv.bias[z_dim:] = -6.0  # type: ignore[index] # little noise on the latents at first
     return vae
 
 
-def make_optimizer(vae: nn.Module) -> Muon:
+def make_optimizer(vae: AutoencoderKLWan) -> Muon:
     """Muon for the inner convolutions, AdamW for the first, the last, norms and biases."""
     outer = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
     inner = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[:2]) > 1 and p not in outer]
@@ -146,19 +149,24 @@ def to_pixels(frames: np.ndarray) -> torch.Tensor:
     return x.permute(0, 4, 1, 2, 3).contiguous(memory_format=torch.channels_last_3d)
 
 
-def loss_of(vae: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
+    """Return mean and log variance of the latents of whole clips "b c t h w", "b 2c t h w"."""
+    return vae.quant_conv(vae.encoder(x))
+
+
+def loss_of(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the training loss of clips "b c t h w" and their mean squared error on the scale 0 to 1."""
-    mean, logvar = vae.encode_chunk(x)[0].chunk(2, dim=1)
+    mean, logvar = moments(vae, x).chunk(2, dim=1)
     logvar = logvar.clamp(-20, 4)
     z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    error = vae.decode_chunk(z)[0] - x
+    error = vae.decoder(vae.post_quant_conv(z)) - x  # not clamped, unlike vae.decode
     square = error.square().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + SQUARE_WEIGHT * square + KL_WEIGHT * kl, square.detach() / 4
 
 
 @torch.no_grad()
-def round_trip(vae: nn.Module, frames: np.ndarray) -> torch.Tensor:
+def round_trip(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
     """Return each clip's PSNR in dB after encoding to the posterior mean and decoding, "b"."""
     errors = []
     for part in np.array_split(frames, max(1, len(frames) // 8)):
@@ -169,7 +177,7 @@ def round_trip(vae: nn.Module, frames: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: nn.Module, n: int, seed: int) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, n: int, seed: int) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each latent channel over n training clips."""
     rng = np.random.default_rng(seed)
     batches = [clips.draw_batch(rng, min(8, n))[0] for _ in range(max(1, n // 8))]
@@ -178,7 +186,7 @@ def latent_statistics(vae: nn.Module, n: int, seed: int) -> tuple[list[float], l
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
 
 
-def averaged(average: Average, **config: object) -> AutoencoderKLWan:
+def averaged(average: Average, **config: Any) -> AutoencoderKLWan:
     """Return a plain autoencoder with averaged weights."""
     vae = AutoencoderKLWan(**(CONFIG | config))
     vae.load_state_dict(average.weights)
@@ -209,6 +217,8 @@ def main() -> None:
 
     for number in range(first_stage, len(stages)):
         stage, started, squares = stages[number], time.time(), []
+        if first_step == 0:  # the last stage's weights would only blur this one's
+            average = Average(vae, EMA_DECAY)
         held_out = clips.draw_batch(
             np.random.default_rng(7), 16, "held_out", size=stage.size, frames=stage.frames
         )[0]

@@ -33,10 +33,10 @@ CONFIGS = {
 }
 
 
-def tiny_vae(family: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    """An autoencoder with random weights, the same at each call."""
+def tiny_vae(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> AutoencoderKLWan:
+    """An autoencoder with random weights, the same at each call; `changes` are to its config."""
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**CONFIGS[family])
+    vae = AutoencoderKLWan(**{**CONFIGS[family], **changes})
     for name, parameter in vae.named_parameters():
         if name.endswith("gamma"):
             nn.init.uniform_(parameter, 0.5, 1.5)

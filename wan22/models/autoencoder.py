@@ -59,7 +59,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
-    _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
     @register_to_config
     def __init__(

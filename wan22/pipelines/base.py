@@ -197,11 +197,10 @@ class WanPipeline(HubPipeline):
 
         with torch.no_grad():
             if prompt_embeds is None:
-                prompt_embeds = rows(checks.as_prompts("prompt", prompt) or [])
+                prompt_embeds = rows(checks.as_prompts("prompt", prompt))
             if do_classifier_free_guidance and negative_prompt_embeds is None:
-                negatives = (
-                    checks.as_prompts("negative_prompt", negative_prompt or "", len(prompt_embeds)) or []
-                )
+                negative_prompt = "" if negative_prompt is None else negative_prompt
+                negatives = checks.as_prompts("negative_prompt", negative_prompt, len(prompt_embeds))
                 negative_prompt_embeds = rows([text or self.preset.negative_prompt for text in negatives])
             negative = finish(negative_prompt_embeds) if negative_prompt_embeds is not None else None
             return finish(prompt_embeds), negative if do_classifier_free_guidance else None
@@ -307,8 +306,9 @@ class WanPipeline(HubPipeline):
             embeds[name] = replaced.get(name, embeds[name])
         replacement = replaced.get("latents", latents)
         checks.check_latents(replacement, tuple(latents.shape))
-        return replacement
+        return replacement.to(latents)
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np") -> Any:
         """Decode normalised latents, video by video and chunk by chunk.
 

@@ -1,5 +1,6 @@
 """Checks of a call's arguments. Each error names the value, the rule and the nearest valid value."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,23 +13,22 @@ def check_size(name: str, value: int, multiple: int) -> None:
     """Refuse a width or height that is not a positive multiple of what one token covers."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
         raise ValueError(
-            f"{name}={value!r} must be a positive multiple of {multiple}; {_nearest(value, multiple)}"
+            f"{name}={value!r} must be an int, a positive multiple of {multiple}; {_nearest(value, multiple)}"
         )
 
 
 def check_num_frames(value: int, stride: int) -> None:
     """Refuse a frame count that does not fill whole latent frames."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (value - 1) % stride:
-        nearest = _nearest(value - 1 if isinstance(value, int) else value, stride, plus=1, least=0)
-        raise ValueError(f"num_frames={value!r} must be 1 + a multiple of {stride}; {nearest}")
+        nearest = _nearest(value, stride, plus=1, least=0)
+        raise ValueError(f"num_frames={value!r} must be an int, 1 + a multiple of {stride}; {nearest}")
 
 
 def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return f"give an int such as {plus + multiple * 4}"
-    below = max(int(value // multiple), least)
-    above = max(below + 1, least)
-    return f"the nearest are {plus + below * multiple} and {plus + above * multiple}"
+    below = max(int((value - plus) // multiple), least)
+    return f"the nearest are {plus + below * multiple} and {plus + (below + 1) * multiple}"
 
 
 def check_positive_int(name: str, value: int, most: int | None = None) -> None:
@@ -40,7 +40,8 @@ def check_positive_int(name: str, value: int, most: int | None = None) -> None:
         or (most is not None and value > most)
     ):
         rule = "at least 1" if most is None else f"1 to {most}"
-        nearest = most if most is not None and isinstance(value, (int, float)) and value > most else 1
+        nearest = round(value) if isinstance(value, (int, float)) and math.isfinite(value) else 1
+        nearest = max(1, nearest if most is None else min(nearest, most))
         raise ValueError(f"{name}={value!r} must be an int, {rule}; the nearest is {nearest}")
 
 
@@ -50,8 +51,8 @@ def check_guidance(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be a number, 1 or more; 1 turns guidance off")
 
 
-def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str] | None:
-    """Return a list of prompts, or None.
+def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str]:
+    """Return a list of prompts.
 
     Args:
         name: of the argument.
@@ -61,11 +62,9 @@ def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None 
     Raises:
         ValueError: it is neither a string nor a non-empty list of strings, or there are not `count`.
     """
-    if prompt is None:
-        return None
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{name} must be a string or a non-empty list of strings, not {_describe(prompt)}")
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, not {describe(prompt)}")
     if count is not None and len(prompts) != count:
         if not isinstance(prompt, str):
             raise ValueError(
@@ -78,9 +77,9 @@ def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None 
 def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -> None:
     """Refuse embeddings that are not "b s width" with at most 512 rows, for `count` prompts."""
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {_describe(embeds)}")
+        raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {describe(embeds)}")
     b, s, d = embeds.shape
-    if d != width or not 1 <= s <= TEXT_ROWS or not torch.isfinite(embeds).all():
+    if b < 1 or d != width or not 1 <= s <= TEXT_ROWS or not torch.isfinite(embeds).all():
         raise ValueError(
             f"{name} has shape {tuple(embeds.shape)}; it must be 'b s {width}' with 1 to {TEXT_ROWS} finite "
             "rows s"
@@ -90,15 +89,17 @@ def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Refuse initial latents of another shape."""
+    """Refuse latents of another shape, or with broken numbers."""
     if (
         not isinstance(latents, torch.Tensor)
         or tuple(latents.shape) != shape
         or not latents.is_floating_point()
     ):
         raise ValueError(
-            f"latents must be a floating-point tensor of shape {shape}, not {_describe(latents)}"
+            f"latents must be a floating-point tensor of shape {shape}, not {describe(latents)}"
         )
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"latents of shape {shape} must be finite; they hold NaN or infinity")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -107,7 +108,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Say in an error what a value is."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.80}"

@@ -3,6 +3,7 @@
 Shapes: b videos, t frames, h rows, w columns, c colours.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class WanVideo(BaseOutput):
         Raises:
             ValueError: another ending, or frames that are latents.
             FileExistsError: a file exists.
+            OSError: a file could not be written; the frames are still here to be saved elsewhere.
         """
         videos = self.as_uint8()
         paths = _numbered(Path(path), len(videos), ".mp4", overwrite)
@@ -120,7 +122,7 @@ class WanVideo(BaseOutput):
         if isinstance(self.frames, list):
             return [np.stack([np.asarray(frame) for frame in video]) for video in self.frames]
         if isinstance(self.frames, torch.Tensor):
-            if self.frames.shape[2] != 3:
+            if self.frames.shape[1:3] != (self.recipe.num_frames, 3):
                 raise ValueError(
                     "the frames are latents (output_type='latent'); decode them with pipe.decode first"
                 )
@@ -143,6 +145,7 @@ def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
 
     Raises:
         ValueError: h or w is odd.
+        OSError: the file could not be written.
     """
     import imageio_ffmpeg
 
@@ -152,16 +155,7 @@ def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.mp4")
     # The tags say what the conversion from RGB did; players guess by size otherwise.
-    colours = [
-        "-colorspace",
-        "bt709",
-        "-color_primaries",
-        "bt709",
-        "-color_trc",
-        "bt709",
-        "-color_range",
-        "tv",
-    ]
+    tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
     writer = imageio_ffmpeg.write_frames(
         str(partial),
         (w, h),
@@ -170,22 +164,19 @@ def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
         pix_fmt_out="yuv420p",
         quality=None,
         macro_block_size=1,
-        output_params=[
-            "-crf",
-            "16",
-            "-vf",
-            "scale=out_color_matrix=bt709",
-            *colours,
-            "-movflags",
-            "+faststart",
-        ],
+        output_params=f"-crf 16 -vf scale=out_color_matrix=bt709:out_range=tv,{tags} -movflags +faststart".split(),
     )
     try:
         writer.send(None)
         for frame in video:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
-        partial.replace(path)
+        # imageio does not tell whether ffmpeg could write to the end.
+        with suppress(RuntimeError):
+            if partial.exists() and imageio_ffmpeg.count_frames_and_secs(str(partial))[0] == len(video):
+                partial.replace(path)
+                return
+        raise OSError(f"{path} could not be written whole; is the disk full?")
     finally:
         writer.close()
         partial.unlink(missing_ok=True)

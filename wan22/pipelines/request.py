@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
@@ -93,6 +94,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     scheduler = _scheduler(pipe, request)
     experts = _experts(pipe, request, scheduler)
     guided = experts.guided(scheduler.timesteps.tolist())
+    _check_text_encoder(pipe, request, guided)
     custom = request.sigmas is not None or request.timesteps is not None
     shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
     recipe = Recipe(
@@ -123,19 +125,30 @@ def _prompts(pipe: "WanPipeline", request: Request) -> tuple[tuple[str | None, .
         checks.check_embeds("prompt_embeds", request.prompt_embeds, width)
         prompts: list[str | None] = [None] * len(request.prompt_embeds)
     else:
-        prompts = list(checks.as_prompts("prompt", request.prompt) or [])
+        prompts = list(checks.as_prompts("prompt", request.prompt))
     if request.negative_prompt_embeds is not None:
         if request.negative_prompt is not None:
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
         checks.check_embeds("negative_prompt_embeds", request.negative_prompt_embeds, width, len(prompts))
         negatives: list[str | None] = [None] * len(prompts)
     else:
-        texts = checks.as_prompts("negative_prompt", request.negative_prompt or "", len(prompts)) or []
+        text = "" if request.negative_prompt is None else request.negative_prompt
+        texts = checks.as_prompts("negative_prompt", text, len(prompts))
         negatives = [text or pipe.preset.negative_prompt for text in texts]
     repeat = request.num_videos_per_prompt
     return tuple(p for p in prompts for _ in range(repeat)), tuple(
         n for n in negatives for _ in range(repeat)
     )
+
+
+def _check_text_encoder(pipe: "WanPipeline", request: Request, guided: bool) -> None:
+    """Refuse text that nothing can encode."""
+    texts = {"prompt": request.prompt_embeds is None}
+    texts["negative_prompt"] = guided and request.negative_prompt_embeds is None
+    for name, needed in texts.items():
+        for component in ("text_encoder", "tokenizer"):
+            if needed and getattr(pipe, component) is None:
+                raise ValueError(f"pipe.{component} is None; load it, or give {name}_embeds instead of {name}")
 
 
 def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
@@ -156,17 +169,23 @@ def _generators(request: Request, count: int) -> list[torch.Generator]:
         if request.seed is not None:
             raise ValueError("seed and generator are both given; give one")
         given = request.generator
-        generators = [given] * count if isinstance(given, torch.Generator) else list(given)
+        generators = list(given) if isinstance(given, Sequence) else [given] * count
+        for generator in generators:
+            if not isinstance(generator, torch.Generator):
+                described = checks.describe(generator)
+                raise ValueError(f"generator must be a torch.Generator, or one per video, not {described}")
         if len(generators) != count:
             raise ValueError(f"{len(generators)} generators for {count} videos; give {count}, or one")
         return generators
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    given_seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
+    for value in given_seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            nearest = min(max(value, 0), 2**63 - 1) if isinstance(value, int) else 0
+            raise ValueError(f"seed={value!r} must be an int from 0 to 2**63 - 1; the nearest is {nearest:d}")
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else given_seeds
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} videos; give {count}, or one")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise ValueError(f"seed={value!r} must be an int from 0 to 2**63 - 1")
     return [torch.Generator(request.noise_device or "cpu").manual_seed(value) for value in seeds]
 
 
@@ -201,10 +220,31 @@ def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
     if isinstance(scheduler, FlowMatchScheduler):
         scheduler.set_timesteps(steps, device, shift=request.flow_shift, **custom)
     else:
-        if request.flow_shift is not None:
-            scheduler = reshifted(scheduler, request.flow_shift)
-        scheduler.set_timesteps(device=device, **(custom or {"num_inference_steps": steps}))
+        scheduler = _schedule_of_diffusers(scheduler, steps, device, request.flow_shift, custom)
     scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _schedule_of_diffusers(
+    scheduler: Any, steps: int | None, device: torch.device, shift: float | None, custom: dict[str, Any]
+) -> Any:
+    """Return a diffusers scheduler with the schedule set; a custom one is taken as it is, or refused."""
+    if not custom:
+        scheduler = scheduler if shift is None else reshifted(scheduler, shift)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+    if len(custom) > 1 or shift is not None or steps is not None:
+        raise ValueError("sigmas or timesteps are the whole schedule; leave num_inference_steps and flow_shift out")
+    ((name, values),) = custom.items()
+    levels = np.asarray(values) / (scheduler.config.num_train_timesteps if name == "timesteps" else 1)
+    scheduler = reshifted(scheduler, 1.0)  # diffusers shifts the given values, too
+    try:
+        scheduler.set_timesteps(device=device, **{name: np.asarray(values)})
+        taken = np.allclose(scheduler.sigmas[:-1].cpu().numpy(), levels, rtol=0, atol=1e-4)
+    except TypeError:  # not an argument of this class, or not one for flow matching
+        taken = False
+    if not taken:
+        raise ValueError(f"{type(scheduler).__name__} takes no {name} as they are; those of wan22.schedulers do")
     return scheduler
 
 

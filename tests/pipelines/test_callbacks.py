@@ -1,0 +1,202 @@
+"""What a callback may do to a run, and how a run ends early: stopped, interrupted, or with broken numbers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from tests.builders import SMALL, latents_of, random_pipeline, recording
+from wan22 import FlowMatchEulerScheduler
+
+
+def test_called_after_each_step(pipe):
+    seen = []
+
+    def callback(caller, step, timestep, tensors):
+        seen.append((step, int(timestep), sorted(tensors), int(caller.current_timestep), caller.num_timesteps))
+        assert caller is pipe
+
+    latents_of(pipe, callback_on_step_end=callback)
+    times = pipe.scheduler.timesteps.tolist()
+    assert seen == [(i, t, ["latents"], t, 3) for i, t in enumerate(times)]
+
+
+def test_gets_the_tensors_it_asks_for(pipe):
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    shapes = {}
+    latents_of(
+        pipe,
+        ["a", "b"],
+        callback_on_step_end=lambda p, i, t, tensors: shapes.update({k: tuple(v.shape) for k, v in tensors.items()}),
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert shapes == {"latents": (2, 16, 2, 4, 4), **dict.fromkeys(names[1:], (2, 512, 32))}
+
+
+def test_gets_no_negative_embeddings_without_guidance(pipe):
+    seen = []
+    latents_of(
+        pipe,
+        guidance_scale=1.0,
+        guidance_scale_2=1.0,
+        callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors["negative_prompt_embeds"]),
+        callback_on_step_end_tensor_inputs=["negative_prompt_embeds"],
+    )
+    assert seen == [None] * 3
+
+
+def test_a_callback_that_returns_what_it_got_changes_nothing(pipe):
+    assert torch.equal(latents_of(pipe, callback_on_step_end=lambda p, i, t, tensors: tensors), latents_of(pipe))
+
+
+def test_may_replace_the_latents():
+    """The next step starts from the replacement: with one Euler step left, the result is known."""
+    pipe = random_pipeline(scheduler=FlowMatchEulerScheduler())
+    start = torch.ones(1, 16, 2, 4, 4)
+    arguments = {"guidance_scale": 1.0, "guidance_scale_2": 1.0}
+    replaced = latents_of(
+        pipe,
+        timesteps=[900, 400],
+        callback_on_step_end=lambda p, i, t, tensors: {"latents": start} if i == 0 else None,
+        **arguments,
+    )
+    assert torch.equal(replaced, latents_of(pipe, timesteps=[400], latents=start, **arguments))
+    last = latents_of(pipe, callback_on_step_end=lambda p, i, t, tensors: {"latents": start})
+    assert torch.equal(last, start)
+
+
+def test_replaced_latents_stay_float32(pipe):
+    latents = latents_of(pipe, callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"].half()})
+    assert latents.dtype == torch.float32
+
+
+def test_replaced_latents_of_another_shape(pipe):
+    with pytest.raises(ValueError, match=r"latents must be .* \(1, 16, 2, 4, 4\), not a float32 tensor of shape \(1,\)"):
+        latents_of(pipe, callback_on_step_end=lambda p, i, t, x: {"latents": torch.zeros(1)})
+
+
+def test_may_replace_the_embeddings(single_pipe):
+    """From the second step on, the run goes on as with the other prompt."""
+    embeds, negative = single_pipe.encode_prompt("another prompt", "another negative")
+    latents = {}
+
+    def swap(p, i, t, tensors):
+        latents[i] = tensors["latents"].clone()
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    swapped = latents_of(single_pipe, num_inference_steps=2, callback_on_step_end=swap)
+    assert torch.equal(latents[1], swapped)
+    plain = {}
+    latents_of(single_pipe, num_inference_steps=2, callback_on_step_end=lambda p, i, t, x: plain.update({i: x["latents"]}))
+    assert torch.equal(latents[0], plain[0])
+    assert not torch.equal(latents[1], plain[1])
+
+
+def test_may_stop_the_run(pipe):
+    steps = {}
+
+    def stop(p, i, t, tensors):
+        steps[i] = tensors["latents"].clone()
+        p._interrupt = i == 1
+
+    stopped = latents_of(pipe, callback_on_step_end=stop)
+    assert list(steps) == [0, 1]
+    assert torch.equal(stopped, steps[1])
+    assert pipe.interrupt
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline())), "the next call runs to its end"
+
+
+class CutGuidance(PipelineCallback):
+    """Drops the negative embeddings after a step, so that the rest runs without guidance."""
+
+    tensor_inputs = ["negative_prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["negative_prompt_embeds"] = None
+        return callback_kwargs
+
+
+def test_a_callback_object_of_diffusers(pipe):
+    callback = CutGuidance(cutoff_step_ratio=None, cutoff_step_index=0)
+    with recording(pipe) as calls:
+        latents_of(pipe, callback_on_step_end=callback)
+    assert len(calls) == 2 + 2 + 1 + 1
+
+
+def test_several_callback_objects(pipe):
+    callback = MultiPipelineCallbacks([CutGuidance(cutoff_step_ratio=None, cutoff_step_index=i) for i in (1, 2)])
+    with recording(pipe) as calls:
+        latents_of(pipe, callback_on_step_end=callback)
+    assert len(calls) == 2 + 2 + 2 + 1
+
+
+def test_an_unknown_tensor(pipe):
+    with pytest.raises(ValueError, match=r"'noise' must be one of 'latents', 'prompt_embeds', 'negative_prompt_embeds'"):
+        latents_of(pipe, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["noise"])
+
+
+# ---- runs that end badly ----
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_pipeline_survives_an_interruption(pipe, error):
+    freed = []
+    pipe.maybe_free_model_hooks = lambda: freed.append(True)
+
+    def interrupt(p, i, t, tensors):
+        if i == 1:
+            raise error
+
+    with pytest.raises(error):
+        latents_of(pipe, callback_on_step_end=interrupt)
+    assert freed == [True]
+    assert pipe.current_timestep is None
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
+    assert freed == [True, True]
+
+
+def test_an_interruption_inside_a_model(pipe):
+    handle = pipe.transformer_2.blocks[0].register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            latents_of(pipe)
+    finally:
+        handle.remove()
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
+
+
+def poisoned(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim > 1).fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("slot", "step", "timestep", "label"), [("transformer", 1, 900, "high noise"), ("transformer_2", 2, 400, "low noise")]
+)
+def test_broken_numbers_name_step_and_expert(pipe, slot, step, timestep, label):
+    broken = random_pipeline(**{slot: poisoned(getattr(pipe, slot))})
+    message = rf"not finite after step {step} of 2 \(timestep {timestep}, {label} expert, pipe\.{slot} in torch\.float32\)"
+    with recording(broken) as calls, pytest.raises(FloatingPointError, match=message):
+        latents_of(broken, timesteps=[900, 400])
+    assert len(calls) == 2 + 2 * step, "the run stops at once"
+
+
+def test_broken_numbers_of_a_single_transformer(single_pipe):
+    broken = random_pipeline(experts=1, transformer=poisoned(single_pipe.transformer))
+    with pytest.raises(FloatingPointError, match=r"step 1 of 3 \(timestep 999, the only expert, pipe\.transformer"):
+        latents_of(broken)
+
+
+def test_broken_numbers_of_the_vae(pipe):
+    vae = copy.deepcopy(pipe.vae)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.fill_(float("nan"))
+    broken = random_pipeline(vae=vae)
+    assert torch.isfinite(latents_of(broken)).all()
+    for output_type in ("np", "pil", "pt"):
+        with pytest.raises(FloatingPointError, match="VAE's frames are not finite"):
+            broken("a", seed=0, output_type=output_type, **SMALL)

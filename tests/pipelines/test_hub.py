@@ -1,0 +1,460 @@
+"""Folders and repositories in the Diffusers layout: read with our classes, written for plain diffusers."""
+
+import copy
+import json
+import logging
+import shutil
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+import wan22
+from tests.builders import SMALL, in_memory, latents_of, random_components, random_pipeline
+from wan22 import (
+    AutoencoderKLWan,
+    FlowMatchDPMSolverScheduler,
+    FlowMatchEulerScheduler,
+    FlowMatchUniPCScheduler,
+    WanT2VPipeline,
+    WanTransformer3DModel,
+)
+from wan22.pipelines.hub import HubPipeline
+
+MODELS = ("text_encoder", "vae", "transformer", "transformer_2")
+
+
+def load(folder, **arguments):
+    pipe = WanT2VPipeline.from_pretrained(folder, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if arguments.keys() & set(MODELS) else in_memory(pipe)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def edit_json(path, **changed):
+    values = {**read_json(path), **changed}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+def bf16_pipeline():
+    """As the hub's repositories are: everything bf16 but the VAE."""
+    components = random_components()
+    half = {n: copy.deepcopy(components[n]).to(torch.bfloat16) for n in MODELS if n != "vae"}
+    return random_pipeline(**half)
+
+
+@pytest.fixture(scope="module")
+def saved_bf16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bf16")
+    bf16_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the saved pipeline that a test may change."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+# ---- what is written ----
+
+
+def test_model_index_has_diffusers_names(saved):
+    index = read_json(saved / "model_index.json")
+    assert index["_class_name"] == "WanPipeline"
+    assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
+    assert index["transformer"] == index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
+    assert index["scheduler"] == ["diffusers", "UniPCMultistepScheduler"]
+    assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
+    assert (index["boundary_ratio"], index["expand_timesteps"]) == (0.875, False)
+    assert index["_wan22_version"] == wan22.__version__
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shift"),
+    [
+        (FlowMatchUniPCScheduler, "UniPCMultistepScheduler", "flow_shift"),
+        (FlowMatchDPMSolverScheduler, "DPMSolverMultistepScheduler", "flow_shift"),
+        (FlowMatchEulerScheduler, "FlowMatchEulerDiscreteScheduler", "shift"),
+    ],
+)
+def test_schedulers_go_there_and_back(ours, theirs, shift, tmp_path):
+    random_pipeline(scheduler=ours(shift=7.0)).save_pretrained(tmp_path / "ours")
+    assert read_json(tmp_path / "ours/model_index.json")["scheduler"] == ["diffusers", theirs]
+    config = read_json(tmp_path / "ours/scheduler/scheduler_config.json")
+    assert (config["_class_name"], config[shift]) == (theirs, 7.0)
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "ours")
+    assert type(plain.scheduler) is getattr(diffusers, theirs)
+    assert plain.scheduler.config[shift] == 7.0
+    plain.save_pretrained(tmp_path / "theirs")
+    back = load(tmp_path / "theirs").scheduler
+    assert type(back) is ours
+    assert back.config.shift == 7.0
+
+
+@pytest.mark.parametrize("form", [{}, {"experts": 1}, {"experts": 1, "channels": 48}], ids=["a14b", "2.1", "5b"])
+def test_ours_to_diffusers_to_ours(form, tmp_path):
+    ours = random_pipeline(**form)
+    ours.save_pretrained(tmp_path / "ours")
+
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "ours")
+    for name in ("vae", "transformer", "transformer_2"):
+        model = getattr(plain, name)
+        assert model is None or type(model) is getattr(diffusers, type(getattr(ours, name)).__name__)
+    assert plain.config.boundary_ratio == ours.config.boundary_ratio
+    assert plain.config.expand_timesteps == ours.config.expand_timesteps
+    plain.save_pretrained(tmp_path / "theirs")
+
+    back = load(tmp_path / "theirs")
+    for name in ("vae", "transformer", "transformer_2"):
+        model, original = getattr(back, name), getattr(ours, name)
+        assert type(model) is type(original)
+        if model is not None:
+            weights = original.state_dict()
+            assert model.state_dict().keys() == weights.keys()
+            assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    size = {**SMALL, "guidance_scale_2": None, "seed": 7}
+    before, after = ours("a red circle", **size), back("a red circle", **size)
+    assert (before.frames == after.frames).all()
+    assert torch.equal(latents_of(back), latents_of(ours))
+    assert before.recipe.flow_shift == after.recipe.flow_shift == 5.0
+
+
+def test_diffusers_says_nothing_about_our_folder(saved, caplog):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        diffusers.WanPipeline.from_pretrained(saved)
+        load(saved)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_shards(saved, tmp_path):
+    pipe = random_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(latents_of(load(tmp_path)), latents_of(pipe))
+
+
+# ---- what is read ----
+
+
+def test_our_classes(saved):
+    pipe = load(saved)
+    assert type(pipe) is WanT2VPipeline
+    assert type(pipe.transformer) is type(pipe.transformer_2) is WanTransformer3DModel
+    assert type(pipe.vae) is AutoencoderKLWan
+    assert type(pipe.scheduler) is FlowMatchUniPCScheduler
+    assert isinstance(pipe.text_encoder, transformers.UMT5EncoderModel)
+    assert not any(getattr(pipe, name).training for name in MODELS)
+    assert pipe.checkpoint_name == str(saved)
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
+
+
+def test_a_path_object_and_a_string_are_the_same(saved):
+    assert load(str(saved)).config._name_or_path == load(saved).config._name_or_path
+
+
+def test_the_two_experts_are_not_mixed_up(saved):
+    pipe, original = load(saved), random_components()
+    for name in ("transformer", "transformer_2"):
+        assert torch.equal(getattr(pipe, name).proj_out.weight, original[name].proj_out.weight)
+    assert not torch.equal(pipe.transformer.proj_out.weight, pipe.transformer_2.proj_out.weight)
+
+
+def test_the_text_encoders_embedding_is_loaded(saved):
+    """Some transformers releases left it zero or random."""
+    encoder, original = load(saved).text_encoder, random_components()["text_encoder"]
+    assert torch.equal(encoder.get_input_embeddings().weight, original.shared.weight)
+    assert torch.equal(encoder.encoder.embed_tokens.weight, original.shared.weight)
+
+
+# ---- dtypes ----
+
+
+def test_the_default_is_the_stored_dtype(saved_bf16):
+    pipe = load(saved_bf16)
+    assert pipe.transformer.dtype == pipe.transformer_2.dtype == torch.bfloat16
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.text_encoder.shared.weight.dtype == torch.bfloat16
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
+
+
+def test_some_modules_stay_float32(saved_bf16):
+    transformer = load(saved_bf16).transformer
+    wide = {name for name, p in transformer.named_parameters() if p.dtype == torch.float32}
+    assert {"scale_shift_table", "blocks.0.scale_shift_table", "blocks.0.norm2.weight"} <= wide
+    assert any(name.startswith("condition_embedder.time_embedder") for name in wide)
+    assert not any(".attn1.to_" in name or ".ffn." in name for name in wide)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_one_dtype_for_all(argument, saved, saved_bf16):
+    pipe = load(saved, **{argument: torch.bfloat16})
+    assert {getattr(pipe, name).dtype for name in MODELS} == {torch.bfloat16}
+    pipe = load(saved_bf16, **{argument: torch.float32})
+    assert {getattr(pipe, name).dtype for name in MODELS} == {torch.float32}
+
+
+def test_a_dtype_for_each_component(saved):
+    pipe = load(saved, dtype={"transformer": torch.bfloat16, "default": torch.float16})
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.transformer_2.dtype == pipe.vae.dtype == torch.float16
+
+
+def test_a_bf16_round_trip(saved_bf16, tmp_path):
+    reference = latents_of(load(saved_bf16))
+    diffusers.WanPipeline.from_pretrained(saved_bf16, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert torch.equal(latents_of(load(tmp_path)), reference)
+    assert reference.dtype == torch.float32
+
+
+def test_variant(folder):
+    half = {name: copy.deepcopy(random_components()[name]).half() for name in MODELS}
+    random_pipeline(**half).save_pretrained(folder, variant="fp16")
+    assert {p.name for p in (folder / "vae").glob("*.safetensors")} == {
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    }
+    assert {getattr(load(folder, variant="fp16"), name).dtype for name in MODELS} == {torch.float16}
+    assert {getattr(load(folder), name).dtype for name in MODELS} == {torch.float32}
+
+
+# ---- components ----
+
+
+def test_passed_components(saved, tmp_path):
+    given = random_components()
+    pipe = load(saved, vae=given["vae"], transformer=given["transformer"], scheduler=FlowMatchEulerScheduler(shift=2.0))
+    assert pipe.vae is given["vae"]
+    assert pipe.transformer is given["transformer"]
+    assert type(pipe.scheduler) is FlowMatchEulerScheduler
+    assert pipe.scheduler.config.shift == 2.0
+
+
+def test_models_of_diffusers_are_adopted(saved):
+    """Their weights are shared, not copied."""
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(saved / "vae")
+    expert = diffusers.WanTransformer3DModel.from_pretrained(saved / "transformer_2", dtype=torch.bfloat16)
+    pipe = load(saved, vae=theirs, transformer_2=expert)
+    for ours, original in ((pipe.vae, theirs), (pipe.transformer_2, expert)):
+        assert type(ours).__module__.startswith("wan22.models")
+        pointers = {name: tensor.data_ptr() for name, tensor in original.state_dict().items()}
+        assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == pointers
+        assert not ours.training
+    assert pipe.transformer_2.dtype == torch.bfloat16
+    assert dict(pipe.vae.config)["latents_mean"] == list(theirs.config.latents_mean)
+
+
+def test_a_vae_in_float32_beside_bf16_models(saved_bf16):
+    """The usual script: the VAE is loaded by itself, with our class or diffusers', and handed over."""
+    for cls in (AutoencoderKLWan, diffusers.AutoencoderKLWan):
+        vae = cls.from_pretrained(saved_bf16, subfolder="vae", dtype=torch.float32)
+        pipe = load(saved_bf16, vae=vae, dtype=torch.bfloat16)
+        assert pipe.vae.dtype == torch.float32
+        assert pipe.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2", "text_encoder"])
+def test_a_component_left_out(name, saved):
+    pipe = load(saved, **{name: None})
+    assert getattr(pipe, name) is None
+    embeds, negative = random_pipeline().encode_prompt("a red circle", "fog")
+    timesteps = [800, 400] if name == "transformer" else [1000, 900]
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "timesteps": timesteps}
+    assert torch.equal(latents_of(in_memory(pipe), **given), latents_of(random_pipeline(), **given))
+
+
+def test_saving_without_a_component(saved, tmp_path):
+    load(saved, transformer_2=None, text_encoder=None).save_pretrained(tmp_path)
+    index = read_json(tmp_path / "model_index.json")
+    assert index["transformer_2"] == index["text_encoder"] == [None, None]
+    pipe = load(tmp_path)
+    assert pipe.transformer_2 is pipe.text_encoder is None
+    assert pipe.config.boundary_ratio == 0.875
+
+
+def test_settings_can_be_given(saved):
+    assert load(saved, boundary_ratio=0.9).config.boundary_ratio == 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": "balanced"}, {"quantization_config": object()}, {"token": "t", "max_memory": {0: "1GB"}}]
+)
+def test_other_arguments_reach_diffusers(arguments, saved, monkeypatch):
+    """What needs an accelerator or another library is handed on as it is."""
+    seen = {}
+
+    def from_pretrained(cls, folder, **kwargs):
+        seen.update(kwargs)
+        return random_pipeline()
+
+    monkeypatch.setattr(HubPipeline.__mro__[1], "from_pretrained", classmethod(from_pretrained))
+    WanT2VPipeline.from_pretrained(saved, **arguments)
+    assert {name: seen[name] for name in arguments} == arguments
+
+
+# ---- repositories ----
+
+
+def make_repository(cache, name, revisions):
+    """Lay out a repository as huggingface_hub caches it: {revision: folder}."""
+    root = cache / f"models--{name.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "blobs").mkdir()
+    for i, (revision, source) in enumerate(revisions.items()):
+        commit = f"{i + 1:040x}"
+        (root / "refs" / revision).write_text(commit)
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                target = root / "snapshots" / commit / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                blob = root / "blobs" / f"{commit}-{str(path.relative_to(source)).replace('/', '-')}"
+                shutil.copyfile(path, blob)
+                target.symlink_to(blob)
+
+
+def test_a_cached_repository(saved, saved_bf16, tmp_path, pipe):
+    make_repository(tmp_path, "org/name", {"main": saved, "half": saved_bf16})
+    arguments = {"cache_dir": tmp_path, "local_files_only": True}
+    loaded = load("org/name", **arguments)
+    assert torch.equal(latents_of(loaded), latents_of(pipe))
+    assert loaded.checkpoint_name == "org/name"
+    assert loaded.transformer.dtype == torch.float32
+    assert load("org/name", revision="half", **arguments).transformer.dtype == torch.bfloat16
+    partial = load("org/name", vae=pipe.vae, transformer_2=None, **arguments)
+    assert partial.vae is pipe.vae
+    assert partial.transformer_2 is None
+
+
+def test_a_repository_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match="cached snapshot"):
+        WanT2VPipeline.from_pretrained("org/nothing", cache_dir=tmp_path, local_files_only=True)
+
+
+# ---- the shift of converted repositories ----
+
+
+def as_converted(folder, shift):
+    """What diffusers' conversion script leaves: no mark of ours, and one shift for all."""
+    edit_json(folder / "model_index.json", _wan22_version=...)
+    edit_json(folder / "scheduler/scheduler_config.json", flow_shift=shift)
+    return folder
+
+
+def test_the_shift_of_a_converted_release_is_corrected(folder, tiny_preset, caplog):
+    as_converted(folder, 3.0)
+    with caplog.at_level(logging.INFO, logger="wan22"):
+        pipe = load(folder)
+    assert pipe.scheduler.config.shift == tiny_preset.flow_shift == 5.0
+    assert "flow_shift 3 replaced by random-t2v's 5" in caplog.text
+    assert pipe("a", output_type="latent").recipe.flow_shift == 5.0
+
+
+def test_any_other_shift_is_somebodys_choice(folder, tiny_preset):
+    assert load(as_converted(folder, 7.0)).scheduler.config.shift == 7.0
+
+
+def test_a_shift_that_we_saved_is_kept(tiny_preset, tmp_path):
+    random_pipeline(scheduler=FlowMatchUniPCScheduler(shift=3.0)).save_pretrained(tmp_path)
+    assert load(tmp_path).scheduler.config.shift == 3.0
+
+
+def test_a_given_scheduler_is_kept(folder, tiny_preset):
+    pipe = load(as_converted(folder, 3.0), scheduler=FlowMatchUniPCScheduler(shift=3.0))
+    assert pipe.scheduler.config.shift == 3.0
+
+
+def test_the_shift_of_an_unknown_checkpoint_is_kept(folder):
+    assert load(as_converted(folder, 3.0)).scheduler.config.shift == 3.0
+
+
+def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
+    as_converted(folder, 3.0)
+    edit_json(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    shutil.rmtree(folder / "scheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    scheduler = load(folder).scheduler
+    assert type(scheduler) is FlowMatchEulerScheduler
+    assert scheduler.config.shift == 5.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("use_karras_sigmas", True), ("prediction_type", "epsilon"), ("solver_type", "bh1"), ("thresholding", True)],
+)
+def test_unsupported_scheduler_settings_are_named(setting, value, folder):
+    edit_json(folder / "scheduler/scheduler_config.json", **{setting: value})
+    with pytest.raises(ValueError, match=f"{setting}={value!r} is not supported"):
+        load(folder)
+
+
+def test_an_image_to_video_repository(tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "num_layers": 1, "text_dim": 32}
+    model = WanTransformer3DModel(in_channels=36, out_channels=16, **sizes)
+    random_pipeline(experts=1).save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "transformer")
+    model.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="36 channels for 16.*image-to-video"):
+        load(tmp_path)
+
+
+# ---- from_pipe ----
+
+
+def pointers(pipe):
+    return {
+        f"{name}.{key}": tensor.data_ptr()
+        for name in MODELS
+        if getattr(pipe, name) is not None
+        for key, tensor in getattr(pipe, name).state_dict().items()
+    }
+
+
+def test_from_pipe_shares_the_weights(pipe):
+    other = WanT2VPipeline.from_pipe(pipe)
+    assert other is not pipe
+    assert pointers(other) == pointers(pipe)
+    assert other.config.boundary_ratio == 0.875
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(latents_of(other), latents_of(pipe))
+
+
+def test_from_pipe_casts_nothing():
+    pipe = bf16_pipeline()
+    dtypes = {name: getattr(pipe, name).dtype for name in MODELS}
+    other = WanT2VPipeline.from_pipe(pipe)
+    assert {name: getattr(other, name).dtype for name in MODELS} == dtypes
+    assert {name: getattr(pipe, name).dtype for name in MODELS} == dtypes
+    assert dtypes["transformer"] == torch.bfloat16
+
+
+def test_from_pipe_of_diffusers(saved):
+    plain = diffusers.WanPipeline.from_pretrained(saved)
+    pipe = WanT2VPipeline.from_pipe(plain, scheduler=FlowMatchUniPCScheduler(shift=5.0))
+    pipe.set_progress_bar_config(disable=True)
+    assert pointers(pipe) == pointers(plain)
+    assert type(pipe.transformer) is WanTransformer3DModel
+    assert pipe.checkpoint_name == str(saved)
+    assert torch.equal(latents_of(in_memory(pipe)), latents_of(random_pipeline()))
+
+
+def test_diffusers_from_our_pipe(pipe, saved):
+    """And the way back: a diffusers pipeline on our models."""
+    plain = diffusers.WanPipeline(**pipe.components, boundary_ratio=0.875)
+    assert plain.transformer is pipe.transformer
+
+
+def test_from_pipe_with_replacements(pipe):
+    other = WanT2VPipeline.from_pipe(pipe, transformer_2=None, boundary_ratio=None)
+    assert other.transformer_2 is None
+    assert other.config.boundary_ratio is None
+    with pytest.raises(ValueError, match=r"WanT2VPipeline has no sheduler; it has .*scheduler"):
+        WanT2VPipeline.from_pipe(pipe, sheduler=None)

@@ -1,0 +1,277 @@
+"""The returned video: files that play, the contact sheet, and what happens when writing fails."""
+
+import logging
+import re
+import stat
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+from wan22 import WanVideo
+from wan22.pipelines.output import Recipe, write_mp4
+
+H, W, T, FPS = 48, 64, 9, 12
+
+
+def recipe(count=1, **changed):
+    settings = {
+        "checkpoint": "test",
+        "prompts": ("a",) * count,
+        "negative_prompts": (None,) * count,
+        "seeds": tuple(range(count)),
+        "height": H,
+        "width": W,
+        "num_frames": T,
+        "fps": FPS,
+        "scheduler": "S",
+        "num_inference_steps": 2,
+        "flow_shift": 3.0,
+        "guidance_scale": 1.0,
+        "guidance_scale_2": None,
+        "boundary_ratio": None,
+    }
+    return Recipe(**{**settings, **changed})
+
+
+def clip(seed=0, height=H, width=W):
+    """A saturated disc that moves over a coloured background; float32 "t h w c" in [0, 1]."""
+    colours = np.array([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.8, 0.2]], dtype=np.float32)
+    rows, columns = np.mgrid[:height, :width]
+    frames = []
+    for t in range(T):
+        disc = (rows - height / 2) ** 2 + (columns - 12 - 4 * t) ** 2 < 100
+        frames.append(np.where(disc[..., None], colours[seed % 3], colours[(seed + 1) % 3]))
+    return np.stack(frames)
+
+
+def video(count=1, **size):
+    return WanVideo(frames=np.stack([clip(i, **size) for i in range(count)]), fps=FPS, recipe=recipe(count))
+
+
+def read(path):
+    """Decode a file: (information, frames "t h w 3" in 0 to 255)."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    information = next(reader)
+    width, height = information["size"]
+    return information, np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in reader])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    (path,) = video().save(tmp_path_factory.mktemp("mp4") / "new" / "clip.mp4")
+    return path
+
+
+def test_every_frame_is_in_the_file(written):
+    information, frames = read(written)
+    assert len(frames) == T
+    assert information["size"] == (W, H)
+    assert information["fps"] == FPS
+    assert information["codec"] == "h264"
+    assert information["duration"] == pytest.approx(T / FPS, abs=0.02)
+
+
+def test_the_colours_are_those_of_the_frames(written):
+    _, frames = read(written)
+    difference = frames.astype(int) - video().as_uint8()[0]
+    assert np.abs(difference).mean() < 4
+    background = difference[:, :4, :4]
+    assert np.abs(background).max() <= 4, "flat areas must come back nearly exact, or the matrix is the wrong one"
+
+
+def test_the_frames_are_in_order(written):
+    _, frames = read(written)
+    red = frames[..., 0].astype(int) - frames[..., 2]
+    centres = [np.argwhere(frame > 0)[:, 1].mean() for frame in red]
+    assert np.allclose(np.diff(centres), 4, atol=0.7)
+
+
+def test_the_stream_is_what_browsers_play(written):
+    told = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(written)], capture_output=True, text=True
+    ).stderr
+    stream = next(line for line in told.splitlines() if "Video:" in line)
+    assert "h264" in stream
+    # "bt709" alone means that matrix, primaries and transfer all are.
+    assert re.search(r"yuv420p\(tv, bt709[,)]", stream), stream
+
+
+def test_the_index_comes_first(written):
+    data = written.read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat")
+
+
+def test_nothing_else_is_left(written):
+    assert [p.name for p in written.parent.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (16, 34), (50, 18)])
+def test_sizes_are_not_padded(size, tmp_path):
+    write_mp4(np.zeros((3, *size, 3), np.uint8), tmp_path / "a.mp4", 8)
+    information, frames = read(tmp_path / "a.mp4")
+    assert information["size"] == size[::-1]
+    assert len(frames) == 3
+
+
+def test_one_frame(tmp_path):
+    write_mp4(np.full((1, 16, 16, 3), 200, np.uint8), tmp_path / "a.mp4", 16)
+    _, frames = read(tmp_path / "a.mp4")
+    assert frames.shape == (1, 16, 16, 3)
+    assert np.abs(frames.astype(int) - 200).max() <= 2
+
+
+@pytest.mark.parametrize("height_width", [(15, 16), (16, 15)])
+def test_odd_sizes_are_refused(height_width, tmp_path):
+    h, w = height_width
+    with pytest.raises(ValueError, match=f"{w}x{h}.*even"):
+        write_mp4(np.zeros((2, h, w, 3), np.uint8), tmp_path / "a.mp4", 8)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- names ----
+
+
+def test_several_videos_are_numbered(tmp_path):
+    paths = video(3).save(tmp_path / "clip.mp4")
+    assert [p.name for p in paths] == ["clip-1.mp4", "clip-2.mp4", "clip-3.mp4"]
+    for i, path in enumerate(paths):
+        assert np.abs(read(path)[1].astype(int) - video(3).as_uint8()[i]).mean() < 4
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_an_existing_file_is_kept(tmp_path):
+    (tmp_path / "clip.mp4").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"clip\.mp4 exists; overwrite=True replaces it"):
+        video().save(tmp_path / "clip.mp4")
+    assert (tmp_path / "clip.mp4").read_text() == "mine"
+    video().save(tmp_path / "clip.mp4", overwrite=True)
+    assert len(read(tmp_path / "clip.mp4")[1]) == T
+
+
+def test_of_several_names_one_exists(tmp_path):
+    (tmp_path / "clip-2.mp4").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"clip-2\.mp4 exists"):
+        video(3).save(tmp_path / "clip.mp4")
+    assert [p.name for p in tmp_path.iterdir()] == ["clip-2.mp4"]
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip", "clip.mp4.avi"])
+def test_another_ending(name, tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.mp4: .*\.mp4"):
+        video().save(tmp_path / name)
+
+
+def test_a_string_path_and_a_capital_ending(tmp_path):
+    assert video().save(str(tmp_path / "clip.MP4")) == [tmp_path / "clip.MP4"]
+
+
+# ---- writing fails ----
+
+
+def broken_ffmpeg(tmp_path, script):
+    path = tmp_path / "ffmpeg"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exit 1",  # dies while frames are sent
+        'for last; do :; done; echo junk > "$last"; cat > /dev/null; exit 1',  # as on a full disk, at the end
+        "cat > /dev/null; exit 0",  # writes nothing
+    ],
+)
+def test_a_failed_write_leaves_no_file(script, tmp_path, monkeypatch):
+    result = video()
+    before = result.frames.copy()
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, script))
+        with pytest.raises(OSError):
+            result.save(out / "clip.mp4")
+        assert not list(out.iterdir())
+    assert np.array_equal(result.frames, before)
+    result.save(out / "clip.mp4")
+    assert len(read(out / "clip.mp4")[1]) == T, "the frames are still there to be saved"
+
+
+def test_a_failed_write_keeps_the_file_it_would_have_replaced(tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_text("mine")
+    monkeypatch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, "exit 1"))
+    with pytest.raises(OSError):
+        video().save(tmp_path / "clip.mp4", overwrite=True)
+    assert (tmp_path / "clip.mp4").read_text() == "mine"
+
+
+def test_an_interrupted_write(tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(frame):
+        calls.append(frame)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return frame
+
+    monkeypatch.setattr(np, "ascontiguousarray", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        video().save(tmp_path / "clip.mp4")
+    assert len(calls) == 3
+    assert not list(tmp_path.iterdir())
+
+
+# ---- frames of every type ----
+
+
+def test_as_uint8():
+    frames = video(2).frames
+    expected = np.floor(frames * np.float32(255)).astype(np.uint8)
+    as_tensor = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+    from PIL import Image
+
+    as_images = [[Image.fromarray(frame) for frame in clip] for clip in expected]
+    for given in (frames, as_tensor, as_tensor.double(), as_images):
+        arrays = WanVideo(frames=given, fps=FPS, recipe=recipe(2)).as_uint8()
+        assert [a.dtype for a in arrays] == [np.uint8] * 2
+        assert np.array_equal(np.stack(arrays), expected)
+
+
+@pytest.mark.parametrize("latent_frames", [2, 3])  # 3 looks like colours
+def test_latents_cannot_be_saved(latent_frames, tmp_path):
+    latents = torch.zeros(1, 16, latent_frames, H // 8, W // 8)
+    result = WanVideo(frames=latents, fps=FPS, recipe=recipe(num_frames=4 * latent_frames - 3))
+    for write in (lambda: result.save(tmp_path / "a.mp4"), result.contact_sheet, result.as_uint8):
+        with pytest.raises(ValueError, match=r"frames are latents.*pipe\.decode"):
+            write()
+
+
+def test_contact_sheet():
+    sheet = video(2).contact_sheet(columns=5)
+    assert sheet.size == (5 * (W + 2), 2 * (H + 2))
+    array = np.asarray(sheet)
+    frames = video(2).as_uint8()
+    assert np.array_equal(array[1 : H + 1, 1 : W + 1], frames[0][0])
+    assert np.array_equal(array[-H - 1 : -1, -W - 1 : -1], frames[1][T - 1])
+    assert not array[0].any()
+
+
+def test_contact_sheet_of_a_short_video():
+    assert video().contact_sheet(columns=20).size == (T * (W + 2), H + 2)
+    assert video().contact_sheet(columns=1).size == (W + 2, H + 2)
+
+
+def test_writing_says_nothing(tmp_path, caplog, capfd):
+    with caplog.at_level(logging.WARNING):
+        video().save(tmp_path / "clip.mp4")
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+
+
+def test_an_output_is_also_a_dict_and_a_tuple():
+    result = video()
+    assert result["frames"] is result.frames is result[0]
+    assert result.to_tuple()[1:] == (FPS, result.recipe)
