@@ -111,7 +111,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "parts"), CASES, ids=[str(arguments)[:60] for arguments, _ in CASES])
+@pytest.mark.parametrize(
+    ("arguments", "parts"), CASES, ids=[f"{i}-{'-'.join(arguments)}" for i, (arguments, _) in enumerate(CASES)]
+)
 def test_message(pipe, arguments, parts):
     with recording(pipe) as calls, pytest.raises(ValueError) as error:
         pipe(**{"prompt": "a", **SMALL, **arguments})

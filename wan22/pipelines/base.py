@@ -3,7 +3,6 @@
 Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text rows, d their width.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,15 +13,13 @@ from PIL import Image
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
-from ..presets import CONVERTED_FLOW_SHIFT, Preset, closest_preset, find_preset
+from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .experts import Expert
 from .hub import HubPipeline, adopt, execution_device
 from .output import WanVideo, to_uint8
-from .request import Plan, Prompt, reshifted, scheduler_shift
+from .request import Plan, Prompt
 from .text import TEXT_ROWS, encode_prompt, pad_rows
-
-logger = logging.getLogger(__name__)
 
 
 class Condition(Protocol):
@@ -118,11 +115,8 @@ class WanPipeline(HubPipeline):
     @property
     def checkpoint_name(self) -> str:
         """The released checkpoint's name, or where an unknown one came from."""
-        return (
-            self.released.name
-            if self.released
-            else str(self.config.get("_name_or_path") or "unnamed checkpoint")
-        )
+        released = self.released
+        return released.name if released else str(self.config.get("_name_or_path") or "unnamed checkpoint")
 
     def _check_components(self) -> None:
         models = [m for m in (self.transformer, self.transformer_2) if m is not None]
@@ -136,22 +130,6 @@ class WanPipeline(HubPipeline):
                     f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
                     f"{self.vae.config.z_dim}; they are of different checkpoints"
                 )
-
-    def correct_shift(self) -> None:
-        """Give a converted repository of a released checkpoint the official shift.
-
-        diffusers' conversion script writes the same 3.0 for every Wan checkpoint but TI2V-5B, and a
-        repository that still has it gets worse videos than the official code.
-        """
-        preset = self.released
-        if (
-            preset is not None
-            and scheduler_shift(self.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift
-        ):
-            logger.info(
-                "flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift
-            )
-            self.scheduler = reshifted(self.scheduler, preset.flow_shift)
 
     # ---- the steps of a call ----
 

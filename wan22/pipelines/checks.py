@@ -95,9 +95,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         or tuple(latents.shape) != shape
         or not latents.is_floating_point()
     ):
-        raise ValueError(
-            f"latents must be a floating-point tensor of shape {shape}, not {describe(latents)}"
-        )
+        raise ValueError(f"latents must be a floating-point tensor of shape {shape}, not {describe(latents)}")
     if not torch.isfinite(latents).all():
         raise ValueError(f"latents of shape {shape} must be finite; they hold NaN or infinity")
 

@@ -8,6 +8,7 @@ what we save.
 
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from .. import __version__
 from ..checkpoints.formats import stored_dtype
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
+from ..presets import CONVERTED_FLOW_SHIFT, Preset
 from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
 from ..schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
 from ..schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
+from .schedule import reshifted, scheduler_shift
+
+logger = logging.getLogger(__name__)
 
 # What diffusers' loader looks up in this module: our classes under the names of model_index.json, and the
 # bases by which it tells models from schedulers.
@@ -46,14 +51,16 @@ _MARK = "_wan22_version"
 class HubPipeline(DiffusionPipeline):
     """Base of the pipelines: from_pretrained, save_pretrained and from_pipe with our classes.
 
-    A subclass names the diffusers pipeline it stands for in `_hub_class_name`, and knows the official shift.
+    A subclass names the diffusers pipeline it stands for in `_hub_class_name`.
     """
 
     _hub_class_name: str
+    scheduler: Any
 
-    def correct_shift(self) -> None:
-        """Replace a shift that the repository is known to have wrong."""
-        raise NotImplementedError
+    @property
+    def released(self) -> Preset | None:
+        """The released checkpoint that the loaded configs belong to; None if it is an unknown one."""
+        return None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -107,6 +114,22 @@ class HubPipeline(DiffusionPipeline):
         pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         return pipe
+
+    def correct_shift(self) -> None:
+        """Give a converted repository of a released checkpoint the official shift.
+
+        diffusers' conversion script writes the same 3.0 for every Wan checkpoint but TI2V-5B, and a
+        repository that still has it gets worse videos than the official code.
+        """
+        preset = self.released
+        if (
+            preset is not None
+            and scheduler_shift(self.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift
+        ):
+            logger.info(
+                "flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift
+            )
+            self.scheduler = reshifted(self.scheduler, preset.flow_shift)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 
 from .base import WanPipeline
 from .output import WanVideo
-from .request import Generators, Prompt, Request, make_plan
+from .plan import make_plan
+from .request import Generators, Prompt, Request
 from .text import TEXT_ROWS
 
 logger = logging.getLogger(__name__)

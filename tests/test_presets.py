@@ -1,0 +1,123 @@
+"""The released checkpoints' facts, and how a loaded one is told."""
+
+import dataclasses
+
+import pytest
+
+from tests.builders import random_pipeline
+from wan22 import WanT2VPipeline, WanTransformer3DModel, presets
+from wan22.presets import PRESETS, closest_preset, find_preset
+
+# Wan2.2 wan/configs and Wan2.1 wan/configs; guidance is (high noise, low noise) here, the official tuples are reversed.
+# name: dim, in_channels, boundary, shift, steps, guidance, fps, frames, width, height
+TABLE = {
+    "Wan2.2-T2V-A14B": (5120, 16, 0.875, 12.0, 40, (4.0, 3.0), 16, 81, 1280, 720),
+    "Wan2.2-I2V-A14B": (5120, 36, 0.900, 5.0, 40, (3.5, 3.5), 16, 81, 1280, 720),
+    "Wan2.2-TI2V-5B": (3072, 48, None, 5.0, 50, (5.0, None), 24, 121, 1280, 704),
+    "Wan2.1-T2V-1.3B": (1536, 16, None, 8.0, 50, (6.0, None), 16, 81, 832, 480),
+    "Wan2.1-T2V-14B": (5120, 16, None, 5.0, 50, (5.0, None), 16, 81, 1280, 720),
+}
+HEADS = {5120: 40, 3072: 24, 1536: 12}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_facts(name):
+    dim, in_channels, boundary, shift, steps, guidance, fps, frames, width, height = TABLE[name]
+    preset = find_preset(dim, in_channels, boundary)
+    assert preset is not None
+    assert preset.name == name
+    assert preset.repo == f"Wan-AI/{name}-Diffusers"
+    assert preset.boundary_ratio == boundary
+    assert preset.flow_shift == shift
+    assert preset.num_inference_steps == steps
+    assert (preset.guidance_scale, preset.guidance_scale_2) == guidance
+    assert (preset.fps, preset.num_frames) == (fps, frames)
+    assert (preset.width, preset.height) == (width, height)
+    assert preset.negative_prompt == presets.NEGATIVE_PROMPT
+
+
+def test_every_release_is_in_the_table():
+    assert {preset.name for preset in PRESETS if preset.repo} == set(TABLE)
+    assert [preset.name for preset in PRESETS if not preset.repo] == ["tiny-t2v"]
+
+
+def test_the_negative_prompt_is_the_official_one():
+    parts = presets.NEGATIVE_PROMPT.split("，")
+    assert len(parts) == 32
+    assert (parts[0], parts[13], parts[-1]) == ("色调艳丽", "低质量", "倒着走")
+    assert "JPEG压缩残留" in parts
+    assert not set(presets.NEGATIVE_PROMPT) & set(" \n,")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_a_recipe_can_be_run(preset):
+    multiple = 32 if preset.in_channels == 48 else 16
+    assert preset.width % multiple == preset.height % multiple == 0
+    assert (preset.num_frames - 1) % 4 == 0
+    assert preset.guidance_scale >= 1
+    assert (preset.boundary_ratio is None) == (preset.guidance_scale_2 is None)
+
+
+def test_no_two_presets_look_the_same():
+    keys = [(p.dim, p.in_channels, p.boundary_ratio is None) for p in PRESETS]
+    assert len(set(keys)) == len(keys)
+
+
+def test_presets_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        presets.T2V_A14B.flow_shift = 3.0
+
+
+@pytest.mark.parametrize(
+    ("dim", "in_channels", "boundary"),
+    [(5120, 16, 0.9), (5120, 36, 0.5)],  # the value of the boundary may be somebody's own
+)
+def test_the_boundary_need_not_be_the_official_one(dim, in_channels, boundary):
+    assert find_preset(dim, in_channels, boundary) is not None
+
+
+@pytest.mark.parametrize(
+    ("dim", "in_channels", "boundary"),
+    [(256, 16, 0.875), (3072, 16, None), (3072, 48, 0.875), (5120, 36, None), (1536, 16, 0.875)],
+)
+def test_unknown_checkpoints(dim, in_channels, boundary):
+    assert find_preset(dim, in_channels, boundary) is None
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "boundary", "name"),
+    [
+        (16, 0.875, "Wan2.2-T2V-A14B"),
+        (36, 0.9, "Wan2.2-I2V-A14B"),
+        (36, None, "Wan2.2-I2V-A14B"),
+        (48, None, "Wan2.2-TI2V-5B"),
+        (48, 0.9, "Wan2.2-TI2V-5B"),
+    ],
+)
+def test_closest(in_channels, boundary, name):
+    assert closest_preset(in_channels, boundary).name == name
+
+
+def test_closest_of_one_transformer():
+    preset = closest_preset(16, None)
+    assert preset.boundary_ratio is None
+    assert preset.in_channels == 16
+
+
+def test_closest_of_unknown_channels():
+    assert closest_preset(20, None) in PRESETS
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if "I2V-A14B" not in name])
+def test_a_pipeline_knows_its_release(name):
+    """By the configs alone: the transformer has the release's sizes, no depth, and lies nowhere."""
+    import torch
+
+    dim, channels, boundary, *_ = TABLE[name]
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=HEADS[dim], in_channels=channels, out_channels=channels, ffn_dim=8, num_layers=0
+        )
+    rest = random_pipeline(experts=1, channels=channels).components
+    pipe = WanT2VPipeline(**{**rest, "transformer": transformer}, boundary_ratio=boundary)
+    assert pipe.preset.name == pipe.checkpoint_name == name
