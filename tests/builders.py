@@ -1,22 +1,21 @@
 """Small models and pipelines: the golden ones, and random ones with every component of a checkpoint."""
 
 import contextlib
+import copy
 import functools
-import json
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from tests.golden_data import golden
 from tests.official_keys import transformer_config, transformer_state_dict
 from tests.official_t5_keys import t5_config, t5_state_dict
 from tests.official_vae_keys import vae_state_dict
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
 
-GOLDEN = Path(__file__).parent / "golden"
 TEXT_DIM = 32
+MODELS = ("text_encoder", "vae", "transformer", "transformer_2")
 SMALL = {
     "height": 32,
     "width": 32,
@@ -28,23 +27,9 @@ SMALL = {
 }
 
 
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the L2 norm of the difference over that of the reference."""
-    value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
-
-
-@functools.cache
-def load_golden(name: str):
-    """Return a golden file's description, weights and tensors; None for a part it does not have."""
-    description = json.loads((GOLDEN / f"{name}.json").read_text())
-    paths = [GOLDEN / f"{name}.{part}.safetensors" for part in ("weights", "io")]
-    return (description, *(load_file(path) if path.exists() else None for path in paths))
-
-
 @functools.cache
 def golden_transformer(name: str) -> WanTransformer3DModel:
-    description, weights, _ = load_golden(name)
+    description, weights, _ = golden(name)
     model = WanTransformer3DModel(**transformer_config(description["config"])).eval()
     model.load_state_dict(transformer_state_dict(weights))
     return model
@@ -52,24 +37,34 @@ def golden_transformer(name: str) -> WanTransformer3DModel:
 
 @functools.cache
 def golden_vae(name: str) -> AutoencoderKLWan:
-    description, weights, _ = load_golden(name)
+    description, weights, _ = golden(name)
     config = description["config"]
-    arguments = {k: config[k] for k in ("z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample")}
+    arguments = {
+        k: config[k] for k in ("z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample")
+    }
     arguments |= {"base_dim": config["dim"], "decoder_base_dim": config.get("dec_dim")}
     if name == "vae22":
-        arguments |= VAE22 | {k: description[o] for k, o in (("latents_mean", "latent_mean"), ("latents_std", "latent_std"))}
+        arguments |= VAE22 | {
+            k: description[o] for k, o in (("latents_mean", "latent_mean"), ("latents_std", "latent_std"))
+        }
     model = AutoencoderKLWan(**arguments).eval()
     model.load_state_dict(vae_state_dict(weights))
     return model
 
 
 # What makes a VAE the one of Wan 2.2 TI2V-5B, beside its sizes.
-VAE22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+VAE22 = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
 
 
 @functools.cache
 def golden_text_encoder() -> UMT5EncoderModel:
-    description, weights, _ = load_golden("t5")
+    description, weights, _ = golden("t5")
     model = UMT5EncoderModel(UMT5Config(**t5_config(description["config"]))).eval()
     model.load_state_dict(t5_state_dict(weights))
     return model
@@ -120,13 +115,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
 @functools.cache
 def random_components(experts: int = 2, channels: int = 16) -> dict:
-    """Return WanT2VPipeline's arguments: of T2V-A14B's form, or with one expert and 48 channels, TI2V-5B's."""
+    """Return WanT2VPipeline's arguments: of T2V-A14B's form; one expert, 48 channels: TI2V-5B's."""
     return {
         "tokenizer": byte_tokenizer(),
         "text_encoder": random_text_encoder(1),
@@ -140,19 +139,36 @@ def random_components(experts: int = 2, channels: int = 16) -> dict:
 
 def random_pipeline(experts: int = 2, channels: int = 16, **replaced) -> WanT2VPipeline:
     """Return a pipeline on shared random components, with a scheduler of its own."""
-    components = {"scheduler": FlowMatchUniPCScheduler(shift=5.0), **random_components(experts, channels), **replaced}
+    components = {
+        "scheduler": FlowMatchUniPCScheduler(shift=5.0),
+        **random_components(experts, channels),
+        **replaced,
+    }
     pipe = WanT2VPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def bf16_pipeline():
+    """As the hub's repositories are: everything bf16 but the VAE."""
+    components = random_components()
+    half = {n: copy.deepcopy(components[n]).to(torch.bfloat16) for n in MODELS if n != "vae"}
+    return random_pipeline(**half)
+
+
 def in_memory(pipe):
     """Copy memory-mapped weights: at a file's odd alignment, kernels add up in another order (1e-7)."""
-    for name in ("text_encoder", "transformer", "transformer_2", "vae"):
+    for name in MODELS:
         model = getattr(pipe, name)
         for tensor in () if model is None else model.parameters():
             tensor.data = tensor.data.clone()
     return pipe
+
+
+def load_pipeline(folder, **arguments):
+    pipe = WanT2VPipeline.from_pretrained(folder, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if arguments.keys() & set(MODELS) else in_memory(pipe)
 
 
 def latents_of(pipe, prompt="a red circle", **arguments) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, golden data, small random pipelines."""
+"""What all tests share: one thread, no network, small random pipelines."""
 
 import os
 
@@ -11,12 +11,6 @@ from tests import builders
 from wan22 import presets
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """golden(name) returns (description, weights, tensors) of tests/golden."""
-    return builders.load_golden
 
 
 @pytest.fixture
@@ -64,4 +58,12 @@ def saved(tmp_path_factory):
     """A folder that a random pipeline was saved to, in float32."""
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     builders.random_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_bf16(tmp_path_factory):
+    """A folder as the hub's are: everything bf16 but the VAE."""
+    folder = tmp_path_factory.mktemp("bf16")
+    builders.bf16_pipeline().save_pretrained(folder)
     return folder

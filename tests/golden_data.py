@@ -33,5 +33,5 @@ def golden(name: str) -> Golden:
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference, in float64."""
     assert value.shape == reference.shape, (value.shape, reference.shape)
-    value, reference = value.double(), reference.double()
+    value, reference = value.detach().double(), reference.detach().double()
     return float((value - reference).norm() / reference.norm())

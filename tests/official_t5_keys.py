@@ -21,7 +21,7 @@ _RULES = [
 
 
 def t5_state_dict(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the official weights under transformers' names; the embedding is there under both of its names."""
+    """Return the official weights under transformers' names, the embedding under both of its names."""
     renamed = {}
     for key, value in official.items():
         for pattern, replacement in _RULES:

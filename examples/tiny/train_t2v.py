@@ -2,10 +2,10 @@
 
     python examples/tiny/train_t2v.py --out runs/tiny
 
-Reads runs/tiny/latents (cache_latents.py). There are three parts, of which `--part` runs one: `base` trains text
-encoder and transformer over the whole noise range; `high` and `low` each start from it, keep the text encoder,
-and train the expert of one side of the boundary (they may run at the same time). `--resume` goes on from the
-last saved step. Started by `torchrun --nproc-per-node 2`, two processes share each step.
+Reads runs/tiny/latents (cache_latents.py). There are three parts, of which `--part` runs one: `base` trains
+text encoder and transformer over the whole noise range; `high` and `low` each start from it, keep the text
+encoder, and train the expert of one side of the boundary (they may run at the same time). `--resume` goes on
+from the last saved step. Started by `torchrun --nproc-per-node 2`, two processes share each step.
 
 Axes: b batch, c channels, t h w latent frames, rows, columns, s text rows, d their width.
 """
@@ -48,7 +48,7 @@ TEXT_CONFIG: dict[str, Any] = {"d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff"
 TEXT_CONFIG |= {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}
 TEXT_ROWS = 512  # rows the transformer attends to, zero past the prompt
 SHIFT, BOUNDARY = 3.0, 0.875
-BATCH, CAPTION_DROPOUT, EMA_DECAY = 32, 0.1, 0.999
+BATCH, CAPTION_DROPOUT, EMA_DECAY = 32, 0.1, 0.998
 SAVE_EVERY, READ_EVERY = 200, 200
 
 
@@ -70,9 +70,9 @@ class Part:
 
 
 PARTS = {
-    "base": Part(3000, (0.0, 1.0), 2e-3, 1.5e-3),
-    "high": Part(1500, (BOUNDARY, 1.0), 1.5e-3, 0.0),
-    "low": Part(1500, (0.0, BOUNDARY), 1.5e-3, 0.0),
+    "base": Part(1000, (0.0, 1.0), 2e-3, 2e-3),
+    "high": Part(2000, (BOUNDARY, 1.0), 2e-3, 0.0),
+    "low": Part(2000, (0.0, BOUNDARY), 2e-3, 0.0),
 }
 
 

@@ -44,7 +44,10 @@ def test_the_weights_are_not_read(tmp_path):
         ((4).to_bytes(8, "little") + b"abcd", "its header is not JSON"),
         ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "its header is not JSON"),
         ((2).to_bytes(8, "little") + b"[]", "its header is not a table"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "not a whole safetensors file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "not a whole safetensors file",
+        ),
     ],
 )
 def test_broken_files(data, message, tmp_path):
@@ -71,7 +74,9 @@ def test_every_floating_dtype(dtype, tmp_path):
 def test_stored_dtype_counts_all_shards(tmp_path):
     save_file({"a": torch.zeros(10)}, tmp_path / "w-00001-of-00003.safetensors")
     for i in (2, 3):
-        save_file({f"b{i}": torch.zeros(15, dtype=torch.float16)}, tmp_path / f"w-0000{i}-of-00003.safetensors")
+        save_file(
+            {f"b{i}": torch.zeros(15, dtype=torch.float16)}, tmp_path / f"w-0000{i}-of-00003.safetensors"
+        )
     (tmp_path / "w.safetensors.index.json").write_text(json.dumps({}))
     assert stored_dtype(tmp_path) == torch.float16
 
@@ -81,7 +86,8 @@ def test_stored_dtype_of_a_variant(tmp_path):
     assert stored_dtype(tmp_path, "fp16") == torch.float32, "without such a file, the others are loaded"
     save_file({"a": torch.zeros(40, dtype=torch.float16)}, tmp_path / "model.fp16.safetensors")
     assert stored_dtype(tmp_path, "fp16") == torch.float16
-    assert stored_dtype(tmp_path) == torch.float32, "and without asking for it, a variant does not count"
+    save_file({"a": torch.zeros(40, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.bfloat16, "without asking for it, a variant does not count"
 
 
 def test_stored_dtype_without_weights(tmp_path):

@@ -1,6 +1,7 @@
 """What a callback may do to a run, and how a run ends early: stopped, interrupted, or with broken numbers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ def test_called_after_each_step(pipe):
     seen = []
 
     def callback(caller, step, timestep, tensors):
-        seen.append((step, int(timestep), sorted(tensors), int(caller.current_timestep), caller.num_timesteps))
+        seen.append(
+            (step, int(timestep), sorted(tensors), int(caller.current_timestep), caller.num_timesteps)
+        )
         assert caller is pipe
 
     latents_of(pipe, callback_on_step_end=callback)
@@ -28,7 +31,9 @@ def test_gets_the_tensors_it_asks_for(pipe):
     latents_of(
         pipe,
         ["a", "b"],
-        callback_on_step_end=lambda p, i, t, tensors: shapes.update({k: tuple(v.shape) for k, v in tensors.items()}),
+        callback_on_step_end=lambda p, i, t, tensors: shapes.update(
+            {k: tuple(v.shape) for k, v in tensors.items()}
+        ),
         callback_on_step_end_tensor_inputs=names,
     )
     assert shapes == {"latents": (2, 16, 2, 4, 4), **dict.fromkeys(names[1:], (2, 512, 32))}
@@ -47,7 +52,9 @@ def test_gets_no_negative_embeddings_without_guidance(pipe):
 
 
 def test_a_callback_that_returns_what_it_got_changes_nothing(pipe):
-    assert torch.equal(latents_of(pipe, callback_on_step_end=lambda p, i, t, tensors: tensors), latents_of(pipe))
+    assert torch.equal(
+        latents_of(pipe, callback_on_step_end=lambda p, i, t, tensors: tensors), latents_of(pipe)
+    )
 
 
 def test_may_replace_the_latents():
@@ -72,7 +79,9 @@ def test_replaced_latents_stay_float32(pipe):
 
 
 def test_replaced_latents_of_another_shape(pipe):
-    with pytest.raises(ValueError, match=r"latents must be .* \(1, 16, 2, 4, 4\), not a float32 tensor of shape \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"latents must be .* \(1, 16, 2, 4, 4\), not a float32 tensor of shape \(1,\)"
+    ):
         latents_of(pipe, callback_on_step_end=lambda p, i, t, x: {"latents": torch.zeros(1)})
 
 
@@ -88,7 +97,11 @@ def test_may_replace_the_embeddings(single_pipe):
     swapped = latents_of(single_pipe, num_inference_steps=2, callback_on_step_end=swap)
     assert torch.equal(latents[1], swapped)
     plain = {}
-    latents_of(single_pipe, num_inference_steps=2, callback_on_step_end=lambda p, i, t, x: plain.update({i: x["latents"]}))
+    latents_of(
+        single_pipe,
+        num_inference_steps=2,
+        callback_on_step_end=lambda p, i, t, x: plain.update({i: x["latents"]}),
+    )
     assert torch.equal(latents[0], plain[0])
     assert not torch.equal(latents[1], plain[1])
 
@@ -126,14 +139,18 @@ def test_a_callback_object_of_diffusers(pipe):
 
 
 def test_several_callback_objects(pipe):
-    callback = MultiPipelineCallbacks([CutGuidance(cutoff_step_ratio=None, cutoff_step_index=i) for i in (1, 2)])
+    callback = MultiPipelineCallbacks(
+        [CutGuidance(cutoff_step_ratio=None, cutoff_step_index=i) for i in (1, 2)]
+    )
     with recording(pipe) as calls:
         latents_of(pipe, callback_on_step_end=callback)
     assert len(calls) == 2 + 2 + 2 + 1
 
 
 def test_an_unknown_tensor(pipe):
-    with pytest.raises(ValueError, match=r"'noise' must be one of 'latents', 'prompt_embeds', 'negative_prompt_embeds'"):
+    with pytest.raises(
+        ValueError, match=r"'noise' must be one of 'latents', 'prompt_embeds', 'negative_prompt_embeds'"
+    ):
         latents_of(pipe, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["noise"])
 
 
@@ -158,7 +175,9 @@ def test_the_pipeline_survives_an_interruption(pipe, error):
 
 
 def test_an_interruption_inside_a_model(pipe):
-    handle = pipe.transformer_2.blocks[0].register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    handle = pipe.transformer_2.blocks[0].register_forward_hook(
+        lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     try:
         with pytest.raises(KeyboardInterrupt):
             latents_of(pipe)
@@ -175,11 +194,13 @@ def poisoned(model):
 
 
 @pytest.mark.parametrize(
-    ("slot", "step", "timestep", "label"), [("transformer", 1, 900, "high noise"), ("transformer_2", 2, 400, "low noise")]
+    ("slot", "step", "timestep", "label"),
+    [("transformer", 1, 900, "high noise"), ("transformer_2", 2, 400, "low noise")],
 )
 def test_broken_numbers_name_step_and_expert(pipe, slot, step, timestep, label):
     broken = random_pipeline(**{slot: poisoned(getattr(pipe, slot))})
-    message = rf"not finite after step {step} of 2 \(timestep {timestep}, {label} expert, pipe\.{slot} in torch\.float32\)"
+    where = rf"timestep {timestep}, {label} expert, pipe\.{slot} in torch\.float32"
+    message = rf"not finite after step {step} of 2 \({where}\)"
     with recording(broken) as calls, pytest.raises(FloatingPointError, match=message):
         latents_of(broken, timesteps=[900, 400])
     assert len(calls) == 2 + 2 * step, "the run stops at once"
@@ -187,7 +208,9 @@ def test_broken_numbers_name_step_and_expert(pipe, slot, step, timestep, label):
 
 def test_broken_numbers_of_a_single_transformer(single_pipe):
     broken = random_pipeline(experts=1, transformer=poisoned(single_pipe.transformer))
-    with pytest.raises(FloatingPointError, match=r"step 1 of 3 \(timestep 999, the only expert, pipe\.transformer"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 1 of 3 \(timestep 999, the only expert, pipe\.transformer"
+    ):
         latents_of(broken)
 
 
@@ -200,3 +223,30 @@ def test_broken_numbers_of_the_vae(pipe):
     for output_type in ("np", "pil", "pt"):
         with pytest.raises(FloatingPointError, match="VAE's frames are not finite"):
             broken("a", seed=0, output_type=output_type, **SMALL)
+
+
+def test_attributes_that_diffusers_callbacks_read(pipe):
+    assert (pipe.num_timesteps, pipe.guidance_scale, pipe.do_classifier_free_guidance) == (0, None, False)
+    seen = []
+
+    def look(caller, step, timestep, tensors):
+        seen.append((caller.num_timesteps, caller.guidance_scale, caller.do_classifier_free_guidance))
+
+    pipe("a", **SMALL, seed=0, callback_on_step_end=look)
+    assert seen == [(3, 3.0, True)] * 3
+    assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (4, 8)
+
+
+def test_replaced_embeddings_are_checked_and_padded(pipe):
+    width = pipe.transformer.config.text_dim
+
+    def give(rows, d):
+        embeds = torch.ones(1, rows, d)
+        return lambda *_: {"prompt_embeds": embeds}
+
+    run = functools.partial(pipe, "a", **SMALL, seed=0, output_type="latent")
+    padded = torch.nn.functional.pad(torch.ones(1, 7, width), (0, 0, 0, 505))
+    expected = run(callback_on_step_end=lambda *_: {"prompt_embeds": padded}).frames
+    assert torch.equal(run(callback_on_step_end=give(7, width)).frames, expected)
+    with pytest.raises(ValueError, match="prompt_embeds has shape"):
+        run(callback_on_step_end=give(7, width + 1))

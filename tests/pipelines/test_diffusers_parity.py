@@ -4,7 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from tests.builders import SMALL, latents_of, random_pipeline, recording, relative_error
+from tests.builders import SMALL, latents_of, random_pipeline, recording
+from tests.golden_data import relative_error
 from wan22 import FlowMatchDPMSolverScheduler, FlowMatchEulerScheduler, FlowMatchUniPCScheduler
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -153,7 +154,9 @@ def test_a_custom_schedule_is_the_whole_schedule():
             pipe("a", sigmas=[0.9, 0.5], **arguments)
 
 
-@pytest.mark.parametrize(("solver", "name"), [("unipc", "timesteps"), ("dpm++", "sigmas"), ("dpm++", "timesteps")])
+@pytest.mark.parametrize(
+    ("solver", "name"), [("unipc", "timesteps"), ("dpm++", "sigmas"), ("dpm++", "timesteps")]
+)
 def test_a_schedule_that_their_scheduler_does_not_take(solver, name):
     pipe = random_pipeline(scheduler=THEIRS[solver](5.0))
     values = [900, 500] if name == "timesteps" else [0.9, 0.5]

@@ -40,7 +40,10 @@ CASES = [
     ({"prompt": ["a", 3]}, ["prompt must be", "list ['a', 3]"]),
     ({"prompt": b"a"}, ["prompt must be", "bytes b'a'"]),
     ({"prompt_embeds": ROWS}, ["prompt or prompt_embeds, and only one"]),
-    ({"negative_prompt": ["a", "b"]}, ["negative_prompt has 2 entries for 1 prompts", "give 1, or one string"]),
+    (
+        {"negative_prompt": ["a", "b"]},
+        ["negative_prompt has 2 entries for 1 prompts", "give 1, or one string"],
+    ),
     ({"negative_prompt": 3}, ["negative_prompt must be a string", "int 3"]),
     ({"negative_prompt": []}, ["negative_prompt must be a string or a non-empty list", "list []"]),
     ({"negative_prompt": 0}, ["negative_prompt must be a string", "int 0"]),
@@ -49,7 +52,10 @@ CASES = [
         ["negative_prompt or negative_prompt_embeds, not both"],
     ),
     # embeddings
-    ({"prompt": None, "prompt_embeds": "a"}, ["prompt_embeds must be a floating-point tensor 'b s 32'", "str 'a'"]),
+    (
+        {"prompt": None, "prompt_embeds": "a"},
+        ["prompt_embeds must be a floating-point tensor 'b s 32'", "str 'a'"],
+    ),
     ({"prompt": None, "prompt_embeds": ROWS[0]}, ["prompt_embeds must be", "'b s 32'", "(4, 32)"]),
     ({"prompt": None, "prompt_embeds": ROWS.long()}, ["floating-point", "int64 tensor of shape (1, 4, 32)"]),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, ["(1, 4, 31)", "'b s 32'", "1 to 512"]),
@@ -74,7 +80,10 @@ CASES = [
     ({"timesteps": [900, 400]}, ["num_inference_steps=3 contradicts 2 timesteps"]),
     ({"num_inference_steps": None, "timesteps": [900, 400]}, ["shift=5.0", "leave the shift out"]),
     ({"sigmas": [0.5], "timesteps": [500]}, ["sigmas and timesteps", "one of them"]),
-    ({"num_inference_steps": None, "flow_shift": None, "timesteps": [1001]}, ["timesteps", "1001", "nearest is 1000"]),
+    (
+        {"num_inference_steps": None, "flow_shift": None, "timesteps": [1001]},
+        ["timesteps", "1001", "nearest is 1000"],
+    ),
     # guidance
     ({"guidance_scale": 0.5}, ["guidance_scale=0.5", "1 or more", "1 turns guidance off"]),
     ({"guidance_scale": NAN}, ["guidance_scale=nan", "1 or more"]),
@@ -100,7 +109,7 @@ CASES = [
     ({"generator": 7}, ["generator", "torch.Generator", "int 7"]),
     ({"generator": [7]}, ["generator", "torch.Generator", "int 7"]),
     # latents
-    ({"latents": torch.zeros(1, 16, 2, 4, 5)}, [f"latents must be", f"{LATENTS}", "(1, 16, 2, 4, 5)"]),
+    ({"latents": torch.zeros(1, 16, 2, 4, 5)}, ["latents must be", f"{LATENTS}", "(1, 16, 2, 4, 5)"]),
     ({"latents": torch.zeros(2, *LATENTS[1:])}, [f"{LATENTS}", "(2, 16, 2, 4, 4)"]),
     ({"latents": torch.zeros(LATENTS, dtype=torch.int64)}, ["floating-point", "int64"]),
     ({"latents": [0.0]}, ["latents must be", "list [0.0]"]),
@@ -112,7 +121,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"), CASES, ids=[f"{i}-{'-'.join(arguments)}" for i, (arguments, _) in enumerate(CASES)]
+    ("arguments", "parts"),
+    CASES,
+    ids=[f"{i}-{'-'.join(arguments)}" for i, (arguments, _) in enumerate(CASES)],
 )
 def test_message(pipe, arguments, parts):
     with recording(pipe) as calls, pytest.raises(ValueError) as error:
@@ -123,12 +134,17 @@ def test_message(pipe, arguments, parts):
 
 
 def test_the_5b_sizes_are_multiples_of_32(ti2v_pipe):
-    with pytest.raises(ValueError, match=re.escape("height=720 must be an int, a positive multiple of 32; the nearest are 704 and 736")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("height=720 must be an int, a positive multiple of 32; the nearest are 704 and 736"),
+    ):
         ti2v_pipe("a", height=720)
 
 
 def test_several_prompts(pipe):
-    with pytest.raises(ValueError, match="negative_prompt has 3 entries for 2 prompts; give 2, or one string"):
+    with pytest.raises(
+        ValueError, match="negative_prompt has 3 entries for 2 prompts; give 2, or one string"
+    ):
         pipe(["a", "b"], negative_prompt=["c", "d", "e"], **SMALL)
     with pytest.raises(ValueError, match="2 seeds for 4 videos; give 4, or one"):
         pipe(["a", "b"], num_videos_per_prompt=2, seed=[1, 2], **SMALL)
@@ -140,11 +156,16 @@ def test_several_prompts(pipe):
 def test_text_without_a_text_encoder(given):
     """Also where only the default negative prompt needs it."""
     pipe = random_pipeline(text_encoder=None)
-    with recording(pipe) as calls, pytest.raises(ValueError, match=r"pipe\.text_encoder is None; load it, or give \w*prompt_embeds"):
+    with (
+        recording(pipe) as calls,
+        pytest.raises(ValueError, match=r"pipe\.text_encoder is None; load it, or give \w*prompt_embeds"),
+    ):
         pipe(**given, **SMALL)
     assert not calls
 
 
 def test_encode_prompt_without_a_prompt(pipe):
-    with pytest.raises(ValueError, match="prompt must be a string or a non-empty list of strings, not NoneType None"):
+    with pytest.raises(
+        ValueError, match="prompt must be a string or a non-empty list of strings, not NoneType None"
+    ):
         pipe.encode_prompt()

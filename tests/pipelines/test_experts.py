@@ -16,8 +16,15 @@ def policy(boundary=875.0, high="high", low="low", scales=(4.0, 3.0)):
 
 @pytest.mark.parametrize(
     ("timestep", "slot"),
-    [(1000, "transformer"), (876, "transformer"), (875, "transformer"), (875.0, "transformer"),
-     (874.9, "transformer_2"), (874, "transformer_2"), (0, "transformer_2")],
+    [
+        (1000, "transformer"),
+        (876, "transformer"),
+        (875, "transformer"),
+        (875.0, "transformer"),
+        (874.9, "transformer_2"),
+        (874, "transformer_2"),
+        (0, "transformer_2"),
+    ],
 )
 def test_the_boundary_belongs_to_the_high_noise_expert(timestep, slot):
     assert policy().serving(timestep).slot == slot
@@ -90,7 +97,10 @@ def test_a_slot_that_is_never_reached_may_be_empty(pipe, empty, timesteps):
 )
 def test_a_slot_that_is_reached_must_be_loaded(empty, label, timestep):
     pipe = random_pipeline(**{empty: None})
-    with recording(pipe) as calls, pytest.raises(ValueError, match=f"timestep {timestep}.*{label}.*pipe.{empty}"):
+    with (
+        recording(pipe) as calls,
+        pytest.raises(ValueError, match=f"timestep {timestep}.*{label}.*pipe.{empty}"),
+    ):
         latents_of(pipe, timesteps=[1000, 400])
     assert not calls, "refused before any work"
 
@@ -119,7 +129,7 @@ def test_an_image_to_video_transformer():
 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "num_layers": 1}
     model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=32, **sizes)
-    with pytest.raises(ValueError, match="36 channels for 16.*image-to-video"):
+    with pytest.raises(ValueError, match=r"36 channels for 16.*image-to-video"):
         random_pipeline(transformer=model)
 
 

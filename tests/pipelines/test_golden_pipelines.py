@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.builders import golden_transformer, golden_vae, load_golden, recording, relative_error
+from tests.builders import golden_transformer, golden_vae, recording
+from tests.golden_data import golden, relative_error
 from wan22 import FlowMatchDPMSolverScheduler, FlowMatchUniPCScheduler, WanT2VPipeline
 
 NAMES = ["pipe_t2v_unipc", "pipe_t2v_dpmpp", "pipe_ti2v_text"]
@@ -14,7 +15,7 @@ class Run:
     """One golden call, repeated here, with all that can be seen of it from outside."""
 
     def __init__(self, name):
-        self.description, _, self.tensors = load_golden(name)
+        self.description, _, self.tensors = golden(name)
         official = self.description["generate_args"]
         experts = [golden_transformer(model) for model in self.description["models"]]
         two = len(experts) == 2
@@ -69,7 +70,9 @@ def run(request):
 
 
 def test_starts_from_the_same_noise(run):
-    shape = run.pipe.latent_shape(run.output.recipe.num_frames, run.output.recipe.height, run.output.recipe.width)
+    shape = run.pipe.latent_shape(
+        run.output.recipe.num_frames, run.output.recipe.height, run.output.recipe.width
+    )
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(run.description["seed"]))
     assert torch.equal(noise, run.tensors["initial_latent"])
 
@@ -85,7 +88,9 @@ def test_timesteps(run):
 
 def test_expert_of_each_step(run):
     high = run.description["models"][0]
-    expected = ["transformer" if name == high else "transformer_2" for name in run.description["expert_per_step"]]
+    expected = [
+        "transformer" if name == high else "transformer_2" for name in run.description["expert_per_step"]
+    ]
     assert [slot for slot, _ in run.calls[::2]] == expected
     assert [slot for slot, _ in run.calls[1::2]] == expected
     assert len(run.calls) == run.description["model_calls"]
@@ -110,6 +115,6 @@ def test_video(run):
 
 def test_some_schedule_touches_the_boundary():
     """The tie goes to the high-noise expert; a golden run must hold one, or nothing here would notice."""
-    description, _, _ = load_golden("pipe_t2v_unipc")
+    description, _, _ = golden("pipe_t2v_unipc")
     tie = description["timesteps"].index(round(description["boundary"] * 1000))
     assert description["expert_per_step"][tie] == description["models"][0]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import wan22
-from tests.builders import SMALL, in_memory, latents_of, random_components, random_pipeline
+from tests.builders import MODELS, SMALL, latents_of, load_pipeline, random_components, random_pipeline
 from wan22 import (
     AutoencoderKLWan,
     FlowMatchDPMSolverScheduler,
@@ -20,15 +20,6 @@ from wan22 import (
     WanT2VPipeline,
     WanTransformer3DModel,
 )
-from wan22.pipelines.hub import HubPipeline
-
-MODELS = ("text_encoder", "vae", "transformer", "transformer_2")
-
-
-def load(folder, **arguments):
-    pipe = WanT2VPipeline.from_pretrained(folder, **arguments)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe if arguments.keys() & set(MODELS) else in_memory(pipe)
 
 
 def read_json(path):
@@ -38,20 +29,6 @@ def read_json(path):
 def edit_json(path, **changed):
     values = {**read_json(path), **changed}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-
-
-def bf16_pipeline():
-    """As the hub's repositories are: everything bf16 but the VAE."""
-    components = random_components()
-    half = {n: copy.deepcopy(components[n]).to(torch.bfloat16) for n in MODELS if n != "vae"}
-    return random_pipeline(**half)
-
-
-@pytest.fixture(scope="module")
-def saved_bf16(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bf16")
-    bf16_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -91,12 +68,14 @@ def test_schedulers_go_there_and_back(ours, theirs, shift, tmp_path):
     assert type(plain.scheduler) is getattr(diffusers, theirs)
     assert plain.scheduler.config[shift] == 7.0
     plain.save_pretrained(tmp_path / "theirs")
-    back = load(tmp_path / "theirs").scheduler
+    back = load_pipeline(tmp_path / "theirs").scheduler
     assert type(back) is ours
     assert back.config.shift == 7.0
 
 
-@pytest.mark.parametrize("form", [{}, {"experts": 1}, {"experts": 1, "channels": 48}], ids=["a14b", "2.1", "5b"])
+@pytest.mark.parametrize(
+    "form", [{}, {"experts": 1}, {"experts": 1, "channels": 48}], ids=["a14b", "2.1", "5b"]
+)
 def test_ours_to_diffusers_to_ours(form, tmp_path):
     ours = random_pipeline(**form)
     ours.save_pretrained(tmp_path / "ours")
@@ -109,7 +88,7 @@ def test_ours_to_diffusers_to_ours(form, tmp_path):
     assert plain.config.expand_timesteps == ours.config.expand_timesteps
     plain.save_pretrained(tmp_path / "theirs")
 
-    back = load(tmp_path / "theirs")
+    back = load_pipeline(tmp_path / "theirs")
     for name in ("vae", "transformer", "transformer_2"):
         model, original = getattr(back, name), getattr(ours, name)
         assert type(model) is type(original)
@@ -129,7 +108,7 @@ def test_diffusers_says_nothing_about_our_folder(saved, caplog):
     logger.addHandler(caplog.handler)
     try:
         diffusers.WanPipeline.from_pretrained(saved)
-        load(saved)
+        load_pipeline(saved)
     finally:
         logger.removeHandler(caplog.handler)
     assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
@@ -139,14 +118,14 @@ def test_shards(saved, tmp_path):
     pipe = random_pipeline()
     pipe.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    assert torch.equal(latents_of(load(tmp_path)), latents_of(pipe))
+    assert torch.equal(latents_of(load_pipeline(tmp_path)), latents_of(pipe))
 
 
 # ---- what is read ----
 
 
 def test_our_classes(saved):
-    pipe = load(saved)
+    pipe = load_pipeline(saved)
     assert type(pipe) is WanT2VPipeline
     assert type(pipe.transformer) is type(pipe.transformer_2) is WanTransformer3DModel
     assert type(pipe.vae) is AutoencoderKLWan
@@ -158,11 +137,11 @@ def test_our_classes(saved):
 
 
 def test_a_path_object_and_a_string_are_the_same(saved):
-    assert load(str(saved)).config._name_or_path == load(saved).config._name_or_path
+    assert load_pipeline(str(saved)).config._name_or_path == load_pipeline(saved).config._name_or_path
 
 
 def test_the_two_experts_are_not_mixed_up(saved):
-    pipe, original = load(saved), random_components()
+    pipe, original = load_pipeline(saved), random_components()
     for name in ("transformer", "transformer_2"):
         assert torch.equal(getattr(pipe, name).proj_out.weight, original[name].proj_out.weight)
     assert not torch.equal(pipe.transformer.proj_out.weight, pipe.transformer_2.proj_out.weight)
@@ -170,7 +149,7 @@ def test_the_two_experts_are_not_mixed_up(saved):
 
 def test_the_text_encoders_embedding_is_loaded(saved):
     """Some transformers releases left it zero or random."""
-    encoder, original = load(saved).text_encoder, random_components()["text_encoder"]
+    encoder, original = load_pipeline(saved).text_encoder, random_components()["text_encoder"]
     assert torch.equal(encoder.get_input_embeddings().weight, original.shared.weight)
     assert torch.equal(encoder.encoder.embed_tokens.weight, original.shared.weight)
 
@@ -179,7 +158,7 @@ def test_the_text_encoders_embedding_is_loaded(saved):
 
 
 def test_the_default_is_the_stored_dtype(saved_bf16):
-    pipe = load(saved_bf16)
+    pipe = load_pipeline(saved_bf16)
     assert pipe.transformer.dtype == pipe.transformer_2.dtype == torch.bfloat16
     assert pipe.text_encoder.dtype == torch.bfloat16
     assert pipe.text_encoder.shared.weight.dtype == torch.bfloat16
@@ -188,7 +167,7 @@ def test_the_default_is_the_stored_dtype(saved_bf16):
 
 
 def test_some_modules_stay_float32(saved_bf16):
-    transformer = load(saved_bf16).transformer
+    transformer = load_pipeline(saved_bf16).transformer
     wide = {name for name, p in transformer.named_parameters() if p.dtype == torch.float32}
     assert {"scale_shift_table", "blocks.0.scale_shift_table", "blocks.0.norm2.weight"} <= wide
     assert any(name.startswith("condition_embedder.time_embedder") for name in wide)
@@ -197,22 +176,22 @@ def test_some_modules_stay_float32(saved_bf16):
 
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
 def test_one_dtype_for_all(argument, saved, saved_bf16):
-    pipe = load(saved, **{argument: torch.bfloat16})
+    pipe = load_pipeline(saved, **{argument: torch.bfloat16})
     assert {getattr(pipe, name).dtype for name in MODELS} == {torch.bfloat16}
-    pipe = load(saved_bf16, **{argument: torch.float32})
+    pipe = load_pipeline(saved_bf16, **{argument: torch.float32})
     assert {getattr(pipe, name).dtype for name in MODELS} == {torch.float32}
 
 
 def test_a_dtype_for_each_component(saved):
-    pipe = load(saved, dtype={"transformer": torch.bfloat16, "default": torch.float16})
+    pipe = load_pipeline(saved, dtype={"transformer": torch.bfloat16, "default": torch.float16})
     assert pipe.transformer.dtype == torch.bfloat16
     assert pipe.transformer_2.dtype == pipe.vae.dtype == torch.float16
 
 
 def test_a_bf16_round_trip(saved_bf16, tmp_path):
-    reference = latents_of(load(saved_bf16))
+    reference = latents_of(load_pipeline(saved_bf16))
     diffusers.WanPipeline.from_pretrained(saved_bf16, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    assert torch.equal(latents_of(load(tmp_path)), reference)
+    assert torch.equal(latents_of(load_pipeline(tmp_path)), reference)
     assert reference.dtype == torch.float32
 
 
@@ -223,82 +202,8 @@ def test_variant(folder):
         "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
     }
-    assert {getattr(load(folder, variant="fp16"), name).dtype for name in MODELS} == {torch.float16}
-    assert {getattr(load(folder), name).dtype for name in MODELS} == {torch.float32}
-
-
-# ---- components ----
-
-
-def test_passed_components(saved, tmp_path):
-    given = random_components()
-    pipe = load(saved, vae=given["vae"], transformer=given["transformer"], scheduler=FlowMatchEulerScheduler(shift=2.0))
-    assert pipe.vae is given["vae"]
-    assert pipe.transformer is given["transformer"]
-    assert type(pipe.scheduler) is FlowMatchEulerScheduler
-    assert pipe.scheduler.config.shift == 2.0
-
-
-def test_models_of_diffusers_are_adopted(saved):
-    """Their weights are shared, not copied."""
-    theirs = diffusers.AutoencoderKLWan.from_pretrained(saved / "vae")
-    expert = diffusers.WanTransformer3DModel.from_pretrained(saved / "transformer_2", dtype=torch.bfloat16)
-    pipe = load(saved, vae=theirs, transformer_2=expert)
-    for ours, original in ((pipe.vae, theirs), (pipe.transformer_2, expert)):
-        assert type(ours).__module__.startswith("wan22.models")
-        pointers = {name: tensor.data_ptr() for name, tensor in original.state_dict().items()}
-        assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == pointers
-        assert not ours.training
-    assert pipe.transformer_2.dtype == torch.bfloat16
-    assert dict(pipe.vae.config)["latents_mean"] == list(theirs.config.latents_mean)
-
-
-def test_a_vae_in_float32_beside_bf16_models(saved_bf16):
-    """The usual script: the VAE is loaded by itself, with our class or diffusers', and handed over."""
-    for cls in (AutoencoderKLWan, diffusers.AutoencoderKLWan):
-        vae = cls.from_pretrained(saved_bf16, subfolder="vae", dtype=torch.float32)
-        pipe = load(saved_bf16, vae=vae, dtype=torch.bfloat16)
-        assert pipe.vae.dtype == torch.float32
-        assert pipe.transformer.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["transformer", "transformer_2", "text_encoder"])
-def test_a_component_left_out(name, saved):
-    pipe = load(saved, **{name: None})
-    assert getattr(pipe, name) is None
-    embeds, negative = random_pipeline().encode_prompt("a red circle", "fog")
-    timesteps = [800, 400] if name == "transformer" else [1000, 900]
-    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "timesteps": timesteps}
-    assert torch.equal(latents_of(in_memory(pipe), **given), latents_of(random_pipeline(), **given))
-
-
-def test_saving_without_a_component(saved, tmp_path):
-    load(saved, transformer_2=None, text_encoder=None).save_pretrained(tmp_path)
-    index = read_json(tmp_path / "model_index.json")
-    assert index["transformer_2"] == index["text_encoder"] == [None, None]
-    pipe = load(tmp_path)
-    assert pipe.transformer_2 is pipe.text_encoder is None
-    assert pipe.config.boundary_ratio == 0.875
-
-
-def test_settings_can_be_given(saved):
-    assert load(saved, boundary_ratio=0.9).config.boundary_ratio == 0.9
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"device_map": "balanced"}, {"quantization_config": object()}, {"token": "t", "max_memory": {0: "1GB"}}]
-)
-def test_other_arguments_reach_diffusers(arguments, saved, monkeypatch):
-    """What needs an accelerator or another library is handed on as it is."""
-    seen = {}
-
-    def from_pretrained(cls, folder, **kwargs):
-        seen.update(kwargs)
-        return random_pipeline()
-
-    monkeypatch.setattr(HubPipeline.__mro__[1], "from_pretrained", classmethod(from_pretrained))
-    WanT2VPipeline.from_pretrained(saved, **arguments)
-    assert {name: seen[name] for name in arguments} == arguments
+    assert {getattr(load_pipeline(folder, variant="fp16"), name).dtype for name in MODELS} == {torch.float16}
+    assert {getattr(load_pipeline(folder), name).dtype for name in MODELS} == {torch.float32}
 
 
 # ---- repositories ----
@@ -324,12 +229,12 @@ def make_repository(cache, name, revisions):
 def test_a_cached_repository(saved, saved_bf16, tmp_path, pipe):
     make_repository(tmp_path, "org/name", {"main": saved, "half": saved_bf16})
     arguments = {"cache_dir": tmp_path, "local_files_only": True}
-    loaded = load("org/name", **arguments)
+    loaded = load_pipeline("org/name", **arguments)
     assert torch.equal(latents_of(loaded), latents_of(pipe))
     assert loaded.checkpoint_name == "org/name"
     assert loaded.transformer.dtype == torch.float32
-    assert load("org/name", revision="half", **arguments).transformer.dtype == torch.bfloat16
-    partial = load("org/name", vae=pipe.vae, transformer_2=None, **arguments)
+    assert load_pipeline("org/name", revision="half", **arguments).transformer.dtype == torch.bfloat16
+    partial = load_pipeline("org/name", vae=pipe.vae, transformer_2=None, **arguments)
     assert partial.vae is pipe.vae
     assert partial.transformer_2 is None
 
@@ -337,6 +242,14 @@ def test_a_cached_repository(saved, saved_bf16, tmp_path, pipe):
 def test_a_repository_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match="cached snapshot"):
         WanT2VPipeline.from_pretrained("org/nothing", cache_dir=tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/model", "a/b/c"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(
+        FileNotFoundError, match=f"no folder {name}, and a repository's name is like org/name"
+    ):
+        WanT2VPipeline.from_pretrained(name)
 
 
 # ---- the shift of converted repositories ----
@@ -352,28 +265,28 @@ def as_converted(folder, shift):
 def test_the_shift_of_a_converted_release_is_corrected(folder, tiny_preset, caplog):
     as_converted(folder, 3.0)
     with caplog.at_level(logging.INFO, logger="wan22"):
-        pipe = load(folder)
+        pipe = load_pipeline(folder)
     assert pipe.scheduler.config.shift == tiny_preset.flow_shift == 5.0
     assert "flow_shift 3 replaced by random-t2v's 5" in caplog.text
     assert pipe("a", output_type="latent").recipe.flow_shift == 5.0
 
 
 def test_any_other_shift_is_somebodys_choice(folder, tiny_preset):
-    assert load(as_converted(folder, 7.0)).scheduler.config.shift == 7.0
+    assert load_pipeline(as_converted(folder, 7.0)).scheduler.config.shift == 7.0
 
 
 def test_a_shift_that_we_saved_is_kept(tiny_preset, tmp_path):
     random_pipeline(scheduler=FlowMatchUniPCScheduler(shift=3.0)).save_pretrained(tmp_path)
-    assert load(tmp_path).scheduler.config.shift == 3.0
+    assert load_pipeline(tmp_path).scheduler.config.shift == 3.0
 
 
 def test_a_given_scheduler_is_kept(folder, tiny_preset):
-    pipe = load(as_converted(folder, 3.0), scheduler=FlowMatchUniPCScheduler(shift=3.0))
+    pipe = load_pipeline(as_converted(folder, 3.0), scheduler=FlowMatchUniPCScheduler(shift=3.0))
     assert pipe.scheduler.config.shift == 3.0
 
 
 def test_the_shift_of_an_unknown_checkpoint_is_kept(folder):
-    assert load(as_converted(folder, 3.0)).scheduler.config.shift == 3.0
+    assert load_pipeline(as_converted(folder, 3.0)).scheduler.config.shift == 3.0
 
 
 def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
@@ -381,80 +294,37 @@ def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
     edit_json(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     shutil.rmtree(folder / "scheduler")
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    scheduler = load(folder).scheduler
+    scheduler = load_pipeline(folder).scheduler
     assert type(scheduler) is FlowMatchEulerScheduler
     assert scheduler.config.shift == 5.0
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("use_karras_sigmas", True), ("prediction_type", "epsilon"), ("solver_type", "bh1"), ("thresholding", True)],
+    [
+        ("use_karras_sigmas", True),
+        ("prediction_type", "epsilon"),
+        ("solver_type", "bh1"),
+        ("thresholding", True),
+    ],
 )
 def test_unsupported_scheduler_settings_are_named(setting, value, folder):
     edit_json(folder / "scheduler/scheduler_config.json", **{setting: value})
     with pytest.raises(ValueError, match=f"{setting}={value!r} is not supported"):
-        load(folder)
+        load_pipeline(folder)
 
 
 def test_an_image_to_video_repository(tmp_path):
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "num_layers": 1, "text_dim": 32}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "ffn_dim": 32,
+        "num_layers": 1,
+        "text_dim": 32,
+    }
     model = WanTransformer3DModel(in_channels=36, out_channels=16, **sizes)
     random_pipeline(experts=1).save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "transformer")
     model.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="36 channels for 16.*image-to-video"):
-        load(tmp_path)
-
-
-# ---- from_pipe ----
-
-
-def pointers(pipe):
-    return {
-        f"{name}.{key}": tensor.data_ptr()
-        for name in MODELS
-        if getattr(pipe, name) is not None
-        for key, tensor in getattr(pipe, name).state_dict().items()
-    }
-
-
-def test_from_pipe_shares_the_weights(pipe):
-    other = WanT2VPipeline.from_pipe(pipe)
-    assert other is not pipe
-    assert pointers(other) == pointers(pipe)
-    assert other.config.boundary_ratio == 0.875
-    other.set_progress_bar_config(disable=True)
-    assert torch.equal(latents_of(other), latents_of(pipe))
-
-
-def test_from_pipe_casts_nothing():
-    pipe = bf16_pipeline()
-    dtypes = {name: getattr(pipe, name).dtype for name in MODELS}
-    other = WanT2VPipeline.from_pipe(pipe)
-    assert {name: getattr(other, name).dtype for name in MODELS} == dtypes
-    assert {name: getattr(pipe, name).dtype for name in MODELS} == dtypes
-    assert dtypes["transformer"] == torch.bfloat16
-
-
-def test_from_pipe_of_diffusers(saved):
-    plain = diffusers.WanPipeline.from_pretrained(saved)
-    pipe = WanT2VPipeline.from_pipe(plain, scheduler=FlowMatchUniPCScheduler(shift=5.0))
-    pipe.set_progress_bar_config(disable=True)
-    assert pointers(pipe) == pointers(plain)
-    assert type(pipe.transformer) is WanTransformer3DModel
-    assert pipe.checkpoint_name == str(saved)
-    assert torch.equal(latents_of(in_memory(pipe)), latents_of(random_pipeline()))
-
-
-def test_diffusers_from_our_pipe(pipe, saved):
-    """And the way back: a diffusers pipeline on our models."""
-    plain = diffusers.WanPipeline(**pipe.components, boundary_ratio=0.875)
-    assert plain.transformer is pipe.transformer
-
-
-def test_from_pipe_with_replacements(pipe):
-    other = WanT2VPipeline.from_pipe(pipe, transformer_2=None, boundary_ratio=None)
-    assert other.transformer_2 is None
-    assert other.config.boundary_ratio is None
-    with pytest.raises(ValueError, match=r"WanT2VPipeline has no sheduler; it has .*scheduler"):
-        WanT2VPipeline.from_pipe(pipe, sheduler=None)
+    with pytest.raises(ValueError, match=r"36 channels for 16.*image-to-video"):
+        load_pipeline(tmp_path)

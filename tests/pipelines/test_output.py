@@ -79,7 +79,9 @@ def test_the_colours_are_those_of_the_frames(written):
     difference = frames.astype(int) - video().as_uint8()[0]
     assert np.abs(difference).mean() < 4
     background = difference[:, :4, :4]
-    assert np.abs(background).max() <= 4, "flat areas must come back nearly exact, or the matrix is the wrong one"
+    assert np.abs(background).max() <= 4, (
+        "flat areas must come back nearly exact, or the matrix is the wrong one"
+    )
 
 
 def test_the_frames_are_in_order(written):
@@ -250,18 +252,25 @@ def test_latents_cannot_be_saved(latent_frames, tmp_path):
 
 
 def test_contact_sheet():
-    sheet = video(2).contact_sheet(columns=5)
-    assert sheet.size == (5 * (W + 2), 2 * (H + 2))
+    sheet = video(2).contact_sheet(columns=5, cell_width=W)
+    assert sheet.size == (5 * (W + 4), 2 * (H + 4))
     array = np.asarray(sheet)
     frames = video(2).as_uint8()
-    assert np.array_equal(array[1 : H + 1, 1 : W + 1], frames[0][0])
-    assert np.array_equal(array[-H - 1 : -1, -W - 1 : -1], frames[1][T - 1])
-    assert not array[0].any()
+    assert np.array_equal(array[2 : H + 2, 2 : W + 2], frames[0][0])
+    assert np.array_equal(array[-H - 2 : -2, -W - 2 : -2], frames[1][T - 1])
+    assert not array[:2].any()
 
 
 def test_contact_sheet_of_a_short_video():
-    assert video().contact_sheet(columns=20).size == (T * (W + 2), H + 2)
-    assert video().contact_sheet(columns=1).size == (W + 2, H + 2)
+    assert video().contact_sheet(columns=20, cell_width=W).size == (T * (W + 4), H + 4)
+    assert video().contact_sheet(columns=1, cell_width=W).size == (W + 4, H + 4)
+
+
+def test_contact_sheet_scales_its_cells():
+    large = np.asarray(video().contact_sheet(columns=1, cell_width=3 * W))
+    first = video().as_uint8()[0][0]
+    assert np.array_equal(large[2:-2, 2:-2], first.repeat(3, axis=0).repeat(3, axis=1))
+    assert video().contact_sheet(columns=1, cell_width=W // 2).size == (W // 2 + 4, round(H / 2) + 4)
 
 
 def test_writing_says_nothing(tmp_path, caplog, capfd):

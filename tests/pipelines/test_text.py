@@ -6,13 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.builders import (
-    byte_tokenizer,
-    golden_text_encoder,
-    load_golden,
-    random_text_encoder,
-    relative_error,
-)
+from tests.builders import byte_tokenizer, golden_text_encoder, random_text_encoder
+from tests.golden_data import golden, relative_error
 from wan22.pipelines.text import TEXT_ROWS, clean_prompt, encode_prompt, pad_rows
 from wan22.presets import NEGATIVE_PROMPT
 
@@ -40,10 +35,13 @@ class GivenTokens:
         ("a cat &amp; a dog", "a cat & a dog"),
         ("a cat &amp;amp; a dog", "a cat & a dog"),
         ("a &amp;lt;b&amp;gt; c", "a <b> c"),
-        ("<b> &amp;amp; c", "<b> & c"),  # ftfy leaves entities beside a tag alone, so both rounds are seen here
+        (
+            "<b> &amp;amp; c",
+            "<b> & c",
+        ),  # ftfy leaves entities beside a tag alone, so both rounds are seen here
         ("<b> &amp;amp;amp; c", "<b> &amp; c"),
         ("cafÃ© in the rain", "café in the rain"),  # UTF-8 read as Latin-1
-        ("it\u2019s a \u201ctest\u201d", "it's a \"test\""),
+        ("it\u2019s a \u201ctest\u201d", 'it\'s a "test"'),
         ("", ""),
         (" \n ", ""),
     ],
@@ -64,7 +62,7 @@ def test_cleaning_the_default_negative_prompt():
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
 def test_golden_padded_and_masked(case):
-    _, _, tensors = load_golden("t5")
+    _, _, tensors = golden("t5")
     with torch.no_grad():
         out = golden_text_encoder()(
             tensors[f"{case}.ids"], attention_mask=tensors[f"{case}.mask"]
@@ -75,8 +73,8 @@ def test_golden_padded_and_masked(case):
 
 @pytest.mark.parametrize(("case", "i"), CASES)
 def test_golden_through_encode_prompt(case, i):
-    """On the real tokens alone the encoder gives what it gives padded and masked; past them the rows are zero."""
-    _, _, tensors = load_golden("t5")
+    """The real tokens alone give what padded and masked ones do; past them the rows are zero."""
+    _, _, tensors = golden("t5")
     reference = tensors[f"{case}.out{i}"]
     ids = tensors[f"{case}.ids"][i, : len(reference)].tolist()
     with torch.no_grad():
@@ -89,9 +87,7 @@ def test_golden_through_encode_prompt(case, i):
 def test_each_layer_has_its_own_positions():
     """The golden weights can tell: with layer 0's table everywhere the result is another."""
     encoder = golden_text_encoder()
-    tables = [
-        block.layer[0].SelfAttention.relative_attention_bias.weight for block in encoder.encoder.block
-    ]
+    tables = [block.layer[0].SelfAttention.relative_attention_bias.weight for block in encoder.encoder.block]
     assert not any(torch.equal(tables[0], table) for table in tables[1:])
 
 

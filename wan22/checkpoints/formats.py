@@ -26,6 +26,8 @@ def read_header(path: Path) -> dict[str, dict]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is not a table")
     header.pop("__metadata__", None)
     return header
 
@@ -35,12 +37,12 @@ def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None
 
     Args:
         folder: of one component in the Diffusers layout, with one file or several shards.
-        variant: such as "fp16": only files named so are read, if there are any.
+        variant: such as "fp16": only files named so are read, if there are any; None: only those without one.
 
     Returns: the dtype, or None without safetensors files.
     """
     files = sorted(folder.glob("*.safetensors"))
-    files = [f for f in files if variant and f".{variant}" in f.name] or files
+    files = [f for f in files if (f".{variant}" in f.name if variant else "." not in f.stem)] or files
     sizes: Counter[torch.dtype] = Counter()
     for file in files:
         for entry in read_header(file).values():

@@ -17,9 +17,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from wan22.models.autoencoder_coders import Decoder3d, Encoder3d
-from wan22.models.temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
-from wan22.models.tiling import Tile, blend_tiles, make_tiles, split_axis
+from .autoencoder_coders import Decoder3d, Encoder3d
+from .temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
+from .tiling import Tile, blend_tiles, make_tiles, split_axis
 
 # Statistics of the 2.1 latents, channel by channel; 2.2 checkpoints bring theirs in the config.
 # Source: Wan2.2 wan/modules/vae2_1.py, Wan2_1_VAE.

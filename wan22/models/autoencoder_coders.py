@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22.models.autoencoder_layers import (
+from .autoencoder_layers import (
     AttentionBlock,
     AverageDown,
     CausalConv3d,
@@ -21,7 +21,7 @@ from wan22.models.autoencoder_layers import (
     RMSNorm,
     Upsample,
 )
-from wan22.models.temporal_cache import TemporalCache
+from .temporal_cache import TemporalCache
 
 
 class MidBlock(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22.models.temporal_cache import TemporalCache
+from .temporal_cache import TemporalCache
 
 
 class CausalConv3d(nn.Conv3d):

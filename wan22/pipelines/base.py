@@ -17,7 +17,7 @@ from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .experts import Expert
 from .hub import HubPipeline, adopt, execution_device
-from .output import WanVideo, to_uint8
+from .output import Recipe, WanVideo, to_uint8
 from .request import Plan, Prompt
 from .text import TEXT_ROWS, encode_prompt, pad_rows
 
@@ -85,7 +85,8 @@ class WanPipeline(HubPipeline):
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         self._interrupt = False
-        self._num_timesteps = 0
+        self._recipe: Recipe | None = None
+        self._guided = False
         self._current_timestep: Any = None
         self._check_components()
 
@@ -237,7 +238,7 @@ class WanPipeline(HubPipeline):
             FloatingPointError: the latents are no longer finite.
         """
         scheduler, times = plan.scheduler, plan.scheduler.timesteps.tolist()
-        self._num_timesteps, self._interrupt = len(times), False
+        self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         with self.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(scheduler.timesteps):
@@ -280,8 +281,13 @@ class WanPipeline(HubPipeline):
             return latents
         offered = {"latents": latents, **embeds}
         replaced = function(self, i, t, {name: offered[name] for name in plan.callback_tensors}) or {}
-        for name in embeds:
-            embeds[name] = replaced.get(name, embeds[name])
+        for name in embeds.keys() & replaced.keys():
+            value = replaced[name]
+            if value is None and name == "negative_prompt_embeds":
+                embeds[name] = None  # the rest of the run is not guided
+            elif value is not embeds[name]:
+                checks.check_embeds(name, value, self.any_transformer.config.text_dim, len(latents))
+                embeds[name] = pad_rows(value)
         replacement = replaced.get("latents", latents)
         checks.check_latents(replacement, tuple(latents.shape))
         return replacement.to(latents)
@@ -332,7 +338,27 @@ class WanPipeline(HubPipeline):
             self._current_timestep = None
             self.maybe_free_model_hooks()
 
-    # ---- state that diffusers' callbacks read ----
+    # ---- what scripts and callbacks written for diffusers read ----
+
+    @property
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames per latent frame."""
+        return self.vae.temporal_stride
+
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels per latent row and column."""
+        return self.vae.spatial_stride
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Guidance of the running or last call, of the high-noise expert."""
+        return self._recipe.guidance_scale if self._recipe else None
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether any step of the running or last call is guided."""
+        return self._guided
 
     @property
     def interrupt(self) -> bool:
@@ -342,7 +368,7 @@ class WanPipeline(HubPipeline):
     @property
     def num_timesteps(self) -> int:
         """Steps of the running or last call."""
-        return self._num_timesteps
+        return self._recipe.num_inference_steps if self._recipe else 0
 
     @property
     def current_timestep(self) -> Any:

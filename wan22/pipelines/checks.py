@@ -31,7 +31,7 @@ def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:
     return f"the nearest are {plus + below * multiple} and {plus + (below + 1) * multiple}"
 
 
-def check_positive_int(name: str, value: int, most: int | None = None) -> None:
+def check_positive_int(name: str, value: Any, most: int | None = None) -> None:
     """Refuse a count that is not an int from 1 to `most`."""
     if (
         isinstance(value, bool)

@@ -74,11 +74,19 @@ class HubPipeline(DiffusionPipeline):
                 components, or a dict by component; default is the one each is stored in.
 
         Returns: the pipeline.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: a setting or a combination of components that is not supported.
         """
         source = str(pretrained_model_name_or_path)
         folder = source
         # One place resolves the repository, so that the stored dtypes are known before anything is loaded.
         if not Path(source).is_dir():
+            if source.count("/") > 1 or source.startswith((".", "/", "~")):
+                raise FileNotFoundError(
+                    f"there is no folder {source}, and a repository's name is like org/name"
+                )
             folder = cls.download(
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
             )
@@ -93,8 +101,7 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build this pipeline from another one's components, sharing their weights; nothing is cast or "
-        "copied.
+        """Build this pipeline from another one's components, sharing their weights; nothing is cast.
 
         Args:
             pipeline: one of ours or of diffusers' Wan pipelines.

@@ -105,12 +105,17 @@ class WanVideo(BaseOutput):
             write_mp4(video, target, self.fps)
         return paths
 
-    def contact_sheet(self, columns: int = 8) -> Image.Image:
-        """Draw one row per video, `columns` of its frames from first to last."""
+    def contact_sheet(self, columns: int = 8, cell_width: int = 192) -> Image.Image:
+        """Draw one row per video: `columns` of its frames, first to last, each `cell_width` pixels wide."""
         rows = []
         for video in self.as_uint8():
+            _, h, w, _ = video.shape
+            size = cell_width, max(1, round(h * cell_width / w))
+            # Whole multiples keep the pixels of miniature videos crisp.
+            resample = Image.Resampling.NEAREST if cell_width % w == 0 else Image.Resampling.LANCZOS
             picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-            rows.append(np.concatenate([np.pad(video[i], ((1, 1), (1, 1), (0, 0))) for i in picks], axis=1))
+            cells = [np.asarray(Image.fromarray(video[i]).resize(size, resample)) for i in picks]
+            rows.append(np.concatenate([np.pad(cell, ((2, 2), (2, 2), (0, 0))) for cell in cells], axis=1))
         return Image.fromarray(np.concatenate(rows))
 
     def as_uint8(self) -> list[np.ndarray]:
@@ -155,6 +160,7 @@ def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.mp4")
     # The tags say what the conversion from RGB did; players guess by size otherwise.
+    convert = "scale=out_color_matrix=bt709:out_range=tv"
     tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
     writer = imageio_ffmpeg.write_frames(
         str(partial),
@@ -164,7 +170,7 @@ def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
         pix_fmt_out="yuv420p",
         quality=None,
         macro_block_size=1,
-        output_params=f"-crf 16 -vf scale=out_color_matrix=bt709:out_range=tv,{tags} -movflags +faststart".split(),
+        output_params=["-crf", "16", "-vf", f"{convert},{tags}", "-movflags", "+faststart"],
     )
     try:
         writer.send(None)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..schedulers import FlowMatchScheduler
@@ -27,16 +28,40 @@ def set_schedule(
         timesteps: likewise, 0 to 1000.
 
     Returns: the scheduler with the schedule; a new one where diffusers' has to be built anew for the shift.
+
+    Raises:
+        ValueError: a schedule that contradicts itself, or that the scheduler cannot follow.
     """
     lists = {"sigmas": sigmas, "timesteps": timesteps}
     custom: dict[str, Any] = {name: values for name, values in lists.items() if values is not None}
     if isinstance(scheduler, FlowMatchScheduler):
         scheduler.set_timesteps(steps, device, shift=shift, **custom)
+    elif custom:
+        if len(custom) > 1 or shift is not None or steps is not None:
+            rule = "leave num_inference_steps and flow_shift out"
+            raise ValueError(f"sigmas or timesteps, one of them, are the whole schedule; {rule}")
+        scheduler = _custom_schedule_of_diffusers(scheduler, device, *custom.popitem())
     else:
-        if shift is not None:
-            scheduler = reshifted(scheduler, shift)
-        scheduler.set_timesteps(device=device, **(custom or {"num_inference_steps": steps}))
+        scheduler = scheduler if shift is None else reshifted(scheduler, shift)
+        scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _custom_schedule_of_diffusers(
+    scheduler: Any, device: torch.device, name: str, values: Sequence[float]
+) -> Any:
+    """Return a diffusers scheduler whose schedule is the given one, or refuse a class without such."""
+    scheduler = reshifted(scheduler, 1.0)  # diffusers shifts the given values, too
+    levels = np.asarray(values) / (scheduler.config.num_train_timesteps if name == "timesteps" else 1)
+    try:
+        scheduler.set_timesteps(device=device, **{name: np.asarray(values)})
+        taken = np.allclose(scheduler.sigmas[:-1].cpu().numpy(), levels, rtol=0, atol=1e-4)
+    except TypeError:  # not an argument of this class, or not one for flow matching
+        taken = False
+    if not taken:
+        class_name = type(scheduler).__name__
+        raise ValueError(f"{class_name} takes no {name} as they are; those of wan22.schedulers do")
     return scheduler
 
 

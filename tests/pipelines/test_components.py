@@ -1,0 +1,158 @@
+"""Pipelines put together from given components, and from other pipelines."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from tests.builders import (
+    MODELS,
+    bf16_pipeline,
+    in_memory,
+    latents_of,
+    load_pipeline,
+    random_components,
+    random_pipeline,
+)
+from wan22 import (
+    AutoencoderKLWan,
+    FlowMatchEulerScheduler,
+    FlowMatchUniPCScheduler,
+    WanT2VPipeline,
+    WanTransformer3DModel,
+)
+from wan22.pipelines.hub import HubPipeline
+
+# ---- given components ----
+
+
+def test_passed_components(saved, tmp_path):
+    given = random_components()
+    pipe = load_pipeline(
+        saved,
+        vae=given["vae"],
+        transformer=given["transformer"],
+        scheduler=FlowMatchEulerScheduler(shift=2.0),
+    )
+    assert pipe.vae is given["vae"]
+    assert pipe.transformer is given["transformer"]
+    assert type(pipe.scheduler) is FlowMatchEulerScheduler
+    assert pipe.scheduler.config.shift == 2.0
+
+
+def test_models_of_diffusers_are_adopted(saved):
+    """Their weights are shared, not copied."""
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(saved / "vae")
+    expert = diffusers.WanTransformer3DModel.from_pretrained(saved / "transformer_2", dtype=torch.bfloat16)
+    pipe = load_pipeline(saved, vae=theirs, transformer_2=expert)
+    for ours, original in ((pipe.vae, theirs), (pipe.transformer_2, expert)):
+        assert type(ours).__module__.startswith("wan22.models")
+        pointers = {name: tensor.data_ptr() for name, tensor in original.state_dict().items()}
+        assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == pointers
+        assert not ours.training
+    assert pipe.transformer_2.dtype == torch.bfloat16
+    assert dict(pipe.vae.config)["latents_mean"] == list(theirs.config.latents_mean)
+
+
+def test_a_vae_in_float32_beside_bf16_models(saved_bf16):
+    """The usual script: the VAE is loaded by itself, with our class or diffusers', and handed over."""
+    for cls in (AutoencoderKLWan, diffusers.AutoencoderKLWan):
+        vae = cls.from_pretrained(saved_bf16, subfolder="vae", dtype=torch.float32)
+        pipe = load_pipeline(saved_bf16, vae=vae, dtype=torch.bfloat16)
+        assert pipe.vae.dtype == torch.float32
+        assert pipe.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2", "text_encoder"])
+def test_a_component_left_out(name, saved):
+    pipe = load_pipeline(saved, **{name: None})
+    assert getattr(pipe, name) is None
+    embeds, negative = random_pipeline().encode_prompt("a red circle", "fog")
+    timesteps = [800, 400] if name == "transformer" else [1000, 900]
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "timesteps": timesteps}
+    assert torch.equal(latents_of(in_memory(pipe), **given), latents_of(random_pipeline(), **given))
+
+
+def test_saving_without_a_component(saved, tmp_path):
+    load_pipeline(saved, transformer_2=None, text_encoder=None).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer_2"] == index["text_encoder"] == [None, None]
+    pipe = load_pipeline(tmp_path)
+    assert pipe.transformer_2 is pipe.text_encoder is None
+    assert pipe.config.boundary_ratio == 0.875
+
+
+def test_settings_can_be_given(saved):
+    assert load_pipeline(saved, boundary_ratio=0.9).config.boundary_ratio == 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"device_map": "balanced"}, {"quantization_config": object()}, {"token": "t", "max_memory": {0: "1GB"}}],
+)
+def test_other_arguments_reach_diffusers(arguments, saved, monkeypatch):
+    """What needs an accelerator or another library is handed on as it is."""
+    seen = {}
+
+    def from_pretrained(cls, folder, **kwargs):
+        seen.update(kwargs)
+        return random_pipeline()
+
+    monkeypatch.setattr(HubPipeline.__mro__[1], "from_pretrained", classmethod(from_pretrained))
+    WanT2VPipeline.from_pretrained(saved, **arguments)
+    assert {name: seen[name] for name in arguments} == arguments
+
+
+# ---- from_pipe ----
+
+
+def pointers(pipe):
+    return {
+        f"{name}.{key}": tensor.data_ptr()
+        for name in MODELS
+        if getattr(pipe, name) is not None
+        for key, tensor in getattr(pipe, name).state_dict().items()
+    }
+
+
+def test_from_pipe_shares_the_weights(pipe):
+    other = WanT2VPipeline.from_pipe(pipe)
+    assert other is not pipe
+    assert pointers(other) == pointers(pipe)
+    assert other.config.boundary_ratio == 0.875
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(latents_of(other), latents_of(pipe))
+
+
+def test_from_pipe_casts_nothing():
+    pipe = bf16_pipeline()
+    dtypes = {name: getattr(pipe, name).dtype for name in MODELS}
+    other = WanT2VPipeline.from_pipe(pipe)
+    assert {name: getattr(other, name).dtype for name in MODELS} == dtypes
+    assert {name: getattr(pipe, name).dtype for name in MODELS} == dtypes
+    assert dtypes["transformer"] == torch.bfloat16
+
+
+def test_from_pipe_of_diffusers(saved):
+    plain = diffusers.WanPipeline.from_pretrained(saved)
+    pipe = WanT2VPipeline.from_pipe(plain, scheduler=FlowMatchUniPCScheduler(shift=5.0))
+    pipe.set_progress_bar_config(disable=True)
+    assert pointers(pipe) == pointers(plain)
+    assert type(pipe.transformer) is WanTransformer3DModel
+    assert pipe.checkpoint_name == str(saved)
+    assert torch.equal(latents_of(in_memory(pipe)), latents_of(random_pipeline()))
+
+
+def test_diffusers_from_our_pipe(pipe, saved):
+    """And the way back: a diffusers pipeline on our models."""
+    plain = diffusers.WanPipeline(**pipe.components, boundary_ratio=0.875)
+    assert plain.transformer is pipe.transformer
+
+
+def test_from_pipe_with_replacements(pipe):
+    other = WanT2VPipeline.from_pipe(pipe, transformer_2=None, boundary_ratio=None)
+    assert other.transformer_2 is None
+    assert other.config.boundary_ratio is None
+    with pytest.raises(ValueError, match=r"WanT2VPipeline has no sheduler; it has .*scheduler"):
+        WanT2VPipeline.from_pipe(pipe, sheduler=None)
