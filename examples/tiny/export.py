@@ -57,8 +57,15 @@ def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     ).save_pretrained(folder / "scheduler")
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # the training folder, nobody else's business
+        path.write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    size = sum(path.stat().st_size for path in files)
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 

@@ -322,8 +322,7 @@ def generate(
     videos = []
     for start in range(0, len(prompts), batch):
         some = list(prompts[start : start + batch])
-        frames = np.asarray(pipe(prompt=some, seed=seed + start, output_type="np", **options).frames)
-        videos.append((frames * 255).round().astype(np.uint8))
+        videos.append(np.stack(pipe(prompt=some, seed=seed + start, **options).as_uint8()))
         print(f"\r{start + len(some)}/{len(prompts)} videos", end="", flush=True)
     print()
     return np.concatenate(videos)
@@ -353,10 +352,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20, help="videos on the contact sheet")
     args = parser.parse_args()
 
+    import torch
+
     import wan22
 
     path = args.checkpoint or wan22.tiny_checkpoint("t2v")
-    pipe = wan22.WanT2VPipeline.from_pretrained(path)
+    pipe = wan22.WanT2VPipeline.from_pretrained(path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scenes = choose_scenes(
         args.prompts, args.seed, args.split, MOTIONS if "all" in args.motions else args.motions

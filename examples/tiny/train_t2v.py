@@ -71,8 +71,8 @@ class Part:
 
 PARTS = {
     "base": Part(1000, (0.0, 1.0), 2e-3, 2e-3),
-    "high": Part(2000, (BOUNDARY, 1.0), 2e-3, 0.0),
-    "low": Part(2000, (0.0, BOUNDARY), 2e-3, 0.0),
+    "high": Part(3500, (BOUNDARY, 1.0), 2e-3, 0.0),
+    "low": Part(3500, (0.0, BOUNDARY), 2e-3, 0.0),
 }
 
 

@@ -1,4 +1,4 @@
-"""Train the embedded checkpoint's autoencoder: still images first, then clips that grow longer.
+"""Train the embedded checkpoint's autoencoder: still images first, then clips.
 
     python examples/tiny/train_vae.py --out runs/tiny
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import clips
@@ -34,6 +35,7 @@ TEMPORAL_LAYERS = (
     *("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0"),
 )
 KL_WEIGHT, SQUARE_WEIGHT, EMA_DECAY = 1e-4, 5.0, 0.998
+SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Stage:
         size: height and width in pixels; everything is drawn smaller in a smaller frame.
         lr: learning rate at the start.
         lr_end: learning rate at the end.
+        decoder_only: leave the encoder, and so the latents, as they are.
     """
 
     steps: int
@@ -55,14 +58,16 @@ class Stage:
     size: int
     lr: float
     lr_end: float
+    decoder_only: bool = False
 
 
 STAGES = (
     Stage(800, 32, 1, 32, 3e-3, 1.5e-3),
     Stage(600, 6, 9, 32, 2e-3, 1e-3),
     Stage(350, 2, 17, 64, 1.5e-3, 1e-5),
+    Stage(300, 2, 17, 64, 1e-3, 1e-5, decoder_only=True),  # may run while the transformer trains
 )
-SMOKE_STAGES = (Stage(2, 2, 1, 16, 3e-3, 1e-3), Stage(2, 2, 5, 16, 1e-3, 1e-5))
+SMOKE_STAGES = (Stage(2, 2, 1, 16, 3e-3, 1e-3), Stage(2, 2, 5, 16, 1e-3, 1e-5, decoder_only=True))
 
 
 class FrameConv(nn.Module):
@@ -138,9 +143,9 @@ def initialize(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 def make_optimizer(vae: AutoencoderKLWan) -> Muon:
     """Muon for the inner convolutions, AdamW for the first, the last, norms and biases."""
     outer = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
-    inner = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[:2]) > 1 and p not in outer]
-    chosen = set(inner)
-    return Muon(inner, [p for p in vae.parameters() if p not in chosen], lr=STAGES[0].lr)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    inner = {p for p in trained if p.ndim >= 4 and min(p.shape[:2]) > 1} - outer
+    return Muon([p for p in trained if p in inner], [p for p in trained if p not in inner], lr=STAGES[0].lr)
 
 
 def to_pixels(frames: np.ndarray) -> torch.Tensor:
@@ -186,10 +191,10 @@ def latent_statistics(vae: AutoencoderKLWan, n: int, seed: int) -> tuple[list[fl
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
 
 
-def averaged(average: Average, **config: Any) -> AutoencoderKLWan:
-    """Return a plain autoencoder with averaged weights."""
+def averaged(weights: dict[str, torch.Tensor], **config: Any) -> AutoencoderKLWan:
+    """Return a plain autoencoder with these weights."""
     vae = AutoencoderKLWan(**(CONFIG | config))
-    vae.load_state_dict(average.weights)
+    vae.load_state_dict(weights)
     return vae.eval()
 
 
@@ -200,55 +205,70 @@ def batches(stage: Stage, seed: list[int]) -> Iterator[np.ndarray]:
     return prefetch(lambda: draw()[0])
 
 
+def train(
+    vae: AutoencoderKLWan, number: int, stage: Stage, seed: int, path: Path, state: dict[str, Any]
+) -> None:
+    """Run one stage; afterwards vae holds the averaged weights.
+
+    Args:
+        vae: the autoencoder, changed in place.
+        number: of the stage.
+        stage: what to do.
+        seed: of the clips.
+        path: where checkpoints go.
+        state: the checkpoint to go on from, or empty.
+    """
+    vae.encoder.requires_grad_(not stage.decoder_only)
+    vae.quant_conv.requires_grad_(not stage.decoder_only)
+    optimizer, average, first = make_optimizer(vae), Average(vae, EMA_DECAY), 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights, average.steps, first = state["average"], state["step"], state["step"]
+    started, squares = time.time(), []
+    held_out = clips.draw_batch(
+        np.random.default_rng(7), 16, "held_out", size=stage.size, frames=stage.frames
+    )[0]
+    stream = batches(stage, [seed, number, first])
+    for step in range(first, stage.steps):
+        set_learning_rate(optimizer, cosine(step, stage.steps, stage.lr, stage.lr_end))
+        loss, square = loss_of(vae, to_pixels(next(stream)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update(vae)
+        squares.append(square)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
+            training = -10 * torch.stack(squares).mean().log10()
+            speed = len(squares) * stage.batch / (time.time() - started)
+            test = round_trip(speed_up(averaged(average.weights)), held_out).mean()
+            print(
+                f"stage {number} step {step + 1}/{stage.steps}: training {training:.2f} dB, "
+                f"held out {test:.2f} dB, {speed:.1f} clips/s",
+                flush=True,
+            )
+            started, squares = time.time(), []
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save(path, state | {"average": average.weights, "stage": number, "step": step + 1})
+    vae.load_state_dict(average.weights)
+
+
 def main() -> None:
     """Run all stages, then write the averaged weights with the latents' statistics."""
     options = arguments(__doc__)
     stages = SMOKE_STAGES if options.smoke else STAGES
     vae = speed_up(initialize(AutoencoderKLWan(**CONFIG)), TEMPORAL_LAYERS)
-    checkpoint = options.out / "vae.pt"
-    optimizer, average = make_optimizer(vae), Average(vae, EMA_DECAY)
-    first_stage = first_step = 0
-    if options.resume and checkpoint.exists():
-        state = load(checkpoint)
+    path, state, first = options.out / "vae.pt", {}, 0
+    if options.resume and path.exists():
+        state = load(path)
         vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights, average.steps = state["average"], state["average_steps"]
-        first_stage, first_step = state["stage"], state["step"]
+        first = state["stage"]
+    for number in range(first, len(stages)):
+        train(vae, number, stages[number], options.seed, path, state)
+        state = {}
 
-    for number in range(first_stage, len(stages)):
-        stage, started, squares = stages[number], time.time(), []
-        if first_step == 0:  # the last stage's weights would only blur this one's
-            average = Average(vae, EMA_DECAY)
-        held_out = clips.draw_batch(
-            np.random.default_rng(7), 16, "held_out", size=stage.size, frames=stage.frames
-        )[0]
-        stream = batches(stage, [options.seed, number, first_step])
-        for step in range(first_step, stage.steps):
-            set_learning_rate(optimizer, cosine(step, stage.steps, stage.lr, stage.lr_end))
-            loss, square = loss_of(vae, to_pixels(next(stream)))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            average.update(vae)
-            squares.append(square)
-            if (step + 1) % 100 == 0 or step + 1 == stage.steps:
-                training = -10 * torch.stack(squares).mean().log10()
-                speed = len(squares) * stage.batch / (time.time() - started)
-                test = round_trip(speed_up(averaged(average)), held_out).mean()
-                print(
-                    f"stage {number} step {step + 1}/{stage.steps}: training {training:.2f} dB, "
-                    f"held out {test:.2f} dB, {speed:.1f} clips/s",
-                    flush=True,
-                )
-                started, squares = time.time(), []
-                state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"average": average.weights, "average_steps": average.steps}
-                save(checkpoint, state | {"stage": number, "step": step + 1})
-        first_step = 0
-
-    mean, std = latent_statistics(speed_up(averaged(average)), 4 if options.smoke else 512, options.seed)
-    final = averaged(average, latents_mean=mean, latents_std=std)
+    mean, std = latent_statistics(vae.eval(), 4 if options.smoke else 512, options.seed)
+    final = averaged(vae.state_dict(), latents_mean=mean, latents_std=std)
     final.save_pretrained(options.out / "vae")
     held_out = clips.draw_batch(np.random.default_rng(8), 4 if options.smoke else 64, "held_out")[0]
     test = round_trip(speed_up(final), held_out)

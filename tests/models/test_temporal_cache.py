@@ -27,7 +27,6 @@ def test_layers_do_not_share_memories_and_a_memory_is_a_copy():
     cache, x = TemporalCache(), _frames(0, 8)
     cache.exchange("a", x, 2)
     assert cache.exchange("b", x, 2) is None
-    assert cache.nbytes == 2 * 2 * x.element_size()
     past = cache.exchange("a", x, 2)
     assert past.untyped_storage().nbytes() == past.nbytes
 

@@ -214,7 +214,7 @@ def test_latent_shape(pipe, ti2v_pipe):
 
 def test_noise_device(pipe):
     assert torch.equal(latents_of(pipe, noise_device="cpu"), latents_of(pipe))
-    with pytest.raises(RuntimeError, match="nowhere"):
+    with pytest.raises(ValueError, match="noise_device='nowhere' is not there to draw on; 'cpu' always is"):
         latents_of(pipe, noise_device="nowhere")
 
 

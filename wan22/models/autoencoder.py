@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .autoencoder_coders import Decoder3d, Encoder3d
+from .layers import wide
 from .temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
 from .tiling import Tile, blend_tiles, make_tiles, split_axis
 
@@ -177,7 +178,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
     def encode_stream(
         self, frames: Iterable[Tensor], chunk_latents: int = 1
     ) -> Iterator[DiagonalGaussianDistribution]:
-        """Encode a clip that arrives piece by piece, in the memory of one chunk.
+        """Encode a clip that arrives piece by piece, in the memory of one chunk and without gradients.
 
         Args:
             frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
@@ -191,7 +192,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode_stream(self, z: Tensor, chunk_latents: int = 1) -> Iterator[Tensor]:
-        """Decode a clip piece by piece, in the memory of one chunk.
+        """Decode a clip piece by piece, in the memory of one chunk and without gradients.
 
         Args:
             z: raw latents, "b c t h w".
@@ -298,6 +299,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
         cache = TemporalCache()
         return torch.cat([self.decode_chunk(part, cache)[0] for part in z.split(chunk_latents, dim=2)], dim=2)
 
+    @torch.no_grad()
     def _encode_stream(
         self, frames: Iterable[Tensor], chunk_latents: int
     ) -> Iterator[DiagonalGaussianDistribution]:
@@ -313,6 +315,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
             parts = (self.quant_conv(self.encode_chunk(tile.cut(x, s), caches[tile])[0]) for tile in tiles)
             yield DiagonalGaussianDistribution(blend_tiles(parts, tiles))
 
+    @torch.no_grad()
     def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
         """Decode chunk by chunk; every tile keeps a cache of its own."""
         tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
@@ -342,7 +345,7 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and reciprocal deviation, "c 1 1 1", and z, in float32 (float64 stays)."""
         # float32: the sampler's latents are, and half types would round them once more on each way.
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z.to(wide(z.dtype))
         mean, std = (
             z.new_tensor(values)[:, None, None, None]
             for values in (self.config.latents_mean, self.config.latents_std)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import wide
 from .temporal_cache import TemporalCache
 
 
@@ -59,8 +60,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over dimension 1."""
         # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = x / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
+        y = x / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide(x.dtype)).clamp_min(1e-12)
         # Three roundings in the official order: folding the two gains costs the last bit of every layer.
         y *= self.scale
         return (y * self.gamma).to(x.dtype)

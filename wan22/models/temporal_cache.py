@@ -46,11 +46,6 @@ class TemporalCache:
             self._history[layer] = F.pad(x, (0, 0, 0, 0, frames - t, 0))
         return past
 
-    @property
-    def nbytes(self) -> int:
-        """Memory the histories occupy, in bytes."""
-        return sum(history.nbytes for history in self._history.values())
-
 
 def assign_cache_keys(model: nn.Module) -> None:
     """Give each layer of a model that has a `cache_key` attribute its own key: its path in the model."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .layers import wide
+
 
 class Tile(NamedTuple):
     """A block of samples, rows and columns, each a (start, stop) pair in latent cells."""
@@ -106,8 +108,8 @@ def blend_tiles(parts: Iterable[Tensor], tiles: Sequence[Tile], scale: int = 1) 
     for tile, part in zip(tiles, parts, strict=True):
         if joined is None:
             # Sums of products with fractions: at least float32, or half types would show the overlaps.
-            wide = torch.promote_types(part.dtype, torch.float32)
-            joined = part.new_zeros((batch, part.shape[1], part.shape[2], height, width), dtype=wide)
+            shape = batch, part.shape[1], part.shape[2], height, width
+            joined = part.new_zeros(shape, dtype=wide(part.dtype))
         weight = weights_h[tile.rows][:, None] * weights_w[tile.columns]
         joined[tile.place(scale)] += part * weight.to(joined)
         dtype = part.dtype

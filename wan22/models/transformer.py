@@ -157,7 +157,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     _no_split_modules = ["WanTransformerBlock"]
     _repeated_blocks = ["WanTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm", "proj_out"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "time_proj", "norm", "proj_out"]
     # What the official code leaves in float32 under its bf16 autocast, and the patch embedding: it feeds the
     # float32 residual stream, and costs nothing beside a block.
     _keep_in_fp32_modules = [
@@ -223,7 +223,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
         Args:
             hidden_states: noisy latents, "b c t h w".
-            timestep: "b", or "b l" for one value per token (TI2V-5B); 0 to 1000, 1000 is pure noise. Never
+            timestep: "b" or "b 1", or "b l" for one value per token (TI2V-5B); 0 to 1000 (pure noise). Never
                 rounded: it is used in float64.
             encoder_hidden_states: text rows, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 rows, zero past the prompt's end, all of them attended to.
@@ -255,10 +255,20 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         for block in self.blocks:
             x = block(x, text, modulation, rotary, image, encoder_attention_bias)
 
-        shift, scale = (self.scale_shift_table + temb[:, :, None]).unbind(2)
+        # With the blocks spread over devices, the stream arrives on another one than it started from.
+        shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         velocity = self._unpatchify(x, grid)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Accept diffusers' name of PyTorch's attention; refuse others instead of ignoring them.
+
+        Raises:
+            ValueError: any other backend.
+        """
+        if backend != "native":
+            raise ValueError(f"attention backend {backend!r} is not available; 'native', PyTorch's own, is")
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         # b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)
@@ -284,8 +294,8 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         b = hidden_states.shape[0]
         if tuple(timestep.shape) not in ((b,), (b, 1), (b, t * h * w)):
             raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be ({b},) or, for one per token, ({b}, "
-                f"{t * h * w})."
+                f"timestep has shape {tuple(timestep.shape)}; it must be ({b},), ({b}, 1) or, for one value "
+                f"per token, ({b}, {t * h * w})."
             )
         return t, h, w
 

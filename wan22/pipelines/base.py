@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
 from ..models.autoencoder import AutoencoderKLWan
@@ -16,7 +17,7 @@ from ..models.transformer import WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .experts import Expert
-from .hub import HubPipeline, adopt, execution_device
+from .hub import HubPipeline, adopt
 from .output import Recipe, WanVideo, to_uint8
 from .request import Plan, Prompt
 from .text import TEXT_ROWS, encode_prompt, pad_rows
@@ -78,17 +79,20 @@ class WanPipeline(HubPipeline):
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            vae=adopt(vae),
+            vae=vae,
             scheduler=scheduler,
-            transformer=adopt(transformer),
-            transformer_2=adopt(transformer_2),
+            transformer=transformer,
+            transformer_2=transformer_2,
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         self._interrupt = False
         self._recipe: Recipe | None = None
         self._guided = False
         self._current_timestep: Any = None
-        self._check_components()
+        self.check_components()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, adopt(value) if name in ("vae", "transformer", "transformer_2") else value)
 
     # ---- what the components are ----
 
@@ -102,7 +106,9 @@ class WanPipeline(HubPipeline):
 
     @property
     def released(self) -> Preset | None:
-        """The released checkpoint that the loaded configs belong to; None if it is an unknown one."""
+        """The released checkpoint that the loaded configs belong to; None if that cannot be told."""
+        if self.transformer is None and self.transformer_2 is None:
+            return None
         config = self.any_transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         return find_preset(dim, config.in_channels, self.config.boundary_ratio)
@@ -110,7 +116,8 @@ class WanPipeline(HubPipeline):
     @property
     def preset(self) -> Preset:
         """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
-        in_channels = self.any_transformer.config.in_channels
+        loaded = self.transformer is not None or self.transformer_2 is not None
+        in_channels = self.any_transformer.config.in_channels if loaded else self.vae.config.z_dim
         return self.released or closest_preset(in_channels, self.config.boundary_ratio)
 
     @property
@@ -119,14 +126,17 @@ class WanPipeline(HubPipeline):
         released = self.released
         return released.name if released else str(self.config.get("_name_or_path") or "unnamed checkpoint")
 
-    def _check_components(self) -> None:
+    def check_components(self) -> None:
+        """Refuse components that do not belong together."""
         models = [m for m in (self.transformer, self.transformer_2) if m is not None]
         if self.config.boundary_ratio is None and self.transformer_2 is not None:
             raise ValueError(
                 "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
             )
+        if not isinstance(self.vae, AutoencoderKLWan):
+            raise ValueError(f"vae must be an AutoencoderKLWan, not {type(self.vae).__name__}")
         for model in models:
-            if self.vae is not None and model.config.out_channels != self.vae.config.z_dim:
+            if model.config.out_channels != self.vae.config.z_dim:
                 raise ValueError(
                     f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
                     f"{self.vae.config.z_dim}; they are of different checkpoints"
@@ -257,14 +267,14 @@ class WanPipeline(HubPipeline):
                     inputs: dict[str, Any] = condition.model_inputs(latents[b : b + 1], t.reshape(1))
                     inputs["attention_kwargs"] = plan.request.attention_kwargs
                     positive, negative = (None if e is None else e[b : b + 1] for e in embeds.values())
-                    velocities.append(guided_velocity(expert, inputs, positive, negative, step))
+                    velocities.append(guided_velocity(expert, inputs, positive, negative, step, video=b))
                 latents = scheduler.step(torch.cat(velocities), t, latents, return_dict=False)[0]
                 latents = condition.after_step(latents)
                 if not torch.isfinite(latents).all():
+                    where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype}"
                     raise FloatingPointError(
-                        f"the latents are not finite after step {i + 1} of {len(times)} (timestep "
-                        f"{times[i]:g}, "
-                        f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype})"
+                        f"the latents are not finite after step {i + 1} of {len(times)} "
+                        f"(timestep {times[i]:g}, {where})"
                     )
                 latents = self._call_back(plan, i, t, latents, embeds)
                 bar.update()
@@ -309,7 +319,7 @@ class WanPipeline(HubPipeline):
             return latents
         videos = []
         for z in latents.split(1):
-            z = self.vae.denormalize_latents(z).to(execution_device(self.vae), self.vae.dtype)
+            z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)
             chunks = [chunk[0].float().cpu() for chunk in self.vae.decode_stream(z)]  # c t h w
             video = (torch.cat(chunks, dim=1) / 2 + 0.5).clamp(0, 1)
             if not torch.isfinite(video).all():
@@ -382,6 +392,7 @@ def guided_velocity(
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
     step: dict[str, Any],
+    video: int = 0,
 ) -> torch.Tensor:
     """Predict one video's velocity with classifier-free guidance, in float32.
 
@@ -391,6 +402,7 @@ def guided_velocity(
         prompt_embeds: "1 512 d".
         negative_prompt_embeds: "1 512 d", needed if the scale is not 1.
         step: what diffusers' step caches want to know about the step.
+        video: its place in the batch; each video has step caches of its own.
 
     Returns: "1 c t h w".
     """
@@ -401,8 +413,9 @@ def guided_velocity(
             text = embeds.to(expert.model.dtype)
             return expert.model(encoder_hidden_states=text, return_dict=False, **inputs)[0].float()
 
-    conditional = velocity("cond", prompt_embeds)
+    suffix = f"-{video}" if video else ""
+    conditional = velocity(f"cond{suffix}", prompt_embeds)
     if expert.guidance_scale == 1 or negative_prompt_embeds is None:
         return conditional
-    unconditional = velocity("uncond", negative_prompt_embeds)
+    unconditional = velocity(f"uncond{suffix}", negative_prompt_embeds)
     return unconditional + expert.guidance_scale * (conditional - unconditional)

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from .text import TEXT_ROWS
+
+
+def as_int(value: Any) -> Any:
+    """Return whole numbers of any library as int, and anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def check_size(name: str, value: int, multiple: int) -> None:
@@ -79,11 +85,11 @@ def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {describe(embeds)}")
     b, s, d = embeds.shape
-    if b < 1 or d != width or not 1 <= s <= TEXT_ROWS or not torch.isfinite(embeds).all():
-        raise ValueError(
-            f"{name} has shape {tuple(embeds.shape)}; it must be 'b s {width}' with 1 to {TEXT_ROWS} finite "
-            "rows s"
-        )
+    if b < 1 or d != width or not 1 <= s <= TEXT_ROWS:
+        rule = f"it must be 'b s {width}' with 1 to {TEXT_ROWS} rows s"
+        raise ValueError(f"{name} has shape {tuple(embeds.shape)}; {rule}")
+    if not torch.isfinite(embeds).all():
+        raise ValueError(f"{name} must be finite; it holds NaN or infinity")
     if count is not None and b != count:
         raise ValueError(f"{name} is for {b} prompts; it must be for {count}")
 

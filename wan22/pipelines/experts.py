@@ -60,10 +60,10 @@ class Experts:
         for timestep in timesteps:
             expert = self.serving(timestep)
             if expert.model is None:
+                served_by = f"the {expert.label or 'only'} expert, but pipe.{expert.slot} is None"
                 raise ValueError(
-                    f"timestep {timestep:g} is served by the {expert.label or 'only'} expert, but "
-                    f"pipe.{expert.slot} "
-                    f"is None; load it, or choose timesteps on the other side of {self.boundary or 0:g}."
+                    f"timestep {timestep:g} is served by {served_by}; load it, or choose timesteps on the "
+                    f"other side of {self.boundary or 0:g}."
                 )
             if expert not in reached:
                 reached.append(expert)

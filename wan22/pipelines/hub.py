@@ -41,9 +41,12 @@ __all__ = [
     "UniPCMultistepScheduler",
     "WanTransformer3DModel",
     "adopt",
-    "execution_device",
 ]
 _MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
+_VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
+    f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
+}
+_HUB_ACCESS = {"cache_dir", "force_download", "proxies", "token", "local_files_only", "revision"}
 # Written into model_index.json, ignored by diffusers: the settings in the folder are somebody's choice.
 _MARK = "_wan22_version"
 
@@ -80,13 +83,17 @@ class HubPipeline(DiffusionPipeline):
             ValueError: a setting or a combination of components that is not supported.
         """
         source = str(pretrained_model_name_or_path)
-        folder = source
-        # One place resolves the repository, so that the stored dtypes are known before anything is loaded.
-        if not Path(source).is_dir():
-            if source.count("/") > 1 or source.startswith((".", "/", "~")):
-                raise FileNotFoundError(
-                    f"there is no folder {source}, and a repository's name is like org/name"
-                )
+        folder = str(Path(source).expanduser())
+        local = Path(folder).is_dir()
+        if not local and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"there is no folder {source}, and a repository's name is like org/name")
+        # A checkpoint of another task is refused before its weights are downloaded.
+        access = {name: kwargs[name] for name in _HUB_ACCESS & kwargs.keys()}
+        config = cls.load_config(folder if local else source, **access)
+        if config["_class_name"] not in (cls._hub_class_name, cls.__name__):
+            task = config["_class_name"]
+            raise ValueError(f"{source} is a checkpoint for {task}, which {cls.__name__} does not run")
+        if not local:  # here, so that the stored dtypes are known before anything is loaded
             folder = cls.download(
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
             )
@@ -95,7 +102,7 @@ class HubPipeline(DiffusionPipeline):
             kwargs["dtype"] = _stored_dtypes(Path(folder), kwargs.get("variant"))
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=source)
-        if kwargs.get("scheduler") is None and _MARK not in cls.load_config(folder):
+        if kwargs.get("scheduler") is None and _MARK not in config:
             pipe.correct_shift()
         return pipe
 
@@ -166,27 +173,34 @@ class HubPipeline(DiffusionPipeline):
             if isinstance(value, list) and len(value) == 2 and str(value[0]).split(".")[0] == "wan22":
                 component = getattr(self, name)
                 schema = getattr(component, "schema", None)
-                config[name] = ["diffusers", schema.class_name if schema else type(component).__name__]
+                config[name] = ["diffusers", schema.class_name if schema else value[1]]
         config["_class_name"] = self._hub_class_name
         config[_MARK] = __version__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def adopt(component: Any) -> Any:
-    """Return our model for one of diffusers' own, sharing its weights; anything else as it is."""
+    """Return our model for one of diffusers' own, sharing its weights; anything else as it is.
+
+    Raises:
+        ValueError: the model was changed since it was loaded, by a LoRA or a quantiser say.
+    """
     ours = _MODELS.get(type(component).__name__)
     if ours is None or isinstance(component, ours):
         return component
     with torch.device("meta"):
         model = ours.from_config(component.config)
-    model.load_state_dict(component.state_dict(), assign=True)
+    weights = component.state_dict()
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if expected != {name: tensor.shape for name, tensor in weights.items()}:
+        name = type(component).__name__
+        raise ValueError(
+            f"this {name} of diffusers was changed since it was loaded; load it with wan22.{name}"
+        )
+    model.load_state_dict(weights, assign=True)
+    for setting in _VAE_SETTINGS & vars(component).keys():
+        setattr(model, setting, getattr(component, setting))
     return model.eval()
-
-
-def execution_device(module: torch.nn.Module) -> torch.device:
-    """Return where a module runs: an offloaded one comes to its hook's device when called."""
-    hook = getattr(module, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)
 
 
 def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:

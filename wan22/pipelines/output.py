@@ -57,12 +57,10 @@ class Recipe:
         if self.guidance_scale_2 is not None:
             scales += f"/{self.guidance_scale_2:g} (high/low noise, boundary {self.boundary_ratio:g})"
         shift = "custom schedule" if self.flow_shift is None else f"shift {self.flow_shift:g}"
+        size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
         return (
-            f"{self.checkpoint}: {len(self.prompts)} x {self.width}x{self.height}, {self.num_frames} frames "
-            "at "
-            f"{self.fps} fps, {self.num_inference_steps} steps of {self.scheduler}, {shift}, guidance "
-            f"{scales}, "
-            f"seeds {', '.join(map(str, self.seeds))}"
+            f"{self.checkpoint}: {len(self.prompts)} x {size}, {self.num_inference_steps} steps of "
+            f"{self.scheduler}, {shift}, guidance {scales}, seeds {', '.join(map(str, self.seeds))}"
         )
 
     def to_dict(self) -> dict[str, Any]:

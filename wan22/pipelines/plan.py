@@ -25,6 +25,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
         ValueError: an argument breaks its rule; the message names the value, the rule and the nearest valid
             value.
     """
+    pipe.check_components()  # one may have been replaced since
     checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
     checks.check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     checks.check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
@@ -99,9 +100,9 @@ def _check_text_encoder(pipe: "WanPipeline", request: Request, guided: bool) -> 
 def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
     """Return height, width and frames: the given ones, or the checkpoint's."""
     preset, patch = pipe.preset, pipe.any_transformer.config.patch_size
-    height = preset.height if request.height is None else request.height
-    width = preset.width if request.width is None else request.width
-    num_frames = preset.num_frames if request.num_frames is None else request.num_frames
+    height = preset.height if request.height is None else checks.as_int(request.height)
+    width = preset.width if request.width is None else checks.as_int(request.width)
+    num_frames = preset.num_frames if request.num_frames is None else checks.as_int(request.num_frames)
     checks.check_size("height", height, pipe.vae.spatial_stride * patch[1])
     checks.check_size("width", width, pipe.vae.spatial_stride * patch[2])
     checks.check_num_frames(num_frames, pipe.vae.temporal_stride)
@@ -113,6 +114,8 @@ def _generators(request: Request, count: int) -> list[torch.Generator]:
     if request.generator is not None:
         if request.seed is not None:
             raise ValueError("seed and generator are both given; give one")
+        if request.noise_device is not None:
+            raise ValueError("noise_device and generator are both given; a generator draws on its own device")
         given = request.generator
         generators = list(given) if isinstance(given, Sequence) else [given] * count
         for generator in generators:
@@ -124,14 +127,20 @@ def _generators(request: Request, count: int) -> list[torch.Generator]:
         return generators
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     given_seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
+    given_seeds = [checks.as_int(value) for value in given_seeds]
     for value in given_seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             nearest = min(max(value, 0), 2**63 - 1) if isinstance(value, int) else 0
             raise ValueError(f"seed={value!r} must be an int from 0 to 2**63 - 1; the nearest is {nearest:d}")
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else given_seeds
+    alone = not isinstance(seed, Sequence)
+    seeds = [given_seeds[0] + i for i in range(count)] if alone else given_seeds
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} videos; give {count}, or one")
-    return [torch.Generator(request.noise_device or "cpu").manual_seed(value) for value in seeds]
+    try:
+        return [torch.Generator(request.noise_device or "cpu").manual_seed(value) for value in seeds]
+    except (RuntimeError, AssertionError) as error:
+        device = request.noise_device
+        raise ValueError(f"noise_device={device!r} is not there to draw on; 'cpu' always is") from error
 
 
 def _seeds(request: Request, generators: list[torch.Generator]) -> tuple[int | None, ...]:
@@ -144,7 +153,7 @@ def _seeds(request: Request, generators: list[torch.Generator]) -> tuple[int | N
 
 def _callback_tensors(request: Request, allowed: Sequence[str]) -> Sequence[str]:
     """Return the tensors that the callback asks for."""
-    function, tensors = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+    function, tensors = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs or ()
     if isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
         tensors = function.tensor_inputs
     for name in tensors:
@@ -154,7 +163,7 @@ def _callback_tensors(request: Request, allowed: Sequence[str]) -> Sequence[str]
 
 def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
     """Return the scheduler with the call's schedule set."""
-    steps = request.num_inference_steps
+    steps = checks.as_int(request.num_inference_steps)
     if steps is None and request.sigmas is None and request.timesteps is None:
         steps = pipe.preset.num_inference_steps
     if steps is not None:

@@ -32,10 +32,15 @@ def set_schedule(
     Raises:
         ValueError: a schedule that contradicts itself, or that the scheduler cannot follow.
     """
+    if shift is not None and (isinstance(shift, bool) or not isinstance(shift, (int, float))):
+        raise ValueError(f"flow_shift={shift!r} must be a number above 0, such as 5.0")
     lists = {"sigmas": sigmas, "timesteps": timesteps}
     custom: dict[str, Any] = {name: values for name, values in lists.items() if values is not None}
     if isinstance(scheduler, FlowMatchScheduler):
         scheduler.set_timesteps(steps, device, shift=shift, **custom)
+    elif not _is_flow_matching(scheduler):
+        settings = "prediction_type='flow_prediction', use_flow_sigmas=True"
+        raise ValueError(f"{type(scheduler).__name__} is not set to flow matching; build it with {settings}")
     elif custom:
         if len(custom) > 1 or shift is not None or steps is not None:
             rule = "leave num_inference_steps and flow_shift out"
@@ -46,6 +51,12 @@ def set_schedule(
         scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
     return scheduler
+
+
+def _is_flow_matching(scheduler: Any) -> bool:
+    config = scheduler.config
+    by_settings = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(by_settings)
 
 
 def _custom_schedule_of_diffusers(

@@ -36,14 +36,15 @@ class WanT2VPipeline(WanPipeline):
 
     _hub_class_name = "WanPipeline"
 
-    def _check_components(self) -> None:
-        super()._check_components()
+    def check_components(self) -> None:
+        """Refuse components that do not belong together, or are not for text to video."""
+        super().check_components()
         for model in (self.transformer, self.transformer_2):
             if model is not None and model.config.in_channels != model.config.out_channels:
+                channels = f"{model.config.in_channels} channels for {model.config.out_channels} of video"
                 raise ValueError(
-                    f"the transformer takes {model.config.in_channels} channels for "
-                    f"{model.config.out_channels} of "
-                    "video: it is an image-to-video checkpoint, which WanT2VPipeline does not run"
+                    f"the transformer takes {channels}: it is an image-to-video checkpoint, which "
+                    "WanT2VPipeline does not run"
                 )
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class WanT2VPipeline(WanPipeline):
             negative_prompt_embeds: instead of negative_prompt.
             output_type: "np", "pil", "pt" or "latent"; see WanVideo.frames.
             return_dict: False returns a tuple of the frames.
-            attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
+            attention_kwargs: {"scale": s} multiplies the LoRAs attached to the transformers by s.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step; may return a
                 dict with replacements, and may set `pipe._interrupt = True` to stop.
             callback_on_step_end_tensor_inputs: tensors it gets: latents, prompt_embeds,

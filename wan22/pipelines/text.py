@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import get_module_execution_device
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def encode_prompt(
         cut = tokenizer.decode(ids[max_tokens - 1 : -1])
         logger.warning("the prompt has %d tokens, %d are used; ignored: %r", len(ids), max_tokens, cut)
         ids = ids[: max_tokens - 1] + ids[-1:]
-    input_ids = torch.tensor([ids], device=text_encoder.device)
+    # Offloaded weights lie elsewhere than they run.
+    input_ids = torch.tensor([ids], device=get_module_execution_device(text_encoder))
     rows = text_encoder(input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
     return pad_rows(rows)
 
