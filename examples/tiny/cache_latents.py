@@ -52,7 +52,7 @@ def read_latents(folder: Path) -> tuple[torch.Tensor, list[str]]:
 
 def main() -> None:
     """Write the held-out clips, then the training clips file by file."""
-    options = arguments(__doc__, clips=9000)
+    options = arguments(__doc__, "smoke", seed=0, clips=9000)
     n = 8 if options.smoke else CLIPS_PER_FILE
     total = 16 if options.smoke else options.clips
     vae = speed_up(AutoencoderKLWan.from_pretrained(options.out / "vae").eval())

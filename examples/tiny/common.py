@@ -18,27 +18,30 @@ from torch import nn
 T = TypeVar("T")
 
 
-def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """Parse the options all training scripts have, and one more per keyword.
+def arguments(description: str | None, *flags: str, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line; start the group of processes if torchrun runs the script.
 
     Args:
         description: first words of the help text.
+        flags: which of "resume" and "smoke" the script has.
         defaults: further options and their default values; a value's type is the option's.
     Returns: the options.
     """
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--smoke", action="store_true", help="only a few steps, to see that everything runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training's files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, clips and noise")
+    helps = {
+        "resume": "go on from the last checkpoint in --out",
+        "smoke": "a few steps, to see that all runs",
+    }
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=helps[flag])
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    if "RANK" in os.environ:  # started by torchrun
+    if "RANK" in os.environ:
         dist.init_process_group("gloo")
     options.out.mkdir(parents=True, exist_ok=True)
     return options

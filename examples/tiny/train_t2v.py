@@ -71,8 +71,8 @@ class Part:
 
 PARTS = {
     "base": Part(1000, (0.0, 1.0), 2e-3, 2e-3),
-    "high": Part(3500, (BOUNDARY, 1.0), 2e-3, 0.0),
-    "low": Part(3500, (0.0, BOUNDARY), 2e-3, 0.0),
+    "high": Part(3000, (BOUNDARY, 1.0), 2e-3, 0.0),
+    "low": Part(3000, (0.0, BOUNDARY), 2e-3, 0.0),
 }
 
 
@@ -215,7 +215,7 @@ def train(part_name: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Train the parts asked for, one after the other."""
-    options = arguments(__doc__, part="all", steps=0)
+    options = arguments(__doc__, "resume", "smoke", seed=0, part="all", steps=0)
     for name in PARTS if options.part == "all" else (options.part,):
         train(name, options)
 

@@ -255,7 +255,8 @@ def train(
 
 def main() -> None:
     """Run all stages, then write the averaged weights with the latents' statistics."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "resume", "smoke", seed=0)
+    torch.manual_seed(options.seed)
     stages = SMOKE_STAGES if options.smoke else STAGES
     vae = speed_up(initialize(AutoencoderKLWan(**CONFIG)), TEMPORAL_LAYERS)
     path, state, first = options.out / "vae.pt", {}, 0

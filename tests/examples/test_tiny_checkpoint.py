@@ -35,11 +35,12 @@ def test_videos_of_held_out_prompts_show_what_was_asked(scores):
     assert scores["motion"] >= 0.8
 
 
-def test_the_prompt_is_what_makes_them_so(pipe, scenes):
+def test_the_prompt_is_what_makes_them_so(pipe):
+    """Without it the scores are near chance: 1 in 6 colours, 1 in 5 backgrounds, 1 in 5 motions."""
+    scenes = judge.choose_scenes(20, 0, "held_out", clips.CORE_MOTIONS)
     frames = judge.generate(pipe, [""] * len(scenes), 0, len(scenes), None)
     scores = judge.score(scenes, [judge.judge(f) for f in frames])
-    assert scores["color"] <= 0.6
-    assert scores["motion"] <= 0.6
+    assert max(scores["color"], scores["background"], scores["motion"]) <= 0.4
 
 
 def test_the_recipe_is_the_presets(pipe):
@@ -66,7 +67,8 @@ def test_both_experts_serve(pipe):
 
 def test_the_vae_keeps_held_out_clips(pipe):
     rng = np.random.default_rng(5)
-    frames = np.stack([clips.draw(s, rng) for s in judge.choose_scenes(5, 1, "held_out", clips.CORE_MOTIONS)])
+    scenes = judge.choose_scenes(10, 1, "held_out", clips.CORE_MOTIONS)
+    frames = np.stack([clips.draw(s, rng) for s in scenes])
     video = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     with torch.no_grad():
         latents = pipe.vae.encode(video).latent_dist.mode()
@@ -74,6 +76,9 @@ def test_the_vae_keeps_held_out_clips(pipe):
         normalised = pipe.vae.normalize_latents(latents)
     psnr = 10 * torch.log10(4 / (decoded - video).square().flatten(1).mean(1))
     assert psnr.mean() >= 30
+    seen = ((decoded / 2 + 0.5) * 255).byte().permute(0, 2, 3, 4, 1).numpy()
+    scores = judge.score(scenes, [judge.judge(f) for f in seen])
+    assert min(scores["color"], scores["background"], scores["motion"], scores["shape"]) >= 0.9
     assert abs(float(normalised.mean())) < 0.2
     assert 0.7 < float(normalised.std()) < 1.4
 
@@ -83,6 +88,9 @@ def test_layout_and_size():
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
+    configs = [json.loads(path.read_text()) for path in folder.rglob("*config.json")]
+    assert len(configs) >= 6
+    assert not any("_name_or_path" in config for config in configs)
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 16e6
 
 
