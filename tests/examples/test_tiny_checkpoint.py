@@ -32,7 +32,8 @@ def scores(pipe, scenes):
 def test_videos_of_held_out_prompts_show_what_was_asked(scores):
     assert scores["color"] >= 0.9
     assert scores["background"] >= 0.9
-    assert scores["motion"] >= 0.8
+    assert scores["motion"] >= 0.9
+    assert scores["shape"] >= 0.8
 
 
 def test_the_prompt_is_what_makes_them_so(pipe):
