@@ -11,7 +11,7 @@ from wan22 import WanT2VPipeline, tiny_checkpoint
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("prompt", nargs="?", default="a red circle moves to the right on a blue background")
 parser.add_argument("--checkpoint", default=tiny_checkpoint("t2v"), help="folder or hub repository")
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--seed", type=int, default=4)
 parser.add_argument("--output", type=Path, default=Path("outputs/text_to_video.mp4"))
 args = parser.parse_args()
 
