@@ -149,7 +149,7 @@ def path(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> np.ndar
     """
     span = min(1.0, (frames - 1) / (FRAMES - 1))
     progress = rng.random() * (1 - span) + np.linspace(0.0, span, frames)
-    radii = np.full(2, rng.uniform(*RADIUS))
+    radii: np.ndarray = np.full(2, rng.uniform(*RADIUS))
     if motion in ("growing", "shrinking"):
         radii = np.array([rng.uniform(*SMALL_RADIUS), rng.uniform(*LARGE_RADIUS)])
         radii = radii if motion == "growing" else radii[::-1]
