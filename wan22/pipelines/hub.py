@@ -164,7 +164,8 @@ class HubPipeline(DiffusionPipeline):
     @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
         # Empty annotations skip diffusers' own type warnings: `adopt` takes both families' classes.
-        return {name: (inspect.Signature.empty,) for name in super()._get_signature_types()}
+        names = list(inspect.signature(cls.__init__).parameters)[1:]  # without self
+        return dict.fromkeys(names, (inspect.Signature.empty,))
 
     def to_json_string(self) -> str:
         """Write model_index.json with diffusers' names."""
