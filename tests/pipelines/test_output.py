@@ -193,6 +193,7 @@ def test_a_failed_write_leaves_no_file(script, tmp_path, monkeypatch):
     before = result.frames.copy()
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)  # the script also gets "-" as a file name
         patch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, script))
         with pytest.raises(OSError):
             result.save(out / "clip.mp4")
