@@ -1,8 +1,9 @@
-"""Train the embedded checkpoint's autoencoder: still images first, then clips.
+"""Train the embedded checkpoints' autoencoders: still images first, then clips.
 
-    python examples/tiny/train_vae.py --out runs/tiny
+    python examples/tiny/train_vae.py --out runs/tiny --vae vae
 
-Writes runs/tiny/vae in the Diffusers layout. `--resume` goes on from runs/tiny/vae.pt, saved every 100 steps.
+Writes runs/tiny/vae in the Diffusers layout; `--vae vae22` writes the autoencoder of the 2.2 family instead.
+`--resume` goes on from runs/tiny/vae.pt, saved every 100 steps.
 
 Axes: b batch, c channels, t h w frames, rows, columns.
 """
@@ -27,13 +28,23 @@ from torch import nn
 from wan22 import AutoencoderKLWan
 from wan22.models.autoencoder_layers import CausalConv3d, RMSNorm
 
-CONFIG: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 2, 4, 8], "z_dim": 16, "num_res_blocks": 1}
-# Layers whose convolutions look back in time. At higher resolutions only the weights of the current frame are
-# trained, the rest stay zero: motion is slow there, and a third of the work remains.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "vae": {"base_dim": 8, "dim_mult": [1, 2, 4, 8], "z_dim": 16, "num_res_blocks": 1},
+    "vae22": {"base_dim": 16, "dim_mult": [1, 2, 4, 4], "z_dim": 48, "num_res_blocks": 1},
+}
+CONFIGS["vae22"] |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
+CONFIGS["vae22"] |= {"scale_factor_spatial": 16}
+# Layers whose convolutions look back in time: the lowest resolution's, whose place the family decides. At
+# higher resolutions only the weights of the current frame are trained, the rest stay zero: motion is slow
+# there, and a third of the work remains.
 TEMPORAL_LAYERS = (
-    *("encoder.down_blocks.6", "encoder.mid_block", "encoder.conv_out"),
-    *("decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0"),
+    "encoder.mid_block",
+    "encoder.conv_out",
+    "decoder.conv_in",
+    "decoder.mid_block",
+    "decoder.up_blocks.0",
 )
+LOWEST_DOWN_BLOCK = {"vae": "encoder.down_blocks.6", "vae22": "encoder.down_blocks.3"}
 KL_WEIGHT, SQUARE_WEIGHT, EMA_DECAY = 1e-4, 5.0, 0.998
 SAVE_EVERY = 100
 
@@ -46,7 +57,8 @@ class Stage:
         steps: optimizer steps.
         batch: clips per step.
         frames: frames of a clip.
-        size: height and width in pixels; everything is drawn smaller in a smaller frame.
+        size: height and width in pixels, twice as many for the 2.2 family, whose latents are twice as coarse;
+            everything is drawn smaller in a smaller frame.
         lr: learning rate at the start.
         lr_end: learning rate at the end.
         decoder_only: leave the encoder, and so the latents, as they are.
@@ -156,7 +168,7 @@ def to_pixels(frames: np.ndarray) -> torch.Tensor:
 
 def moments(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
     """Return mean and log variance of the latents of whole clips "b c t h w", "b 2c t h w"."""
-    return vae.quant_conv(vae.encoder(x))
+    return vae.quant_conv(vae.encode_chunk(x)[0])
 
 
 def loss_of(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +176,7 @@ def loss_of(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch
     mean, logvar = moments(vae, x).chunk(2, dim=1)
     logvar = logvar.clamp(-20, 4)
     z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    error = vae.decoder(vae.post_quant_conv(z)) - x  # not clamped, unlike vae.decode
+    error = vae.decode_chunk(vae.post_quant_conv(z))[0] - x  # not clamped, unlike vae.decode
     square = error.square().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + SQUARE_WEIGHT * square + KL_WEIGHT * kl, square.detach() / 4
@@ -185,23 +197,29 @@ def round_trip(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
 def latent_statistics(vae: AutoencoderKLWan, n: int, seed: int) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each latent channel over n training clips."""
     rng = np.random.default_rng(seed)
-    batches = [clips.draw_batch(rng, min(8, n))[0] for _ in range(max(1, n // 8))]
+    size = pixels(vae)
+    batches = [clips.draw_batch(rng, min(8, n), size=size)[0] for _ in range(max(1, n // 8))]
     z = torch.cat([vae.encode(to_pixels(b), chunk_latents=None).latent_dist.mode() for b in batches])
     mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4))
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
 
 
-def averaged(weights: dict[str, torch.Tensor], **config: Any) -> AutoencoderKLWan:
+def averaged(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> AutoencoderKLWan:
     """Return a plain autoencoder with these weights."""
-    vae = AutoencoderKLWan(**(CONFIG | config))
+    vae = AutoencoderKLWan.from_config(config)
     vae.load_state_dict(weights)
     return vae.eval()
 
 
-def batches(stage: Stage, seed: list[int]) -> Iterator[np.ndarray]:
+def pixels(vae: AutoencoderKLWan, size: int = clips.SIZE) -> int:
+    """Return the height and width that stand for `size` pixels of the 4x8x8 autoencoder."""
+    return size * vae.spatial_stride // 8
+
+
+def batches(stage: Stage, size: int, seed: list[int]) -> Iterator[np.ndarray]:
     """Yield uint8 training clips "b t h w c" of one stage for ever."""
     rng = np.random.default_rng(seed)
-    draw = partial(clips.draw_batch, rng, stage.batch, size=stage.size, frames=stage.frames)
+    draw = partial(clips.draw_batch, rng, stage.batch, size=size, frames=stage.frames)
     return prefetch(lambda: draw()[0])
 
 
@@ -224,11 +242,10 @@ def train(
     if state:
         optimizer.load_state_dict(state["optimizer"])
         average.weights, average.steps, first = state["average"], state["step"], state["step"]
-    started, squares = time.time(), []
-    held_out = clips.draw_batch(
-        np.random.default_rng(7), 16, "held_out", size=stage.size, frames=stage.frames
-    )[0]
-    stream = batches(stage, [seed, number, first])
+    started, squares, size = time.time(), [], pixels(vae, stage.size)
+    rng = np.random.default_rng(7)
+    held_out = clips.draw_batch(rng, 16, "held_out", size=size, frames=stage.frames)[0]
+    stream = batches(stage, size, [seed, number, first])
     for step in range(first, stage.steps):
         set_learning_rate(optimizer, cosine(step, stage.steps, stage.lr, stage.lr_end))
         loss, square = loss_of(vae, to_pixels(next(stream)))
@@ -241,7 +258,7 @@ def train(
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             training = -10 * torch.stack(squares).mean().log10()
             speed = len(squares) * stage.batch / (time.time() - started)
-            test = round_trip(speed_up(averaged(average.weights)), held_out).mean()
+            test = round_trip(speed_up(averaged(average.weights, vae.config)), held_out).mean()
             print(
                 f"stage {number} step {step + 1}/{stage.steps}: training {training:.2f} dB, "
                 f"held out {test:.2f} dB, {speed:.1f} clips/s",
@@ -255,11 +272,12 @@ def train(
 
 def main() -> None:
     """Run all stages, then write the averaged weights with the latents' statistics."""
-    options = arguments(__doc__, "resume", "smoke", seed=0)
+    options = arguments(__doc__, "resume", "smoke", seed=0, vae="vae")
     torch.manual_seed(options.seed)
     stages = SMOKE_STAGES if options.smoke else STAGES
-    vae = speed_up(initialize(AutoencoderKLWan(**CONFIG)), TEMPORAL_LAYERS)
-    path, state, first = options.out / "vae.pt", {}, 0
+    vae = initialize(AutoencoderKLWan(**CONFIGS[options.vae]))
+    speed_up(vae, (*TEMPORAL_LAYERS, LOWEST_DOWN_BLOCK[options.vae]))
+    path, state, first = options.out / f"{options.vae}.pt", {}, 0
     if options.resume and path.exists():
         state = load(path)
         vae.load_state_dict(state["model"])
@@ -269,9 +287,10 @@ def main() -> None:
         state = {}
 
     mean, std = latent_statistics(vae.eval(), 4 if options.smoke else 512, options.seed)
-    final = averaged(vae.state_dict(), latents_mean=mean, latents_std=std)
-    final.save_pretrained(options.out / "vae")
-    held_out = clips.draw_batch(np.random.default_rng(8), 4 if options.smoke else 64, "held_out")[0]
+    final = averaged(vae.state_dict(), {**vae.config, "latents_mean": mean, "latents_std": std})
+    final.save_pretrained(options.out / options.vae)
+    n, rng = 4 if options.smoke else 64, np.random.default_rng(8)
+    held_out = clips.draw_batch(rng, n, "held_out", size=pixels(vae))[0]
     test = round_trip(speed_up(final), held_out)
     print(f"round trip of held-out clips: mean {test.mean():.2f} dB, lowest {test.min():.2f} dB")
     print(f"latent standard deviations: {std}")
