@@ -6,13 +6,26 @@ import functools
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from tests.golden_data import golden
 from tests.official_keys import transformer_config, transformer_state_dict
 from tests.official_t5_keys import t5_config, t5_state_dict
 from tests.official_vae_keys import vae_state_dict
-from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
+from wan22 import (
+    AutoencoderKLWan,
+    FlowMatchUniPCScheduler,
+    WanI2VPipeline,
+    WanT2VPipeline,
+    WanTransformer3DModel,
+)
 
 TEXT_DIM = 32
 MODELS = ("text_encoder", "vae", "transformer", "transformer_2")
@@ -70,17 +83,20 @@ def golden_text_encoder() -> UMT5EncoderModel:
     return model
 
 
-def random_transformer(seed: int, channels: int = 16) -> WanTransformer3DModel:
+def random_transformer(
+    seed: int, channels: int = 16, given_channels: int = 0, **config
+) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
-        in_channels=channels,
+        in_channels=channels + given_channels,
         out_channels=channels,
         text_dim=TEXT_DIM,
         freq_dim=32,
         ffn_dim=64,
         num_layers=2,
+        **config,
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,6 +153,50 @@ def random_components(experts: int = 2, channels: int = 16) -> dict:
     }
 
 
+@functools.cache
+def random_i2v_components(experts: int = 2, two_frames: bool = False) -> dict:
+    """Return WanI2VPipeline's arguments: of I2V-A14B's form; one expert: of Wan 2.1 I2V's, or FLF's."""
+    components = random_components(experts)
+    if experts == 2:
+        models = {
+            "transformer": random_transformer(5, 16, 20),
+            "transformer_2": random_transformer(6, 16, 20),
+        }
+        return {**components, **models, "boundary_ratio": 0.9}
+    config = {"image_dim": 24, "added_kv_proj_dim": 48, "pos_embed_seq_len": 10 if two_frames else None}
+    torch.manual_seed(7)
+    vision = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return {
+        **components,
+        "transformer": random_transformer(7, 16, 20, **config),
+        "image_encoder": CLIPVisionModel(vision).eval(),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8),
+    }
+
+
+def random_i2v_pipeline(experts: int = 2, two_frames: bool = False, **replaced) -> WanI2VPipeline:
+    """Return an image-to-video pipeline on shared random components."""
+    components = random_i2v_components(experts, two_frames)
+    pipe = WanI2VPipeline(**{"scheduler": FlowMatchUniPCScheduler(shift=5.0), **components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_ti2v_pipeline(**replaced) -> WanI2VPipeline:
+    """Return an image-to-video pipeline of TI2V-5B's form."""
+    components = {"scheduler": FlowMatchUniPCScheduler(shift=5.0), **random_components(1, 48)}
+    pipe = WanI2VPipeline(**{**components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def random_pipeline(experts: int = 2, channels: int = 16, **replaced) -> WanT2VPipeline:
     """Return a pipeline on shared random components, with a scheduler of its own."""
     components = {
@@ -156,19 +216,10 @@ def bf16_pipeline():
     return random_pipeline(**half)
 
 
-def in_memory(pipe):
-    """Copy memory-mapped weights: at a file's odd alignment, kernels add up in another order (1e-7)."""
-    for name in MODELS:
-        model = getattr(pipe, name)
-        for tensor in () if model is None else model.parameters():
-            tensor.data = tensor.data.clone()
-    return pipe
-
-
 def load_pipeline(folder, **arguments):
     pipe = WanT2VPipeline.from_pretrained(folder, **arguments)
     pipe.set_progress_bar_config(disable=True)
-    return pipe if arguments.keys() & set(MODELS) else in_memory(pipe)
+    return pipe
 
 
 def latents_of(pipe, prompt="a red circle", **arguments) -> torch.Tensor:

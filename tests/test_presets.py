@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from tests.builders import random_pipeline
-from wan22 import WanT2VPipeline, WanTransformer3DModel, presets
+from wan22 import WanI2VPipeline, WanT2VPipeline, WanTransformer3DModel, presets
 from wan22.presets import PRESETS, closest_preset, find_preset
 
 # Wan2.2 wan/configs and Wan2.1 wan/configs; guidance is (high, low noise), the official tuples are reversed.
@@ -16,6 +17,12 @@ TABLE = {
     "Wan2.2-TI2V-5B": (3072, 48, None, 5.0, 50, (5.0, None), 24, 121, 1280, 704),
     "Wan2.1-T2V-1.3B": (1536, 16, None, 8.0, 50, (6.0, None), 16, 81, 832, 480),
     "Wan2.1-T2V-14B": (5120, 16, None, 5.0, 50, (5.0, None), 16, 81, 1280, 720),
+    "Wan2.1-I2V-14B": (5120, 36, None, 3.0, 40, (5.0, None), 16, 81, 832, 480),
+    "Wan2.1-FLF2V-14B": (5120, 36, None, 16.0, 50, (5.0, None), 16, 81, 1280, 720),
+}
+REPOS = {name: f"Wan-AI/{name}-Diffusers" for name in TABLE} | {
+    "Wan2.1-I2V-14B": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    "Wan2.1-FLF2V-14B": "Wan-AI/Wan2.1-FLF2V-14B-720P-Diffusers",
 }
 HEADS = {5120: 40, 3072: 24, 1536: 12}
 
@@ -23,10 +30,10 @@ HEADS = {5120: 40, 3072: 24, 1536: 12}
 @pytest.mark.parametrize("name", TABLE)
 def test_facts(name):
     dim, in_channels, boundary, shift, steps, guidance, fps, frames, width, height = TABLE[name]
-    preset = find_preset(dim, in_channels, boundary)
+    preset = find_preset(dim, in_channels, boundary, "FLF" in name)
     assert preset is not None
     assert preset.name == name
-    assert preset.repo == f"Wan-AI/{name}-Diffusers"
+    assert preset.repo == REPOS[name]
     assert preset.boundary_ratio == boundary
     assert preset.flow_shift == shift
     assert preset.num_inference_steps == steps
@@ -59,7 +66,7 @@ def test_a_recipe_can_be_run(preset):
 
 
 def test_no_two_presets_look_the_same():
-    keys = [(p.dim, p.in_channels, p.boundary_ratio is None) for p in PRESETS]
+    keys = [(p.dim, p.in_channels, p.boundary_ratio is None, p.two_frames) for p in PRESETS]
     assert len(set(keys)) == len(keys)
 
 
@@ -78,7 +85,7 @@ def test_the_boundary_need_not_be_the_official_one(dim, in_channels, boundary):
 
 @pytest.mark.parametrize(
     ("dim", "in_channels", "boundary"),
-    [(256, 16, 0.875), (3072, 16, None), (3072, 48, 0.875), (5120, 36, None), (1536, 16, 0.875)],
+    [(256, 16, 0.875), (3072, 16, None), (3072, 48, 0.875), (1536, 36, None), (1536, 16, 0.875)],
 )
 def test_unknown_checkpoints(dim, in_channels, boundary):
     assert find_preset(dim, in_channels, boundary) is None
@@ -89,7 +96,7 @@ def test_unknown_checkpoints(dim, in_channels, boundary):
     [
         (16, 0.875, "Wan2.2-T2V-A14B"),
         (36, 0.9, "Wan2.2-I2V-A14B"),
-        (36, None, "Wan2.2-I2V-A14B"),
+        (36, None, "Wan2.1-I2V-14B"),
         (48, None, "Wan2.2-TI2V-5B"),
         (48, 0.9, "Wan2.2-TI2V-5B"),
     ],
@@ -108,20 +115,22 @@ def test_closest_of_unknown_channels():
     assert closest_preset(20, None) in PRESETS
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if "I2V-A14B" not in name])
+@pytest.mark.parametrize("name", TABLE)
 def test_a_pipeline_knows_its_release(name):
     """By the configs alone: the transformer has the release's sizes, no depth, and lies nowhere."""
-    import torch
-
     dim, channels, boundary, *_ = TABLE[name]
+    out = 48 if channels == 48 else 16
     with torch.device("meta"):
         transformer = WanTransformer3DModel(
             num_attention_heads=HEADS[dim],
             in_channels=channels,
-            out_channels=channels,
+            out_channels=out,
             ffn_dim=8,
             num_layers=0,
+            image_dim=8 if "2.1-I2V" in name or "FLF" in name else None,
+            pos_embed_seq_len=8 if "FLF" in name else None,
         )
-    rest = random_pipeline(experts=1, channels=channels).components
-    pipe = WanT2VPipeline(**{**rest, "transformer": transformer}, boundary_ratio=boundary)
+    cls = WanT2VPipeline if channels == out else WanI2VPipeline
+    rest = random_pipeline(experts=1, channels=out).components
+    pipe = cls(**{**rest, "transformer": transformer}, boundary_ratio=boundary, expand_timesteps=out == 48)
     assert pipe.preset.name == pipe.checkpoint_name == name

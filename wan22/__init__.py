@@ -11,6 +11,7 @@ _EXPORTS = {
     "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
     "FlowMatchEulerScheduler": "wan22.schedulers.euler",
     "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
+    "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
     "WanTransformer3DModel": "wan22.models.transformer",
     "WanVideo": "wan22.pipelines.output",
@@ -19,6 +20,7 @@ _EXPORTS = {
 
 __all__ = [  # noqa: RUF022 (grouped by use)
     "WanT2VPipeline",
+    "WanI2VPipeline",
     "WanVideo",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from wan22.assets import tiny_checkpoint
     from wan22.models.autoencoder import AutoencoderKLWan
     from wan22.models.transformer import WanTransformer3DModel
+    from wan22.pipelines.i2v import WanI2VPipeline
     from wan22.pipelines.output import WanVideo
     from wan22.pipelines.t2v import WanT2VPipeline
     from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler

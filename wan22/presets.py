@@ -30,8 +30,9 @@ class Preset:
         num_frames: frames, 1 + a multiple of 4.
         fps: frames per second.
         negative_prompt: used where the caller's is empty.
+        two_frames: whether it takes a first and a last frame's image rows (Wan 2.1 FLF).
 
-    Source: Wan2.2 wan/configs, Wan2.1 wan/configs and its README.
+    Source: Wan2.2 wan/configs, Wan2.1 wan/configs, generate.py and its README.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Preset:
     num_frames: int = 81
     fps: int = 16
     negative_prompt: str = NEGATIVE_PROMPT
+    two_frames: bool = False
 
 
 T2V_A14B = Preset(
@@ -117,6 +119,34 @@ T2V_14B = Preset(
     width=1280,
     height=720,
 )
+# The 480P and the 720P checkpoint have one configuration; these settings suit both.
+I2V_14B = Preset(
+    name="Wan2.1-I2V-14B",
+    repo="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    dim=5120,
+    in_channels=36,
+    boundary_ratio=None,
+    num_inference_steps=40,
+    flow_shift=3.0,
+    guidance_scale=5.0,
+    guidance_scale_2=None,
+    width=832,
+    height=480,
+)
+FLF_14B = Preset(
+    name="Wan2.1-FLF2V-14B",
+    repo="Wan-AI/Wan2.1-FLF2V-14B-720P-Diffusers",
+    dim=5120,
+    in_channels=36,
+    boundary_ratio=None,
+    num_inference_steps=50,
+    flow_shift=16.0,
+    guidance_scale=5.0,
+    guidance_scale_2=None,
+    width=1280,
+    height=720,
+    two_frames=True,
+)
 TINY_T2V = Preset(
     name="tiny-t2v",
     repo="",
@@ -135,20 +165,24 @@ TINY_T2V = Preset(
 )
 # What diffusers' conversion script writes as flow_shift for every Wan checkpoint but TI2V-5B, right or not.
 CONVERTED_FLOW_SHIFT = 3.0
-PRESETS = (T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, TINY_T2V)
+PRESETS = (T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, I2V_14B, FLF_14B, TINY_T2V)
 
 
-def find_preset(dim: int, in_channels: int, boundary_ratio: float | None) -> Preset | None:
+def find_preset(
+    dim: int, in_channels: int, boundary_ratio: float | None, two_frames: bool = False
+) -> Preset | None:
     """Return the released checkpoint that these configs belong to, or None.
 
     Args:
         dim: the transformer's model size (heads times head size).
         in_channels: the transformer's input channels.
         boundary_ratio: of the pipeline's config; only whether there is one counts.
+        two_frames: whether the transformer has positions for two images' rows.
     """
     for preset in PRESETS:
         experts_agree = (preset.boundary_ratio is None) == (boundary_ratio is None)
-        if (preset.dim, preset.in_channels) == (dim, in_channels) and experts_agree:
+        same = (preset.dim, preset.in_channels, preset.two_frames) == (dim, in_channels, two_frames)
+        if same and experts_agree:
             return preset
     return None
 

@@ -48,6 +48,9 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
         "guidance_scale": 3.0,
         "guidance_scale_2": 2.0,
         "boundary_ratio": 0.875,
+        "images": (),
+        "last_images": (),
+        "fit": None,
     }
     json.dumps(recipe.to_dict())
     assert [name for name, _ in calls].count("text_encoder") == 2

@@ -9,7 +9,6 @@ import torch
 from tests.builders import (
     MODELS,
     bf16_pipeline,
-    in_memory,
     latents_of,
     load_pipeline,
     random_components,
@@ -71,7 +70,7 @@ def test_a_component_left_out(name, saved):
     embeds, negative = random_pipeline().encode_prompt("a red circle", "fog")
     timesteps = [800, 400] if name == "transformer" else [1000, 900]
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "timesteps": timesteps}
-    assert torch.equal(latents_of(in_memory(pipe), **given), latents_of(random_pipeline(), **given))
+    assert torch.equal(latents_of(pipe, **given), latents_of(random_pipeline(), **given))
 
 
 def test_saving_without_a_component(saved, tmp_path):
@@ -141,7 +140,7 @@ def test_from_pipe_of_diffusers(saved):
     assert pointers(pipe) == pointers(plain)
     assert type(pipe.transformer) is WanTransformer3DModel
     assert pipe.checkpoint_name == str(saved)
-    assert torch.equal(latents_of(in_memory(pipe)), latents_of(random_pipeline()))
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
 
 
 def test_diffusers_from_our_pipe(pipe, saved):

@@ -5,37 +5,49 @@ import torch
 
 from tests.builders import golden_transformer, golden_vae, recording
 from tests.golden_data import golden, relative_error
-from wan22 import FlowMatchDPMSolverScheduler, FlowMatchUniPCScheduler, WanT2VPipeline
+from wan22 import FlowMatchDPMSolverScheduler, FlowMatchUniPCScheduler, WanI2VPipeline, WanT2VPipeline
 
-NAMES = ["pipe_t2v_unipc", "pipe_t2v_dpmpp", "pipe_ti2v_text"]
+NAMES = ["pipe_t2v_unipc", "pipe_t2v_dpmpp", "pipe_ti2v_text", "pipe_i2v_unipc", "pipe_ti2v_image"]
 SOLVERS = {"unipc": FlowMatchUniPCScheduler, "dpm++": FlowMatchDPMSolverScheduler}
+
+
+def given_image(tensors):
+    """The golden call's image as its own resize left it, which is not to be resized again."""
+    if "image_resized" in tensors:  # in [-1, 1], with the overshoot of the resampling
+        return tensors["image_resized"] / 2 + 0.5
+    if "image_cropped_uint8_hwc" in tensors:
+        return tensors["image_cropped_uint8_hwc"].numpy()
+    return None
 
 
 class Run:
     """One golden call, repeated here, with all that can be seen of it from outside."""
 
-    def __init__(self, name):
+    def __init__(self, name, pipeline=None):
         self.description, _, self.tensors = golden(name)
         official = self.description["generate_args"]
         experts = [golden_transformer(model) for model in self.description["models"]]
         two = len(experts) == 2
-        self.pipe = WanT2VPipeline(
-            None,
-            None,
-            golden_vae(self.description["vae"]),
-            SOLVERS[self.description["solver"]](),
-            *experts,
+        image = given_image(self.tensors)
+        pipeline = pipeline or (WanT2VPipeline if image is None else WanI2VPipeline)
+        self.pipe = pipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=golden_vae(self.description["vae"]),
+            scheduler=SOLVERS[self.description["solver"]](),
+            **dict(zip(("transformer", "transformer_2"), experts, strict=False)),
             boundary_ratio=self.description["boundary"] if two else None,
             expand_timesteps=not two,
         )
         self.pipe.set_progress_bar_config(disable=True)
-        width, height = official["size"]
+        _, _, height, width = self.tensors["video"].shape[-4:]
         scale = official["guide_scale"]
         low, high = scale if isinstance(scale, list) else (None, scale)
         self.predictions, self.latents, self.timesteps = [], [], []
         with recording(self.pipe) as self.calls:
             self._record_predictions()
             self.output = self.pipe(
+                **({} if image is None else {"image": image}),
                 prompt_embeds=self.tensors["context"][None],
                 negative_prompt_embeds=self.tensors["context_null"][None],
                 height=height,
@@ -47,21 +59,19 @@ class Run:
                 guidance_scale_2=low,
                 seed=self.description["seed"],
                 output_type="latent",
-                callback_on_step_end=self._after_step,
             )
 
     def _record_predictions(self):
         step = self.pipe.scheduler.step
 
-        def record(prediction, *args, **kwargs):
+        def record(prediction, timestep, *args, **kwargs):
             self.predictions.append(prediction[0].clone())
-            return step(prediction, *args, **kwargs)
+            self.timesteps.append(timestep.item())
+            result = step(prediction, timestep, *args, **kwargs)
+            self.latents.append(result[0][0].clone())
+            return result
 
         self.pipe.scheduler.step = record
-
-    def _after_step(self, pipe, i, timestep, tensors):
-        self.timesteps.append(timestep.item())
-        self.latents.append(tensors["latents"][0].clone())
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -74,7 +84,8 @@ def test_starts_from_the_same_noise(run):
         run.output.recipe.num_frames, run.output.recipe.height, run.output.recipe.width
     )
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(run.description["seed"]))
-    assert torch.equal(noise, run.tensors["initial_latent"])
+    first = 1 if "image_latent" in run.tensors else 0  # the given frame is not noise
+    assert torch.equal(noise[:, first:], run.tensors["initial_latent"][:, first:])
 
 
 def test_first_guided_prediction(run):

@@ -1,38 +1,33 @@
-"""What every Wan pipeline shares: components, defaults, checks, noise, the denoising loop, decoding.
+"""What every Wan pipeline shares: components, defaults, the course of a call, noise, the loop, decoding.
 
 Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text rows, d their width.
 """
 
+import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
+from ..checkpoints.loading import align_weights
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
 from . import checks
+from .conditions import Condition
 from .experts import Expert
 from .hub import HubPipeline, adopt
 from .output import Recipe, WanVideo, to_uint8
-from .request import Plan, Prompt
+from .plan import make_plan
+from .request import Plan, Prompt, Request
 from .text import TEXT_ROWS, encode_prompt, pad_rows
 
-
-class Condition(Protocol):
-    """What a pipeline gives the transformer beside noise and text."""
-
-    def model_inputs(self, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
-        """Return the transformer's arguments for one video's latents "1 c t h w" and a timestep "1"."""
-        ...
-
-    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the latents that the next step starts from, "b c t h w"."""
-        ...
+logger = logging.getLogger(__name__)
 
 
 class WanPipeline(HubPipeline):
@@ -97,27 +92,32 @@ class WanPipeline(HubPipeline):
     # ---- what the components are ----
 
     @property
+    def transformers(self) -> list[WanTransformer3DModel]:
+        """The loaded transformers, high noise first."""
+        return [model for model in (self.transformer, self.transformer_2) if model is not None]
+
+    @property
     def any_transformer(self) -> WanTransformer3DModel:
         """A loaded transformer; both slots have the same configuration."""
-        model = self.transformer if self.transformer is not None else self.transformer_2
-        if model is None:
+        if not self.transformers:
             raise ValueError("neither transformer nor transformer_2 is loaded; a video needs at least one")
-        return model
+        return self.transformers[0]
 
     @property
     def released(self) -> Preset | None:
         """The released checkpoint that the loaded configs belong to; None if that cannot be told."""
-        if self.transformer is None and self.transformer_2 is None:
+        if not self.transformers:
             return None
         config = self.any_transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        return find_preset(dim, config.in_channels, self.config.boundary_ratio)
+        two_frames = config.pos_embed_seq_len is not None
+        return find_preset(dim, config.in_channels, self.config.boundary_ratio, two_frames)
 
     @property
     def preset(self) -> Preset:
         """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
-        loaded = self.transformer is not None or self.transformer_2 is not None
-        in_channels = self.any_transformer.config.in_channels if loaded else self.vae.config.z_dim
+        models = self.transformers
+        in_channels = models[0].config.in_channels if models else self.vae.config.z_dim
         return self.released or closest_preset(in_channels, self.config.boundary_ratio)
 
     @property
@@ -128,21 +128,40 @@ class WanPipeline(HubPipeline):
 
     def check_components(self) -> None:
         """Refuse components that do not belong together."""
-        models = [m for m in (self.transformer, self.transformer_2) if m is not None]
         if self.config.boundary_ratio is None and self.transformer_2 is not None:
             raise ValueError(
                 "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
             )
         if not isinstance(self.vae, AutoencoderKLWan):
             raise ValueError(f"vae must be an AutoencoderKLWan, not {type(self.vae).__name__}")
-        for model in models:
+        for model in self.transformers:
             if model.config.out_channels != self.vae.config.z_dim:
                 raise ValueError(
                     f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
                     f"{self.vae.config.z_dim}; they are of different checkpoints"
                 )
 
-    # ---- the steps of a call ----
+    # ---- a call, and its steps ----
+
+    def default_size(self, request: Request) -> tuple[int, int]:
+        """Return the height and width of a call that gives none."""
+        return self.preset.height, self.preset.width
+
+    @abstractmethod
+    def make_condition(self, plan: Plan) -> Condition:
+        """Return what the transformer gets beside text."""
+
+    @torch.no_grad()
+    def run(self, request: Request) -> WanVideo | tuple[Any]:
+        """Carry out a call: check it, encode, prepare, denoise, decode."""
+        plan = make_plan(self, request)
+        logger.info("%s", plan.recipe)
+        with self.running():
+            embeds, negative_embeds = self.encode_plan(plan)
+            condition = self.make_condition(plan)
+            latents = self.prepare_latents(plan)
+            latents = self.denoise(plan, latents, embeds, negative_embeds, condition)
+            return self.finish(plan, latents)
 
     def encode_prompt(
         self,
@@ -173,6 +192,7 @@ class WanPipeline(HubPipeline):
             guidance.
         """
         device = device or self._execution_device
+        align_weights(self.text_encoder)
         known: dict[str, torch.Tensor] = {}
 
         def rows(texts: list[str]) -> torch.Tensor:
@@ -248,8 +268,11 @@ class WanPipeline(HubPipeline):
             FloatingPointError: the latents are no longer finite.
         """
         scheduler, times = plan.scheduler, plan.scheduler.timesteps.tolist()
+        for model in self.transformers:
+            align_weights(model)
         self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        latents = condition.hold(latents)
         with self.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(scheduler.timesteps):
                 self._current_timestep = t
@@ -264,12 +287,12 @@ class WanPipeline(HubPipeline):
                 # bit, and a clip is long enough to fill a device.
                 velocities = []
                 for b in range(len(latents)):
-                    inputs: dict[str, Any] = condition.model_inputs(latents[b : b + 1], t.reshape(1))
+                    inputs: dict[str, Any] = condition.model_inputs(b, latents[b : b + 1], t.reshape(1))
                     inputs["attention_kwargs"] = plan.request.attention_kwargs
                     positive, negative = (None if e is None else e[b : b + 1] for e in embeds.values())
                     velocities.append(guided_velocity(expert, inputs, positive, negative, step, video=b))
                 latents = scheduler.step(torch.cat(velocities), t, latents, return_dict=False)[0]
-                latents = condition.after_step(latents)
+                latents = condition.hold(latents)
                 if not torch.isfinite(latents).all():
                     where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype}"
                     raise FloatingPointError(
@@ -317,6 +340,7 @@ class WanPipeline(HubPipeline):
         """
         if output_type == "latent":
             return latents
+        align_weights(self.vae)
         videos = []
         for z in latents.split(1):
             z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)

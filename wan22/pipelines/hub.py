@@ -42,6 +42,8 @@ __all__ = [
     "WanTransformer3DModel",
     "adopt",
 ]
+# diffusers' pipelines, and ours for their checkpoints.
+_PIPELINES = {"WanPipeline": "WanT2VPipeline", "WanImageToVideoPipeline": "WanI2VPipeline"}
 _MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
 _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
     f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
@@ -90,9 +92,12 @@ class HubPipeline(DiffusionPipeline):
         # A checkpoint of another task is refused before its weights are downloaded.
         access = {name: kwargs[name] for name in _HUB_ACCESS & kwargs.keys()}
         config = cls.load_config(folder if local else source, **access)
-        if config["_class_name"] not in (cls._hub_class_name, cls.__name__):
-            task = config["_class_name"]
-            raise ValueError(f"{source} is a checkpoint for {task}, which {cls.__name__} does not run")
+        task = config["_class_name"]
+        # TI2V-5B serves both tasks, under whichever name it was saved.
+        both = config.get("expand_timesteps") and task in _PIPELINES
+        if task not in (cls._hub_class_name, cls.__name__) and not both:
+            other = f"use {_PIPELINES[task]}" if task in _PIPELINES else f"{cls.__name__} does not run it"
+            raise ValueError(f"{source} is a checkpoint for {task}; {other}")
         if not local:  # here, so that the stored dtypes are known before anything is loaded
             folder = cls.download(
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}

@@ -35,6 +35,9 @@ class Recipe:
         guidance_scale: of the high-noise expert, or the only transformer.
         guidance_scale_2: of the low-noise expert.
         boundary_ratio: where the experts switch; None for one transformer.
+        images: first frames, one or one per prompt, by path or URL; None for one that was in memory.
+        last_images: last frames, likewise.
+        fit: how the images were brought to the size; None: the official way.
     """
 
     checkpoint: str
@@ -51,6 +54,9 @@ class Recipe:
     guidance_scale: float
     guidance_scale_2: float | None
     boundary_ratio: float | None
+    images: tuple[str | None, ...] = ()
+    last_images: tuple[str | None, ...] = ()
+    fit: str | None = None
 
     def __str__(self) -> str:
         scales = f"{self.guidance_scale:g}"

@@ -56,6 +56,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
         guidance_scale=experts.high.guidance_scale,
         guidance_scale_2=None if experts.boundary is None else experts.low.guidance_scale,
         boundary_ratio=pipe.config.boundary_ratio,
+        **request.recorded(),
     )
     return Plan(request, recipe, generators, scheduler, experts, guided, callback_tensors)
 
@@ -66,10 +67,10 @@ def _prompts(pipe: "WanPipeline", request: Request) -> tuple[tuple[str | None, .
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise ValueError("give prompt or prompt_embeds, and only one of them")
     if request.prompt_embeds is not None:
-        checks.check_embeds("prompt_embeds", request.prompt_embeds, width)
+        checks.check_embeds("prompt_embeds", request.prompt_embeds, width, request.prompt_count)
         prompts: list[str | None] = [None] * len(request.prompt_embeds)
     else:
-        prompts = list(checks.as_prompts("prompt", request.prompt))
+        prompts = list(checks.as_prompts("prompt", request.prompt, request.prompt_count))
     if request.negative_prompt_embeds is not None:
         if request.negative_prompt is not None:
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
@@ -99,10 +100,13 @@ def _check_text_encoder(pipe: "WanPipeline", request: Request, guided: bool) -> 
 
 def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
     """Return height, width and frames: the given ones, or the checkpoint's."""
-    preset, patch = pipe.preset, pipe.any_transformer.config.patch_size
-    height = preset.height if request.height is None else checks.as_int(request.height)
-    width = preset.width if request.width is None else checks.as_int(request.width)
-    num_frames = preset.num_frames if request.num_frames is None else checks.as_int(request.num_frames)
+    patch = pipe.any_transformer.config.patch_size
+    height, width = checks.as_int(request.height), checks.as_int(request.width)
+    if height is None or width is None:
+        default_height, default_width = pipe.default_size(request)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
+    num_frames = pipe.preset.num_frames if request.num_frames is None else checks.as_int(request.num_frames)
     checks.check_size("height", height, pipe.vae.spatial_stride * patch[1])
     checks.check_size("width", width, pipe.vae.spatial_stride * patch[2])
     checks.check_num_frames(num_frames, pipe.vae.temporal_stride)

@@ -1,13 +1,17 @@
 """What a caller asks of a pipeline, and the plan that is made of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .experts import Experts
+from .images import Fit, Picture
 from .output import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Prompt = str | Sequence[str] | None
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -41,6 +45,45 @@ class Request:
     sigmas: Sequence[float] | None
     timesteps: Sequence[float] | None
     noise_device: str | None
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> "Self":
+        """Take the fields out of a call's arguments."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+    @property
+    def prompt_count(self) -> int | None:
+        """How many prompts there must be, if something else of the request says so."""
+        return None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what the recipe tells beside the settings that all calls have."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest(Request):
+    """The arguments of an image-to-video call, its images read; WanI2VPipeline.__call__ describes them."""
+
+    image: Sequence[Picture]
+    last_image: Sequence[Picture]
+    image_embeds: torch.Tensor | None
+    max_area: int | None
+    fit: Fit | None
+
+    @property
+    def prompt_count(self) -> int | None:
+        """How many prompts there must be: as many as images, if there are several."""
+        images = max(len(self.image), len(self.last_image))
+        return images if images > 1 else None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the images' names and how they were fitted."""
+        return {
+            "images": tuple(picture.name for picture in self.image),
+            "last_images": tuple(picture.name for picture in self.last_image),
+            "fit": self.fit,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,15 @@
 """WanT2VPipeline: text becomes a video."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .base import WanPipeline
+from .conditions import TextCondition
 from .output import WanVideo
-from .plan import make_plan
-from .request import Generators, Prompt, Request
+from .request import Generators, Plan, Prompt, Request
 from .text import TEXT_ROWS
-
-logger = logging.getLogger(__name__)
-
-
-class TextCondition:
-    """Nothing beside the text: the transformer sees the noisy latents alone."""
-
-    def model_inputs(self, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
-        """Return the transformer's arguments; one timestep serves all tokens, also for TI2V-5B."""
-        return {"hidden_states": latents, "timestep": timestep}
-
-    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the latents as they are."""
-        return latents
 
 
 class WanT2VPipeline(WanPipeline):
@@ -39,15 +24,14 @@ class WanT2VPipeline(WanPipeline):
     def check_components(self) -> None:
         """Refuse components that do not belong together, or are not for text to video."""
         super().check_components()
-        for model in (self.transformer, self.transformer_2):
-            if model is not None and model.config.in_channels != model.config.out_channels:
-                channels = f"{model.config.in_channels} channels for {model.config.out_channels} of video"
+        for model in self.transformers:
+            if model.config.in_channels != model.config.out_channels:
                 raise ValueError(
-                    f"the transformer takes {channels}: it is an image-to-video checkpoint, which "
-                    "WanT2VPipeline does not run"
+                    f"the transformer takes {model.config.in_channels} channels for "
+                    f"{model.config.out_channels} of video: it is an image-to-video checkpoint; use "
+                    "WanI2VPipeline"
                 )
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: Prompt = None,
@@ -116,38 +100,8 @@ class WanT2VPipeline(WanPipeline):
 
         Source: Wan2.2 wan/text2video.py, WanT2V.generate.
         """
-        plan = make_plan(
-            self,
-            Request(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                height=height,
-                width=width,
-                num_frames=num_frames,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_scale_2=guidance_scale_2,
-                num_videos_per_prompt=num_videos_per_prompt,
-                generator=generator,
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                output_type=output_type,
-                return_dict=return_dict,
-                attention_kwargs=attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length,
-                seed=seed,
-                flow_shift=flow_shift,
-                sigmas=sigmas,
-                timesteps=timesteps,
-                noise_device=noise_device,
-            ),
-        )
-        logger.info("%s", plan.recipe)
-        with self.running():
-            embeds, negative_embeds = self.encode_plan(plan)
-            latents = self.prepare_latents(plan)
-            latents = self.denoise(plan, latents, embeds, negative_embeds, TextCondition())
-            return self.finish(plan, latents)
+        return self.run(Request.of(locals()))
+
+    def make_condition(self, plan: Plan) -> TextCondition:
+        """Return that there is nothing beside the text."""
+        return TextCondition()

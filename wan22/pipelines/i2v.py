@@ -1,0 +1,341 @@
+"""WanI2VPipeline: an image, or a first and a last one, become a video."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from ..checkpoints.loading import align_weights
+from . import checks
+from .base import WanPipeline
+from .conditions import ChannelCondition, Condition, FirstFrameCondition, TextCondition
+from .images import (
+    FITS,
+    Fit,
+    Picture,
+    bicubic,
+    check_aspect,
+    closest_size,
+    fit_picture,
+    floor_size,
+    lanczos,
+    load_pictures,
+    one_per_video,
+)
+from .output import WanVideo
+from .request import Generators, ImageRequest, Plan, Prompt
+from .text import TEXT_ROWS
+
+
+class WanI2VPipeline(WanPipeline):
+    """Image to video with Wan 2.2 I2V-A14B, TI2V-5B, and Wan 2.1 I2V and FLF checkpoints.
+
+    Component and argument names are those of diffusers' WanImageToVideoPipeline; what is not given is the
+    checkpoint's official setting. See WanPipeline for the components not listed here.
+
+    Args:
+        image_encoder: CLIPVisionModel of Wan 2.1 checkpoints; None if image_embeds are given at every call.
+        image_processor: its CLIPImageProcessor.
+    """
+
+    _hub_class_name = "WanImageToVideoPipeline"
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
+    _optional_components = [*WanPipeline._optional_components, "image_encoder", "image_processor"]
+
+    image_encoder: Any
+    image_processor: Any
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        image_processor: Any = None,
+        image_encoder: Any = None,
+        transformer: Any = None,
+        transformer_2: Any = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            text_encoder,
+            vae,
+            scheduler,
+            transformer,
+            transformer_2,
+            boundary_ratio,
+            expand_timesteps,
+        )
+        self.register_modules(image_processor=image_processor, image_encoder=image_encoder)
+
+    def check_components(self) -> None:
+        """Refuse components that do not belong together, or are not for image to video."""
+        super().check_components()
+        z_dim = self.vae.config.z_dim
+        expected = z_dim if self.config.expand_timesteps else 2 * z_dim + self.vae.temporal_stride
+        for model in self.transformers:
+            taken = model.config.in_channels
+            if taken == z_dim != expected:
+                raise ValueError(
+                    f"the transformer takes {taken} channels, as many as the VAE has: it is a text-to-video "
+                    "checkpoint; use WanT2VPipeline"
+                )
+            if taken != expected:
+                raise ValueError(f"the transformer takes {taken} channels; image to video needs {expected}")
+
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: Prompt = None,
+        negative_prompt: Prompt = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        last_image: Any = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = TEXT_ROWS,
+        *,
+        max_area: int | None = None,
+        fit: Fit | None = None,
+        seed: int | Sequence[int] | None = None,
+        flow_shift: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        noise_device: str | None = None,
+    ) -> WanVideo | tuple[Any]:
+        """Make videos that start from images.
+
+        Arguments not listed here are those of `WanT2VPipeline.__call__`.
+
+        Args:
+            image: the first frame: one for all prompts, or a list with one per prompt. A PIL image of any
+                mode, a path, a URL, an array or a tensor, see `images.load_pictures`. TI2V-5B makes a video
+                of the prompt alone without it.
+            prompt: what happens: one or several; one serves any number of images.
+            height: pixels, a multiple of 16 (TI2V-5B: 32); needs width. Without both, the image's aspect and
+                max_area decide.
+            width: likewise.
+            image_embeds: instead of the image encoder's rows (Wan 2.1): "s d", or "b s d" per video; for
+                first and last frame the rows of one after the other's, "2 s d" or "2b s d".
+            last_image: the last frame, like image; for I2V-A14B and FLF checkpoints.
+            max_area: pixels that height times width may have; the checkpoint's by default.
+            fit: how an image of another aspect becomes height x width: "crop" covers it, "pad" fits inside on
+                black, "stretch" scales each axis by itself. By default the image is cropped, or stretched by
+                the fraction of a cell that its own best size leaves, as the official code does.
+
+        Returns: the videos and the recipe that made them; `recipe.width` and `recipe.height` tell the size.
+
+        Raises:
+            FileNotFoundError: an image's file is not there.
+            ValueError: an argument breaks its rule.
+            FloatingPointError: latents or frames are not finite.
+
+        Source: Wan2.2 wan/image2video.py, WanI2V.generate; wan/textimage2video.py, WanTI2V.i2v.
+        """
+        arguments = locals()
+        self.check_components()
+        arguments |= {
+            "image": load_pictures("image", image),
+            "last_image": load_pictures("last_image", last_image),
+        }
+        request = ImageRequest.of(arguments)
+        self._check_images(request)
+        return self.run(request)
+
+    # ---- checks and sizes ----
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Width and height in pixels of one token."""
+        _, rows, columns = self.any_transformer.config.patch_size
+        return columns * self.vae.spatial_stride, rows * self.vae.spatial_stride
+
+    def best_size(self, picture: Picture, max_area: int) -> tuple[int, int]:
+        """Return the width and height that suit an image, by the checkpoint's official rule."""
+        rule = closest_size if self.config.expand_timesteps else floor_size
+        return rule(picture.size, max_area, self.cell)
+
+    def default_size(self, request: ImageRequest) -> tuple[int, int]:  # type: ignore[override]
+        """Return the height and width that follow from the images.
+
+        Raises:
+            ValueError: the images give different sizes, or none.
+        """
+        area = self.preset.height * self.preset.width if request.max_area is None else request.max_area
+        if not request.image:
+            return super().default_size(request)
+        sizes = {}
+        for picture in request.image:
+            check_aspect("image", picture)
+            size = self.best_size(picture, area)
+            if 0 in size:
+                w, h = picture.size
+                raise ValueError(f"max_area={area} is too small for an image of {w}x{h} pixels; give more")
+            sizes[size] = picture
+        if len(sizes) > 1:
+            found = ", ".join(f"{w}x{h}" for w, h in sizes)
+            raise ValueError(
+                f"the images give different sizes, {found}; give height and width, or one call each"
+            )
+        width, height = next(iter(sizes))
+        return height, width
+
+    def _check_images(self, request: ImageRequest) -> None:
+        """Refuse images that the checkpoint does not take, or that contradict each other."""
+        config = self.any_transformer.config
+        if request.fit is not None:
+            checks.check_choice("fit", request.fit, FITS)
+        if (request.height is None) != (request.width is None):
+            raise ValueError("give height and width, or neither: then the image's aspect decides")
+        if request.max_area is not None:
+            checks.check_positive_int("max_area", request.max_area)
+            if request.height is not None:
+                raise ValueError("max_area and height and width are given; give one or the other")
+        first, last = len(request.image), len(request.last_image)
+        if not first and (last or not self.config.expand_timesteps):
+            raise ValueError("image is None; give the first frame (only TI2V-5B makes videos without)")
+        if first > 1 < last != first:
+            raise ValueError(f"{last} last images for {first} images; give {first}, or one")
+        if last and self.config.expand_timesteps:
+            raise ValueError("TI2V-5B was not trained for last_image; use an I2V-A14B or FLF checkpoint")
+        if config.image_dim is None:
+            if request.image_embeds is not None:
+                raise ValueError(
+                    "image_embeds are given, but this checkpoint takes none; only Wan 2.1's I2V does"
+                )
+            return
+        if last and config.pos_embed_seq_len is None:
+            raise ValueError("Wan 2.1 I2V takes no last_image; use its FLF checkpoint, or I2V-A14B")
+        if not last and config.pos_embed_seq_len is not None:
+            raise ValueError("last_image is None; this FLF checkpoint needs a first and a last frame")
+        if request.image_embeds is None:
+            for name in ("image_encoder", "image_processor"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"pipe.{name} is None; load it, or give image_embeds")
+
+    # ---- conditioning ----
+
+    def make_condition(self, plan: Plan) -> Condition:
+        """Encode the images of a plan's videos, each image once."""
+        request: ImageRequest = plan.request  # type: ignore[assignment]
+        if not request.image:
+            return TextCondition()
+        count = len(plan.generators)
+        pairs = list(
+            zip(
+                one_per_video(request.image, count),
+                one_per_video(request.last_image, count) if request.last_image else [None] * count,
+                strict=True,
+            )
+        )
+        rows = self._image_rows(request, pairs)
+        encoded: dict[tuple[int, int], torch.Tensor] = {}
+        for first, last in pairs:
+            key = id(first), id(last)
+            if key not in encoded:
+                encoded[key] = self._encode_frames(plan, first, last)
+        latents = [encoded[id(first), id(last)] for first, last in pairs]
+        if self.config.expand_timesteps:
+            return FirstFrameCondition(torch.cat(latents), self.any_transformer.config.patch_size[1:])
+        return ChannelCondition(latents, rows)
+
+    def fitted(self, picture: Picture, plan: Plan) -> torch.Tensor:
+        """Return an image at a plan's size, "1 3 1 h w" in [-1, 1]."""
+        request: ImageRequest = plan.request  # type: ignore[assignment]
+        size = plan.recipe.width, plan.recipe.height
+        tokens = self.config.expand_timesteps
+        fit = request.fit
+        if fit is None:
+            own = self.best_size(picture, size[0] * size[1])
+            fit = "stretch" if own == size and not tokens else "crop"
+        return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
+
+    def _encode_frames(self, plan: Plan, first: Picture, last: Picture | None) -> torch.Tensor:
+        """Encode given frames as the transformer takes them, "1 c t h w" float32."""
+        images = [self.fitted(picture, plan) for picture in (first, last) if picture is not None]
+        if self.config.expand_timesteps:
+            return self.encode_clip(images[:1])
+        between = plan.recipe.num_frames - len(images)
+        if between < 0:
+            raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
+        # In pieces, so that a long clip of zeros never lies in memory whole.
+        stride = self.vae.temporal_stride
+        zeros = torch.zeros_like(images[0])
+        pieces = [zeros.expand(-1, -1, min(stride, between - i), -1, -1) for i in range(0, between, stride)]
+        latents = self.encode_clip([images[0], *pieces, *images[1:]])
+        mask = latents.new_zeros(1, stride, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        if last is not None:
+            mask[:, -1, -1] = 1
+        return torch.cat((mask, latents), dim=1)
+
+    @torch.no_grad()
+    def encode_clip(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Encode a clip given in pieces "1 3 t h w" into normalised latents "1 c t h w", float32."""
+        align_weights(self.vae)
+        device, vae = get_module_execution_device(self.vae), self.vae
+        stream = vae.encode_stream(piece.to(device, vae.dtype) for piece in pieces)
+        latents = torch.cat([posterior.mode() for posterior in stream], dim=2)
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                f"the image's latents are not finite in {vae.dtype}; load the VAE in float32"
+            )
+        return vae.normalize_latents(latents).to(self._execution_device)
+
+    def _image_rows(
+        self, request: ImageRequest, pairs: Sequence[tuple[Picture, Picture | None]]
+    ) -> list[torch.Tensor] | None:
+        """Return each video's rows of the image encoder; None for checkpoints without."""
+        model = self.any_transformer
+        if model.config.image_dim is None:
+            return None
+        per_video = 1 if pairs[0][1] is None else 2
+        rows = request.image_embeds
+        if rows is None:
+            known: dict[int, torch.Tensor] = {}
+            for picture in (p for pair in pairs for p in pair if p is not None):
+                if id(picture) not in known:
+                    known[id(picture)] = self.encode_image(picture.to_pil())
+            rows = torch.cat([known[id(p)] for pair in pairs for p in pair if p is not None])
+        else:
+            rows = rows[None] if rows.ndim == 2 else rows
+            if len(rows) == per_video:
+                rows = rows.repeat(len(pairs), 1, 1)
+        d = model.config.image_dim
+        if rows.ndim != 3 or rows.shape[2] != d or len(rows) != per_video * len(pairs):
+            raise ValueError(
+                f"image_embeds have shape {tuple(rows.shape)}; for {len(pairs)} videos it must be "
+                f"({per_video * len(pairs)}, s, {d}), or ({per_video}, s, {d}) for all alike"
+            )
+        return list(rows.to(self._execution_device, model.dtype).split(per_video))
+
+    @torch.no_grad()
+    def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
+        """Return the image encoder's rows of one or several images, "b s d" (Wan 2.1).
+
+        Args:
+            image: one PIL image or a list.
+            device: of the result; default is where the transformer runs.
+        """
+        align_weights(self.image_encoder)
+        inputs = self.image_processor(images=image, return_tensors="pt")
+        inputs = inputs.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)
+        # The layer before the last is what Wan was trained with.
+        rows = self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+        return rows.to(device or self._execution_device)

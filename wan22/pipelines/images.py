@@ -1,0 +1,279 @@
+"""Images as people have them, made into the pixels that a video starts from.
+
+Shapes: c colours, h w rows, columns. Sizes are (width, height) in pixels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request as WebRequest
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from .checks import describe
+
+Fit = Literal["crop", "pad", "stretch"]
+FITS = get_args(Fit)
+Size = tuple[int, int]
+
+MIN_SIDE = 16  # pixels: one token's width; less has nothing to show
+MAX_ASPECT = 8  # long over short side, where the size follows the image
+# Resampling and a slight overshoot of the values go together; other scales, such as -1 to 1, are far off.
+OVERSHOOT = 0.25
+TIMEOUT = 30  # seconds without an answer from a web server
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as pixels.
+
+    Args:
+        pixels: RGB in [-1, 1], "3 h w", float32 on the CPU.
+        name: where it came from, a path or URL; None for one that was in memory.
+    """
+
+    pixels: torch.Tensor
+    name: str | None = None
+
+    @property
+    def size(self) -> Size:
+        """Width and height."""
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+    def to_pil(self) -> Image.Image:
+        """Return the image in 8 bits; exactly the original of one that came in 8 bits."""
+        values = ((self.pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+# ---- reading ----
+
+
+def load_pictures(name: str, images: Any) -> list[Picture]:
+    """Read one image or several.
+
+    Args:
+        name: of the argument, for errors.
+        images: None; or one image: a PIL image of any mode, a path, a URL (http, https, file), an array
+            "h w", "h w 1", "h w 3" or "h w 4", or a tensor "c h w" of as many channels, each uint8 or
+            floating in [0, 1]; or a list of images, or a batch "b h w c" or "b c h w".
+
+    Returns: the images, upright, transparency on white; [] for None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, or one side is below 16 pixels.
+    """
+    if images is None:
+        return []
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        return [load_picture(name, images)]
+    if not images:
+        raise ValueError(f"{name} is an empty list; give at least one image")
+    return [load_picture(f"{name}[{i}]", image) for i, image in enumerate(images)]
+
+
+def load_picture(name: str, image: Any) -> Picture:
+    """Read one image; see `load_pictures`."""
+    source = None
+    if isinstance(image, (str, Path)):
+        source = str(image)
+        image = _open(name, source)
+    if isinstance(image, Image.Image):
+        image = np.asarray(upright_rgb(image))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray):
+        kinds = "a PIL image, a path, a URL, an array or a tensor"
+        raise ValueError(f"{name} must be {kinds}, not {describe(image)}")
+    picture = Picture(_to_pixels(name, image), source)
+    if min(picture.size) < MIN_SIDE:
+        w, h = picture.size
+        raise ValueError(f"{name} has {w}x{h} pixels; each side must have at least {MIN_SIDE}")
+    return picture
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says, and into 8-bit RGB, transparency on white.
+
+    Raises:
+        ValueError: values of a 32-bit image are out of range.
+    """
+    image = ImageOps.exif_transpose(image)
+    mode = image.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        # 16 bits per pixel; "I" is how some of Pillow's readers hold them. "F" is 0 to 1, as in arrays.
+        values, top = np.asarray(image).astype(np.float64), 1.0 if mode == "F" else 65535.0
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+            span = f"{values.min():g} to {values.max():g}"
+            raise ValueError(f"an image of mode {mode!r} must have values from 0 to {top:g}, not {span}")
+        return Image.fromarray((values / top * 255).round().astype(np.uint8)).convert("RGB")
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        turned = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        return turned if turned is not None else image
+    if image.has_transparency_data:
+        # Premultiplied modes have one way out.
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+        image = image.convert(straight).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open(name: str, source: str) -> Image.Image:
+    """Open a path or URL, decoded to its last pixel."""
+    try:
+        if urlsplit(source).scheme in ("http", "https", "file"):
+            with urlopen(WebRequest(source, headers={"User-Agent": "wan22"}), timeout=TIMEOUT) as answer:
+                image = Image.open(BytesIO(answer.read()))
+        else:
+            image = Image.open(Path(source).expanduser())
+        image.load()
+        return image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: there is no file {source}") from error
+    except URLError as error:
+        raise ValueError(f"{name}: {source} cannot be fetched: {error.reason}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: {source} is not an image that Pillow reads") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: {source} cannot be read: {error}") from error
+
+
+def _to_pixels(name: str, image: np.ndarray) -> torch.Tensor:
+    """Turn an array "h w" or "h w c", uint8 or in [0, 1], into RGB "3 h w" in [-1, 1]."""
+    array = image[..., None] if image.ndim == 2 else image
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        rule = "an array 'h w', 'h w 1', 'h w 3' or 'h w 4', or a tensor with the channels first"
+        raise ValueError(f"{name} has shape {image.shape}; it must be {rule}")
+    x = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    if x.dtype == torch.uint8:
+        x = x.float() / 255
+    elif not x.is_floating_point():
+        raise ValueError(f"{name} is {image.dtype}; it must be uint8, or floating in [0, 1]")
+    x = x.float()
+    # "not within" instead of "outside": NaN is not within either.
+    if not ((x >= -OVERSHOOT) & (x <= 1 + OVERSHOOT)).all():
+        span = f"{x.min().item():g} to {x.max().item():g}"
+        raise ValueError(
+            f"{name} has values from {span}; floating images must be in [0, 1], uint8 in 0 to 255"
+        )
+    if x.shape[0] == 4:
+        x = x[:3] * x[3:] + (1 - x[3:])  # on white
+    return x.expand(3, -1, -1).sub(0.5).div(0.5)
+
+
+# ---- sizes ----
+
+
+def floor_size(size: Size, max_area: int, cell: Size) -> Size:
+    """Return the largest whole cells of the image's aspect: I2V-A14B's rule.
+
+    Computed in whole numbers, where the official code's floating point makes 832x464 of an 832x480 image.
+
+    Args:
+        size: of the image.
+        max_area: pixels.
+        cell: width and height of one token.
+
+    Source: Wan2.2 wan/image2video.py, WanI2V.generate.
+    """
+    w, h = size
+    columns = math.isqrt(max_area * w // (h * cell[0] ** 2))
+    rows = math.isqrt(max_area * h // (w * cell[1] ** 2))
+    return columns * cell[0], rows * cell[1]
+
+
+def closest_size(size: Size, max_area: int, cell: Size) -> Size:
+    """Return whole cells with the aspect nearest the image's, width first or height first: TI2V-5B's rule.
+
+    Args:
+        size: of the image.
+        max_area: pixels.
+        cell: width and height of one token.
+
+    Source: Wan2.2 wan/utils/utils.py, best_output_size.
+    """
+    ratio = size[0] / size[1]
+    wide = (max_area * ratio) ** 0.5
+    tall = max_area / wide
+    w1 = int(wide // cell[0] * cell[0])
+    h1 = int(max_area / max(w1, 1) // cell[1] * cell[1])
+    h2 = int(tall // cell[1] * cell[1])
+    w2 = int(max_area / max(h2, 1) // cell[0] * cell[0])
+    if not (w1 and h1 and w2 and h2):
+        return w1, h2
+
+    def error(w: int, h: int) -> float:
+        return max(ratio * h / w, w / (ratio * h))
+
+    return (w1, h1) if error(w1, h1) < error(w2, h2) else (w2, h2)
+
+
+def check_aspect(name: str, picture: Picture) -> None:
+    """Refuse an image too long for a video of its aspect."""
+    w, h = picture.size
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        rule = f"from 1:{MAX_ASPECT} to {MAX_ASPECT}:1; crop it, or give height and width"
+        raise ValueError(
+            f"{name} has {w}x{h} pixels; where the size follows the image, its aspect must be {rule}"
+        )
+
+
+# ---- fitting ----
+
+
+def bicubic(picture: Picture, size: Size) -> Picture:
+    """Resize without antialias, as the official code does for I2V-A14B: the values may overshoot."""
+    if picture.size == size:
+        return picture
+    w, h = size
+    return Picture(F.interpolate(picture.pixels[None], (h, w), mode="bicubic")[0], picture.name)
+
+
+def lanczos(picture: Picture, size: Size) -> Picture:
+    """Resize in 8 bits with Pillow, as the official code does for TI2V-5B."""
+    if picture.size == size:
+        return picture
+    resized = picture.to_pil().resize(size, Image.Resampling.LANCZOS)
+    return Picture(_to_pixels("image", np.asarray(resized)), picture.name)
+
+
+def fit_picture(picture: Picture, size: Size, fit: Fit, resize: Any) -> Picture:
+    """Bring an image to a size.
+
+    Args:
+        picture: the image.
+        size: width and height.
+        fit: "crop": cover the size and cut what is over, evenly; "pad": fit inside, on black; "stretch":
+            scale each axis by itself.
+        resize: `bicubic` or `lanczos`.
+    """
+    if fit == "stretch" or picture.size == size:
+        return resize(picture, size)
+    (w0, h0), (w, h) = picture.size, size
+    choose = max if fit == "crop" else min
+    scale = choose(w / w0, h / h0)
+    # As the official code rounds; the side that decides the scale comes out exact.
+    scaled = resize(picture, (max(1, round(w0 * scale)), max(1, round(h0 * scale)))).pixels
+    dy, dx = h - scaled.shape[1], w - scaled.shape[2]
+    top, left = (d // 2 if d >= 0 else -(-d // 2) for d in (dy, dx))
+    return Picture(F.pad(scaled, (left, dx - left, top, dy - top), value=-1.0), picture.name)
+
+
+def one_per_video(pictures: Sequence[Picture], count: int) -> list[Picture]:
+    """Spread images over videos: one serves all, several are repeated for each prompt's videos."""
+    return [pictures[i * len(pictures) // count] for i in range(count)]
