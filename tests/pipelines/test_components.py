@@ -86,12 +86,29 @@ def test_settings_can_be_given(saved):
     assert load_pipeline(saved, boundary_ratio=0.9).config.boundary_ratio == 0.9
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"device_map": "balanced"}, {"quantization_config": object()}, {"token": "t", "max_memory": {0: "1GB"}}],
-)
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+def test_device_map(device_map, saved):
+    pipe = load_pipeline(saved, device_map=device_map)
+    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
+
+
+def test_quantization_config(saved_bf16):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    config = diffusers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    mapping = {"transformer": config, "transformer_2": config}
+    pipe = load_pipeline(
+        saved_bf16, quantization_config=diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    )
+    weight = pipe.transformer_2.blocks[0].attn1.to_q.weight
+    assert type(weight).__module__.startswith("torchao")
+    assert type(pipe.transformer.proj_out.weight) is torch.nn.Parameter  # a float32 island stays one
+    reference = latents_of(load_pipeline(saved_bf16))
+    assert 0 < (latents_of(pipe) - reference).norm() / reference.norm() < 0.1
+
+
+@pytest.mark.parametrize("arguments", [{"token": "t", "max_memory": {0: "1GB"}}])
 def test_other_arguments_reach_diffusers(arguments, saved, monkeypatch):
-    """What needs an accelerator or another library is handed on as it is."""
+    """What needs an accelerator or a network is handed on as it is."""
     seen = {}
 
     def from_pretrained(cls, folder, **kwargs):
