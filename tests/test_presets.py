@@ -45,7 +45,7 @@ def test_facts(name):
 
 def test_every_release_is_in_the_table():
     assert {preset.name for preset in PRESETS if preset.repo} == set(TABLE)
-    assert [preset.name for preset in PRESETS if not preset.repo] == ["tiny-t2v"]
+    assert [preset.name for preset in PRESETS if not preset.repo] == ["tiny-t2v", "tiny-i2v", "tiny-ti2v"]
 
 
 def test_the_negative_prompt_is_the_official_one():

@@ -1,6 +1,6 @@
 """What is known about each released checkpoint: how to tell it, and the official recipe to run it with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The official code's default, used wherever the negative prompt is empty.
 NEGATIVE_PROMPT = (
@@ -163,9 +163,22 @@ TINY_T2V = Preset(
     fps=8,
     negative_prompt="",
 )
+TINY_I2V = replace(TINY_T2V, name="tiny-i2v", in_channels=36, boundary_ratio=0.900)
+TINY_TI2V = replace(
+    TINY_T2V,
+    name="tiny-ti2v",
+    in_channels=48,
+    boundary_ratio=None,
+    guidance_scale_2=None,
+    width=128,
+    height=128,
+)
 # What diffusers' conversion script writes as flow_shift for every Wan checkpoint but TI2V-5B, right or not.
 CONVERTED_FLOW_SHIFT = 3.0
-PRESETS = (T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, I2V_14B, FLF_14B, TINY_T2V)
+PRESETS = (
+    *(T2V_A14B, I2V_A14B, TI2V_5B, T2V_1_3B, T2V_14B, I2V_14B, FLF_14B),
+    *(TINY_T2V, TINY_I2V, TINY_TI2V),
+)
 
 
 def find_preset(

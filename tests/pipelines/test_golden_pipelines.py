@@ -23,13 +23,13 @@ def given_image(tensors):
 class Run:
     """One golden call, repeated here, with all that can be seen of it from outside."""
 
-    def __init__(self, name, pipeline=None):
+    def __init__(self, name, pipeline=WanT2VPipeline, resized=True):
         self.description, _, self.tensors = golden(name)
         official = self.description["generate_args"]
         experts = [golden_transformer(model) for model in self.description["models"]]
         two = len(experts) == 2
-        image = given_image(self.tensors)
-        pipeline = pipeline or (WanT2VPipeline if image is None else WanI2VPipeline)
+        image = given_image(self.tensors) if resized else self.tensors["image_uint8_hwc"].numpy()
+        pipeline = pipeline if image is None else WanI2VPipeline
         self.pipe = pipeline(
             tokenizer=None,
             text_encoder=None,
@@ -41,6 +41,7 @@ class Run:
         )
         self.pipe.set_progress_bar_config(disable=True)
         _, _, height, width = self.tensors["video"].shape[-4:]
+        size = {"height": height, "width": width} if resized else {"max_area": official["max_area"]}
         scale = official["guide_scale"]
         low, high = scale if isinstance(scale, list) else (None, scale)
         self.predictions, self.latents, self.timesteps = [], [], []
@@ -50,8 +51,7 @@ class Run:
                 **({} if image is None else {"image": image}),
                 prompt_embeds=self.tensors["context"][None],
                 negative_prompt_embeds=self.tensors["context_null"][None],
-                height=height,
-                width=width,
+                **size,
                 num_frames=official["frame_num"],
                 num_inference_steps=official["sampling_steps"],
                 flow_shift=official["shift"],
@@ -129,3 +129,17 @@ def test_some_schedule_touches_the_boundary():
     description, _, _ = golden("pipe_t2v_unipc")
     tie = description["timesteps"].index(round(description["boundary"] * 1000))
     assert description["expert_per_step"][tie] == description["models"][0]
+
+
+@pytest.mark.parametrize("name", ["pipe_i2v_unipc", "pipe_ti2v_image"])
+def test_from_the_original_image(name):
+    """Size, resize and crop are the official ones where nothing is given but the image."""
+    run = Run(name, resized=False)
+    assert run.output.frames.shape[1:] == run.tensors["final_latent"].shape
+    assert relative_error(run.output.frames[0], run.tensors["final_latent"]) <= 5e-6
+
+
+def test_text_alone_through_the_image_pipeline():
+    run = Run("pipe_ti2v_text", WanI2VPipeline)
+    assert type(run.pipe) is WanI2VPipeline
+    assert relative_error(run.output.frames[0], run.tensors["final_latent"]) <= 5e-6

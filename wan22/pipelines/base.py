@@ -216,12 +216,14 @@ class WanPipeline(HubPipeline):
 
     def encode_plan(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode a plan's prompts and negative prompts: "b 512 d", one entry per video."""
-        request = plan.request
+        request, repeat = plan.request, plan.request.num_videos_per_prompt
+        prompts = [text or "" for text in plan.recipe.prompts[::repeat]]
+        negatives = [text or "" for text in plan.recipe.negative_prompts[::repeat]]
         return self.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
+            prompts if request.prompt_embeds is None else None,
+            negatives if request.negative_prompt_embeds is None else None,
             plan.guided,
-            request.num_videos_per_prompt,
+            repeat,
             request.prompt_embeds,
             request.negative_prompt_embeds,
             request.max_sequence_length,

@@ -136,8 +136,8 @@ class WanI2VPipeline(WanPipeline):
             last_image: the last frame, like image; for I2V-A14B and FLF checkpoints.
             max_area: pixels that height times width may have; the checkpoint's by default.
             fit: how an image of another aspect becomes height x width: "crop" covers it, "pad" fits inside on
-                black, "stretch" scales each axis by itself. By default the image is cropped, or stretched by
-                the fraction of a cell that its own best size leaves, as the official code does.
+                black, "stretch" scales each axis by itself. By default it is cropped; where the size follows
+                the image, I2V-A14B's is stretched by what whole cells leave over, as in the official code.
 
         Returns: the videos and the recipe that made them; `recipe.width` and `recipe.height` tell the size.
 
@@ -177,10 +177,9 @@ class WanI2VPipeline(WanPipeline):
         Raises:
             ValueError: the images give different sizes, or none.
         """
-        area = self.preset.height * self.preset.width if request.max_area is None else request.max_area
         if not request.image:
             return super().default_size(request)
-        sizes = {}
+        sizes, area = {}, self._area(request)
         for picture in request.image:
             check_aspect("image", picture)
             size = self.best_size(picture, area)
@@ -195,6 +194,10 @@ class WanI2VPipeline(WanPipeline):
             )
         width, height = next(iter(sizes))
         return height, width
+
+    def _area(self, request: ImageRequest) -> int:
+        """Return the pixels that height times width may have."""
+        return self.preset.height * self.preset.width if request.max_area is None else request.max_area
 
     def _check_images(self, request: ImageRequest) -> None:
         """Refuse images that the checkpoint does not take, or that contradict each other."""
@@ -260,10 +263,9 @@ class WanI2VPipeline(WanPipeline):
         request: ImageRequest = plan.request  # type: ignore[assignment]
         size = plan.recipe.width, plan.recipe.height
         tokens = self.config.expand_timesteps
-        fit = request.fit
-        if fit is None:
-            own = self.best_size(picture, size[0] * size[1])
-            fit = "stretch" if own == size and not tokens else "crop"
+        # Where an image has its own best size, less than a cell of stretching brings it there.
+        follows = request.height is None and self.best_size(picture, self._area(request)) == size
+        fit = request.fit or ("stretch" if follows and not tokens else "crop")
         return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
 
     def _encode_frames(self, plan: Plan, first: Picture, last: Picture | None) -> torch.Tensor:

@@ -159,7 +159,7 @@ def _to_pixels(name: str, image: np.ndarray) -> torch.Tensor:
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         rule = "an array 'h w', 'h w 1', 'h w 3' or 'h w 4', or a tensor with the channels first"
         raise ValueError(f"{name} has shape {image.shape}; it must be {rule}")
-    x = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    x = torch.tensor(array).permute(2, 0, 1)
     if x.dtype == torch.uint8:
         x = x.float() / 255
     elif not x.is_floating_point():
