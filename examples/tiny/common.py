@@ -23,7 +23,7 @@ def arguments(description: str | None, *flags: str, **defaults: Any) -> argparse
 
     Args:
         description: first words of the help text.
-        flags: which of "resume" and "smoke" the script has.
+        flags: which of "resume", "smoke" and "conditions" the script has.
         defaults: further options and their default values; a value's type is the option's.
     Returns: the options.
     """
@@ -34,6 +34,7 @@ def arguments(description: str | None, *flags: str, **defaults: Any) -> argparse
     helps = {
         "resume": "go on from the last checkpoint in --out",
         "smoke": "a few steps, to see that all runs",
+        "conditions": "encode the clips' first and last frames, too",
     }
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=helps[flag])

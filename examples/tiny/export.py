@@ -1,29 +1,30 @@
-"""Write the trained models as one checkpoint in the Diffusers layout.
+"""Write trained models as one checkpoint in the Diffusers layout.
 
-    python examples/tiny/export.py --out runs/tiny --to wan22/assets/t2v
+    python examples/tiny/export.py --out runs/tiny --checkpoint i2v --share t2v
 
-Reads runs/tiny/vae, base.pt, high.pt and low.pt, all written by the training scripts.
+Reads what the training scripts wrote; writes wan22/assets/<checkpoint>, or the folder `--to`, complete. With
+`--share`, model_index.json still lists every component, but the folders of those that are the other
+checkpoint's, weight for weight, are left out: text encoder, tokenizer and, where it is the same, the
+autoencoder. Whoever loads the checkpoint supplies them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import arguments, load
 from diffusers import UniPCMultistepScheduler, __version__
 from tokenizer import make_tokenizer
-from train_t2v import BOUNDARY, SHIFT, TextToVideo
+from train_transformer import I2V_BOUNDARY, PARTS, SHIFT, T2V_BOUNDARY, VideoModel
 
 from wan22 import AutoencoderKLWan
 
-MODEL_INDEX = {
-    "_class_name": "WanPipeline",
-    "_diffusers_version": __version__,
-    "boundary_ratio": BOUNDARY,
-    "expand_timesteps": False,
+COMPONENTS = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -33,10 +34,69 @@ MODEL_INDEX = {
 }
 
 
-def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype, shift: float) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What makes up one checkpoint.
+
+    Args:
+        pipeline: diffusers' class for it.
+        parts: of the training, by the transformer's slot.
+        boundary_ratio: where the second transformer takes over; None for one transformer.
+        expand_timesteps: whether the transformer takes one timestep per token.
+        absent: components that the pipeline may have and this checkpoint does not.
+    """
+
+    pipeline: str
+    parts: dict[str, str]
+    boundary_ratio: float | None
+    expand_timesteps: bool = False
+    absent: tuple[str, ...] = ()
+
+    @property
+    def vae(self) -> str:
+        """Name of the autoencoder."""
+        return PARTS[self.parts["transformer"]].vae
+
+    def index(self) -> dict[str, Any]:
+        """Return the contents of model_index.json."""
+        facts = {"_class_name": self.pipeline, "_diffusers_version": __version__}
+        settings = {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
+        components = COMPONENTS | {name: [None, None] for name in self.absent}
+        return facts | dict(sorted((settings | components).items()))
+
+    def shared_with(self, other: Checkpoint) -> set[str]:
+        """Return the components that are the other checkpoint's; all have the base part's text encoder."""
+        return {"text_encoder", "tokenizer"} | ({"vae"} if self.vae == other.vae else set())
+
+
+CHECKPOINTS = {
+    "t2v": Checkpoint("WanPipeline", {"transformer": "high", "transformer_2": "low"}, T2V_BOUNDARY),
+    "i2v": Checkpoint(
+        "WanImageToVideoPipeline",
+        {"transformer": "i2v-high", "transformer_2": "i2v-low"},
+        I2V_BOUNDARY,
+        absent=("image_encoder", "image_processor"),
+    ),
+    "ti2v": Checkpoint(
+        "WanPipeline", {"transformer": "ti2v"}, None, expand_timesteps=True, absent=("transformer_2",)
+    ),
+}
+
+
+def export(
+    checkpoint: Checkpoint,
+    shared: set[str],
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    shift: float,
+) -> None:
     """Write a checkpoint folder, replacing one that is there.
 
     Args:
+        checkpoint: what to write.
+        shared: names of components to leave out.
         source: folder of the training.
         folder: where the checkpoint goes.
         dtype: of the transformers' and the text encoder's weights.
@@ -46,22 +106,24 @@ def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    for expert, slot in (("high", "transformer"), ("low", "transformer_2")):
-        model = TextToVideo(len(tokenizer))
-        model.load_state_dict(load(source / f"{expert}.pt")["average"])
-        model.transformer.to(dtype).save_pretrained(folder / slot)
-    # The experts' training leaves the text encoder alone, so either file has the one to ship.
-    model.to(dtype).text_encoder.save_pretrained(folder / "text_encoder")
-    AutoencoderKLWan.from_pretrained(source / "vae").to(vae_dtype).save_pretrained(folder / "vae")
-    UniPCMultistepScheduler(
+    parts: dict[str, Any] = {"tokenizer": tokenizer}
+    for slot, part in checkpoint.parts.items():
+        model = VideoModel(len(tokenizer), PARTS[part])
+        model.load_state_dict(load(source / f"{part}.pt")["average"])
+        model.to(dtype)
+        # Only the base part trains the text encoder, so the last slot's is the one of all.
+        parts |= {slot: model.transformer, "text_encoder": model.text_encoder}
+    parts["vae"] = AutoencoderKLWan.from_pretrained(source / checkpoint.vae).to(vae_dtype)
+    parts["scheduler"] = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    ).save_pretrained(folder / "scheduler")
+    )
+    for name in parts.keys() - shared:
+        parts[name].save_pretrained(folder / name)
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the training folder, nobody else's business
         path.write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(checkpoint.index(), indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -69,7 +131,16 @@ def export(source: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-if __name__ == "__main__":
-    options = arguments(__doc__, to="wan22/assets/t2v", dtype="bfloat16", vae_dtype="float16", shift=SHIFT)
+def main() -> None:
+    """Export the checkpoint asked for."""
+    names = {"checkpoint": "t2v", "to": "", "share": ""}
+    options = arguments(__doc__, **names, dtype="bfloat16", vae_dtype="float16", shift=SHIFT)
+    checkpoint = CHECKPOINTS[options.checkpoint]
+    shared = checkpoint.shared_with(CHECKPOINTS[options.share]) if options.share else set()
     dtype, vae_dtype = getattr(torch, options.dtype), getattr(torch, options.vae_dtype)
-    export(options.out, Path(options.to), dtype, vae_dtype, options.shift)
+    folder = Path(options.to or f"wan22/assets/{options.checkpoint}")
+    export(checkpoint, shared, options.out, folder, dtype, vae_dtype, options.shift)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,10 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from clips import (
     Scene,
     all_scenes,
     canonical,
+    draw,
     signed_distance,
 )
-from PIL import Image, ImageDraw, ImageFont
+from sheet import contact_sheet
 
 NONE = "none"  # no object to speak of
 UNCLEAR = "unclear"  # an object, but neither at rest nor on a straight, steady way
@@ -246,54 +248,6 @@ def table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(
-    clips: Sequence[np.ndarray] | np.ndarray,
-    captions: Sequence[str],
-    columns: int = 6,
-    zoom: int = 2,
-    notes: Sequence[str] = (),
-) -> Image.Image:
-    """Lay clips out as rows: the caption on the left, then frames from first to last.
-
-    Args:
-        clips: uint8 RGB, "n t h w c".
-        captions: a text per clip.
-        columns: frames per clip, evenly spaced in time.
-        zoom: enlargement, without smoothing.
-        notes: an optional second text per clip, printed in red.
-    Returns: the sheet.
-    """
-    h, w = (side * zoom for side in clips[0].shape[1:3])
-    gap, text_width = 4, 176
-    sheet = Image.new("RGB", (text_width + columns * (w + gap), len(clips) * (h + gap) + gap), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for row, (clip, text) in enumerate(zip(clips, captions, strict=True)):
-        top = gap + row * (h + gap)
-        lines = _wrap(text, pen, font, text_width - 2 * gap)
-        pen.multiline_text((gap, top), "\n".join(lines), "black", font)
-        if notes:
-            below = top + 18 * len(lines) + gap
-            note = _wrap(notes[row], pen, font, text_width - 2 * gap)
-            pen.multiline_text((gap, below), "\n".join(note), (200, 0, 0), font)
-        for column, t in enumerate(np.linspace(0, len(clip) - 1, columns).round().astype(int)):
-            frame = Image.fromarray(clip[t]).resize((w, h), Image.Resampling.NEAREST)
-            left = text_width + column * (w + gap)
-            pen.rectangle((left - 1, top - 1, left + w, top + h), outline=(190, 190, 190))
-            sheet.paste(frame, (left, top))
-    return sheet
-
-
-def _wrap(text: str, pen: ImageDraw.ImageDraw, font: Any, width: float) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def choose_scenes(
     n: int, seed: int = 0, split: str = "held_out", motions: Sequence[str] = CORE_MOTIONS
 ) -> list[Scene]:
@@ -305,25 +259,61 @@ def choose_scenes(
     return [groups[m][orders[m][turn % len(orders[m])]] for m, turn in turns]
 
 
+def given_frames(scenes: Sequence[Scene], seed: int, size: int, last: bool) -> dict[str, np.ndarray]:
+    """Draw a clip of each scene and return the frames that image to video is given of it.
+
+    Args:
+        scenes: what the clips show.
+        seed: of the clips.
+        size: height and width in pixels.
+        last: whether the last frame is given, too.
+    Returns: "image" and, with last, "last_image": uint8, "n h w c".
+    """
+    rng = np.random.default_rng(seed)
+    videos = np.stack([draw(scene, rng, size) for scene in scenes])
+    return {"image": videos[:, 0]} | ({"last_image": videos[:, -1]} if last else {})
+
+
+def psnr(frames: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Return each frame's PSNR in dB to the one given, "n", of uint8 "n h w c"; 54 where they are equal."""
+    square = (frames.astype(np.float64) - given).reshape(len(given), -1) ** 2
+    return 10 * np.log10(255**2 / np.maximum(square.mean(axis=1), 0.25))  # half a step of the 8 bits
+
+
+def fidelity(videos: np.ndarray, given: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Return how well videos "n t h w c" keep the given frames: for each kind mean and lowest PSNR in dB."""
+    places = {"image": 0, "last_image": -1}
+    values = {name: psnr(videos[:, places[name]], frames) for name, frames in given.items()}
+    return {name: {"mean": float(v.mean()), "lowest": float(v.min())} for name, v in values.items()}
+
+
 def generate(
-    pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int = 10, steps: int | None = None
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int = 0,
+    batch: int = 10,
+    steps: int | None = None,
+    given: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> np.ndarray:
     """Make one video per prompt with the checkpoint's own recipe.
 
     Args:
-        pipe: a wan22.WanT2VPipeline.
+        pipe: a wan22.WanT2VPipeline or wan22.WanI2VPipeline.
         prompts: one per video.
         seed: seed of the first batch; the next ones count on from it.
         batch: videos made at a time.
         steps: number of steps, if not the recipe's.
+        given: frames that the videos start from, see given_frames; none for text to video.
     Returns: uint8 videos, "n t h w c".
     """
     options = {} if steps is None else {"num_inference_steps": steps}
     videos = []
     for start in range(0, len(prompts), batch):
-        some = list(prompts[start : start + batch])
-        videos.append(np.stack(pipe(prompt=some, seed=seed + start, **options).as_uint8()))
-        print(f"\r{start + len(some)}/{len(prompts)} videos", end="", flush=True)
+        chosen = slice(start, start + batch)
+        images = {name: frames[chosen] for name, frames in given.items()}
+        made = pipe(prompt=list(prompts[chosen]), seed=seed + start, **images, **options)
+        videos.append(np.stack(made.as_uint8()))
+        print(f"\r{start + len(videos[-1])}/{len(prompts)} videos", end="", flush=True)
     print()
     return np.concatenate(videos)
 
@@ -333,52 +323,65 @@ def _note(scene: Scene, verdict: Verdict) -> str:
     return ", ".join(v for k, v in vars(verdict).items() if k in vars(scene) and v != getattr(scene, k))
 
 
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add = parser.add_argument
+    add("--checkpoint", help="folder in the Diffusers layout; the task's embedded one by default")
+    add("--task", choices=("t2v", "i2v"), default="t2v", help="text to video, or image and text to video")
+    add("--last", action="store_true", help="give the last frame, too (--task i2v)")
+    add("--prompts", type=int, default=100, help="how many")
+    add("--seed", type=int, default=0)
+    add("--split", choices=("held_out", "train"), default="held_out")
+    add("--motions", nargs="+", choices=(*MOTIONS, "all"), default=list(CORE_MOTIONS))
+    add("--steps", type=int, help="number of steps, if not the recipe's")
+    add("--batch", type=int, default=10, help="videos made at a time")
+    add("--threads", type=int, help="CPU threads; all by default")
+    add("--no-prompt", action="store_true", help="give an empty prompt: must score near chance")
+    add("--out", type=Path, default=Path("outputs/judge"), help="folder for scores.json and sheet.png")
+    add("--rows", type=int, default=20, help="videos on the contact sheet")
+    args = parser.parse_args()
+    if args.last and args.task != "i2v":
+        parser.error("--last needs --task i2v")
+    return args
+
+
 def main() -> None:
     """Judge a checkpoint; print the table, write scores.json and sheet.png."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--checkpoint", help="folder in the Diffusers layout; the embedded one by default")
-    parser.add_argument("--prompts", type=int, default=100, help="how many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
-    parser.add_argument("--motions", nargs="+", choices=(*MOTIONS, "all"), default=list(CORE_MOTIONS))
-    parser.add_argument("--steps", type=int, help="number of steps, if not the recipe's")
-    parser.add_argument("--batch", type=int, default=10, help="videos made at a time")
-    parser.add_argument(
-        "--no-prompt", action="store_true", help="give an empty prompt: must score near chance"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/judge"), help="folder for scores.json and sheet.png"
-    )
-    parser.add_argument("--rows", type=int, default=20, help="videos on the contact sheet")
-    args = parser.parse_args()
+    args = parse()
 
     import torch
 
     import wan22
 
-    path = args.checkpoint or wan22.tiny_checkpoint("t2v")
-    pipe = wan22.WanT2VPipeline.from_pretrained(path, dtype=torch.float32)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    pipeline = wan22.WanT2VPipeline if args.task == "t2v" else wan22.WanI2VPipeline
+    path = args.checkpoint or wan22.tiny_checkpoint(args.task)
+    pipe = pipeline.from_pretrained(path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    scenes = choose_scenes(
-        args.prompts, args.seed, args.split, MOTIONS if "all" in args.motions else args.motions
-    )
+    motions = MOTIONS if "all" in args.motions else args.motions
+    scenes = choose_scenes(args.prompts, args.seed, args.split, motions)
     captions = [canonical(scene) for scene in scenes]
+    given = given_frames(scenes, args.seed, pipe.preset.height, args.last) if args.task == "i2v" else {}
     started = time.perf_counter()
     prompts = [""] * len(captions) if args.no_prompt else captions
-    videos = generate(pipe, prompts, args.seed, args.batch, args.steps)
+    videos = generate(pipe, prompts, args.seed, args.batch, args.steps, given)
     seconds = time.perf_counter() - started
     verdicts = [judge(video) for video in videos]
-    scores = score(scenes, verdicts)
-    print(f"{table(scores)}\n\n{seconds / len(videos):.2f} s a video")
+    scores = score(scenes, verdicts) | {"given": fidelity(videos, given)}
+    print(table(scores))
+    for name, values in scores["given"].items():
+        print(f"{name:<12} {values['mean']:>6.1f} dB on average, lowest {values['lowest']:.1f} dB")
+    print(f"\n{seconds / len(videos):.2f} s a video")
 
     args.out.mkdir(parents=True, exist_ok=True)
     clips = [{"caption": c} | vars(v) for c, v in zip(captions, verdicts, strict=True)]
     report = {"split": args.split, "seed": args.seed, "no_prompt": args.no_prompt} | scores | {"clips": clips}
     (args.out / "scores.json").write_text(json.dumps(report, indent=1))
     notes = [_note(s, v) for s, v in zip(scenes, verdicts, strict=True)]
-    contact_sheet(videos[: args.rows], captions[: args.rows], notes=notes[: args.rows]).save(
-        args.out / "sheet.png"
-    )
+    sheet = contact_sheet(videos[: args.rows], captions[: args.rows], notes=notes[: args.rows])
+    sheet.save(args.out / "sheet.png")
     print(f"{args.out / 'scores.json'}\n{args.out / 'sheet.png'}")
 
 

@@ -287,7 +287,9 @@ def main() -> None:
         state = {}
 
     mean, std = latent_statistics(vae.eval(), 4 if options.smoke else 512, options.seed)
-    final = averaged(vae.state_dict(), {**vae.config, "latents_mean": mean, "latents_std": std})
+    # Of what the config marks as default values, from_config takes the defaults, whatever stands there.
+    statistics = {"latents_mean": mean, "latents_std": std, "_use_default_values": []}
+    final = averaged(vae.state_dict(), {**vae.config, **statistics})
     final.save_pretrained(options.out / options.vae)
     n, rng = 4 if options.smoke else 64, np.random.default_rng(8)
     held_out = clips.draw_batch(rng, n, "held_out", size=pixels(vae))[0]

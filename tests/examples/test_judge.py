@@ -8,6 +8,7 @@ import clips
 import judge
 import numpy as np
 import pytest
+import sheet
 from PIL import Image
 
 FLIPPED = {
@@ -164,13 +165,18 @@ def test_chosen_scenes_are_balanced_and_repeatable():
 
 def test_contact_sheet_shows_the_frames():
     videos = np.stack([np.full((17, 64, 64, 3), shade, np.uint8) for shade in (40, 160)])
-    sheet = np.asarray(judge.contact_sheet(videos, ["one", "two"], columns=3, zoom=1, notes=["", "left"]))
-    assert {tuple(sheet[y, x]) for y in (30, 100) for x in (-30, -100)} == {(40, 40, 40), (160, 160, 160)}
-    assert (sheet[:, :170] == (200, 0, 0)).all(-1).any()  # the note is red
+    picture = np.asarray(sheet.contact_sheet(videos, ["one", "two"], columns=3, zoom=1, notes=["", "left"]))
+    assert {tuple(picture[y, x]) for y in (30, 100) for x in (-30, -100)} == {(40, 40, 40), (160, 160, 160)}
+    assert (picture[:, :170] == (200, 0, 0)).all(-1).any()  # the note is red
 
 
 class DrawingPipeline:
-    """Stands in for a checkpoint: draws what the prompt says, and anything at all without a prompt."""
+    """Stands in for a checkpoint: draws what the prompt says, and anything at all without a prompt.
+
+    Given frames are put in their places, the last one darker by 10.
+    """
+
+    preset = SimpleNamespace(height=64)
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -188,23 +194,66 @@ class DrawingPipeline:
     def set_progress_bar_config(self, disable):
         pass
 
-    def __call__(self, prompt, seed, num_inference_steps=8):
+    def __call__(self, prompt, seed, num_inference_steps=8, image=None, last_image=None):
         anything = list(self.scenes.values())
         asked = [self.scenes.get(p) or anything[self.rng.integers(len(anything))] for p in prompt]
-        return SimpleNamespace(as_uint8=lambda: [clips.draw(scene, self.rng) for scene in asked])
+        videos = [clips.draw(scene, self.rng) for scene in asked]
+        for i, video in enumerate(videos):
+            if image is not None:
+                video[0] = image[i]
+            if last_image is not None:
+                video[-1] = np.maximum(last_image[i], 10) - 10
+        return SimpleNamespace(as_uint8=lambda: videos)
+
+
+@pytest.fixture
+def run_judge(tmp_path, monkeypatch):
+    """Run the command line with the stand-in, and return its report."""
+    stand_in = SimpleNamespace(
+        WanT2VPipeline=DrawingPipeline,
+        WanI2VPipeline=DrawingPipeline,
+        tiny_checkpoint=lambda task: "the embedded one",
+    )
+    monkeypatch.setitem(sys.modules, "wan22", stand_in)
+
+    def run(*flags):
+        command = ["judge.py", "--batch", "7", "--steps", "3", "--out", str(tmp_path), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        judge.main()
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    return run
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-prompt"]])
-def test_command_line(tmp_path, monkeypatch, capsys, flags):
-    stand_in = SimpleNamespace(
-        WanT2VPipeline=DrawingPipeline, tiny_checkpoint=lambda task: "the embedded one"
-    )
-    monkeypatch.setitem(sys.modules, "wan22", stand_in)
-    command = ["judge.py", "--prompts", "25", "--batch", "7", "--steps", "3", "--out", str(tmp_path), *flags]
-    monkeypatch.setattr(sys, "argv", command)
-    judge.main()
-    report = json.loads((tmp_path / "scores.json").read_text())
+def test_command_line(tmp_path, run_judge, capsys, flags):
+    report = run_judge("--prompts", "25", *flags)
     assert report["n"] == len(report["clips"]) == 25
     assert report["motion"] < 0.4 if flags else report["all"] == 1.0
+    assert report["given"] == {}
     assert Image.open(tmp_path / "sheet.png").height > 20 * 128
     assert "25/25 videos" in capsys.readouterr().out
+
+
+def test_command_line_with_images(run_judge, capsys):
+    report = run_judge("--prompts", "10", "--task", "i2v")
+    assert report["given"] == {
+        "image": {"mean": pytest.approx(54.15, abs=0.01), "lowest": report["given"]["image"]["mean"]}
+    }
+    given = run_judge("--prompts", "10", "--task", "i2v", "--last")["given"]
+    assert 28 < given["last_image"]["lowest"] <= given["last_image"]["mean"] < 32  # 28.1 for 10 everywhere
+    assert "last_image" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_judge("--last")
+    assert "--last needs --task i2v" in capsys.readouterr().err
+
+
+def test_given_frames_are_of_the_scenes():
+    scenes = judge.choose_scenes(5, seed=3)
+    given = judge.given_frames(scenes, 3, 128, last=True)
+    assert {name: frames.shape for name, frames in given.items()} == dict.fromkeys(
+        ("image", "last_image"), (5, 128, 128, 3)
+    )
+    for i, scene in enumerate(scenes):
+        same = np.array_equal(given["image"][i], given["last_image"][i])
+        assert same == (scene.motion == "still")
