@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request as WebRequest
-from urllib.request import urlopen
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from .checks import describe
 
@@ -30,6 +30,17 @@ MAX_ASPECT = 8  # long over short side, where the size follows the image
 # Resampling and a slight overshoot of the values go together; other scales, such as -1 to 1, are far off.
 OVERSHOOT = 0.25
 TIMEOUT = 30  # seconds without an answer from a web server
+_Turn = Image.Transpose
+# What brings an image upright, by its EXIF orientation.
+_TURNS: dict[Any, Image.Transpose] = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -91,15 +102,24 @@ def load_picture(name: str, image: Any) -> Picture:
         source = str(image)
         image = _open(name, source)
     if isinstance(image, Image.Image):
-        image = np.asarray(upright_rgb(image))
+        try:
+            image = np.asarray(upright_rgb(image))
+        except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+            raise ValueError(f"{name}{f': {source}' if source else ''} cannot be read: {error}") from error
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
-    if not isinstance(image, np.ndarray):
+        array = (image.float() if image.is_floating_point() else image).numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
         kinds = "a PIL image, a path, a URL, an array or a tensor"
         raise ValueError(f"{name} must be {kinds}, not {describe(image)}")
-    picture = Picture(_to_pixels(name, image), source)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        rule = "an array 'h w', 'h w 1', 'h w 3' or 'h w 4', or a tensor with the channels first"
+        raise ValueError(f"{name} has shape {tuple(image.shape)}; it must be {rule}")
+    picture = Picture(_to_pixels(name, array), source)
     if min(picture.size) < MIN_SIDE:
         w, h = picture.size
         raise ValueError(f"{name} has {w}x{h} pixels; each side must have at least {MIN_SIDE}")
@@ -110,9 +130,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says, and into 8-bit RGB, transparency on white.
 
     Raises:
-        ValueError: values of a 32-bit image are out of range.
+        ValueError: values of a 16-bit or floating image are out of range.
     """
-    image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image = image if turn is None else image.transpose(turn)
     mode = image.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
         # 16 bits per pixel; "I" is how some of Pillow's readers hold them. "F" is 0 to 1, as in arrays.
@@ -136,11 +158,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _open(name: str, source: str) -> Image.Image:
     """Open a path or URL, decoded to its last pixel."""
     try:
-        if urlsplit(source).scheme in ("http", "https", "file"):
+        url = urlsplit(source)
+        if url.scheme in ("http", "https"):
             with urlopen(WebRequest(source, headers={"User-Agent": "wan22"}), timeout=TIMEOUT) as answer:
-                image = Image.open(BytesIO(answer.read()))
+                data = answer.read()
         else:
-            image = Image.open(Path(source).expanduser())
+            path = url2pathname(url.path) if url.scheme == "file" else source
+            data = Path(path).expanduser().read_bytes()
+        image = Image.open(BytesIO(data))
         image.load()
         return image
     except FileNotFoundError as error:
@@ -149,22 +174,19 @@ def _open(name: str, source: str) -> Image.Image:
         raise ValueError(f"{name}: {source} cannot be fetched: {error.reason}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: {source} is not an image that Pillow reads") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
         raise ValueError(f"{name}: {source} cannot be read: {error}") from error
 
 
-def _to_pixels(name: str, image: np.ndarray) -> torch.Tensor:
-    """Turn an array "h w" or "h w c", uint8 or in [0, 1], into RGB "3 h w" in [-1, 1]."""
-    array = image[..., None] if image.ndim == 2 else image
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        rule = "an array 'h w', 'h w 1', 'h w 3' or 'h w 4', or a tensor with the channels first"
-        raise ValueError(f"{name} has shape {image.shape}; it must be {rule}")
-    x = torch.tensor(array).permute(2, 0, 1)
-    if x.dtype == torch.uint8:
-        x = x.float() / 255
-    elif not x.is_floating_point():
-        raise ValueError(f"{name} is {image.dtype}; it must be uint8, or floating in [0, 1]")
-    x = x.float()
+def _to_pixels(name: str, array: np.ndarray) -> torch.Tensor:
+    """Turn an array "h w c", uint8 or in [0, 1], into RGB "3 h w" in [-1, 1]."""
+    if array.dtype == np.uint8:
+        values = array.astype(np.float32) / np.float32(255)
+    elif array.dtype.kind == "f":
+        values = array.astype(np.float32)
+    else:
+        raise ValueError(f"{name} is {array.dtype}; it must be uint8, or floating in [0, 1]")
+    x = torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
     # "not within" instead of "outside": NaN is not within either.
     if not ((x >= -OVERSHOOT) & (x <= 1 + OVERSHOOT)).all():
         span = f"{x.min().item():g} to {x.max().item():g}"
