@@ -308,6 +308,9 @@ def test_floor_size_is_the_official_one_except_where_that_rounds_wrongly():
     wrong = [(size, area) for size, area, out in cases if images.floor_size(size, area, (16, 16)) != out]
     assert wrong == [((832, 480), 832 * 480)]
     assert images.floor_size(*wrong[0], (16, 16)) == true_floor(*wrong[0]) == (832, 480)
+    for side in (16, 480, 3200):
+        for area, want in ((side**2, side), (side**2 - 1, side - 16)):
+            assert images.floor_size((77, 77), area, (16, 16)) == (want, want)
 
 
 def test_closest_size_is_the_official_one():

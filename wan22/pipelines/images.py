@@ -17,7 +17,7 @@ from urllib.request import url2pathname, urlopen
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .checks import describe
 
@@ -143,10 +143,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             span = f"{values.min():g} to {values.max():g}"
             raise ValueError(f"an image of mode {mode!r} must have values from 0 to {top:g}, not {span}")
         return Image.fromarray((values / top * 255).round().astype(np.uint8)).convert("RGB")
-    if mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        turned = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        return turned if turned is not None else image
     if image.has_transparency_data:
         # Premultiplied modes have one way out.
         straight = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
