@@ -352,6 +352,8 @@ def given(**arguments):
         (random_i2v_pipeline, given(image_embeds=torch.zeros(1, 5, 24)), "this checkpoint takes none"),
         (random_ti2v_pipeline, given(last_image=photo()), "TI2V-5B was not trained for last_image"),
         (random_ti2v_pipeline, given(image=None, last_image=photo()), "image is None"),
+        (random_ti2v_pipeline, given(image=None, max_area=4096), "max_area and fit are about images"),
+        (random_ti2v_pipeline, given(image=None, fit="pad"), "max_area and fit are about images"),
         (lambda: random_i2v_pipeline(1), given(last_image=photo()), "takes no last_image; use its FLF"),
         (lambda: random_i2v_pipeline(1, True), given(), "last_image is None; this FLF checkpoint needs"),
         (lambda: random_i2v_pipeline(1, image_encoder=None), given(), "pipe.image_encoder is None"),

@@ -179,14 +179,15 @@ class WanI2VPipeline(WanPipeline):
         """
         if not request.image:
             return super().default_size(request)
-        sizes, area = {}, self._area(request)
+        area = self._area(request)
+        sizes: dict[tuple[int, int], None] = {}  # a set in order
         for picture in request.image:
             check_aspect("image", picture)
             size = self.best_size(picture, area)
             if 0 in size:
                 w, h = picture.size
                 raise ValueError(f"max_area={area} is too small for an image of {w}x{h} pixels; give more")
-            sizes[size] = picture
+            sizes[size] = None
         if len(sizes) > 1:
             found = ", ".join(f"{w}x{h}" for w, h in sizes)
             raise ValueError(
@@ -213,6 +214,8 @@ class WanI2VPipeline(WanPipeline):
         first, last = len(request.image), len(request.last_image)
         if not first and (last or not self.config.expand_timesteps):
             raise ValueError("image is None; give the first frame (only TI2V-5B makes videos without)")
+        if not first and (request.max_area is not None or request.fit is not None):
+            raise ValueError("max_area and fit are about images, and image is None; give height and width")
         if first > 1 < last != first:
             raise ValueError(f"{last} last images for {first} images; give {first}, or one")
         if last and self.config.expand_timesteps:
