@@ -3,9 +3,9 @@
     python examples/tiny/export.py --out runs/tiny --checkpoint i2v --share t2v
 
 Reads what the training scripts wrote; writes wan22/assets/<checkpoint>, or the folder `--to`, complete. With
-`--share`, model_index.json still lists every component, but the folders of those that are the other
-checkpoint's, weight for weight, are left out: text encoder, tokenizer and, where it is the same, the
-autoencoder. Whoever loads the checkpoint supplies them.
+`--share`, the components that are another checkpoint's, weight for weight, are left out: text encoder,
+tokenizer and, where it is the same, the autoencoder. model_index.json names that checkpoint, which must lie
+next to this one, and the pipelines load them from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from common import arguments, load
 from diffusers import UniPCMultistepScheduler, __version__
 from tokenizer import make_tokenizer
-from train_transformer import I2V_BOUNDARY, PARTS, SHIFT, T2V_BOUNDARY, VideoModel
+from train_transformer import I2V_BOUNDARY, PARTS, T2V_BOUNDARY, VideoModel
 
 from wan22 import AutoencoderKLWan
 
@@ -57,16 +57,19 @@ class Checkpoint:
         """Name of the autoencoder."""
         return PARTS[self.parts["transformer"]].vae
 
-    def index(self) -> dict[str, Any]:
-        """Return the contents of model_index.json."""
+    def index(self, share: str) -> dict[str, Any]:
+        """Return the contents of model_index.json; share names the checkpoint that has the rest, or none."""
         facts = {"_class_name": self.pipeline, "_diffusers_version": __version__}
+        facts |= {"_components_from": f"../{share}"} if share else {}
         settings = {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
         components = COMPONENTS | {name: [None, None] for name in self.absent}
         return facts | dict(sorted((settings | components).items()))
 
-    def shared_with(self, other: Checkpoint) -> set[str]:
-        """Return the components that are the other checkpoint's; all have the base part's text encoder."""
-        return {"text_encoder", "tokenizer"} | ({"vae"} if self.vae == other.vae else set())
+    def shared_with(self, other: str) -> set[str]:
+        """Return the components that are another checkpoint's; all have the base part's text encoder."""
+        if not other:
+            return set()
+        return {"text_encoder", "tokenizer"} | ({"vae"} if self.vae == CHECKPOINTS[other].vae else set())
 
 
 CHECKPOINTS = {
@@ -85,7 +88,7 @@ CHECKPOINTS = {
 
 def export(
     checkpoint: Checkpoint,
-    shared: set[str],
+    share: str,
     source: Path,
     folder: Path,
     dtype: torch.dtype,
@@ -96,7 +99,7 @@ def export(
 
     Args:
         checkpoint: what to write.
-        shared: names of components to leave out.
+        share: the checkpoint whose components it leaves out; empty for none.
         source: folder of the training.
         folder: where the checkpoint goes.
         dtype: of the transformers' and the text encoder's weights.
@@ -117,13 +120,13 @@ def export(
     parts["scheduler"] = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
-    for name in parts.keys() - shared:
+    for name in parts.keys() - checkpoint.shared_with(share):
         parts[name].save_pretrained(folder / name)
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the training folder, nobody else's business
         path.write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "model_index.json").write_text(json.dumps(checkpoint.index(), indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(checkpoint.index(share), indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -134,12 +137,11 @@ def export(
 def main() -> None:
     """Export the checkpoint asked for."""
     names = {"checkpoint": "t2v", "to": "", "share": ""}
-    options = arguments(__doc__, **names, dtype="bfloat16", vae_dtype="float16", shift=SHIFT)
+    options = arguments(__doc__, **names, dtype="bfloat16", vae_dtype="float16", shift=3.0)
     checkpoint = CHECKPOINTS[options.checkpoint]
-    shared = checkpoint.shared_with(CHECKPOINTS[options.share]) if options.share else set()
     dtype, vae_dtype = getattr(torch, options.dtype), getattr(torch, options.vae_dtype)
     folder = Path(options.to or f"wan22/assets/{options.checkpoint}")
-    export(checkpoint, shared, options.out, folder, dtype, vae_dtype, options.shift)
+    export(checkpoint, options.share, options.out, folder, dtype, vae_dtype, options.shift)
 
 
 if __name__ == "__main__":

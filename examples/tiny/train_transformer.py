@@ -51,11 +51,9 @@ TRANSFORMER_CONFIG |= {"text_dim": 64, "freq_dim": 256, "ffn_dim": 512}
 TEXT_CONFIG: dict[str, Any] = {"d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 128, "num_layers": 2}
 TEXT_CONFIG |= {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}
 TEXT_ROWS = 512  # rows the transformer attends to, zero past the prompt
-SHIFT, T2V_BOUNDARY, I2V_BOUNDARY = 3.0, 0.875, 0.900
-LAST_FRAME, FIRST_FRAME = (
-    0.35,
-    0.5,
-)  # share of clips with the last frame given, too (i2v); with the first (ti2v)
+T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.900
+LAST_FRAME = 0.35  # share of clips with the last frame given, too (i2v)
+FIRST_FRAME = 0.5  # share of clips with the first frame given (ti2v)
 BATCH, CAPTION_DROPOUT, EMA_DECAY = 32, 0.1, 0.998
 SAVE_EVERY, READ_EVERY, TEST_CLIPS = 200, 200, 128
 
@@ -107,6 +105,7 @@ class Part:
         lr: learning rate at the start.
         lr_end: learning rate at the end.
         start: the part whose averaged weights it starts from.
+        shift: of the noise levels it learns at; the higher, the more of them are high.
         vae: the autoencoder whose latents it learns, see train_vae.CONFIGS.
         in_channels: what the transformer takes, the latents' channels and the condition's.
         condition: what is given beside the text.
@@ -117,20 +116,22 @@ class Part:
     lr: float
     lr_end: float
     start: str | None = None
+    shift: float = 3.0
     vae: str = "vae"
     in_channels: int = 16
     condition: Condition = text_alone
 
 
-T2V_EXPERT = partial(Part, 3000, lr=2e-3, lr_end=0.0, start="base")
+T2V_EXPERT = partial(Part, lr=2e-3, lr_end=0.0, start="base")
 I2V_EXPERT = partial(Part, 1500, lr=1e-3, lr_end=0.0, in_channels=36, condition=frames_in_channels)
+TI2V = partial(Part, vae="vae22", in_channels=48, condition=first_frame_in_place)
 PARTS = {
     "base": Part(1000, (0.0, 1.0), 2e-3, 2e-3),
-    "high": T2V_EXPERT((T2V_BOUNDARY, 1.0)),
-    "low": T2V_EXPERT((0.0, T2V_BOUNDARY)),
+    "high": T2V_EXPERT(6000, (T2V_BOUNDARY, 1.0)),  # motion is decided there
+    "low": T2V_EXPERT(3000, (0.0, T2V_BOUNDARY)),
     "i2v-high": I2V_EXPERT((I2V_BOUNDARY, 1.0), start="high"),
     "i2v-low": I2V_EXPERT((0.0, I2V_BOUNDARY), start="low"),
-    "ti2v": Part(4000, (0.0, 1.0), 2e-3, 0.0, "base", "vae22", 48, first_frame_in_place),
+    "ti2v": TI2V(6000, (0.0, 1.0), 2e-3, 0.0, start="base", shift=5.0),
 }
 
 
@@ -208,11 +209,11 @@ def make_optimizer(model: VideoModel, part: Part) -> Muon:
 # ---- training ----
 
 
-def sample_sigmas(n: int, lowest: float, highest: float) -> torch.Tensor:
+def sample_sigmas(n: int, part: Part) -> torch.Tensor:
     """Sample n noise levels in random order: uniform before the shift, one in each n-th of the range."""
-    low, high = (s / (SHIFT - (SHIFT - 1) * s) for s in (lowest, highest))  # undo the shift
+    low, high = (s / (part.shift - (part.shift - 1) * s) for s in part.sigmas)  # undo the shift
     u = low + (high - low) * (torch.randperm(n) + torch.rand(n)) / n
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
+    return part.shift * u / (1 + (part.shift - 1) * u)
 
 
 def spell(caption: str, rng: np.random.Generator) -> str:
@@ -267,7 +268,7 @@ def held_out_loss(
     """Return the mean loss over held-out clips, with the same noise each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sigma = sample_sigmas(len(clips["latents"]), *part.sigmas)
+        sigma = sample_sigmas(len(clips["latents"]), part)
         return loss_of(model, part.condition, clips, sigma, *tokens).mean().item()
 
 
@@ -300,7 +301,7 @@ def train(name: str, options: argparse.Namespace) -> None:
         set_learning_rate(optimizer, cosine(step, steps, part.lr, part.lr_end, warmup=100))
         chosen = rng.integers(len(captions), size=BATCH)
         tokens = tokenize(tokenizer, [spell(captions[i], rng) for i in chosen])
-        sigma = sample_sigmas(BATCH, *part.sigmas)
+        sigma = sample_sigmas(BATCH, part)
         loss = loss_of(model, part.condition, pick(clips, chosen), sigma, *tokens).mean()
         optimizer.zero_grad()
         loss.backward()

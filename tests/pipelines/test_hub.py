@@ -317,6 +317,43 @@ def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
     assert scheduler.config.shift == 5.0
 
 
+# ---- components of a folder next to it ----
+
+
+@pytest.fixture
+def sharing(saved, folder):
+    """A folder without text encoder, tokenizer and VAE, which are the saved pipeline's."""
+    shutil.copytree(saved, folder.parent / "whole")
+    for name in ("text_encoder", "tokenizer", "vae"):
+        shutil.rmtree(folder / name)
+    edit_json(folder / "model_index.json", _components_from="../whole")
+    return folder
+
+
+def test_components_of_the_folder_next_to_it(sharing, saved, tmp_path):
+    assert torch.equal(latents_of(load_pipeline(sharing)), latents_of(load_pipeline(saved)))
+    load_pipeline(sharing).save_pretrained(tmp_path / "complete")
+    assert "_components_from" not in read_json(tmp_path / "complete/model_index.json")
+    assert (tmp_path / "complete/vae").is_dir()
+
+
+def test_only_what_is_missing_is_taken_from_there(sharing, saved):
+    pipe = load_pipeline(sharing, text_encoder=None, transformer_2=None)
+    assert pipe.text_encoder is None
+    assert pipe.transformer_2 is None
+    assert pipe.vae is not None
+    dtypes = {"default": torch.float32, "vae": torch.bfloat16, "transformer": torch.bfloat16}
+    pipe = load_pipeline(sharing, dtype=dtypes)
+    assert [m.dtype for m in (pipe.vae, pipe.transformer)] == [torch.bfloat16] * 2
+    assert [m.dtype for m in (pipe.text_encoder, pipe.transformer_2)] == [torch.float32] * 2
+
+
+def test_the_shared_folder_must_be_there(sharing):
+    shutil.rmtree(sharing.parent / "whole")
+    with pytest.raises(FileNotFoundError, match=r"shares components of .*whole"):
+        load_pipeline(sharing)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

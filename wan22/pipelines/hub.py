@@ -9,6 +9,7 @@ what we save.
 import inspect
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
     f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
 }
 _HUB_ACCESS = {"cache_dir", "force_download", "proxies", "token", "local_files_only", "revision"}
-# Written into model_index.json, ignored by diffusers: the settings in the folder are somebody's choice.
+# Both may stand in model_index.json; diffusers ignores them. The first says that the settings in the folder
+# are somebody's choice; the second names a folder, next to this one, that has the components missing here.
 _MARK = "_wan22_version"
+_REST = "_components_from"
 
 
 class HubPipeline(DiffusionPipeline):
@@ -102,10 +105,15 @@ class HubPipeline(DiffusionPipeline):
             folder = cls.download(
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
             )
+        rest = _folder_of_rest(Path(folder), config)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs.pop("torch_dtype", None)
-            kwargs["dtype"] = _stored_dtypes(Path(folder), kwargs.get("variant"))
-        pipe = super().from_pretrained(folder, **kwargs)
+            kwargs["dtype"] = _stored_dtypes([*rest, Path(folder)], kwargs.get("variant"))
+        for neighbour in rest:
+            listed = {name for name, entry in config.items() if isinstance(entry, list) and entry[0]}
+            missing = {name for name in listed - kwargs.keys() if not (Path(folder) / name).exists()}
+            kwargs |= cls._load_components(neighbour, missing, kwargs)
+        pipe = cls._load(folder, **kwargs)
         pipe.register_to_config(_name_or_path=source)
         if kwargs.get("scheduler") is None and _MARK not in config:
             pipe.correct_shift()
@@ -133,6 +141,20 @@ class HubPipeline(DiffusionPipeline):
         pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         return pipe
+
+    @classmethod
+    def _load(cls, folder: str, **options: Any) -> Any:
+        """Load a folder as diffusers does."""
+        return super().from_pretrained(folder, **options)
+
+    @classmethod
+    def _load_components(cls, folder: Path, names: set[str], options: dict[str, Any]) -> dict[str, Any]:
+        """Load some of a checkpoint's components, as `from_pretrained` with these options would."""
+        # They make no pipeline that could be checked.
+        unchecked: Any = type(cls.__name__, (cls,), {"check_components": lambda self: None})
+        absent = dict.fromkeys(set(cls._get_signature_keys(cls)[0]) - names)
+        parts = unchecked._load(str(folder), **options | absent)
+        return {name: parts.components[name] for name in names}
 
     def correct_shift(self) -> None:
         """Give a converted repository of a released checkpoint the official shift.
@@ -209,8 +231,21 @@ def adopt(component: Any) -> Any:
     return model.eval()
 
 
-def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+def _folder_of_rest(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """Return the folder that has the components missing in this one, if model_index.json names any."""
+    if _REST not in config:
+        return []
+    other = folder.parent / Path(config[_REST]).name
+    if not (other / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} shares components of {other}, which is no checkpoint")
+    return [other]
+
+
+def _stored_dtypes(folders: Sequence[Path], variant: str | None) -> dict[str, torch.dtype]:
     dtypes = {
-        child.name: stored_dtype(child, variant) for child in sorted(folder.iterdir()) if child.is_dir()
+        child.name: stored_dtype(child, variant)
+        for folder in folders
+        for child in sorted(folder.iterdir())
+        if child.is_dir()
     }
     return {"default": torch.float32, **{name: dtype for name, dtype in dtypes.items() if dtype is not None}}
