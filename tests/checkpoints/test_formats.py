@@ -1,12 +1,15 @@
 """What a weight file's header tells."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from wan22.checkpoints.formats import read_header, stored_dtype
+from tests.checkpoints import writers
+from wan22.checkpoints.formats import read_header, read_weights, stored_dtype
+from wan22.checkpoints.quantized import expanded
 
 WEIGHTS = {
     "a.weight": torch.zeros(4, 8, dtype=torch.bfloat16),
@@ -96,3 +99,120 @@ def test_stored_dtype_without_weights(tmp_path):
     assert stored_dtype(tmp_path) is None
     save_file({"a": torch.zeros(4, dtype=torch.int64)}, tmp_path / "w.safetensors")
     assert stored_dtype(tmp_path) is None
+
+
+# ---- whole files ----
+
+
+def test_what_a_file_is_does_not_depend_on_its_name(tmp_path):
+    save_file(WEIGHTS, tmp_path / "w.pth", metadata={"who": "me"})
+    torch.save({"b": WEIGHTS["b"]}, tmp_path / "w.gguf")
+    torch.save({"b": WEIGHTS["b"]}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    file = read_weights(tmp_path / "w.pth")
+    assert file.metadata == {"who": "me"}
+    assert {name: tensor.dtype for name, tensor in file.tensors.items()} == {
+        name: tensor.dtype for name, tensor in WEIGHTS.items()
+    }
+    for name in ("w.gguf", "old.bin"):
+        assert read_weights(tmp_path / name).tensors.keys() == {"b"}
+
+
+class Code:
+    """What a malicious file would hold."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    for new in (True, False):
+        torch.save({"b": Code(tmp_path / "ran")}, tmp_path / "w.pth", _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=r"w\.pth holds Python code beside its tensors; it is not run"):
+            read_weights(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1], "holds a list"),
+        ({"a": torch.ones(1), "epoch": 3}, "'epoch', which is no tensor"),
+        ({}, "holds a dict"),
+    ],
+)
+def test_a_file_of_other_things(state, message, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "gguf"])
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_a_file_that_is_cut_off(kind, share, tmp_path):
+    path = tmp_path / "weights"
+    weights = {f"blocks.{i}.x.weight": torch.randn(64, 64) for i in range(8)}
+    if kind == "safetensors":
+        save_file(weights, path)
+    elif kind == "pth":
+        torch.save(weights, path)
+    else:
+        writers.write_gguf(weights, path, "F16")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ValueError, match=r"weights is (cut off|not a whole)"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"<!DOCTYPE html><html><body>Access denied</body></html>", "a web page"),
+        (b"\n <html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-lfs pointer"),
+        (b"", "neither safetensors"),
+        (b"\0" * 100, "neither safetensors"),
+    ],
+)
+def test_a_file_that_is_none(data, message, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_weights(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_must_hold_one_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found: none"):
+        read_weights(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert read_weights(tmp_path).tensors.keys() == {"a"}
+    save_file({"b": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"found: a\.safetensors, b\.safetensors"):
+        read_weights(tmp_path)
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    assert read_weights(tmp_path).tensors.keys() == {"a", "b"}
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "c": "b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names c, which is not in b\.safetensors"):
+        read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_weights(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "BF16"])
+def test_gguf_values_are_those_of_the_gguf_package(kind, tmp_path):
+    weights = {"blocks.0.x.weight": torch.randn(6, 512), "patch.weight": torch.randn(2, 3, 1, 2, 2)}
+    expected = writers.write_gguf(weights, tmp_path / "w.gguf", kind)
+    tensors = read_weights(tmp_path / "w.gguf").tensors
+    for name, values in expected.items():
+        assert tuple(tensors[name].shape) == tuple(values.shape)
+        torch.testing.assert_close(expanded(tensors[name]).float(), values, rtol=1e-6, atol=1e-6)
+
+
+def test_gguf_blocks_that_cannot_be_read_are_named(tmp_path):
+    weights = {"blocks.0.x.weight": torch.randn(6, 256)}
+    writers.write_gguf(weights, tmp_path / "w.gguf", "TQ1_0")
+    with pytest.raises(ValueError, match=r"blocks\.0\.x\.weight: blocks of type TQ1_0 cannot .* can: .*Q4_K"):
+        read_weights(tmp_path / "w.gguf")

@@ -89,7 +89,7 @@ def test_components_assigned_later_are_adopted_and_checked():
     vae.enable_tiling(tile_sample_min_height=64)
     expected = frames(pipe)
     pipe.vae = vae
-    assert type(pipe.vae).__module__ == "wan22.models.autoencoder"
+    assert type(pipe.vae).__module__ == "wan22.checkpoints.models"
     assert pipe.vae.use_tiling
     assert pipe.vae.tile_sample_min_height == 64
     assert torch.equal(frames(pipe), expected)

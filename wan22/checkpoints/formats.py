@@ -1,10 +1,22 @@
-"""What a weight file holds, told from its header alone."""
+"""Read weight files: safetensors in one file or in shards, PyTorch's .pth, GGUF.
+
+What a file is, is told from its first bytes, never from its name. Tensors stay memory-mapped: reading a
+checkpoint costs no memory before its weights are used.
+"""
 
 import json
+import pickle
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .quantized import GgufBlocks, QuantizedTensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -15,6 +27,11 @@ def read_header(path: Path) -> dict[str, dict]:
     Raises:
         ValueError: the file is not safetensors, or is cut off.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """Return a safetensors file's tensor table and its metadata."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -28,8 +45,8 @@ def read_header(path: Path) -> dict[str, dict]:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a table")
-    header.pop("__metadata__", None)
-    return header
+    metadata = header.pop("__metadata__", {})
+    return header, metadata
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
@@ -50,3 +67,139 @@ def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None
                 start, end = entry["data_offsets"]
                 sizes[_DTYPES[entry["dtype"]]] += end - start
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A checkpoint's tensors under the names that the file gives them.
+
+    Args:
+        source: the file or folder.
+        tensors: memory-mapped.
+        metadata: of a safetensors or GGUF header.
+    """
+
+    source: str
+    tensors: Mapping[str, torch.Tensor | QuantizedTensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> WeightFile:
+    """Read a weight file, or a folder that holds one in any number of shards.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a shard is missing.
+        ValueError: the file is of no format that is read here, is cut off, or holds anything but tensors.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{" and not start.startswith(b"GGUF"):
+        return _read_safetensors(path)
+    for sign, read in _READERS.items():
+        if start.startswith(sign):
+            return read(path)
+    for sign, what in _MISTAKEN.items():
+        if start.lstrip().lower().startswith(sign):
+            raise ValueError(f"{path} holds no weights: it is {what}")
+    raise ValueError(
+        f"{path} is neither safetensors, a PyTorch file, nor GGUF; it starts with {start[:16]!r}"
+    )
+
+
+def _read_folder(folder: Path) -> WeightFile:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1 or (not indices and len(files) != 1):
+        found = ", ".join(path.name for path in indices or files) or "none"
+        raise FileNotFoundError(
+            f"{folder} must hold one safetensors file, or one index of shards; found: {found}"
+        )
+    if not indices:
+        return read_weights(files[0])
+    places = json.loads(indices[0].read_text())["weight_map"]
+    names = sorted(set(places.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} has {len(names) - len(missing)} of {len(names)} shards; missing: {', '.join(missing)}"
+        )
+    shards = {name: read_weights(folder / name).tensors for name in names}
+    if lost := sorted(key for key, name in places.items() if key not in shards[name]):
+        raise ValueError(f"{indices[0]} names {lost[0]}, which is not in {places[lost[0]]}")
+    return WeightFile(
+        str(folder), {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    )
+
+
+def _read_safetensors(path: Path) -> WeightFile:
+    header, metadata = _read_header(path)
+    try:
+        return WeightFile(str(path), load_file(path), metadata)
+    except SafetensorError as error:
+        needed = max(entry["data_offsets"][1] for entry in header.values())
+        raise ValueError(f"{path} is cut off or damaged: {error}; its tensors take {needed} bytes") from error
+
+
+def _read_pickle(path: Path) -> WeightFile:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python code beside its tensors; it is not run, and so the file is not read"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    while isinstance(state, dict) and len(state) == 1 and isinstance(next(iter(state.values())), dict):
+        (state,) = state.values()  # {"state_dict": …}
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a table of tensors")
+    if others := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"{path} holds {others[0]!r}, which is no tensor")
+    return WeightFile(str(path), state)
+
+
+def _read_gguf(path: Path) -> WeightFile:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"{path} is GGUF; to read it: pip install 'wan22[gguf]'") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors: dict[str, torch.Tensor | QuantizedTensor] = {}
+    for tensor in reader.tensors:
+        # GGUF lists the innermost axis first; more than four axes are kept beside the tensor.
+        shape = fields.get(f"comfy.gguf.orig_shape.{tensor.name}", [*reversed(tensor.shape.tolist())])
+        try:
+            tensors[tensor.name] = _gguf_tensor(tensor, tuple(int(n) for n in shape))
+        except ValueError as error:
+            raise ValueError(f"{path}: {tensor.name}: {error}") from error
+    return WeightFile(str(path), tensors, fields)
+
+
+def _gguf_tensor(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nobody writes into weights
+        data = torch.from_numpy(tensor.data)
+    kind = tensor.tensor_type.name
+    if kind == "BF16":
+        data = data.view(torch.bfloat16)
+    if kind in ("F64", "F32", "F16", "BF16"):
+        return data.reshape(shape)
+    return QuantizedTensor(shape, GgufBlocks(kind, shape), {"data": data})
+
+
+_READERS = {b"GGUF": _read_gguf, b"PK\x03\x04": _read_pickle, b"\x80": _read_pickle}
+_MISTAKEN = {
+    b"<": "a web page, saved in place of the file",
+    b"version https://git-lfs": "a git-lfs pointer to the file; fetch it with git lfs pull",
+}

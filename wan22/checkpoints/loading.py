@@ -1,8 +1,18 @@
-"""Getting loaded weights ready to be computed with."""
+"""Fill models with the weights of files: rename, account for every one, assign; make them ready to run."""
+
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
+
+from .dialects import Tensors
+from .keys import KeyTable
+from .quantized import QuantizedLinear, QuantizedTensor, expanded
+
+Model = TypeVar("Model", bound=nn.Module)
+HALF = (torch.float16, torch.bfloat16)
 
 # What PyTorch's own allocator gives on CPU, in bytes.
 CPU_ALIGNMENT = 64
@@ -25,3 +35,91 @@ def align_weights(model: nn.Module | None) -> None:
         plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
         if plain and tensor.data_ptr() % CPU_ALIGNMENT:
             tensor.data = tensor.data.clone()
+
+
+def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor's values."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def official_names(source: str, tensors: Tensors, table: KeyTable, ignored: Iterable[str] = ()) -> Tensors:
+    """Return tensors under official names, whether the file has those or ours.
+
+    Args:
+        source: the file, for errors.
+        tensors: without prefixes.
+        table: from official names to ours.
+        ignored: names of modules that files hold and no model uses.
+
+    Raises:
+        ValueError: tensors have no name in the table; the first few are named.
+    """
+    tensors = {name: t for name, t in tensors.items() if not set(ignored) & set(name.split("."))}
+    inverse = table.inverse
+    if table.count(tensors) >= inverse.count(tensors):
+        names = {name: name if table.rename(name) else None for name in tensors}
+    else:
+        names = {name: inverse.rename(name) for name in tensors}
+    if unknown := [name for name, official in names.items() if official is None]:
+        raise ValueError(f"{source} holds {listed(unknown)}, which this model has no place for")
+    return {official: tensors[name] for name, official in names.items() if official is not None}
+
+
+def fill(
+    model: Model, source: str, tensors: Tensors, dtype: torch.dtype | None = None, dequantize: bool = False
+) -> Model:
+    """Give a model on the meta device its weights, in place.
+
+    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one. Quantised
+    weights of linear layers stay quantised.
+
+    Args:
+        model: its parameters are replaced.
+        source: the file, for errors.
+        tensors: under the model's own names.
+        dtype: of the floating-point parameters, but for those that the model keeps in float32; None: that
+            of the file, bfloat16 for what was quantised.
+        dequantize: whether to expand quantised weights, too.
+
+    Returns: the model, ready to run.
+
+    Raises:
+        ValueError: a parameter is missing, is left over, or has another shape; the first few are named.
+    """
+    expected = shapes_of(model.state_dict())
+    found = shapes_of(tensors)
+    if missing := expected.keys() - found.keys():
+        raise ValueError(f"{source} lacks {listed(missing)}")
+    if extra := found.keys() - expected.keys():
+        raise ValueError(f"{source} holds {listed(extra)}, which this model has no place for")
+    if wrong := [name for name, shape in found.items() if shape != expected[name]]:
+        name = min(wrong)
+        rule = f"{name} is {found[name]}, it must be {expected[name]}"
+        raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    quantized: list[tuple[str, QuantizedTensor]] = []
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(tensor, QuantizedTensor) and type(owner) is nn.Linear and not dequantize:
+            quantized.append((path, tensor))
+            continue
+        target = dtype or (torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype)
+        if target in HALF and kept & set(name.split(".")):
+            target = torch.float32
+        value = expanded(tensor).to(target)
+        if value is tensor and dtype not in (None, target):
+            value = value.clone()  # these few would keep the pages of the whole file in memory
+        owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+    for path, weight in quantized:
+        parent, _, attribute = path.rpartition(".")
+        linear = QuantizedLinear(weight, model.get_parameter(f"{path}.bias"))
+        setattr(model.get_submodule(parent), attribute, linear)
+    return model.eval()
+
+
+def listed(names: Iterable[str]) -> str:
+    """Name the first few, in order, and count the rest."""
+    first, *rest = sorted(names)
+    rest, more = rest[:2], len(rest) - 2
+    return ", ".join([first, *rest]) + (f" and {more} more" if more > 0 else "")

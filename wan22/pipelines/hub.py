@@ -20,8 +20,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import __version__
 from ..checkpoints.formats import stored_dtype
-from ..models.autoencoder import AutoencoderKLWan
-from ..models.transformer import WanTransformer3DModel
+from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+from ..models import autoencoder, transformer
 from ..presets import CONVERTED_FLOW_SHIFT, Preset
 from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
 from ..schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
@@ -214,7 +214,9 @@ def adopt(component: Any) -> Any:
         ValueError: the model was changed since it was loaded, by a LoRA or a quantiser say.
     """
     ours = _MODELS.get(type(component).__name__)
-    if ours is None or isinstance(component, ours):
+    if ours is None or isinstance(
+        component, (autoencoder.AutoencoderKLWan, transformer.WanTransformer3DModel)
+    ):
         return component
     with torch.device("meta"):
         model = ours.from_config(component.config)

@@ -1,0 +1,130 @@
+"""Weight files in the forms that circulate, written as their own programs write them, not by the library."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+Weights = dict[str, torch.Tensor]
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    """Whether the usual programs quantise this tensor: the blocks' matrices."""
+    return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
+
+
+def rounded(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def one_scale(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().max().float() / FP8_MAX
+
+
+def scales_per_output(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return "o g 1"."""
+    return weight.float().unflatten(1, (groups, -1)).abs().amax(2, keepdim=True) / FP8_MAX
+
+
+def comfy_old(weights: Weights, path: Path, prefix: str = "", full_matmul: bool = False) -> Weights:
+    """ComfyUI's first fp8_scaled: X.scale_weight and scaled_fp8. Like all, returns the values meant."""
+    file, values = {f"{prefix}scaled_fp8": torch.empty(2 if full_matmul else 0, dtype=FP8)}, {}
+    for name, tensor in weights.items():
+        file[prefix + name], values[name] = tensor, tensor
+        if is_linear(name, tensor):
+            scale, layer = one_scale(tensor), prefix + name.removesuffix(".weight")
+            file[prefix + name] = rounded(tensor, scale)
+            file[f"{layer}.scale_weight"], file[f"{layer}.scale_input"] = scale.clone(), torch.ones(())
+            values[name] = file[prefix + name].float() * scale
+    save_file(file, path)
+    return values
+
+
+def comfy_new(
+    weights: Weights, path: Path, notes: str = "tensors", prefix: str = "", kind: str = "float8_e4m3fn"
+):
+    """ComfyUI's present form: X.weight_scale, and a note on each layer beside it or in the header."""
+    file, values, layers = {}, {}, {}
+    for name, tensor in weights.items():
+        file[prefix + name], values[name] = tensor, tensor
+        if is_linear(name, tensor):
+            scale, layer = one_scale(tensor), prefix + name.removesuffix(".weight")
+            file[prefix + name] = rounded(tensor, scale)
+            file[f"{layer}.weight_scale"], file[f"{layer}.input_scale"] = scale.clone(), torch.ones(())
+            values[name] = file[prefix + name].float() * scale
+            layers[layer] = {"format": kind}
+            if notes == "tensors":
+                note = json.dumps(layers[layer]).encode()
+                file[f"{layer}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_file(file, path, metadata=header if notes == "header" else None)
+    return values
+
+
+def grouped(weights: Weights, path: Path, groups: int = 0, suffix: str = "scale_weight") -> Weights:
+    """musubi-tuner and LightX2V: one scale per output ("o 1", groups 0) or per group of inputs ("o g 1")."""
+    file, values = {}, {}
+    for name, tensor in weights.items():
+        file[name] = values[name] = tensor
+        if is_linear(name, tensor):
+            scale = scales_per_output(tensor, groups or 1)
+            file[name] = rounded(tensor.unflatten(1, (groups or 1, -1)), scale).flatten(1)
+            values[name] = (file[name].float().unflatten(1, (groups or 1, -1)) * scale).flatten(1)
+            stored = scale if groups else scale[:, 0]
+            file[f"{name.removesuffix('.weight')}.{suffix}"] = stored.contiguous()
+    save_file(file, path)
+    return values
+
+
+def plain_fp8(weights: Weights, path: Path) -> Weights:
+    file = {name: tensor.to(FP8) if is_linear(name, tensor) else tensor for name, tensor in weights.items()}
+    save_file(file, path)
+    return {name: tensor.float() for name, tensor in file.items()}
+
+
+def write_gguf(weights: Weights, path: Path, kind: str, architecture: str = "wan") -> Weights:
+    """GGUF as ComfyUI-GGUF's converter writes it: matrices in blocks, the rest in float32 or float16."""
+    writer = gguf.GGUFWriter(path, architecture)
+    quantization, values = gguf.GGMLQuantizationType[kind], {}
+    for name, tensor in weights.items():
+        data = tensor.float().numpy()
+        block = gguf.GGML_QUANT_SIZES[quantization][0]
+        if not is_linear(name, tensor) or data.shape[-1] % block:
+            if data.ndim > 4:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(data.shape))
+                data = data.reshape(data.shape[0], -1)
+            writer.add_tensor(name, data)
+            values[name] = tensor.float()
+            continue
+        blocks = blocks_of(data, quantization)
+        writer.add_tensor(name, blocks, raw_dtype=quantization)
+        values[name] = torch.from_numpy(gguf.quants.dequantize(blocks, quantization)).float()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def blocks_of(data: np.ndarray, quantization: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Quantise; where the gguf package cannot, make random blocks whose scales are small."""
+    try:
+        return gguf.quants.quantize(data, quantization)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[quantization]
+        rng = np.random.default_rng(data.size)
+        blocks = rng.integers(0, 256, (*data.shape[:-1], data.shape[-1] // block, size), dtype=np.uint8)
+        scales = np.float16([1e-3, 1e-3]).view(np.uint8)
+        if quantization.name == "Q6_K":
+            blocks[..., -2:] = scales[:2]
+        elif quantization.name in ("Q4_K", "Q5_K"):
+            blocks[..., :4] = scales
+        else:
+            raise
+        return blocks.reshape(*data.shape[:-1], -1)

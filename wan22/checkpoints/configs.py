@@ -1,0 +1,185 @@
+"""Tell from the shapes of its tensors which model a file holds, and with which configuration."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+HEAD_DIM = 128  # of every released Wan transformer
+# Parts that only other models of the family have, by the start of their names.
+OTHER_TRANSFORMERS = {
+    "vace_blocks.": "VACE",
+    "vace_patch_embedding.": "VACE",
+    "pose_patch_embedding.": "Wan2.2-Animate",
+    "face_encoder.": "Wan2.2-Animate",
+    "motion_encoder.": "Wan2.2-Animate",
+    "audio_injector.": "Wan2.2-S2V",
+    "casual_audio_encoder.": "Wan2.2-S2V",
+    "control_adapter.": "camera control",
+    "ref_conv.": "Fun control",
+}
+# Statistics of the Wan 2.2 autoencoder's latents. Source: Wan2.2 wan/modules/vae2_2.py, Wan2_2_VAE.
+LATENTS_MEAN_22 = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+LATENTS_STD_22 = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+
+
+def _unknown(source: str, rule: str) -> ValueError:
+    return ValueError(f"{source} is no Wan model that is known here: {rule}")
+
+
+def refuse_other_transformers(source: str, names: Iterable[str]) -> None:
+    """Refuse a transformer that does more than text and image to video.
+
+    Args:
+        source: the file, for the error.
+        names: of its tensors.
+
+    Raises:
+        ValueError: it is one; its kind is named.
+    """
+    for start, what in OTHER_TRANSFORMERS.items():
+        if any(name.startswith(start) for name in names):
+            raise ValueError(f"{source} is a transformer for {what}, which is not supported")
+
+
+def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None) -> dict[str, Any]:
+    """Return the configuration of the transformer with these tensors, under official names.
+
+    Args:
+        source: the file, for errors.
+        shapes: of its tensors.
+        head_dim: size of a head, which the shapes do not tell; None: that of every released transformer.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    get = _getter(source, shapes)
+    dim, in_channels, *patch = get("patch_embedding.weight")
+    head_dim = head_dim or HEAD_DIM
+    heads, rest = divmod(dim, head_dim)
+    if rest:
+        raise _unknown(
+            source,
+            f"its size {dim} is not a multiple of {head_dim}, the size of a head; give attention_head_dim",
+        )
+    image = shapes.get("img_emb.proj.0.weight")
+    positions = shapes.get("img_emb.emb_pos")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "out_channels": get("head.head.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        "text_dim": get("text_embedding.0.weight")[1],
+        "freq_dim": get("time_embedding.0.weight")[1],
+        "ffn_dim": get("blocks.0.ffn.0.weight")[0],
+        "num_layers": _count(shapes, "blocks"),
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "image_dim": image[0] if image else None,
+        "added_kv_proj_dim": get("blocks.0.cross_attn.k_img.weight")[1] if image else None,
+        "pos_embed_seq_len": positions[1] if positions else None,
+    }
+
+
+@dataclass(frozen=True)
+class AutoencoderLayout:
+    """How an autoencoder's blocks are grouped, which its tensors' names depend on.
+
+    Args:
+        residual: whether it is of the 2.2 kind, with a shortcut around each resolution.
+        levels: resolutions.
+        blocks: residual blocks of each in the encoder; the decoder has one more.
+    """
+
+    residual: bool
+    levels: int
+    blocks: int
+
+    def ends(self) -> Iterator[tuple[str, str]]:
+        """Yield for each resolution the official names of its last residual block and of its downsampler."""
+        for level in range(self.levels):
+            first = level * (self.blocks + 1)
+            start, first = (
+                (f"encoder.downsamples.{level}.downsamples", 0)
+                if self.residual
+                else ("encoder.downsamples", first)
+            )
+            yield f"{start}.{first + self.blocks - 1}", f"{start}.{first + self.blocks}"
+
+
+def autoencoder_layout(names: Iterable[str]) -> AutoencoderLayout:
+    """Tell an autoencoder's layout from its tensors' names, official ones or ours."""
+    names = set(names)
+    if levels := _count(names, "decoder.up_blocks"):
+        residual = _count(names, "encoder.down_blocks.0.resnets") > 0
+        return AutoencoderLayout(residual, levels, _count(names, "decoder.up_blocks.0.resnets") - 1)
+    if _count(names, "encoder.downsamples.0.downsamples"):
+        levels = _count(names, "encoder.downsamples")
+        return AutoencoderLayout(True, levels, _count(names, f"encoder.downsamples.{levels - 1}.downsamples"))
+    layers = _count(names, "encoder.downsamples")
+    levels = 1 + sum(f"encoder.downsamples.{i}.resample.1.weight" in names for i in range(layers))
+    return AutoencoderLayout(False, levels, (layers + 1) // levels - 1)
+
+
+def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
+    """Return the configuration of the autoencoder with these tensors, under official names.
+
+    Statistics of the latents are those of the released autoencoder with as many channels.
+
+    Args:
+        source: the file, for errors.
+        shapes: of its tensors.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    get, layout = _getter(source, shapes), autoencoder_layout(shapes)
+    z_dim, (base, patched) = get("conv2.weight")[0], get("encoder.conv1.weight")[:2]
+    decoder_base = get("decoder.head.2.weight")[1]
+    widths = [get(f"{block}.residual.2.weight")[0] for block, _ in layout.ends()]
+    steps = [f"{downsampler}.time_conv.weight" in shapes for _, downsampler in layout.ends()]
+    statistics = {"latents_mean": LATENTS_MEAN_22, "latents_std": LATENTS_STD_22} if z_dim == 48 else {}
+    patch = math.isqrt(patched // 3)
+    return statistics | {
+        "base_dim": base,
+        "decoder_base_dim": None if decoder_base == base else decoder_base,
+        "z_dim": z_dim,
+        "dim_mult": [width // base for width in widths],
+        "num_res_blocks": layout.blocks,
+        "temperal_downsample": steps[:-1],
+        "is_residual": layout.residual,
+        "in_channels": patched,
+        "out_channels": get("decoder.head.2.weight")[0],
+        "patch_size": patch if patch > 1 else None,
+        "scale_factor_spatial": 2 ** (layout.levels - 1) * patch,
+    }
+
+
+def _getter(source: str, shapes: Shapes) -> Callable[[str], tuple[int, ...]]:
+    def get(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise _unknown(source, f"it has no {name}")
+        return shapes[name]
+
+    return get
+
+
+def _count(names: Iterable[str], start: str) -> int:
+    """Return how many numbers follow this start of a name."""
+    return len({name[len(start) + 1 :].split(".")[0] for name in names if name.startswith(f"{start}.")})

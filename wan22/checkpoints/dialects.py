@@ -1,0 +1,110 @@
+"""Bring the many ways in which files prefix and scale the same weights to one form.
+
+Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimization_utils.py, LightX2V.
+"""
+
+import json
+from collections.abc import Mapping
+
+import torch
+
+from .formats import WeightFile
+from .quantized import FLOAT8, QuantizedTensor, scaled_float8
+
+Tensors = dict[str, torch.Tensor | QuantizedTensor]
+
+# What may stand before all names of one model.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "module.", "model.")
+# Beside a weight X.weight: its scale, under either name; the scale of the layer's inputs, of no use where the
+# weight is expanded and not the inputs rounded; and ComfyUI's note on how X is quantised.
+_WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+_INPUT_SCALES = (".scale_input", ".input_scale")
+_NOTE = ".comfy_quant"
+_MARKER = "scaled_fp8"  # says that all float8 weights of the file have scales
+_NOTES = "_quantization_metadata"  # the notes on all layers, in the header
+_FLOAT8_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def normalize(file: WeightFile) -> Tensors:
+    """Return a file's tensors without prefixes, each float8 weight together with its scale.
+
+    Raises:
+        ValueError: a layer is quantised in a way that is not known, or its scale is missing.
+    """
+    found: dict[str, torch.Tensor | QuantizedTensor] = {}
+    for key, tensor in file.tensors.items():
+        name = key.replace("_orig_mod.", "")
+        if name in found:
+            raise ValueError(f"{file.source} holds {name} twice, compiled and not")
+        found[name] = tensor
+    found = _without_prefix(found)
+    marked = found.pop(_MARKER, None) is not None
+    notes = _notes(file, found)
+    scales = {name: found.pop(name) for name in [*found] if name.endswith(_WEIGHT_SCALES)}
+    for name in [*found]:
+        if name.endswith(_INPUT_SCALES):
+            del found[name]
+    for layer, note in notes.items():
+        _check_note(file.source, layer, note, found)
+    result: Tensors = {}
+    for name, tensor in found.items():
+        layer = name.removesuffix(".weight")
+        scale = next((scales.pop(layer + s) for s in _WEIGHT_SCALES if layer + s in scales), None)
+        if isinstance(tensor, QuantizedTensor) or tensor.dtype in _PLAIN:
+            if scale is not None:
+                raise ValueError(f"{file.source}: {name} is not float8, but has a scale")
+            result[name] = tensor
+        elif tensor.dtype in FLOAT8:
+            if scale is None and (marked or layer in notes) and name.endswith(".weight") and tensor.ndim == 2:
+                raise ValueError(f"{file.source}: {name} is scaled float8, but its scale is missing")
+            try:
+                result[name] = scaled_float8(tensor, None if scale is None else _number(scale))
+            except ValueError as error:
+                raise ValueError(f"{file.source}: {name}: {error}") from error
+        else:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file.source}: {name} is {kind}; weights of this kind are not read")
+    if scales:
+        raise ValueError(f"{file.source}: there is no weight for {', '.join(sorted(scales)[:3])}")
+    return result
+
+
+def _without_prefix(tensors: Mapping[str, torch.Tensor | QuantizedTensor]) -> Tensors:
+    for prefix in _PREFIXES:
+        # ComfyUI's marker may stand before the prefix.
+        if all(name.startswith(prefix) or name == _MARKER for name in tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _notes(file: WeightFile, found: Tensors) -> dict[str, dict]:
+    """Take the notes on quantised layers out of the tensors; return them by layer, with the header's."""
+    notes = {}
+    for name in [name for name in found if name.endswith(_NOTE)]:
+        notes[name.removesuffix(_NOTE)] = json.loads(bytes(_number(found.pop(name)).tolist()))
+    header = json.loads(file.metadata.get(_NOTES, "{}"))
+    for layer, note in header.get("layers", {}).items():
+        for prefix in _PREFIXES:
+            layer = layer.removeprefix(prefix)
+        notes.setdefault(layer, note)
+    return notes
+
+
+def _check_note(source: str, layer: str, note: dict, tensors: Tensors) -> None:
+    kind, weight = note.get("format"), tensors.get(f"{layer}.weight")
+    if kind not in _FLOAT8_NAMES:
+        raise ValueError(
+            f"{source}: {layer} is quantised as {kind}; of such layers {', '.join(_FLOAT8_NAMES)} are read"
+        )
+    if weight is None:
+        raise ValueError(f"{source} describes {layer}, but has no {layer}.weight")
+    if isinstance(weight, QuantizedTensor) or weight.dtype != _FLOAT8_NAMES[kind]:
+        stored = "GGUF" if isinstance(weight, QuantizedTensor) else weight.dtype
+        raise ValueError(f"{source}: {layer} is said to be {kind}, but is {stored}")
+
+
+def _number(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+    if isinstance(tensor, QuantizedTensor):
+        raise ValueError("a scale is itself quantised")
+    return tensor

@@ -1,0 +1,164 @@
+"""The models, with the files and folders that they can be loaded from."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from ..models import autoencoder, transformer
+from .configs import (
+    Shapes,
+    autoencoder_config,
+    autoencoder_layout,
+    refuse_other_transformers,
+    transformer_config,
+)
+from .dialects import normalize
+from .formats import read_weights
+from .keys import TRANSFORMER, KeyTable, autoencoder_keys
+from .loading import fill, official_names, shapes_of
+
+_HUB_OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
+
+
+class FromFiles:
+    """Lets a model be loaded from any file or folder that holds its weights."""
+
+    _official_files: tuple[str, ...]  # patterns of the weights' names in the official layout
+    _keys_to_ignore_on_load_unexpected: Any
+
+    @classmethod
+    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
+        """Return the table for the model with tensors of these names, official ones or ours."""
+        raise NotImplementedError
+
+    @classmethod
+    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration of the model with these tensors, under official names.
+
+        Args:
+            source: the file, for errors.
+            shapes: of the tensors.
+            given: entries that are known.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        dequantize: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        **config: Any,
+    ) -> Any:
+        """Load a model from a weight file of any format; what it holds is told from its tensors.
+
+        Args:
+            path: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF; or a folder of shards.
+            dtype: of the parameters; None: as they are stored, bfloat16 for those that were quantised.
+            dequantize: whether to expand quantised weights, which stay quantised otherwise.
+            torch_dtype: another name for dtype.
+            **config: entries of the configuration that are not what the shapes say, such as
+                attention_head_dim, 128 in every released transformer.
+
+        Returns: the model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no such file, or a shard is missing.
+            ValueError: the file cannot be read, is another model's, or holds weights that have no place.
+        """
+        file = read_weights(Path(path).expanduser())
+        tensors, source = normalize(file), file.source
+        table = cls._keys(source, tensors)
+        tensors = official_names(source, tensors, table, cls._keys_to_ignore_on_load_unexpected or ())
+        config = cls._config(source, shapes_of(tensors), config) | config
+        with torch.device("meta"):
+            model: Any = cls(**config)
+        ours = {str(table.rename(name)): tensor for name, tensor in tensors.items()}
+        return fill(model, source, ours, dtype or torch_dtype, dequantize)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a model from a folder or hub repository in the Diffusers or the official layout, or a file.
+
+        Args:
+            pretrained_model_name_or_path: folder, repository or file.
+            **kwargs: in the Diffusers layout those of diffusers' `from_pretrained`; otherwise `subfolder`,
+                the hub's options, and those of `from_single_file`.
+
+        Returns: the model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no such file, or a shard is missing.
+            ValueError: it cannot be read, is another model's, or holds weights that have no place.
+        """
+        root, subfolder = Path(pretrained_model_name_or_path).expanduser(), kwargs.get("subfolder") or ""
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS & kwargs.keys()}
+        local = root.exists()
+        if not local:
+            wanted = str(Path(subfolder, "config.json"))
+            root = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted, **hub))
+        place = root / subfolder
+        config = _read_json(place / "config.json")
+        if config.get("_class_name") == cls.__name__:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if not local:
+            wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
+            snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted_files, **hub)
+        options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
+        return cls.from_single_file(cls._weights_in(place), **_official_settings(config) | options)
+
+    @classmethod
+    def _weights_in(cls, place: Path) -> Path:
+        """Return what to read in the official layout: the file itself, the folder, or the one file in it."""
+        files = [path for pattern in cls._official_files for path in sorted(place.glob(pattern))]
+        single = [path for path in files if path.suffix == ".pth"]
+        if len(single) > 1:
+            names = ", ".join(path.name for path in single)
+            raise ValueError(f"{place} holds several {cls.__name__}: {names}; give the path of one")
+        return single[0] if single else place
+
+
+class WanTransformer3DModel(FromFiles, transformer.WanTransformer3DModel):
+    """`wan22.models.transformer.WanTransformer3DModel`, loadable from any file."""
+
+    _official_files = ("*.safetensors", "*.safetensors.index.json")
+
+    @classmethod
+    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
+        refuse_other_transformers(source, names)
+        return TRANSFORMER
+
+    @classmethod
+    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
+        return transformer_config(source, shapes, given.get("attention_head_dim"))
+
+
+class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
+    """`wan22.models.autoencoder.AutoencoderKLWan`, loadable from any file."""
+
+    _official_files = ("*VAE.pth",)
+
+    @classmethod
+    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
+        layout = autoencoder_layout(names)
+        return autoencoder_keys(layout.residual, layout.blocks, layout.levels)
+
+    @classmethod
+    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
+        return autoencoder_config(source, shapes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _official_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what an official transformer's config.json says that the shapes do not."""
+    if "num_heads" not in config:
+        return {}
+    return {"attention_head_dim": config["dim"] // config["num_heads"], "eps": config["eps"]}

@@ -1,0 +1,167 @@
+"""Weights that stay as small in memory as they are in their file: scaled float8, and GGUF's blocks.
+
+Shapes: o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+Parts = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ScaledFloat8:
+    """Float8 numbers, kept as bytes, times a scale.
+
+    Args:
+        kind: the float8 dtype.
+        groups: groups of inputs with a scale of their own; None for one scale for all.
+    """
+
+    kind: torch.dtype
+    groups: int | None
+
+    def expand(self, parts: Parts) -> torch.Tensor:
+        """Return the values in float32."""
+        values = parts["data"].view(self.kind).float()
+        if self.groups is None:
+            return values * parts["scale"]
+        return (values.unflatten(1, (self.groups, -1)) * parts["scale"]).flatten(1)
+
+
+@dataclass(frozen=True)
+class GgufBlocks:
+    """Blocks of GGUF.
+
+    Args:
+        kind: name of their type, such as "Q4_K".
+        shape: of the tensor.
+
+    Raises:
+        ValueError: there is no way to read blocks of this type.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _ = self._reader  # refused now rather than at the first call
+
+    def expand(self, parts: Parts) -> torch.Tensor:
+        """Return the values in float32."""
+        block, size, function = self._reader
+        return function(parts["data"].reshape(-1, size), block, size, dtype=torch.float32).reshape(self.shape)
+
+    @cached_property
+    def _reader(self) -> tuple[int, int, Callable[..., torch.Tensor]]:
+        import gguf
+        from diffusers.quantizers.gguf.utils import dequantize_functions
+
+        number = gguf.GGMLQuantizationType[self.kind]
+        if number not in dequantize_functions:
+            known = ", ".join(sorted(n.name for n in dequantize_functions))
+            raise ValueError(f"blocks of type {self.kind} cannot be read; these can: {known}")
+        return *gguf.GGML_QUANT_SIZES[number], dequantize_functions[number]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor in fewer bytes than its values.
+
+    Args:
+        shape: of the values.
+        format: how the parts make up the values.
+        parts: the tensors that the file holds for it.
+    """
+
+    shape: tuple[int, ...]
+    format: ScaledFloat8 | GgufBlocks
+    parts: Parts
+
+    def expand(self) -> torch.Tensor:
+        """Return the values in float32."""
+        return self.format.expand(self.parts)
+
+
+def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
+    """Return a float8 tensor that is to be multiplied by a scale.
+
+    Args:
+        data: float8.
+        scale: one number; for data of "o i" also "o", "o 1" or "o g 1"; None for 1.
+
+    Raises:
+        ValueError: the scale is of another shape.
+    """
+    scale = torch.ones(()) if scale is None else scale.float()
+    shape, groups = tuple(data.shape), None
+    if scale.numel() == 1:
+        scale = scale.reshape(())
+    elif len(shape) == 2 and tuple(scale.shape) in ((shape[0],), (shape[0], 1)):
+        scale, groups = scale.reshape(-1, 1, 1), 1
+    elif (
+        len(shape) == 2
+        and scale.ndim == 3
+        and scale.shape[::2] == (shape[0], 1)
+        and not shape[1] % scale.shape[1]
+    ):
+        groups = scale.shape[1]
+    else:
+        raise ValueError(
+            f"the scale has shape {tuple(scale.shape)}; a weight of shape {shape} may have one number, or "
+            "one per output or per group of an output's inputs"
+        )
+    parts = {"data": data.view(torch.uint8), "scale": scale}
+    return QuantizedTensor(shape, ScaledFloat8(data.dtype, groups), parts)
+
+
+def expanded(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+    """Return a tensor as an ordinary one; a quantised one in float32."""
+    return tensor.expand() if isinstance(tensor, QuantizedTensor) else tensor
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight is expanded at each call, in float32 and then to the input's dtype.
+
+    Args:
+        weight: "o i".
+        bias: "o", or None.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias is not None, device="meta")
+        del self.weight
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.format, self._parts = weight.format, tuple(weight.parts)
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The expanded weight, "o i" float32, computed anew."""
+        return self.format.expand({name: getattr(self, name) for name in self._parts})
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map "… i" to "… o", in the input's dtype."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # A cast of the model moves the scale, but does not round it.
+        kept = {name: getattr(self, name) for name in self._parts}
+        super()._apply(fn, recurse)
+        for name, part in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != part.dtype:
+                setattr(self, name, part.to(moved.device))
+        return self
