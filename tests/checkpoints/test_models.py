@@ -208,6 +208,14 @@ def test_quantised_files(official, form, tmp_path):
     assert error < 0.02
 
 
+def test_saved_it_is_an_ordinary_model(official, tmp_path):
+    values = writers.grouped(official, tmp_path / "w", groups=4)
+    model = WanTransformer3DModel.from_single_file(tmp_path / "w")
+    model.save_pretrained(tmp_path / "saved")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "saved")
+    assert_same(theirs, plain(values))
+
+
 def test_the_dtype_of_what_was_quantised(official, tmp_path):
     writers.comfy_old(official, tmp_path / "w")
     model = WanTransformer3DModel.from_single_file(tmp_path / "w", dequantize=True)

@@ -66,7 +66,12 @@ def official_names(source: str, tensors: Tensors, table: KeyTable, ignored: Iter
 
 
 def fill(
-    model: Model, source: str, tensors: Tensors, dtype: torch.dtype | None = None, dequantize: bool = False
+    model: Model,
+    source: str,
+    tensors: Tensors,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    in_float32: Iterable[str] = (),
 ) -> Model:
     """Give a model on the meta device its weights, in place.
 
@@ -77,9 +82,9 @@ def fill(
         model: its parameters are replaced.
         source: the file, for errors.
         tensors: under the model's own names.
-        dtype: of the floating-point parameters, but for those that the model keeps in float32; None: that
-            of the file, bfloat16 for what was quantised.
+        dtype: of the parameters; None: that of the file, bfloat16 for what was quantised.
         dequantize: whether to expand quantised weights, too.
+        in_float32: names of modules and parameters that are float32 where dtype is a half one.
 
     Returns: the model, ready to run.
 
@@ -96,7 +101,7 @@ def fill(
         name = min(wrong)
         rule = f"{name} is {found[name]}, it must be {expected[name]}"
         raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = set(in_float32)
     quantized: list[tuple[str, QuantizedTensor]] = []
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
@@ -113,8 +118,8 @@ def fill(
         owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
     for path, weight in quantized:
         parent, _, attribute = path.rpartition(".")
-        linear = QuantizedLinear(weight, model.get_parameter(f"{path}.bias"))
-        setattr(model.get_submodule(parent), attribute, linear)
+        linear = model.get_submodule(path)
+        setattr(model.get_submodule(parent), attribute, QuantizedLinear(weight, linear._parameters["bias"]))
     return model.eval()
 
 

@@ -29,6 +29,7 @@ class FromFiles:
 
     _official_files: tuple[str, ...]  # patterns of the weights' names in the official layout
     _keys_to_ignore_on_load_unexpected: Any
+    _keep_in_fp32_modules: Any
 
     @classmethod
     def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
@@ -79,7 +80,8 @@ class FromFiles:
         with torch.device("meta"):
             model: Any = cls(**config)
         ours = {str(table.rename(name)): tensor for name, tensor in tensors.items()}
-        return fill(model, source, ours, dtype or torch_dtype, dequantize)
+        kept = cls._keep_in_fp32_modules or ()
+        return fill(model, source, ours, dtype or torch_dtype, dequantize, kept)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

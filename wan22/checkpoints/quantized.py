@@ -156,6 +156,13 @@ class QuantizedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Saved, it is an ordinary layer that any program reads.
+        dtype = torch.bfloat16 if self.bias is None else self.bias.dtype
+        destination[f"{prefix}weight"] = self.weight.to(dtype)
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A cast of the model moves the scale, but does not round it.
         kept = {name: getattr(self, name) for name in self._parts}

@@ -21,7 +21,8 @@ from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .conditions import Condition
 from .experts import Expert
-from .hub import HubPipeline, adopt
+from .files import FilesPipeline
+from .hub import adopt
 from .output import Recipe, WanVideo, to_uint8
 from .plan import make_plan
 from .request import Plan, Prompt, Request
@@ -30,7 +31,7 @@ from .text import TEXT_ROWS, encode_prompt, pad_rows
 logger = logging.getLogger(__name__)
 
 
-class WanPipeline(HubPipeline):
+class WanPipeline(FilesPipeline):
     """Base of WanT2VPipeline and WanI2VPipeline.
 
     Args:

@@ -49,7 +49,7 @@ _MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": A
 _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
     f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
 }
-_HUB_ACCESS = {"cache_dir", "force_download", "proxies", "token", "local_files_only", "revision"}
+HUB_ACCESS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
 # Both may stand in model_index.json; diffusers ignores them. The first says that the settings in the folder
 # are somebody's choice; the second names a folder, next to this one, that has the components missing here.
 _MARK = "_wan22_version"
@@ -92,8 +92,8 @@ class HubPipeline(DiffusionPipeline):
         local = Path(folder).is_dir()
         if not local and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
             raise FileNotFoundError(f"there is no folder {source}, and a repository's name is like org/name")
+        access = {name: kwargs[name] for name in HUB_ACCESS & kwargs.keys()}
         # A checkpoint of another task is refused before its weights are downloaded.
-        access = {name: kwargs[name] for name in _HUB_ACCESS & kwargs.keys()}
         config = cls.load_config(folder if local else source, **access)
         task = config["_class_name"]
         # TI2V-5B serves both tasks, under whichever name it was saved.
