@@ -156,10 +156,17 @@ class QuantizedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
+    def expand(self) -> nn.Linear:
+        """Return an ordinary layer with the expanded weight, in the bias's dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.bias = self.bias
+        weight = self.weight.to(torch.bfloat16 if self.bias is None else self.bias.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Saved, it is an ordinary layer that any program reads.
-        dtype = torch.bfloat16 if self.bias is None else self.bias.dtype
-        destination[f"{prefix}weight"] = self.weight.to(dtype)
+        destination[f"{prefix}weight"] = self.expand().weight.detach()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 

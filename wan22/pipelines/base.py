@@ -23,6 +23,7 @@ from .conditions import Condition
 from .experts import Expert
 from .files import FilesPipeline
 from .hub import adopt
+from .lora import LoraPipeline
 from .output import Recipe, WanVideo, to_uint8
 from .plan import make_plan
 from .request import Plan, Prompt, Request
@@ -31,7 +32,7 @@ from .text import TEXT_ROWS, encode_prompt, pad_rows
 logger = logging.getLogger(__name__)
 
 
-class WanPipeline(FilesPipeline):
+class WanPipeline(LoraPipeline, FilesPipeline):
     """Base of WanT2VPipeline and WanI2VPipeline.
 
     Args:

@@ -118,6 +118,7 @@ class WanI2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
+        recipe: str | None = None,
     ) -> WanVideo | tuple[Any]:
         """Make videos that start from images.
 

@@ -2,11 +2,14 @@
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..presets import FEW_STEPS
+from ..schedulers import FlowMatchEulerScheduler
 from . import checks
 from .experts import Experts
 from .output import OUTPUT_TYPES, Recipe
@@ -26,6 +29,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
             value.
     """
     pipe.check_components()  # one may have been replaced since
+    request = _with_recipe(request)
     checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
     checks.check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     checks.check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
@@ -59,6 +63,19 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
         **request.recorded(),
     )
     return Plan(request, recipe, generators, scheduler, experts, guided, callback_tensors)
+
+
+def _with_recipe(request: Request) -> Request:
+    """Fill in what a recipe asked for by its name says."""
+    if request.recipe is None:
+        return request
+    checks.check_choice("recipe", request.recipe, tuple(FEW_STEPS))
+    for name in ("num_inference_steps", "flow_shift", "sigmas", "timesteps"):
+        if getattr(request, name) is not None:
+            raise ValueError(f"recipe={request.recipe!r} has its own timesteps; leave {name} out")
+    few = FEW_STEPS[request.recipe]
+    scale = few.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return replace(request, timesteps=few.timesteps, guidance_scale=scale)
 
 
 def _prompts(pipe: "WanPipeline", request: Request) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
@@ -173,7 +190,8 @@ def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
     if steps is not None:
         checks.check_positive_int("num_inference_steps", steps)
     device = pipe._execution_device
-    return set_schedule(pipe.scheduler, device, steps, request.flow_shift, request.sigmas, request.timesteps)
+    scheduler = FlowMatchEulerScheduler() if request.recipe else pipe.scheduler
+    return set_schedule(scheduler, device, steps, request.flow_shift, request.sigmas, request.timesteps)
 
 
 def _experts(pipe: "WanPipeline", request: Request, scheduler: Any) -> Experts:

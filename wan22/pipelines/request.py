@@ -45,6 +45,7 @@ class Request:
     sigmas: Sequence[float] | None
     timesteps: Sequence[float] | None
     noise_device: str | None
+    recipe: str | None
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> "Self":

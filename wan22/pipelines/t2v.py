@@ -59,6 +59,7 @@ class WanT2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
+        recipe: str | None = None,
     ) -> WanVideo | tuple[Any]:
         """Make videos of prompts.
 
@@ -91,6 +92,8 @@ class WanT2VPipeline(WanPipeline):
             sigmas: noise levels instead of num_inference_steps and flow_shift, as they are.
             timesteps: likewise, 0 to 1000.
             noise_device: where the noise is drawn; "cpu", the default, gives the same noise on every machine.
+            recipe: "lightning-4", for LoRAs and checkpoints distilled to four steps: the trained timesteps,
+                Euler's method, no guidance unless guidance_scale says so.
 
         Returns: the videos and the recipe that made them.
 

@@ -1,0 +1,299 @@
+"""LoRAs for pipelines with one or two transformers."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import hf_hub_download, list_repo_files
+
+from ..checkpoints.adapters import Adapters, adapters_of
+from ..checkpoints.formats import WeightFile, read_weights
+from ..checkpoints.loading import listed
+from ..checkpoints.lora import SLOTS, Lora, read_lora
+from .hub import HUB_ACCESS
+
+logger = logging.getLogger(__name__)
+
+# How pairs for the two experts are named; Lightning's are so.
+_PAIR = ("high_noise_model.safetensors", "low_noise_model.safetensors")
+# One strength for all experts, or one for each: (high, low), or by the transformer's name.
+Strength = float | Sequence[float] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a folder or repository a LoRA's file is.
+
+    Args:
+        weight_name: of the file; None: the only one.
+        subfolder: that holds it.
+        hub: options of the download.
+    """
+
+    weight_name: str | None
+    subfolder: str
+    hub: dict[str, Any]
+
+    def files_of(self, source: str | Path) -> list[str]:
+        """Return the names of the safetensors files there.
+
+        Raises:
+            FileNotFoundError: there is no such folder, and it is no repository's name.
+        """
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return sorted(path.name for path in (folder / self.subfolder).glob("*.safetensors"))
+        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+            raise FileNotFoundError(f"there is no file {source}, and a repository's name is like org/name")
+        paths = map(PurePosixPath, list_repo_files(str(source), **self._options("revision", "token")))
+        here = [path for path in paths if path.parent == PurePosixPath(self.subfolder)]
+        return sorted(path.name for path in here if path.suffix == ".safetensors")
+
+    def fetch(self, source: str | Path, name: str) -> Path:
+        """Return the path of one of these files, downloading it first from a repository."""
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return folder / self.subfolder / name
+        return Path(hf_hub_download(str(source), name, subfolder=self.subfolder or None, **self.hub))
+
+    def _options(self, *names: str) -> dict[str, Any]:
+        return {name: self.hub[name] for name in names if name in self.hub}
+
+
+class LoraPipeline:
+    """LoRAs in the transformers of a pipeline; the methods have the names that diffusers gives them.
+
+    Adapters are active from when they are loaded until `set_adapters` leaves them out.
+    """
+
+    transformer: Any
+    transformer_2: Any
+
+    def load_lora_weights(
+        self,
+        lora: Any = None,
+        adapter_name: str | None = None,
+        *,
+        high: Any = None,
+        low: Any = None,
+        strength: Strength = 1.0,
+        weight_name: str | None = None,
+        subfolder: str = "",
+        **hub: Any,
+    ) -> str:
+        """Load a LoRA in any dialect: one for all transformers, or a pair for the two experts.
+
+        Args:
+            lora: file, folder, repository, or table of tensors, for both experts; what it names
+                "transformer_2." is for the low-noise expert alone. A folder or repository that holds
+                high_noise_model.safetensors and low_noise_model.safetensors is a pair.
+            adapter_name: what to call it; default is "lora_0", "lora_1", …
+            high: the high-noise expert's file and so on.
+            low: the low-noise expert's.
+            strength: what its changes are multiplied by: one number, two (high, low), or a table such as
+                {"transformer": 1, "transformer_2": 0.5}.
+            weight_name: file in the folder or repository.
+            subfolder: where it is in there.
+            **hub: options of the download: `cache_dir`, `force_download`, `token`, `local_files_only`,
+                `revision`.
+
+        Returns: the adapter's name.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: nothing in the file fits the transformer, it is no LoRA, or the name is taken.
+        """
+        if unknown := sorted(hub.keys() - HUB_ACCESS):
+            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}")
+        if (lora is None) == (high is None and low is None):
+            raise ValueError("give one LoRA, or high= and low=")
+        name = adapter_name or self._free_name()
+        if name in self._strengths():
+            raise ValueError(f"there is an adapter {name!r} already; choose another name")
+        loras = self._read_loras(lora, (high, low), Place(weight_name, subfolder, hub))
+        strengths = _by_slot(strength)
+        for slot, part in loras.items():
+            adapters_of(getattr(self, slot)).load(name, part, strengths[slot])
+        return name
+
+    def set_adapters(
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: Strength | Sequence[Strength | None] | None = None,
+    ) -> None:
+        """Choose the active adapters and their strengths.
+
+        Args:
+            adapter_names: those to be active; all others are not.
+            adapter_weights: one strength for all, or a list with one for each adapter; each as the strength
+                of `load_lora_weights`. None: 1.
+
+        Raises:
+            ValueError: there is no such adapter, or there are not as many strengths.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        many = isinstance(adapter_weights, Sequence) and not isinstance(adapter_names, str)
+        weights: list[Any] = list(adapter_weights) if many else [adapter_weights] * len(names)  # type: ignore[arg-type]
+        if len(weights) != len(names):
+            raise ValueError(
+                f"{len(weights)} strengths for {len(names)} adapters; give {len(names)}, or one for all"
+            )
+        chosen = {name: _by_slot(1.0 if w is None else w) for name, w in zip(names, weights, strict=True)}
+        for slot, adapters in self._adapters().items():
+            adapters.set({name: strengths[slot] for name, strengths in chosen.items()})
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the loaded adapters of each transformer that has any."""
+        return {slot: list(a.strengths) for slot, a in self._adapters().items() if a.strengths}
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the adapters that change something now."""
+        active = {
+            n: None for a in self._adapters().values() if a.enabled for n, s in a.strengths.items() if s
+        }
+        return list(active)
+
+    def disable_lora(self) -> None:
+        """Compute without adapters until `enable_lora`."""
+        self._switch(False)
+
+    def enable_lora(self) -> None:
+        """Compute with the adapters again."""
+        self._switch(True)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters out.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        for adapters in self._adapters().values():
+            adapters.remove(names)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out; the transformers are then as they were before the first, to the bit."""
+        for adapters in self._adapters().values():
+            adapters.remove(list(adapters.strengths))
+
+    def fuse_lora(self, dequantize: bool = False) -> None:
+        """Add the active adapters to the weights of all transformers, so that they cost no time.
+
+        The weights as they were are kept in the host's memory.
+
+        Args:
+            dequantize: whether to expand quantised layers for it, which then need an ordinary layer's memory.
+
+        Raises:
+            ValueError: layers are quantised and dequantize is False, or a LoRA is fused already.
+        """
+        for adapters in self._adapters().values():
+            adapters.fuse(dequantize)
+
+    def unfuse_lora(self) -> None:
+        """Give all transformers the weights back that they had before `fuse_lora`, to the bit."""
+        for adapters in self._adapters().values():
+            adapters.unfuse()
+
+    # ---- files ----
+
+    def _read_loras(self, lora: Any, pair: tuple[Any, Any], place: Place) -> dict[str, Lora]:
+        """Read a file for both experts, or one for each; return what each transformer gets."""
+        if lora is not None and (found := _pair_in(lora, place)):
+            lora, pair = None, found
+        if lora is None:
+            _warn_if_swapped(*pair)
+            sources = dict(zip(SLOTS, pair, strict=True))
+            files = {slot: _read(s, place) for slot, s in sources.items() if s is not None}
+            if lacking := [slot for slot in files if getattr(self, slot) is None]:
+                raise ValueError(f"there is a LoRA for {lacking[0]}, which is not loaded")
+            return {slot: self._part(file, slot, SLOTS[0]) for slot, file in files.items()}
+        file = _read(lora, place)
+        loaded = [slot for slot in SLOTS if getattr(self, slot) is not None]
+        named = any(key.startswith("transformer_2.") for key in file.tensors)
+        return {slot: self._part(file, slot, slot if named else SLOTS[0]) for slot in loaded}
+
+    def _part(self, file: WeightFile, slot: str, section: str) -> Lora:
+        """Return what a file's section has for a transformer; name what fits nowhere."""
+        lora = read_lora(file, adapters_of(getattr(self, slot)).shapes)[section]
+        if not lora:
+            raise ValueError(
+                f"{file.source}: no key fits {slot}; "
+                + (f"there are {listed(lora.unmatched)}" if lora.unmatched else "there is none for it")
+            )
+        if lora.unmatched:
+            logger.warning("%s: %s fit nothing in %s", file.source, listed(lora.unmatched), slot)
+        return lora
+
+    # ---- adapters ----
+
+    def _adapters(self) -> dict[str, Adapters]:
+        return {slot: adapters_of(m) for slot in SLOTS if (m := getattr(self, slot)) is not None}
+
+    def _strengths(self) -> set[str]:
+        return {name for adapters in self._adapters().values() for name in adapters.strengths}
+
+    def _free_name(self) -> str:
+        return next(name for i in range(10**6) if (name := f"lora_{i}") not in self._strengths())
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        known = sorted(self._strengths())
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; there is {', '.join(known) or 'none'}")
+
+    def _switch(self, enabled: bool) -> None:
+        for adapters in self._adapters().values():
+            adapters.enabled = enabled
+            adapters.apply()
+
+
+def _by_slot(strength: Strength) -> dict[str, float]:
+    """Return the strength in each transformer."""
+    if isinstance(strength, Mapping):
+        if unknown := sorted(strength.keys() - set(SLOTS)):
+            raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
+        return {slot: float(strength.get(slot, 1.0)) for slot in SLOTS}
+    if isinstance(strength, Sequence):
+        if len(strength) != len(SLOTS):
+            raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
+        return dict(zip(SLOTS, map(float, strength), strict=True))
+    return dict.fromkeys(SLOTS, float(strength))
+
+
+def _read(source: Any, place: Place) -> WeightFile:
+    """Read a LoRA's file; from a folder or a repository, the one of the name asked for, or the only one."""
+    if isinstance(source, Mapping):
+        return WeightFile("the given table", dict(source))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_weights(path)
+    names = place.files_of(source)
+    if place.weight_name in names or (place.weight_name is None and len(names) == 1):
+        return read_weights(place.fetch(source, place.weight_name or names[0]))
+    raise FileNotFoundError(
+        f"{source} holds {', '.join(names) or 'no safetensors file'}; "
+        + ("give weight_name, one of them" if place.weight_name is None else f"not {place.weight_name}")
+    )
+
+
+def _pair_in(source: Any, place: Place) -> tuple[Path, Path] | None:
+    """Return the two experts' files in a folder or repository, if it holds such a pair."""
+    if isinstance(source, Mapping) or Path(source).expanduser().is_file() or place.weight_name:
+        return None
+    if not set(_PAIR) <= set(place.files_of(source)):
+        return None
+    return place.fetch(source, _PAIR[0]), place.fetch(source, _PAIR[1])
+
+
+def _warn_if_swapped(high: Any, low: Any) -> None:
+    """Warn where the files' names say the opposite of where they were given."""
+    names = [Path(s).name.lower() if isinstance(s, str | Path) else "" for s in (high, low)]
+    if re.search(r"low.?noise|_low\b|-low\b", names[0]) or re.search(
+        r"high.?noise|_high\b|-high\b", names[1]
+    ):
+        logger.warning("high=%s and low=%s look swapped by their names", *names)
