@@ -1,6 +1,8 @@
 """What is known about each released checkpoint: how to tell it, and the official recipe to run it with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 # The official code's default, used wherever the negative prompt is empty.
 NEGATIVE_PROMPT = (
@@ -196,6 +198,25 @@ class FewSteps:
 
 # Lightning's are four even steps at shift 5: 1000, 937.5, 833.3, 625.
 FEW_STEPS = {"lightning-4": FewSteps(tuple(1000 * 5 * s / (1 + 4 * s) for s in (1, 0.75, 0.5, 0.25)))}
+
+
+def release_of(config: Mapping[str, Any], experts: int) -> Preset:
+    """Return the released checkpoint with such a transformer, or the one closest to it.
+
+    Args:
+        config: the transformer's.
+        experts: how many transformers there are.
+    """
+    boundary = 0.9 if experts == 2 else None  # find_preset only asks whether there is one
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    two_frames = config["pos_embed_seq_len"] is not None
+    preset = find_preset(dim, config["in_channels"], boundary, two_frames)
+    return preset or closest_preset(config["in_channels"], boundary)
+
+
+def has_timestep_per_token(config: Mapping[str, Any]) -> bool:
+    """Return whether a transformer of this configuration takes one timestep per token, as TI2V-5B's does."""
+    return config["in_channels"] == config["out_channels"] == TI2V_5B.in_channels
 
 
 def find_preset(

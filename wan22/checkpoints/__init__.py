@@ -1,1 +1,11 @@
-"""Reading weight files."""
+"""Weight files: read, fill models with them, convert them."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .conversion import convert
+
+    return convert

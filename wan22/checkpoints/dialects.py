@@ -38,7 +38,7 @@ def normalize(file: WeightFile) -> Tensors:
         if name in found:
             raise ValueError(f"{file.source} holds {name} twice, compiled and not")
         found[name] = tensor
-    found = _without_prefix(found)
+    found = without_prefix(found)
     marked = found.pop(_MARKER, None) is not None
     notes = _notes(file, found)
     scales = {name: found.pop(name) for name in [*found] if name.endswith(_WEIGHT_SCALES)}
@@ -70,7 +70,8 @@ def normalize(file: WeightFile) -> Tensors:
     return result
 
 
-def _without_prefix(tensors: Mapping[str, torch.Tensor | QuantizedTensor]) -> Tensors:
+def without_prefix(tensors: Mapping[str, torch.Tensor | QuantizedTensor]) -> Tensors:
+    """Return a file's tensors without what stands before all their names."""
     for prefix in _PREFIXES:
         # ComfyUI's marker may stand before the prefix.
         if all(name.startswith(prefix) or name == _MARKER for name in tensors):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from .quantized import GgufBlocks, QuantizedTensor
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_header(path: Path) -> dict[str, dict]:
@@ -63,9 +63,9 @@ def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None
     sizes: Counter[torch.dtype] = Counter()
     for file in files:
         for entry in read_header(file).values():
-            if entry["dtype"] in _DTYPES:
+            if entry["dtype"] in STORED_DTYPES:
                 start, end = entry["data_offsets"]
-                sizes[_DTYPES[entry["dtype"]]] += end - start
+                sizes[STORED_DTYPES[entry["dtype"]]] += end - start
     return sizes.most_common(1)[0][0] if sizes else None
 
 

@@ -105,14 +105,14 @@ class FromFiles:
             wanted = str(Path(subfolder, "config.json"))
             root = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted, **hub))
         place = root / subfolder
-        config = _read_json(place / "config.json")
+        config = read_json(place / "config.json")
         if config.get("_class_name") == cls.__name__:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         if not local:
             wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
             snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted_files, **hub)
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
-        return cls.from_single_file(cls._weights_in(place), **_official_settings(config) | options)
+        return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
 
     @classmethod
     def _weights_in(cls, place: Path) -> Path:
@@ -155,11 +155,12 @@ class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
         return autoencoder_config(source, shapes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's contents; nothing if there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _official_settings(config: dict[str, Any]) -> dict[str, Any]:
+def official_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an official transformer's config.json says that the shapes do not."""
     if "num_heads" not in config:
         return {}

@@ -12,9 +12,9 @@ from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF
 from .loading import fill, listed, shapes_of
 from .quantized import expanded
 
-_EMBEDDING, _COPY = "shared.weight", "encoder.embed_tokens.weight"
+EMBEDDING, COPY = "shared.weight", "encoder.embed_tokens.weight"
 # Parts of the whole umT5 that encoding does not need, and the tokenizer inside ComfyUI's file.
-_UNUSED = ("decoder.", "lm_head.", "dec.", "output.", "spiece_model")
+UNUSED = ("decoder.", "lm_head.", "dec.", "output.", "spiece_model")
 
 
 def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
@@ -34,10 +34,10 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None, dequan
     from transformers import UMT5Config, UMT5EncoderModel
 
     file = read_weights(Path(path).expanduser())
-    kept = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(_UNUSED)}
-    tensors = _renamed(file.source, normalize(WeightFile(file.source, kept, file.metadata)))
-    tensors[_EMBEDDING] = tensors[_COPY] = _embedding(file.source, tensors)
-    config = UMT5Config(**_config(file.source, shapes_of(tensors)))
+    kept = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(UNUSED)}
+    tensors = named_by_transformers(file.source, normalize(WeightFile(file.source, kept, file.metadata)))
+    tensors[EMBEDDING] = tensors[COPY] = embedding_of(file.source, tensors)
+    config = UMT5Config(**text_encoder_config(file.source, shapes_of(tensors)))
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     in_float32 = model._keep_in_fp32_modules if dtype == torch.float16 else ()
@@ -46,7 +46,7 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None, dequan
     return model
 
 
-def _renamed(source: str, tensors: Tensors) -> Tensors:
+def named_by_transformers(source: str, tensors: Tensors) -> Tensors:
     """Give tensors transformers' names."""
     tables = (TEXT_ENCODER, TEXT_ENCODER_GGUF)
     table = max(tables, key=lambda table: table.count(tensors))
@@ -54,25 +54,27 @@ def _renamed(source: str, tensors: Tensors) -> Tensors:
     if table.count(tensors) > ours.count(tensors):
         names = {name: table.rename(name) for name in tensors}
     else:
-        names = {name: name if name == _COPY or ours.rename(name) else None for name in tensors}
+        names = {name: name if name == COPY or ours.rename(name) else None for name in tensors}
     if unknown := [name for name, other in names.items() if other is None]:
         raise ValueError(f"{source} holds {listed(unknown)}, which umT5 has no place for")
     return {other: tensors[name] for name, other in names.items() if other is not None}
 
 
-def _embedding(source: str, tensors: Tensors) -> torch.Tensor:
+def embedding_of(source: str, tensors: Tensors) -> torch.Tensor:
     """Return the tokens' embedding, which files hold under one name or under two."""
-    found = [expanded(tensors[name]) for name in (_EMBEDDING, _COPY) if name in tensors]
+    found = [expanded(tensors[name]) for name in (EMBEDDING, COPY) if name in tensors]
     if not found:
-        raise ValueError(f"{source} is no umT5: it has no {_EMBEDDING}")
+        raise ValueError(f"{source} is no umT5: it has no {EMBEDDING}")
     if not all(torch.equal(tensor, found[0]) for tensor in found):
-        raise ValueError(f"{source}: {_EMBEDDING} and {_COPY} differ; they must be the same")
+        raise ValueError(f"{source}: {EMBEDDING} and {COPY} differ; they must be the same")
     if not found[0].any():
-        raise ValueError(f"{source}: {_EMBEDDING} is all zero")
+        raise ValueError(f"{source}: {EMBEDDING} is all zero")
     return found[0]
 
 
-def _config(source: str, shapes: Shapes) -> dict[str, Any]:
+def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
+    """Return the configuration of umT5 with these tensors, under transformers' names."""
+
     def get(name: str) -> tuple[int, ...]:
         name = f"encoder.block.0.layer.{name}.weight"
         if name not in shapes:
@@ -80,7 +82,7 @@ def _config(source: str, shapes: Shapes) -> dict[str, Any]:
         return shapes[name]
 
     buckets, heads = get("0.SelfAttention.relative_attention_bias")
-    width, (vocabulary, model) = get("0.SelfAttention.q")[0], shapes[_EMBEDDING]
+    width, (vocabulary, model) = get("0.SelfAttention.q")[0], shapes[EMBEDDING]
     return {
         "vocab_size": vocabulary,
         "d_model": model,

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from ..checkpoints.contents import EXPERTS, TOKENIZERS
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.text_encoder import load_text_encoder
-from ..presets import TI2V_5B, closest_preset, find_preset
+from ..presets import has_timestep_per_token, release_of
 from ..schedulers import FlowMatchUniPCScheduler
 from .hub import HUB_ACCESS, HubPipeline
 
-EXPERTS = ("high_noise_model", "low_noise_model")
-TOKENIZER = "google/umt5-xxl"
+TOKENIZER = TOKENIZERS[0]
 # What an official repository holds, and no more of it than is read.
 OFFICIAL_CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in EXPERTS))
 OFFICIAL_FILES = (
@@ -156,7 +156,13 @@ def load_components(
     models = [parts[name] for name in ("transformer", "transformer_2") if parts[name] is not None]
     if models:
         two = files.transformer_2 is not None or parts["transformer_2"] is not None
-        parts = _settings(models[0].config, two) | parts
+        config, preset = models[0].config, release_of(models[0].config, 1 + two)
+        settings = {
+            "boundary_ratio": preset.boundary_ratio if two else None,
+            "expand_timesteps": has_timestep_per_token(config),
+            "scheduler": FlowMatchUniPCScheduler(shift=preset.flow_shift),
+        }
+        parts = settings | parts
     return parts
 
 
@@ -165,21 +171,6 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
-
-
-def _settings(config: Any, two: bool) -> dict[str, Any]:
-    """Return boundary, kind of timesteps and scheduler of the released checkpoint with such a transformer."""
-    boundary = 0.9 if two else None  # find_preset only asks whether there is one
-    two_frames = config.pos_embed_seq_len is not None
-    dim = config.num_attention_heads * config.attention_head_dim
-    preset = find_preset(dim, config.in_channels, boundary, two_frames) or closest_preset(
-        config.in_channels, boundary
-    )
-    return {
-        "boundary_ratio": preset.boundary_ratio if two else None,
-        "expand_timesteps": config.in_channels == config.out_channels == TI2V_5B.in_channels,
-        "scheduler": FlowMatchUniPCScheduler(shift=preset.flow_shift),
-    }
 
 
 class FilesPipeline(HubPipeline):

@@ -1,0 +1,260 @@
+"""Convert checkpoints between the Diffusers layout, the official one, and single files.
+
+The names of the tensors come from the loader's tables. Memory holds one tensor at a time: sources are
+memory-mapped, and files are written tensor by tensor.
+"""
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .contents import SUFFIXES, Source, read_source
+from .formats import STORED_DTYPES
+from .layouts import LAYOUTS, Entry, OutputFile, Plan, make_plan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}  # of safetensors
+_RECORD = "conversion.json"  # in the unfinished folder: what it is to become
+_TEMPORARY = ".unfinished"  # ends the name of a file that is being written
+
+
+def plan(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int | str = SHARD_SIZE,
+    attention_head_dim: int | None = None,
+) -> Plan:
+    """Say what `convert` with the same arguments would write; nothing is written.
+
+    Returns: the plan; its `describe()` yields a line for each tensor.
+
+    Raises: as `convert`.
+    """
+    return _prepare(source, destination, to, dtype, shard_size, attention_head_dim)[1]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int | str = SHARD_SIZE,
+    attention_head_dim: int | None = None,
+    verify: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write a checkpoint, or one model of it, in another layout, dtype or size of shards.
+
+    The result is built in a folder beside the destination, whose name ends in ".partial", and takes its place
+    when it is complete. After an interruption, the same call goes on with the file at which it stopped.
+
+    Args:
+        source: a repository's folder in the Diffusers or the official layout, a folder of single files, one
+            model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
+        destination: what is to be written and is not there yet: a folder; for one model to "single-file",
+            a file that ends in .safetensors.
+        to: "diffusers", "official", or "single-file": official names, and of a repository one file per model.
+        dtype: of all tensors, a dtype or "bf16", "fp16", "fp32"; None: as they are stored, bfloat16 for those
+            that are quantised.
+        shard_size: of the largest file in bytes, or such as "5GB"; single files and .pth are not divided.
+        attention_head_dim: of a transformer whose source does not tell it; None: 128, that of all released.
+        verify: whether to read the result again and compare each tensor with the source.
+        progress: whether to show a bar.
+
+    Returns: the destination.
+
+    Raises:
+        FileExistsError: the destination is there, or beside it a different conversion's unfinished folder.
+        FileNotFoundError: the source or a part of it is missing.
+        OSError: the disk has not enough room.
+        ValueError: an argument has a wrong value, the source holds what has no place, or (verify) a tensor
+            is not as it should be.
+    """
+    found, work, request = _prepare(source, destination, to, dtype, shard_size, attention_head_dim)
+    target = Path(destination).expanduser()
+    partial = target.with_name(f"{target.name}.partial")
+    _open_partial(partial, request)
+    for path, folder in work.copies.items():
+        shutil.copytree(folder, partial / path, dirs_exist_ok=True)
+    for path, text in work.texts.items():
+        (partial / path).parent.mkdir(parents=True, exist_ok=True)
+        (partial / path).write_text(text)
+    try:
+        _write_files(work.files, partial, progress)
+        if verify:
+            _verify(found, work, partial)
+    except ValueError:
+        shutil.rmtree(partial)  # to go on would not help
+        raise
+    _check_absent(target)
+    if found.whole or to != "single-file":
+        partial.rename(target)
+        (target / _RECORD).unlink()
+    else:
+        (partial / target.name).rename(target)
+        shutil.rmtree(partial)
+    return target
+
+
+def _prepare(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    dtype: torch.dtype | str | None,
+    shard_size: int | str,
+    attention_head_dim: int | None,
+) -> tuple[Source, Plan, dict[str, Any]]:
+    """Check all arguments, read the source's headers; return that, the plan, and the request in short."""
+    _check_choice("to", to, LAYOUTS)
+    if isinstance(dtype, str):
+        _check_choice("dtype", dtype, DTYPES)
+        dtype = DTYPES[dtype]
+    elif dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, DTYPES.values()))}")
+    size = _bytes(shard_size)
+    origin, target = Path(source).expanduser(), Path(destination).expanduser()
+    _check_absent(target)
+    if origin.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} lies inside of what is to be converted, {origin}; choose another place")
+    found = read_source(origin, attention_head_dim)
+    one = to == "single-file" and not found.whole
+    if target.suffix in SUFFIXES and not one:
+        raise ValueError(f"{target} is to be a folder, the {to} layout's; leave {target.suffix} off its name")
+    if one and target.suffix != ".safetensors":
+        rule = "is to be one file; its name must end in .safetensors"
+        raise ValueError(f"{target} {rule}, as {target.name}.safetensors does")
+    request = {"source": _stamp(origin), "to": to, "dtype": str(dtype), "shard_size": size}
+    request["attention_head_dim"] = attention_head_dim
+    return found, make_plan(found, to, target.name, dtype, size), request
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        (nearest,) = difflib.get_close_matches(str(value), choices, 1, 0) or [next(iter(choices))]
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; the nearest is {nearest}")
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", str(size), re.IGNORECASE)
+    number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if number < 1:
+        raise ValueError(f"shard_size={size!r} must be a size of at least one byte, such as {SHARD_SIZE}")
+    return number
+
+
+def _check_absent(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} is there already; choose another name, or delete it")
+
+
+# ---- the unfinished folder ----
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    """Return what changes when a source does."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = {str(file.relative_to(path)): file.stat() for file in files}
+    return {"path": str(path.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
+
+
+def _open_partial(partial: Path, request: dict[str, Any]) -> None:
+    """Begin, or go on with what the same request began."""
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        (partial / _RECORD).write_text(json.dumps(request, indent=2))
+        return
+    record = partial / _RECORD
+    begun = json.loads(record.read_text()) if record.is_file() else {}
+    if different := [name for name, value in request.items() if begun.get(name) != value]:
+        raise FileExistsError(
+            f"{partial} is what another conversion left, one of another {' and '.join(different)}; "
+            "finish it by its own command, or delete it"
+        )
+
+
+def _write_files(files: list[OutputFile], partial: Path, progress: bool) -> None:
+    from tqdm import tqdm
+
+    missing = [file for file in files if not (partial / file.path).exists()]
+    left, total = sum(file.nbytes for file in missing), sum(file.nbytes for file in files)
+    # A .pth is on the disk twice while it is written.
+    need = left + max((file.nbytes for file in missing if file.path.endswith(".pth")), default=0)
+    if need > (free := shutil.disk_usage(partial).free):
+        raise OSError(f"{partial} needs {need / 1e9:.3g} GB more, but its disk has {free / 1e9:.3g} GB left")
+    bar = tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress)
+    with bar:
+        for file in missing:
+            bar.set_description(file.path)
+            path = partial / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(path.name + _TEMPORARY)
+            write = _write_pth if path.suffix == ".pth" else _write_safetensors
+            write(unfinished, file.entries, bar.update)
+            unfinished.rename(path)
+
+
+def _write_safetensors(path: Path, entries: tuple[Entry, ...], advance: Callable[[int], Any]) -> None:
+    """Write a file tensor by tensor, where safetensors' own function takes all of them at once."""
+    entries = tuple(sorted(entries, key=lambda entry: -entry.dtype.itemsize))  # so that each lies aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        code = _CODES[entry.dtype]
+        header[entry.key] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            file.write(_raw(entry.values()).numpy().data)
+            advance(entry.nbytes)
+        file.flush()
+        os.fsync(file.fileno())  # before its name says that it is finished
+
+
+def _write_pth(path: Path, entries: tuple[Entry, ...], advance: Callable[[int], Any]) -> None:
+    """Write PyTorch's format, which takes all tensors at once: through a file, from where they are mapped."""
+    scratch = path.with_name(f"{path.name}.scratch")
+    _write_safetensors(scratch, entries, advance)
+    mapped = load_file(scratch)
+    torch.save({entry.key: mapped[entry.key] for entry in entries}, path)
+    del mapped
+    scratch.unlink()
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _verify(source: Source, work: Plan, folder: Path) -> None:
+    """Read a result with the loader and compare each tensor with the source.
+
+    Raises:
+        ValueError: one is missing or differs; the first is named.
+    """
+    head_dims = [model.settings.get("attention_head_dim") for model in source.models.values()]
+    written = read_source(folder, next((size for size in head_dims if size), None))
+    for file in work.files:
+        for entry in file.entries:
+            there = written.models[entry.slot].tensors[entry.name]
+            expected = entry.values()
+            if (
+                not isinstance(there, torch.Tensor)
+                or (there.dtype, there.shape) != (expected.dtype, expected.shape)
+                or not torch.equal(_raw(there), _raw(expected))
+            ):
+                raise ValueError(f"{file.path}: {entry.key} differs from {entry.origin} of {source.path}")
