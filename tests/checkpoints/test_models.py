@@ -258,7 +258,9 @@ NOTE = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
             {"blocks__0__ffn__0__weight_scale": torch.ones(7)},
             r"blocks\.0\.ffn\.0\.weight: the scale has shape \(7,\)",
         ),
-        ({"blocks__0__ffn__0__weight_scale_2": torch.ones(())}, "weight_scale_2"),
+        ({"blocks__0__ffn__0__weight_scale_2": torch.ones(())}, "quantised as nvfp4 .*weight_scale_2"),
+        ({"blocks__0__ffn__0__weight__absmax": torch.ones(9)}, "quantised as bitsandbytes"),
+        ({"blocks__0__ffn__0__qweight": torch.ones(9)}, "quantised as GPTQ or AWQ"),
         ({"blocks__0__ffn__0__comfy_quant": NOTE}, r"blocks\.0\.ffn\.0 is quantised as nvfp4"),
         (
             {"blocks__0__ffn__0__weight": torch.ones(512, 256)},

@@ -23,6 +23,15 @@ _NOTE = ".comfy_quant"
 _MARKER = "scaled_fp8"  # says that all float8 weights of the file have scales
 _NOTES = "_quantization_metadata"  # the notes on all layers, in the header
 _FLOAT8_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}
+# Beside weights that are quantised in other ways.
+_OTHERS = {
+    ".weight_scale_2": "nvfp4",
+    ".weight_zero_point": "int8 or int4 with zero points",
+    ".qweight": "GPTQ or AWQ",
+    ".quant_map": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes int8",
+}
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,6 +48,11 @@ def normalize(file: WeightFile) -> Tensors:
             raise ValueError(f"{file.source} holds {name} twice, compiled and not")
         found[name] = tensor
     found = without_prefix(found)
+    for suffix, kind in _OTHERS.items():
+        if name := next((name for name in found if name.endswith(suffix)), None):
+            raise ValueError(
+                f"{file.source} is quantised as {kind} ({name}); scaled float8 and GGUF are read"
+            )
     marked = found.pop(_MARKER, None) is not None
     notes = _notes(file, found)
     scales = {name: found.pop(name) for name in [*found] if name.endswith(_WEIGHT_SCALES)}

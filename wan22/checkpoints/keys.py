@@ -174,3 +174,33 @@ TEXT_ENCODER, TEXT_ENCODER_GGUF = (
     KeyTable(_each(("weight",), *((names[kind], ours) for ours, names in _TEXT_ENCODER.items())))
     for kind in range(2)
 )
+
+
+# ---- image encoder (Wan 2.1) ----
+
+# Of the official CLIP; queries, keys and values, one tensor there, are three here, "q", "k" and "v".
+IMAGE_ENCODER = KeyTable(
+    [
+        ("visual.cls_embedding", "embeddings.class_embedding"),
+        ("visual.pos_embedding", "embeddings.position_embedding.weight"),
+        ("visual.patch_embedding.weight", "embeddings.patch_embedding.weight"),
+        *_each(
+            _LINEAR,
+            ("visual.pre_norm", "pre_layrnorm"),
+            ("visual.post_norm", "post_layernorm"),
+            *(
+                (f"visual.transformer.{{}}.{source}", f"encoder.layers.{{}}.{target}")
+                for source, target in (
+                    ("norm1", "layer_norm1"),
+                    ("norm2", "layer_norm2"),
+                    ("attn.q", "self_attn.q_proj"),
+                    ("attn.k", "self_attn.k_proj"),
+                    ("attn.v", "self_attn.v_proj"),
+                    ("attn.proj", "self_attn.out_proj"),
+                    ("mlp.0", "mlp.fc1"),
+                    ("mlp.2", "mlp.fc2"),
+                )
+            ),
+        ),
+    ]
+)

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..checkpoints.contents import EXPERTS, TOKENIZERS
+from ..checkpoints.image_encoder import load_image_encoder, load_image_processor
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.text_encoder import load_text_encoder
 from ..presets import has_timestep_per_token, release_of
@@ -17,12 +18,13 @@ from ..schedulers import FlowMatchUniPCScheduler
 from .hub import HUB_ACCESS, HubPipeline
 
 TOKENIZER = TOKENIZERS[0]
+_CLIP = "models_clip*.pth"
 # What an official repository holds, and no more of it than is read.
 OFFICIAL_CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in EXPERTS))
 OFFICIAL_FILES = (
     *OFFICIAL_CONFIGS,
     *("*.safetensors", "*.safetensors.index.json"),  # in any folder
-    *("models_t5*.pth", "*VAE.pth", f"{TOKENIZER}/*"),
+    *("models_t5*.pth", "*VAE.pth", _CLIP, f"{TOKENIZER}/*"),
 )
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
@@ -47,6 +49,7 @@ class Files:
         vae: file.
         text_encoder: file.
         tokenizer: folder.
+        image_encoder: file of Wan 2.1's CLIP.
     """
 
     transformer: Path | None = None
@@ -54,6 +57,7 @@ class Files:
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
+    image_encoder: Path | None = None
 
 
 def find_official(source: str, hub: Mapping[str, Any]) -> Path | None:
@@ -103,6 +107,8 @@ def official_files(folder: Path) -> Files:
             )
         experts = [folder]
     slots = dict(zip(("transformer", "transformer_2"), experts, strict=False))
+    if list(folder.glob(_CLIP)):  # Wan 2.1 for images
+        slots["image_encoder"] = _one(folder, _CLIP)
     return Files(
         **slots,
         vae=_one(folder, "*VAE.pth"),
@@ -148,11 +154,14 @@ def load_components(
         "vae": lambda name, path: AutoencoderKLWan.from_pretrained(path, dtype=dtype_of(name)),
         "text_encoder": lambda name, path: load_text_encoder(path, dtype_of(name), dequantize),
         "tokenizer": lambda name, path: load_tokenizer(path),
+        "image_encoder": lambda name, path: load_image_encoder(path, dtype_of(name)),
     }
     parts = {name: None for name in loaders} | dict(given)
     for name, path in vars(files).items():
         if name not in given and path is not None:
             parts[name] = loaders[name](name, path)
+    if files.image_encoder is not None:
+        parts.setdefault("image_processor", load_image_processor())
     models = [parts[name] for name in ("transformer", "transformer_2") if parts[name] is not None]
     if models:
         two = files.transformer_2 is not None or parts["transformer_2"] is not None
@@ -233,8 +242,9 @@ class FilesPipeline(HubPipeline):
             tokenizer: folder, or tokenizer.
             **options: `dtype`, for all components or a dict by component; default is the one each is stored
                 in, bfloat16 for quantised weights. `dequantize`: whether to expand those. Further components
-                and settings of the pipeline, such as `scheduler` and `boundary_ratio`; default are those of
-                the released checkpoint with the same shapes. `attention_head_dim`, if it is not 128.
+                and settings of the pipeline, such as `scheduler`, `boundary_ratio`, or `image_encoder` (file
+                or model, Wan 2.1 for images); default are those of the released checkpoint with the same
+                shapes. `attention_head_dim`, if it is not 128.
 
         Returns: the pipeline.
 
@@ -244,6 +254,8 @@ class FilesPipeline(HubPipeline):
         """
         named = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         named |= {"transformer": high, "transformer_2": low}
+        if "image_encoder" in options:  # of Wan 2.1; file, or model
+            named["image_encoder"] = options.pop("image_encoder")
         paths = {
             name: Path(part).expanduser() for name, part in named.items() if isinstance(part, str | Path)
         }

@@ -1,0 +1,84 @@
+"""Wan 2.1's CLIP image encoder from its official file."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from wan22.checkpoints.image_encoder import load_image_encoder, load_image_processor
+
+NAMES = {
+    "embeddings.class_embedding": "visual.cls_embedding",
+    "embeddings.position_embedding.weight": "visual.pos_embedding",
+    "embeddings.patch_embedding.weight": "visual.patch_embedding.weight",
+    "pre_layrnorm": "visual.pre_norm",
+    "post_layernorm": "visual.post_norm",
+    "encoder.layers": "visual.transformer",
+    "layer_norm": "norm",
+    "self_attn.out_proj": "attn.proj",
+    "fc1": "0",
+    "fc2": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 160, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=56, patch_size=14, hidden_act="gelu")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def official(model):
+    """The weights as Wan 2.1 stores them: queries, keys and values in one, the text half beside them."""
+    weights = {name.removeprefix("vision_model."): w for name, w in model.state_dict().items()}
+    file = {"textual.token_embedding.weight": torch.ones(3, 4), "log_scale": torch.ones(())}
+    file["visual.head"] = torch.ones(160, 8)
+    for name, w in weights.items():
+        if ".q_proj." in name:
+            fused = torch.cat([weights[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name, w = name.replace("self_attn.q_proj", "attn.to_qkv"), fused
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        if name in ("visual.cls_embedding", "visual.pos_embedding"):
+            w = w.reshape(1, -1, 160)
+        file[name] = w.clone()
+    return file
+
+
+def test_it_gives_the_rows_of_the_model_that_was_written(model, official, tmp_path):
+    torch.save(official, tmp_path / "models_clip.pth")
+    loaded = load_image_encoder(tmp_path / "models_clip.pth")
+    image = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        rows, expected = (m(image, output_hidden_states=True).hidden_states[-2] for m in (loaded, model))
+    assert torch.equal(rows, expected)
+    assert loaded.config.image_size == 56
+    half = load_image_encoder(tmp_path / "models_clip.pth", torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_images_are_resized_without_a_crop():
+    pixels = load_image_processor()(images=torch.zeros(3, 300, 500), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("visual.transformer.1.mlp.2.weight", None, r"lacks .*encoder\.layers\.1\.mlp\.fc2\.weight"),
+        ("visual.more", torch.ones(2), r"holds visual\.more, which CLIP's image encoder has no place for"),
+        ("visual.pos_embedding", None, r"no CLIP image encoder: it has no embeddings\.position_embedding"),
+    ],
+)
+def test_what_cannot_be_accounted_for_is_named(name, value, message, official, tmp_path):
+    official.pop(name, None)
+    if value is not None:
+        official[name] = value
+    torch.save(official, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        load_image_encoder(tmp_path / "w.pth")
