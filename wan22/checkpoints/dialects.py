@@ -49,9 +49,9 @@ def normalize(file: WeightFile) -> Tensors:
         found[name] = tensor
     found = without_prefix(found)
     for suffix, kind in _OTHERS.items():
-        if name := next((name for name in found if name.endswith(suffix)), None):
+        if marks := [name for name in found if name.endswith(suffix)]:
             raise ValueError(
-                f"{file.source} is quantised as {kind} ({name}); scaled float8 and GGUF are read"
+                f"{file.source} is quantised as {kind} ({marks[0]}); scaled float8 and GGUF are read"
             )
     marked = found.pop(_MARKER, None) is not None
     notes = _notes(file, found)
