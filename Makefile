@@ -1,4 +1,4 @@
-# make demo: set up, then one prompt becomes a video.   make test: set up, then every check.
+# make demo: set up, then a prompt and an image become videos.   make test: set up, then every check.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python examples/text_to_video.py
+	$(BIN)/python examples/image_to_video.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
     python examples/tiny/export.py --out runs/tiny --checkpoint i2v --share t2v
 
 Reads what the training scripts wrote; writes wan22/assets/<checkpoint>, or the folder `--to`, complete. With
-`--share`, the components that are another checkpoint's, weight for weight, are left out: text encoder,
-tokenizer and, where it is the same, the autoencoder. model_index.json names that checkpoint, which must lie
-next to this one, and the pipelines load them from there.
+`--share`, it leaves out the components that another checkpoint next to it has just so: tokenizer, and of the
+same training text encoder and autoencoder. model_index.json names that checkpoint, and the pipelines load
+them from there.
 """
 
 from __future__ import annotations
@@ -65,12 +65,6 @@ class Checkpoint:
         components = COMPONENTS | {name: [None, None] for name in self.absent}
         return facts | dict(sorted((settings | components).items()))
 
-    def shared_with(self, other: str) -> set[str]:
-        """Return the components that are another checkpoint's; all have the base part's text encoder."""
-        if not other:
-            return set()
-        return {"text_encoder", "tokenizer"} | ({"vae"} if self.vae == CHECKPOINTS[other].vae else set())
-
 
 CHECKPOINTS = {
     "t2v": Checkpoint("WanPipeline", {"transformer": "high", "transformer_2": "low"}, T2V_BOUNDARY),
@@ -120,18 +114,30 @@ def export(
     parts["scheduler"] = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
-    for name in parts.keys() - checkpoint.shared_with(share):
-        parts[name].save_pretrained(folder / name)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the training folder, nobody else's business
         path.write_text(json.dumps(config, indent=2) + "\n")
+    for name in parts if share else ():
+        if same(folder / name, folder.with_name(share) / name):
+            shutil.rmtree(folder / name)
     (folder / "model_index.json").write_text(json.dumps(checkpoint.index(share), indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     size = sum(path.stat().st_size for path in files)
     print(f"{folder}: {size / 1e6:.1f} MB")
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Return whether two components hold the same weights, or the same tokenizer, byte for byte."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]
+    return bool(files) and all(
+        (other / path.name).is_file() and path.read_bytes() == (other / path.name).read_bytes()
+        for path in files
+    )
 
 
 def main() -> None:

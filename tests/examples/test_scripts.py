@@ -6,29 +6,54 @@ import sys
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_text_to_video(tmp_path):
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / "text_to_video.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+def run(script, *options, folder):
+    """Run an example in a folder; return what it printed, and the paths of its video and contact sheet."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *options], cwd=folder, capture_output=True, text=True, check=True
     )
-    clip, sheet = (
-        Path(re.search(rf"^{name}: +(.+)$", run.stdout, re.M)[1]) for name in ("video", "contact sheet")
-    )
-    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / clip))
+    assert "100%" in done.stderr  # the progress bar
+    names = (re.search(rf"^{name}: +(.+)$", done.stdout, re.M)[1] for name in ("video", "contact sheet"))
+    return done.stdout, *(folder / name for name in names)
+
+
+def check_video(clip, sheet):
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(clip))
     assert (frames, round(seconds, 2)) == (17, 17 / 8 // 0.01 / 100)
-    assert Image.open(tmp_path / sheet).width > 64 * 8
-    assert "tiny-t2v" in run.stdout
-    assert "a red circle moves to the right on a blue background" in run.stdout
-    assert "100%" in run.stderr  # the progress bar
+    assert Image.open(sheet).width > 64 * 8
+
+
+def test_text_to_video(tmp_path):
+    printed, clip, sheet = run("text_to_video.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert "tiny-t2v" in printed
+    assert "a red circle moves to the right on a blue background" in printed
+
+
+def test_image_to_video(tmp_path):
+    """It draws its image where none is given; the clip starts with it."""
+    printed, clip, sheet = run("image_to_video.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert "tiny-i2v" in printed
+    drawn = Image.open(tmp_path / "outputs/image.png")
+    reader = imageio_ffmpeg.read_frames(str(clip))
+    size = next(reader)["size"]
+    first = Image.frombytes("RGB", size, next(reader))
+    difference = np.asarray(first, float) - np.asarray(drawn.resize(size))
+    assert np.abs(difference).mean() < 12
+
+    drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mine.jpg")
+    options = ("mine.jpg", "--prompt", "a white triangle stays still on a blue background")
+    printed, clip, sheet = run("image_to_video.py", *options, "--output", "mine.mp4", folder=tmp_path)
+    check_video(clip, sheet)
+    assert (tmp_path / "mine.mp4").exists()
+    assert "mine.jpg" in printed
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
