@@ -1,0 +1,102 @@
+"""A LoRA that was trained for the embedded checkpoint: its effect is seen, whatever dialect it is written in.
+
+It makes every object purple, whatever colour the prompt asks for; see examples/tiny/train_lora.py.
+"""
+
+import copy
+from pathlib import Path
+
+import clips
+import judge
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
+from tests.golden_data import relative_error
+from wan22 import WanT2VPipeline, tiny_checkpoint
+
+FOLDER = Path(__file__).parents[1] / "loras"
+FILES = {"transformer": "purple_high.safetensors", "transformer_2": "purple_low.safetensors"}
+SCENES = [s for s in judge.choose_scenes(30, 0, "held_out", clips.CORE_MOTIONS) if s.color != "purple"][:10]
+
+
+def tables():
+    """Return both files' matrices, in float32, by official module names."""
+    result = {}
+    for slot, name in FILES.items():
+        file = load_file(FOLDER / name)
+        modules = {
+            key.removeprefix("diffusion_model.").removesuffix(".alpha") for key in file if "alpha" in key
+        }
+        keys = {module: f"diffusion_model.{module}" for module in modules}
+        result[slot] = {
+            module: (
+                file[f"{key}.lora_down.weight"].float(),
+                file[f"{key}.lora_up.weight"].float(),
+                file[f"{key}.alpha"].item(),
+            )
+            for module, key in keys.items()
+        }
+    return result
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(loaded):
+    yield loaded
+    loaded.unload_lora_weights()
+
+
+def colors(pipe, scenes):
+    videos = judge.generate(pipe, [clips.canonical(s) for s in scenes], 0, len(scenes), None)
+    return [judge.judge(video).color for video in videos], judge.score(
+        scenes, [judge.judge(v) for v in videos]
+    )
+
+
+def test_its_effect_is_seen_and_goes_with_its_strength(pipe):
+    pipe.load_lora_weights(high=FOLDER / FILES["transformer"], low=FOLDER / FILES["transformer_2"])
+    seen, scores = colors(pipe, SCENES)
+    assert seen.count("purple") >= 0.8 * len(SCENES)
+    assert min(scores["background"], scores["motion"]) >= 0.8, "nothing else changes"
+    pipe.set_adapters("lora_0", 0.0)
+    seen, scores = colors(pipe, SCENES)
+    assert seen.count("purple") == 0
+    assert scores["color"] >= 0.9
+
+
+@pytest.fixture(scope="module")
+def merged(loaded):
+    """Two videos of merged weights."""
+    pipe = copy.deepcopy(loaded)
+    with torch.no_grad():
+        for slot, table in tables().items():
+            for module, (down, up, alpha) in table.items():
+                layer = getattr(pipe, slot).get_submodule(in_diffusers(module))
+                layer.weight += alpha / down.shape[0] * (up @ down)
+    return two_videos(pipe)
+
+
+def two_videos(pipe):
+    return pipe([clips.canonical(s) for s in SCENES[:2]], seed=3, output_type="np").frames
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_gives_the_video_of_the_merged_weights(dialect, pipe, merged, tmp_path):
+    for slot, table in tables().items():
+        file = {key: tensor.contiguous() for key, tensor in DIALECTS[dialect](table).items()}
+        save_file(file, tmp_path / f"{slot}.safetensors")
+    pipe.load_lora_weights(
+        high=tmp_path / "transformer.safetensors", low=tmp_path / "transformer_2.safetensors"
+    )
+    frames = two_videos(pipe)
+    assert relative_error(torch.from_numpy(frames), torch.from_numpy(merged)) <= 1e-5
+    read = [judge.judge((video * 255).astype("uint8")) for video in frames]
+    assert [verdict.color for verdict in read] == ["purple"] * 2
