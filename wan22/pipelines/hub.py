@@ -54,6 +54,7 @@ HUB_ACCESS = {"cache_dir", "force_download", "token", "local_files_only", "revis
 # are somebody's choice; the second names a folder, next to this one, that has the components missing here.
 _MARK = "_wan22_version"
 _REST = "_components_from"
+_SAVED = "_saved_class_name"  # only in memory: the pipeline that model_index.json names
 
 
 class HubPipeline(DiffusionPipeline):
@@ -95,7 +96,7 @@ class HubPipeline(DiffusionPipeline):
         access = {name: kwargs[name] for name in HUB_ACCESS & kwargs.keys()}
         # A checkpoint of another task is refused before its weights are downloaded.
         config = cls.load_config(folder if local else source, **access)
-        task = config["_class_name"]
+        task = config[_SAVED]
         # TI2V-5B serves both tasks, under whichever name it was saved.
         both = config.get("expand_timesteps") and task in _PIPELINES
         if task not in (cls._hub_class_name, cls.__name__) and not both:
@@ -174,7 +175,10 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read model_index.json; components that we have a class for are looked up in this module."""
+        """Read model_index.json; what we have a class for is looked up here instead of in diffusers.
+
+        That goes for the pipeline, too: diffusers would import its own of this name, to no end.
+        """
         loaded = super().load_config(*args, **kwargs)
         config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
         config = {
@@ -186,6 +190,12 @@ class HubPipeline(DiffusionPipeline):
             else value
             for name, value in config.items()
         }
+        config |= {"_class_name": cls.__name__, _SAVED: config["_class_name"]}
+        # TI2V-5B may name, as absent, what only the other pipeline could have.
+        known = {name for names in cls._get_signature_keys(cls) for name in names}
+        absent = [name for name, value in config.items() if value == [None, None] and name not in known]
+        for name in absent:
+            del config[name]
         return (config, *rest) if rest else config
 
     @classmethod
