@@ -1,5 +1,6 @@
 """LoRAs in one transformer: PEFT's layers around its own, and differences added to its parameters."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lora import Lora
+from .lora import Change, Lora
 from .quantized import QuantizedLinear
 
 
@@ -38,7 +39,7 @@ class Adapters:
             strength: what its changes are multiplied by.
         """
         self._refuse_fused()
-        if lora.pairs:
+        if lora.changes:
             _attach(self.model, lora, name)
         for parameter in lora.deltas.keys() - self._originals.keys():
             self._originals[parameter] = self._parameter(parameter).detach().clone()
@@ -96,31 +97,34 @@ class Adapters:
         """
         self._refuse_fused()
         layers = [layer for layer in lora_layers(self.model) if not layer.disable_adapters]
-        quantized = [layer for layer in layers if isinstance(layer.base_layer, QuantizedLinear)]
+        quantized = [layer for layer in layers if isinstance(layer.get_base_layer(), QuantizedLinear)]
         if quantized and not dequantize:
             raise ValueError(
                 f"{len(quantized)} of the layers are quantised, and fusing needs their weights expanded; "
                 "fuse_lora(dequantize=True) does that, or leave the LoRA unfused"
             )
         for layer in layers:
-            before = layer.base_layer
-            if isinstance(before, QuantizedLinear):
-                layer.base_layer = before.expand()
-                self._unfused[layer] = before
-            else:
-                # On the host: the copy is for unfusing, not for computing.
-                self._unfused[layer] = before.weight.data.to("cpu")
-                before.weight.data = before.weight.data.clone()
+            inner = _innermost(layer)
+            if inner not in self._unfused:
+                before = inner.base_layer
+                if isinstance(before, QuantizedLinear):
+                    self._unfused[inner], inner.base_layer = before, before.expand()
+                else:
+                    # On the host: the copy is for unfusing, not for computing.
+                    self._unfused[inner] = before.weight.data.to("cpu")
+                    before.weight.data = before.weight.data.clone()
             layer.merge()
 
     def unfuse(self) -> None:
         """Give fused layers the weights back that they had, to the bit."""
-        for layer, before in self._unfused.items():
-            layer.unmerge()
+        for layer in lora_layers(self.model) if self._unfused else ():
+            if layer.merged:
+                layer.unmerge()
+        for inner, before in self._unfused.items():
             if isinstance(before, nn.Module):
-                layer.base_layer = before
+                inner.base_layer = before
             else:
-                layer.base_layer.weight.data = before.to(layer.base_layer.weight.device)
+                inner.base_layer.weight.data = before.to(inner.base_layer.weight.device)
         self._unfused.clear()
 
     def _refuse_fused(self) -> None:
@@ -130,7 +134,8 @@ class Adapters:
     def _parameter(self, name: str) -> nn.Parameter:
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
-        return getattr(getattr(module, "base_layer", module), attribute)
+        own = _innermost(module).base_layer if hasattr(module, "base_layer") else module
+        return getattr(own, attribute)
 
 
 def adapters_of(model: Any) -> Adapters:
@@ -153,26 +158,63 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             found[f"{path}.weight"] = (module.out_features, module.in_features)
-    return {name.replace(".base_layer.", "."): shape for name, shape in found.items() if ".lora_" not in name}
+    own = {name: shape for name, shape in found.items() if not re.search(r"\.(lora|lokr|hada)_", name)}
+    return {name.replace(".base_layer", ""): shape for name, shape in own.items()}
+
+
+def _innermost(layer: Any) -> Any:
+    """Return the one of PEFT's layers, which may stand around one another, that holds the model's own."""
+    while hasattr(layer.base_layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
 
 
 def _attach(model: Any, lora: Lora, adapter: str) -> None:
-    """Put PEFT's layers around those that a LoRA changes, and give them its matrices."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Put PEFT's layers around those that an adapter changes, and give them its matrices."""
+    from peft import inject_adapter_in_model
 
-    ranks = {name: pair.down.shape[0] for name, pair in lora.pairs.items()}
-    config = LoraConfig(r=max(ranks.values()), target_modules=list(ranks), rank_pattern=ranks)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there will be several adapters, which is meant
-        inject_adapter_in_model(config, model, adapter)
+    for kind in sorted({change.kind for change in lora.changes.values()}):
+        changes = {name: change for name, change in lora.changes.items() if change.kind == kind}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that there will be several adapters, which is meant
+            inject_adapter_in_model(_config(kind, changes), model, adapter)
+        for name, change in changes.items():
+            _fill(model.get_submodule(name), adapter, change)
     model._hf_peft_config_loaded = True  # what the model's methods in diffusers ask for
-    for name, pair in lora.pairs.items():
-        layer = model.get_submodule(name)
-        base = layer.base_layer
-        kept = base.bias if isinstance(base, QuantizedLinear) else base.weight
-        for side, matrix in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
-            side[adapter].weight = nn.Parameter(matrix.to(kept.device, kept.dtype, copy=True), False)
-        layer.lora_alpha[adapter] = ranks[name] if pair.alpha is None else pair.alpha
+
+
+def _config(kind: str, changes: Mapping[str, Change]) -> Any:
+    """Return PEFT's configuration of an adapter."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    ranks = {name: change.rank for name, change in changes.items()}
+    options: dict[str, Any] = {"r": max(ranks.values()), "target_modules": list(ranks), "rank_pattern": ranks}
+    if kind == "lokr":
+        return LoKrConfig(**options)
+    if kind == "loha":
+        return LoHaConfig(**options)
+    return LoraConfig(**options, use_dora=kind == "dora")
+
+
+def _fill(layer: Any, adapter: str, change: Change) -> None:
+    """Give one of PEFT's layers an adapter's matrices, in the dtype of the model's own weight."""
+    base = layer.get_base_layer()
+    kept = base.bias if isinstance(base, QuantizedLinear) else base.weight
+    for name in layer.adapter_layer_names:  # what PEFT made of the sizes that it guessed
+        parts = getattr(layer, name)
+        if adapter in parts and name not in change.parts:
+            del parts[adapter]
+    for name, tensor in change.parts.items():
+        parts = getattr(layer, name)
+        weight = nn.Parameter(tensor.to(kept.device, kept.dtype, copy=True), requires_grad=False)
+        if isinstance(parts, nn.ParameterDict):
+            parts[adapter] = weight
+        else:
+            parts[adapter].weight = nn.Parameter(weight.flatten(), False) if "magnitude" in name else weight
+    layer.r[adapter] = change.rank
+    (layer.lora_alpha if hasattr(layer, "lora_alpha") else layer.alpha)[adapter] = change.scale_alpha
 
 
 def _detach(model: Any) -> None:
@@ -180,9 +222,9 @@ def _detach(model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and ".base_layer" not in path:
             layer: Any = module
             parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.base_layer)
+            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     for name in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(name, None)

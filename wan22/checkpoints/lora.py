@@ -20,37 +20,81 @@ _SECOND = ("transformer_2.",)
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 # These programs also write "_" in place of ".".
 _FLAT = ("lora_unet__", "lora_unet_", "lycoris_")
-_PAIR = re.compile(
-    r"(.+)\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.(?!weight$)\w+)?\.weight"
+_PART = re.compile(
+    r"(.+)\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up|lora_magnitude_vector)(?:\.(?!weight$)\w+)?\.weight"
+    r"|(.+)\.(dora_scale|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|lora_magnitude_vector)"
 )
-_DOWN = ("lora_down", "lora_A", "lora.down")
+# PEFT's names of the parts of an adapter's layer; the rest are the same everywhere.
+_PEFT = {"lora_down": "lora_A", "lora.down": "lora_A", "lora_up": "lora_B", "lora.up": "lora_B"}
+_PEFT |= {"dora_scale": "lora_magnitude_vector"}
+_MAGNITUDE = "lora_magnitude_vector"
 # Whole differences of a weight, a bias, and of a modulation, which is neither.
 _DELTAS = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}
 _OTHERS = {
-    ".lokr_": "LoKr",
-    ".hada_": "LoHa",
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
     ".lora_mid": "LoCon with a third matrix",
+    ".lokr_t": "LoKr of a convolution",
+    ".hada_t": "LoHa of a convolution",
     ".oft_": "OFT",
     ".boft_": "BOFT",
 }
-_NONE = torch.empty(0)
 
 
 @dataclass
-class Pair:
-    """A layer's two matrices, whose product is added to its weight.
+class Change:
+    """What is added to a layer's weight: parts that PEFT multiplies.
 
     Args:
-        down: "r i"; empty until it is read.
-        up: "o r"; likewise.
+        parts: by PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector "o".
+            LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b"; LoHa: hada_w1_a to hada_w2_b.
         alpha: the product is multiplied by alpha / r; None for r.
     """
 
-    down: torch.Tensor = _NONE
-    up: torch.Tensor = _NONE
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
     alpha: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """One of "lora", "dora", "lokr", "loha"."""
+        first = next(iter(self.parts), "lora_")
+        if _MAGNITUDE in self.parts:
+            return "dora"
+        return {"lora_": "lora", "lokr_": "lokr", "hada_": "loha"}[first[:5]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no part is missing."""
+        names = set(self.parts)
+        if self.kind in ("lora", "dora"):
+            return {"lora_A", "lora_B"} <= names
+        if self.kind == "loha":
+            return {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"} <= names
+        return all({f"lokr_w{n}"} <= names or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= names for n in (1, 2))
+
+    @property
+    def rank(self) -> int:
+        """The rank r; 1 for a LoKr that has none, whose alpha does not count."""
+        sides = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+        return next((self.parts[side].shape[0] for side in sides if side in self.parts), 1)
+
+    @property
+    def scale_alpha(self) -> float:
+        """What PEFT takes as alpha."""
+        whole = self.kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(self.parts)
+        return self.rank if self.alpha is None or whole else self.alpha
+
+    def shape(self) -> tuple[int, int]:
+        """Return outputs and inputs of the layer that this is for."""
+        if self.kind in ("lora", "dora"):
+            return self.parts["lora_B"].shape[0], self.parts["lora_A"][0].numel()
+        if self.kind == "loha":
+            return self.parts["hada_w1_a"].shape[0], self.parts["hada_w1_b"].shape[1]
+        sizes = [
+            self.parts[w].shape
+            if w in self.parts
+            else (len(self.parts[f"{w}_a"]), self.parts[f"{w}_b"].shape[1])
+            for w in ("lokr_w1", "lokr_w2")
+        ]
+        return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
 
 @dataclass
@@ -58,17 +102,17 @@ class Lora:
     """What a file changes in one transformer.
 
     Args:
-        pairs: by layer.
+        changes: by layer.
         deltas: by parameter, what is added to it.
         unmatched: keys of the file that fit nothing in the transformer.
     """
 
-    pairs: dict[str, Pair] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.pairs or self.deltas)
+        return bool(self.changes or self.deltas)
 
 
 def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lora]:
@@ -81,11 +125,11 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     Returns: by slot: "transformer" for all keys but those that name "transformer_2".
 
     Raises:
-        ValueError: the file is of another kind of adapter, which is named; or a layer has half a pair.
+        ValueError: the file is of another kind of adapter, which is named, or a layer is incomplete.
     """
     for mark, kind in _OTHERS.items():
         if key := next((key for key in file.tensors if mark in key), None):
-            raise ValueError(f"{file.source} is a {kind} adapter ({key}); LoRA and full differences are read")
+            raise ValueError(f"{file.source} is a {kind} adapter ({key}), which is not read")
     names = _names(shapes)
     loras = {slot: Lora() for slot in SLOTS}
     for key, tensor in file.tensors.items():
@@ -94,9 +138,8 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         slot, name = _slot(key)
         _sort_in(loras[slot], key, name, tensor, names)
     for lora in loras.values():
-        half = [name for name, pair in lora.pairs.items() if pair.down is _NONE or pair.up is _NONE]
-        if half:
-            raise ValueError(f"{file.source}: of {listed(half)} there is only one of two matrices")
+        if half := [name for name, change in lora.changes.items() if not change.complete]:
+            raise ValueError(f"{file.source}: of {listed(half)} not all matrices are there")
         _drop_misfits(lora, shapes)
     return loras
 
@@ -132,28 +175,29 @@ def _sort_in(lora: Lora, key: str, name: str, tensor: torch.Tensor, names: Mappi
             else:
                 lora.deltas[ours] = tensor
             return
-    match = _PAIR.fullmatch(name)
-    module = match[1] if match else name.removesuffix(".alpha")
+    match = _PART.fullmatch(name)
+    module = (match[1] or match[3]) if match else name.removesuffix(".alpha")
     ours = names.get(f"{module}.weight")
     if ours is None or not (match or name.endswith(".alpha")):
         lora.unmatched.append(key)
         return
-    pair = lora.pairs.setdefault(ours.removesuffix(".weight"), Pair())
+    change = lora.changes.setdefault(ours.removesuffix(".weight"), Change())
     if match is None:
-        pair.alpha = float(tensor)
-    elif match[2] in _DOWN:
-        pair.down = tensor
+        change.alpha = float(tensor)
     else:
-        pair.up = tensor
+        part = match[2] or match[4]
+        change.parts[_PEFT.get(part, part)] = tensor
 
 
 def _drop_misfits(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Count as unmatched what is for a layer of another size, such as I2V's patch embedding in T2V."""
-    for module, pair in list(lora.pairs.items()):
+    for module, change in list(lora.changes.items()):
         shape = shapes[f"{module}.weight"]
-        if (pair.up.shape[0], pair.down[0].numel()) != (shape[0], torch.Size(shape[1:]).numel()):
+        magnitude = change.parts.get(_MAGNITUDE)
+        fits = change.shape() == (shape[0], torch.Size(shape[1:]).numel())
+        if not fits or (magnitude is not None and magnitude.numel() != shape[0]):
             lora.unmatched.append(module)
-            del lora.pairs[module]
+            del lora.changes[module]
     for name, delta in list(lora.deltas.items()):
         if tuple(delta.shape) != tuple(shapes[name]):
             lora.unmatched.append(name)
