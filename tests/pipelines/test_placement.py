@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 
-from tests.builders import SMALL, random_components, random_pipeline
-from wan22 import WanT2VPipeline
+from tests.builders import SMALL, load_pipeline, random_components, random_pipeline
+from tests.checkpoints import writers
+from wan22 import WanT2VPipeline, WanTransformer3DModel
+from wan22.checkpoints.keys import TRANSFORMER
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 
@@ -49,6 +51,36 @@ def test_group_offload(plain, kind):
             num_blocks_per_group=1 if kind == "block_level" else None,
         )
     assert torch.equal(frames(pipe), plain)
+
+
+def offload_one_by_one(model):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def offload_in_groups(model):
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [offload_one_by_one, offload_in_groups])
+def test_quantised_weights_are_offloaded_compiled_and_saved(offload, tmp_path):
+    """In scaled float8: the same videos, and saved in the Diffusers layout they are ordinary weights."""
+    pipe = own_pipeline()
+    official = {TRANSFORMER.inverse.rename(name): w for name, w in pipe.transformer.state_dict().items()}
+    writers.grouped(official, tmp_path / "w.safetensors")
+    options = {"dtype": torch.float32, "attention_head_dim": pipe.transformer.config.attention_head_dim}
+    pipe.transformer = WanTransformer3DModel.from_single_file(tmp_path / "w.safetensors", **options)
+    expected = frames(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(frames(load_pipeline(tmp_path / "saved")), expected, rtol=0, atol=1e-4)
+    torch._dynamo.reset()
+    compiled = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    x = torch.randn(1, 16, 2, 4, 4)
+    arguments = (x, torch.tensor([500.0]), torch.randn(1, 3, pipe.transformer.config.text_dim))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments).sample, pipe.transformer(*arguments).sample)
+    offload(pipe.transformer)
+    assert torch.equal(frames(pipe), expected)
 
 
 def test_compiled_transformers_run_and_are_saved_as_what_they_are(plain, tmp_path):

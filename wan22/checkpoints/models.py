@@ -20,6 +20,7 @@ from .dialects import normalize
 from .formats import read_weights
 from .keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .loading import fill, official_names, shapes_of
+from .quantized import expanded_state
 
 _HUB_OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
 
@@ -113,6 +114,11 @@ class FromFiles:
             snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted_files, **hub)
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
         return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save in the Diffusers layout, as diffusers' models do; quantised weights are expanded."""
+        with expanded_state():
+            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _weights_in(cls, place: Path) -> Path:

@@ -3,7 +3,9 @@
 Shapes: o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+_expanding = ContextVar("expanding", default=False)  # see expanded_state
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -143,8 +146,8 @@ class QuantizedLinear(nn.Linear):
         del self.weight
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.format, self._parts = weight.format, tuple(weight.parts)
-        for name, part in weight.parts.items():
-            self.register_buffer(name, part)
+        for name, part in weight.parts.items():  # as parameters, so that they are offloaded like any weight
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -165,17 +168,28 @@ class QuantizedLinear(nn.Linear):
         return linear
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Saved, it is an ordinary layer that any program reads.
+        if not _expanding.get():
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.expand().weight.detach()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A cast of the model moves the scale, but does not round it.
-        kept = {name: getattr(self, name) for name in self._parts}
+        kept = {name: getattr(self, name).data for name in self._parts}
         super()._apply(fn, recurse)
         for name, part in kept.items():
             moved = getattr(self, name)
             if moved.dtype != part.dtype:
-                setattr(self, name, part.to(moved.device))
+                moved.data = part.to(moved.device)
         return self
+
+
+@contextmanager
+def expanded_state() -> Iterator[None]:
+    """Let state dicts hold ordinary weights in place of quantised ones, for any program to read."""
+    token = _expanding.set(True)
+    try:
+        yield
+    finally:
+        _expanding.reset(token)

@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .. import __version__
 from ..checkpoints.formats import stored_dtype
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+from ..checkpoints.quantized import expanded_state
 from ..models import autoencoder, transformer
 from ..presets import CONVERTED_FLOW_SHIFT, Preset
 from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
@@ -119,6 +120,11 @@ class HubPipeline(DiffusionPipeline):
         if kwargs.get("scheduler") is None and _MARK not in config:
             pipe.correct_shift()
         return pipe
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save all components, as diffusers does; quantised weights are expanded."""
+        with expanded_state():
+            super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
