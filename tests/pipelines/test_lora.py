@@ -390,6 +390,22 @@ def test_on_scaled_float8(tmp_path, tables):
     assert torch.equal(latents_of(pipe), quantised)
 
 
+def test_on_torchao(pipe, tables, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    pipe.load_lora_weights(save(tables["transformer"], tmp_path / "w.safetensors"))
+    expected = latents_of(pipe)
+    pipe.unload_lora_weights()
+    for slot in SLOTS:
+        torchao.quantize_(getattr(pipe, slot).blocks, torchao.Int8WeightOnlyConfig())
+    quantised = latents_of(pipe)
+    pipe.load_lora_weights(tmp_path / "w.safetensors")
+    assert (latents_of(pipe) - expected).norm() < 0.3 * (quantised - expected).norm()
+    with pytest.raises(ValueError, match=r"layers are quantised .*leave the LoRA unfused"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(latents_of(pipe), quantised)
+
+
 # ---- what does not fit ----
 
 

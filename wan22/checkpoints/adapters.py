@@ -97,10 +97,15 @@ class Adapters:
         """
         self._refuse_fused()
         layers = [layer for layer in lora_layers(self.model) if not layer.disable_adapters]
-        quantized = [layer for layer in layers if isinstance(layer.get_base_layer(), QuantizedLinear)]
-        if quantized and not dequantize:
+        bases = [layer.get_base_layer() for layer in layers]
+        ours = [base for base in bases if isinstance(base, QuantizedLinear)]
+        others = [base for base in bases if base not in ours and type(base.weight) is not nn.Parameter]
+        if others:
+            kind = type(others[0].weight).__name__
+            raise ValueError(f"{len(others)} of the layers are quantised ({kind}); leave the LoRA unfused")
+        if ours and not dequantize:
             raise ValueError(
-                f"{len(quantized)} of the layers are quantised, and fusing needs their weights expanded; "
+                f"{len(ours)} of the layers are quantised, and fusing needs their weights expanded; "
                 "fuse_lora(dequantize=True) does that, or leave the LoRA unfused"
             )
         for layer in layers:
