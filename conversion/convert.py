@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of a checkpoint or a model, in any layout; or a weight file")
+    parser.add_argument("source", help="folder or hub repository in any layout, or a weight file")
     parser.add_argument("destination", help="folder, or .safetensors file, that is not there yet")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as stored)")

@@ -5,6 +5,7 @@ import logging
 import re
 import runpy
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import diffusers
@@ -92,6 +93,29 @@ def t2v(tmp_path_factory):
 
 
 # ---- repositories ----
+
+
+def test_a_repository_of_the_hub(t2v, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, ignore_patterns):
+        asked.append(name)
+        assert not any(
+            fnmatch(str(p.relative_to(t2v)), x)
+            for p in t2v.rglob("*.*")
+            for x in ignore_patterns
+            if p.name != "README.md"
+        )
+        return str(t2v)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    convert("org/name", tmp_path / "out", "diffusers")
+    assert asked == ["org/name"]
+    convert(t2v, tmp_path / "other", "diffusers")
+    for path in (tmp_path / "other").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "other")).read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*a repository's name is like org/name"):
+        convert("./org/name", tmp_path / "more", "diffusers")
 
 
 def test_official_to_diffusers_and_back_is_identical(form, tmp_path):

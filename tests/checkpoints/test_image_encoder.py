@@ -30,12 +30,11 @@ def model():
     return model
 
 
-@pytest.fixture
-def official(model):
+def official_clip(model):
     """The weights as Wan 2.1 stores them: queries, keys and values in one, the text half beside them."""
     weights = {name.removeprefix("vision_model."): w for name, w in model.state_dict().items()}
     file = {"textual.token_embedding.weight": torch.ones(3, 4), "log_scale": torch.ones(())}
-    file["visual.head"] = torch.ones(160, 8)
+    file["visual.head"] = torch.ones(model.config.hidden_size, 8)
     for name, w in weights.items():
         if ".q_proj." in name:
             fused = torch.cat([weights[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
@@ -45,9 +44,14 @@ def official(model):
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         if name in ("visual.cls_embedding", "visual.pos_embedding"):
-            w = w.reshape(1, -1, 160)
+            w = w.reshape(1, -1, model.config.hidden_size)
         file[name] = w.clone()
     return file
+
+
+@pytest.fixture
+def official(model):
+    return official_clip(model)
 
 
 def test_it_gives_the_rows_of_the_model_that_was_written(model, official, tmp_path):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import clips
 import judge
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
 from tests.golden_data import relative_error
-from wan22 import WanT2VPipeline, tiny_checkpoint
+from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
+from wan22.checkpoints.keys import TRANSFORMER
+from wan22.checkpoints.quantized import QuantizedLinear
 
 FOLDER = Path(__file__).parents[1] / "loras"
 FILES = {"transformer": "purple_high.safetensors", "transformer_2": "purple_low.safetensors"}
@@ -100,3 +104,45 @@ def test_every_dialect_gives_the_video_of_the_merged_weights(dialect, pipe, merg
     assert relative_error(torch.from_numpy(frames), torch.from_numpy(merged)) <= 1e-5
     read = [judge.judge((video * 255).astype("uint8")) for video in frames]
     assert [verdict.color for verdict in read] == ["purple"] * 2
+
+
+def test_on_gguf_files(pipe, tmp_path):
+    """Both experts in blocks of 8 bits, the LoRA beside them."""
+    files = {}
+    for slot in FILES:
+        weights = getattr(pipe, slot).state_dict()
+        official = {TRANSFORMER.inverse.rename(name): w.contiguous() for name, w in weights.items()}
+        files[slot] = tmp_path / f"{slot}.gguf"
+        writers.write_gguf(official, files[slot], "Q8_0")
+    other = WanT2VPipeline.from_single_file(
+        *files.values(),
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        tokenizer=pipe.tokenizer,
+        scheduler=pipe.scheduler,
+        dtype=torch.float32,
+        attention_head_dim=64,
+    )
+    other.set_progress_bar_config(disable=True)
+    assert isinstance(other.transformer.blocks[0].attn1.to_q, QuantizedLinear)
+    seen, scores = colors(other, SCENES[:4])
+    assert scores["color"] == 1
+    other.load_lora_weights(high=FOLDER / FILES["transformer"], low=FOLDER / FILES["transformer_2"])
+    seen, scores = colors(other, SCENES[:4])
+    assert seen.count("purple") >= 3
+    with pytest.raises(ValueError, match=r"quantised, and fusing needs .*fuse_lora\(dequantize=True\)"):
+        other.fuse_lora()
+
+
+def test_in_the_image_to_video_model(caplog):
+    """Trained for text to video, it fits there, too; the given frame stays as it is."""
+    pipe = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with caplog.at_level("WARNING", "wan22"):
+        pipe.load_lora_weights(high=FOLDER / FILES["transformer"], low=FOLDER / FILES["transformer_2"])
+    assert not caplog.records
+    given = judge.given_frames(SCENES[:2], 0, 64, False)
+    prompts = [clips.canonical(s) for s in SCENES[:2]]
+    with_it = judge.generate(pipe, prompts, 0, 2, None, given)
+    pipe.unload_lora_weights()
+    assert np.abs(with_it.astype(int) - judge.generate(pipe, prompts, 0, 2, None, given)).mean() > 1

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.builders import byte_tokenizer, load_pipeline
+from tests.builders import byte_tokenizer, load_pipeline, random_i2v_components
 from tests.checkpoints import writers
-from tests.golden_data import FOLDER, golden
+from tests.checkpoints.test_image_encoder import official_clip
+from tests.golden_data import FOLDER, golden, relative_error
 from tests.pipelines.test_hub import make_repository
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, WanT2VPipeline
+from wan22.checkpoints.keys import TRANSFORMER
 from wan22.checkpoints.quantized import QuantizedLinear
 
 # The golden files' heads: what an official config.json says and the shapes do not.
@@ -93,8 +96,7 @@ def golden_latents(pipe, name):
 
 
 def error_to_golden(pipe, name):
-    expected = golden(name).io["final_latent"]
-    return ((golden_latents(pipe, name) - expected).norm() / expected.norm()).item()
+    return relative_error(golden_latents(pipe, name), golden(name).io["final_latent"])
 
 
 def test_an_official_folder(form):
@@ -195,6 +197,44 @@ def test_components_can_be_given_or_left_out(tmp_path):
         WanT2VPipeline.from_pretrained(folder, device_map="cpu")
 
 
+@pytest.mark.parametrize("two_frames", [False, True])
+def test_wan_2_1_for_images(two_frames, tmp_path):
+    """Its official folder also holds CLIP."""
+    components = random_i2v_components(1, two_frames)
+    weights = components["transformer"].state_dict()
+    official = {TRANSFORMER.inverse.rename(name): w.contiguous() for name, w in weights.items()}
+    folder = tmp_path / "official"
+    write_official(folder, ("dit_t2v_hd32",), "vae21")
+    save_file(official, folder / "diffusion_pytorch_model.safetensors")
+    heads = components["transformer"].config.num_attention_heads
+    dim = heads * components["transformer"].config.attention_head_dim
+    config = {"_class_name": "WanModel", "model_type": "flf2v" if two_frames else "i2v"}
+    (folder / "config.json").write_text(json.dumps(config | {"dim": dim, "num_heads": heads, "eps": 1e-6}))
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=80,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            image_size=28,
+            patch_size=14,
+            hidden_act="gelu",
+        )
+    )
+    torch.save(official_clip(vision), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    pipe = WanI2VPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipe.config.boundary_ratio is None
+    assert pipe.transformer.config.image_dim == components["transformer"].config.image_dim
+    assert all(torch.equal(w, pipe.transformer.state_dict()[name]) for name, w in weights.items())
+    assert pipe.image_encoder.config.hidden_size == 80
+    assert (
+        pipe.image_processor(images=torch.zeros(3, 8, 8), return_tensors="pt")["pixel_values"].shape[-1]
+        == 224
+    )
+    with pytest.raises(ValueError, match="use WanI2VPipeline"):
+        WanT2VPipeline.from_pretrained(folder)
+
+
 # ---- single files ----
 
 
@@ -245,6 +285,36 @@ def test_one_transformer_and_models_in_place_of_files(tmp_path):
     )
     assert again.vae is pipe.vae
     assert again.scheduler.config.shift == 9.0
+
+
+def test_single_files_for_images(tmp_path):
+    for slot, name in (("high", "dit_i2v_hd32"), ("low", "expert_i2v_low")):
+        save_file(golden(name).weights, tmp_path / f"{slot}.safetensors")
+    torch.save(golden("vae21").weights, tmp_path / "vae.pth")
+    pipe = WanI2VPipeline.from_single_file(
+        tmp_path / "high.safetensors",
+        tmp_path / "low.safetensors",
+        vae=tmp_path / "vae.pth",
+        dtype=torch.float32,
+        attention_head_dim=32,
+    )
+    assert pipe.config.boundary_ratio == 0.9
+    info, _, io = golden("pipe_i2v_unipc")
+    official = info["generate_args"]
+    latents = quiet(pipe)(
+        io["image_uint8_hwc"].numpy(),
+        prompt_embeds=io["context"][None],
+        negative_prompt_embeds=io["context_null"][None],
+        max_area=official["max_area"],
+        num_frames=official["frame_num"],
+        num_inference_steps=official["sampling_steps"],
+        flow_shift=official["shift"],
+        guidance_scale=official["guide_scale"][1],
+        guidance_scale_2=official["guide_scale"][0],
+        seed=info["seed"],
+        output_type="latent",
+    ).frames[0]
+    assert relative_error(latents, io["final_latent"]) <= 5e-6
 
 
 def test_single_files_that_do_not_fit(tmp_path):

@@ -81,7 +81,9 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
         ValueError: something cannot be read, is no model of Wan, or has no place.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}; a repository has to be downloaded first")
+        raise FileNotFoundError(
+            f"there is no file or folder {path}, and a repository's name is like org/name"
+        )
     if path.is_file():
         content = read_content(path, {}, head_dim)
         return Source(path, {content.kind: content})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from .contents import SUFFIXES, Source, read_source
@@ -24,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}  # of safetensors
+_NOT_CONVERTED = ["*.md", "*.py", "*.mp4", "*.png", "*.jpg", "*.gif", "assets/*", "examples/*"]
 _RECORD = "conversion.json"  # in the unfinished folder: what it is to become
 _TEMPORARY = ".unfinished"  # ends the name of a file that is being written
 
@@ -61,8 +63,8 @@ def convert(
     when it is complete. After an interruption, the same call goes on with the file at which it stopped.
 
     Args:
-        source: a repository's folder in the Diffusers or the official layout, a folder of single files, one
-            model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
+        source: a repository, of the hub or a folder, in the Diffusers or the official layout; a folder of
+            single files; one model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
         destination: what is to be written and is not there yet: a folder; for one model to "single-file",
             a file that ends in .safetensors.
         to: "diffusers", "official", or "single-file": official names, and of a repository one file per model.
@@ -124,8 +126,9 @@ def _prepare(
     elif dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, DTYPES.values()))}")
     size = _bytes(shard_size)
-    origin, target = Path(source).expanduser(), Path(destination).expanduser()
+    target = Path(destination).expanduser()
     _check_absent(target)
+    origin = _local(source)
     if origin.resolve() in target.resolve().parents:
         raise ValueError(f"{target} lies inside of what is to be converted, {origin}; choose another place")
     found = read_source(origin, attention_head_dim)
@@ -138,6 +141,14 @@ def _prepare(
     request = {"source": _stamp(origin), "to": to, "dtype": str(dtype), "shard_size": size}
     request["attention_head_dim"] = attention_head_dim
     return found, make_plan(found, to, target.name, dtype, size), request
+
+
+def _local(source: str | Path) -> Path:
+    """Return where a source lies; of a repository of the hub, what is converted is downloaded first."""
+    path = Path(source).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        path = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
+    return path
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
