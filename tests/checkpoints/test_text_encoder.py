@@ -106,6 +106,16 @@ def test_comfyui_scaled(official, tmp_path):
         torch.testing.assert_close(rows(model), rows(plain), rtol=1e-5, atol=1e-5)
 
 
+def test_a_quantised_embedding(official, tmp_path):
+    """Expanded into bfloat16, where no other dtype is asked for; no embedding is a linear layer."""
+    file = {name: w.clone() for name, w in official.items()}
+    file["token_embedding.weight"] = (file["token_embedding.weight"] / 8).to(writers.FP8)
+    save_file(file, tmp_path / "w.safetensors")
+    assert load_text_encoder(tmp_path / "w.safetensors").shared.weight.dtype == torch.bfloat16
+    model = load_text_encoder(tmp_path / "w.safetensors", torch.float32)
+    assert torch.equal(model.shared.weight, file["token_embedding.weight"].float())
+
+
 def test_gguf(official, tmp_path):
     names = {gguf_name(name): w for name, w in official.items()}
     writers.write_gguf(names, tmp_path / "w.gguf", "F16", "t5encoder")

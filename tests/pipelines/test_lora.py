@@ -3,9 +3,11 @@
 import copy
 import logging
 
+import accelerate
 import peft
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
@@ -356,6 +358,27 @@ def test_a_strength_does_not_recompile(pipe, tables, tmp_path):
             torch.testing.assert_close(results[-1], model(*arguments, return_dict=False)[0])
     assert not torch.equal(results[0], results[1])
     assert counter.frame_count <= 2, "one more, when the number becomes a variable"
+
+
+def test_weights_that_are_offloaded(pipe, tables, both, plain, tmp_path):
+    high, low = (save(tables[slot], tmp_path / f"{slot}.safetensors") for slot in SLOTS)
+    cpu = torch.device("cpu")
+    for slot in SLOTS:
+        apply_group_offloading(
+            getattr(pipe, slot), onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+        )
+    pipe.load_lora_weights(high=high, low=low)
+    matrix = pipe.transformer.blocks[0].attn1.to_q.lora_A["lora_0"]
+    assert matrix._diffusers_hook.get_hook("group_offloading") is not None
+    close(latents_of(pipe), both)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents_of(pipe), plain)
+
+    one_by_one = copy.deepcopy(random_pipeline())
+    accelerate.cpu_offload(one_by_one.transformer, execution_device=cpu)
+    with pytest.raises(ValueError, match="load LoRAs before enable_sequential_cpu_offload"):
+        one_by_one.load_lora_weights(high=high)
+    assert not hasattr(one_by_one.transformer.blocks[0].attn1.to_q, "lora_A")
 
 
 # ---- quantised bases ----

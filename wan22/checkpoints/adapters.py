@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
 from .lora import Change, Lora
@@ -39,6 +40,10 @@ class Adapters:
             strength: what its changes are multiplied by.
         """
         self._refuse_fused()
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError(
+                "weights are offloaded one by one; load LoRAs before enable_sequential_cpu_offload"
+            )
         if lora.changes:
             _attach(self.model, lora, name)
         for parameter in lora.deltas.keys() - self._originals.keys():
@@ -188,6 +193,7 @@ def _attach(model: Any, lora: Lora, adapter: str) -> None:
         for name, change in changes.items():
             _fill(model.get_submodule(name), adapter, change)
     model._hf_peft_config_loaded = True  # what the model's methods in diffusers ask for
+    _maybe_remove_and_reapply_group_offloading(model)  # so that the new layers are offloaded, too
 
 
 def _config(kind: str, changes: Mapping[str, Change]) -> Any:
@@ -233,3 +239,4 @@ def _detach(model: Any) -> None:
             setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     for name in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(name, None)
+    _maybe_remove_and_reapply_group_offloading(model)

@@ -10,7 +10,7 @@ from .dialects import Tensors, normalize
 from .formats import WeightFile, read_weights
 from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF
 from .loading import fill, listed, shapes_of
-from .quantized import expanded
+from .quantized import QuantizedTensor, expanded
 
 EMBEDDING, COPY = "shared.weight", "encoder.embed_tokens.weight"
 # Parts of the whole umT5 that encoding does not need, and the tokenizer inside ComfyUI's file.
@@ -60,14 +60,19 @@ def named_by_transformers(source: str, tensors: Tensors) -> Tensors:
     return {other: tensors[name] for name, other in names.items() if other is not None}
 
 
-def embedding_of(source: str, tensors: Tensors) -> torch.Tensor:
-    """Return the tokens' embedding, which files hold under one name or under two."""
-    found = [expanded(tensors[name]) for name in (EMBEDDING, COPY) if name in tensors]
+def embedding_of(source: str, tensors: Tensors) -> torch.Tensor | QuantizedTensor:
+    """Return the tokens' embedding, which files hold under one name or under two.
+
+    Raises:
+        ValueError: there is none, it is all zero, or the two differ.
+    """
+    found = [tensors[name] for name in (EMBEDDING, COPY) if name in tensors]
     if not found:
         raise ValueError(f"{source} is no umT5: it has no {EMBEDDING}")
-    if not all(torch.equal(tensor, found[0]) for tensor in found):
+    values = [expanded(tensor) for tensor in found]
+    if not all(torch.equal(value, values[0]) for value in values):
         raise ValueError(f"{source}: {EMBEDDING} and {COPY} differ; they must be the same")
-    if not found[0].any():
+    if not values[0].any():
         raise ValueError(f"{source}: {EMBEDDING} is all zero")
     return found[0]
 
