@@ -9,12 +9,24 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.builders import byte_tokenizer, load_pipeline, random_i2v_components
+from tests.builders import (
+    byte_tokenizer,
+    golden_transformer,
+    golden_vae,
+    load_pipeline,
+    random_i2v_components,
+)
 from tests.checkpoints import writers
 from tests.checkpoints.test_image_encoder import official_clip
 from tests.golden_data import FOLDER, golden, relative_error
 from tests.pipelines.test_hub import make_repository
-from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, WanT2VPipeline
+from wan22 import (
+    AutoencoderKLWan,
+    FlowMatchUniPCScheduler,
+    WanI2VPipeline,
+    WanT2VPipeline,
+    WanTransformer3DModel,
+)
 from wan22.checkpoints.keys import TRANSFORMER
 from wan22.checkpoints.quantized import QuantizedLinear
 
@@ -333,3 +345,34 @@ def test_single_files_that_do_not_fit(tmp_path):
         )
     with pytest.raises(ValueError, match="hi cannot be used"):
         WanT2VPipeline.from_single_file(tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", hi=1)
+
+
+# ---- models by themselves ----
+
+
+def test_models_of_cached_repositories(tmp_path):
+    """In the official layout and in Diffusers', where each model is a folder."""
+    folder = write_official(tmp_path / "official", *FORMS["t2v"][:2])
+    WanT2VPipeline.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "diffusers")
+    for name, source in (("org/official", folder), ("org/diffusers", tmp_path / "diffusers")):
+        make_repository(tmp_path / "cache", name, {"main": source})
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True, "dtype": torch.float32}
+    for low, vae, repository in (
+        ("low_noise_model", None, "org/official"),
+        ("transformer_2", "vae", "org/diffusers"),
+    ):
+        model = WanTransformer3DModel.from_pretrained(repository, subfolder=low, **hub)
+        expected = golden_transformer("expert_t2v_low").state_dict()
+        assert all(torch.equal(w, model.state_dict()[name]) for name, w in expected.items())
+        assert model.config.attention_head_dim == 24
+        model = AutoencoderKLWan.from_pretrained(repository, subfolder=vae, **hub)
+        assert all(
+            torch.equal(w, model.state_dict()[name]) for name, w in golden_vae("vae21").state_dict().items()
+        )
+    assert AutoencoderKLWan.from_pretrained(folder).config.z_dim == 16
+    with pytest.raises(OSError, match="org/nothing"):
+        WanTransformer3DModel.from_pretrained("org/nothing", **hub)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder \./nowhere"):
+        WanTransformer3DModel.from_pretrained("./nowhere")
+    with pytest.raises(FileNotFoundError, match="must hold one safetensors file"):
+        WanTransformer3DModel.from_pretrained(folder, subfolder="google")

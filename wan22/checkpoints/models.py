@@ -99,19 +99,24 @@ class FromFiles:
             FileNotFoundError: there is no such file, or a shard is missing.
             ValueError: it cannot be read, is another model's, or holds weights that have no place.
         """
-        root, subfolder = Path(pretrained_model_name_or_path).expanduser(), kwargs.get("subfolder") or ""
-        hub = {name: kwargs[name] for name in _HUB_OPTIONS & kwargs.keys()}
+        source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
+        root, hub = Path(source).expanduser(), {name: kwargs[name] for name in _HUB_OPTIONS & kwargs.keys()}
         local = root.exists()
+        if not local and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"there is no folder {source}, and a repository's name is like org/name")
         if not local:
             wanted = str(Path(subfolder, "config.json"))
-            root = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted, **hub))
+            try:
+                root = Path(snapshot_download(source, allow_patterns=wanted, **hub))
+            except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
+                return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         place = root / subfolder
         config = read_json(place / "config.json")
         if config.get("_class_name") == cls.__name__:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         if not local:
             wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
-            snapshot_download(str(pretrained_model_name_or_path), allow_patterns=wanted_files, **hub)
+            snapshot_download(source, allow_patterns=wanted_files, **hub)
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
         return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
 
