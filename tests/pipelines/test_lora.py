@@ -493,8 +493,10 @@ def test_arguments(pipe, tables, tmp_path):
         pipe.load_lora_weights(path, strength=(1, 2, 3))
     with pytest.raises(ValueError, match="a strength is given for 'high'"):
         pipe.load_lora_weights(path, strength={"high": 1})
-    with pytest.raises(ValueError, match="takes no cache"):
+    with pytest.raises(ValueError, match=r"takes no cache$"):
         pipe.load_lora_weights(path, cache=1)
+    with pytest.raises(ValueError, match="goes into both experts here, give high= and low="):
+        pipe.load_lora_weights(path, load_into_transformer_2=True)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         pipe.load_lora_weights(tmp_path / "none.safetensors")
     assert pipe.get_list_adapters() == {}

@@ -179,7 +179,7 @@ def load_tokenizer(path: Path) -> Any:
     """Load umT5's tokenizer from its folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(str(path))  # which may be a repository's name, too
 
 
 class FilesPipeline(HubPipeline):
@@ -239,7 +239,7 @@ class FilesPipeline(HubPipeline):
             low: the low-noise expert's file.
             vae: file, or model.
             text_encoder: file, or model; None if prompt_embeds are given at every call.
-            tokenizer: folder, or tokenizer.
+            tokenizer: folder or repository, such as "google/umt5-xxl"; or tokenizer.
             **options: `dtype`, for all components or a dict by component; default is the one each is stored
                 in, bfloat16 for quantised weights. `dequantize`: whether to expand those. Further components
                 and settings of the pipeline, such as `scheduler`, `boundary_ratio`, or `image_encoder` (file

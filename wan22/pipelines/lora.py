@@ -107,7 +107,9 @@ class LoraPipeline:
             ValueError: nothing in the file fits the transformer, it is no LoRA, or the name is taken.
         """
         if unknown := sorted(hub.keys() - HUB_ACCESS):
-            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}")
+            hint = "; one LoRA goes into both experts here, give high= and low= for one each"
+            hint = hint if "load_into_transformer_2" in unknown else ""
+            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}{hint}")
         if (lora is None) == (high is None and low is None):
             raise ValueError("give one LoRA, or high= and low=")
         name = adapter_name or self._free_name()
