@@ -207,9 +207,20 @@ def test_quantised_files(official, form, tmp_path):
     assert error < 0.02
 
 
+def test_the_dtype_of_a_layer_is_the_one_asked_for(official, tmp_path):
+    """Also where its bias is stored in float32; casts of the model count."""
+    writers.write_gguf(official, tmp_path / "w.gguf", "Q8_0")
+    for dtype, expected in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        layer = WanTransformer3DModel.from_single_file(tmp_path / "w.gguf", dtype=dtype).blocks[0].attn1.to_q
+        assert layer.weight.dtype == layer.expand().weight.dtype == layer.expand().bias.dtype == expected
+        assert layer.to(torch.float32).weight.dtype == torch.float32
+        x = torch.randn(2, 256)
+        torch.testing.assert_close(layer(x), layer.expand()(x))
+
+
 def test_saved_it_is_an_ordinary_model(official, tmp_path):
     values = writers.grouped(official, tmp_path / "w", groups=4)
-    model = WanTransformer3DModel.from_single_file(tmp_path / "w")
+    model = WanTransformer3DModel.from_single_file(tmp_path / "w", dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "saved")
     assert_same(theirs, plain(values))

@@ -212,14 +212,15 @@ def _config(kind: str, changes: Mapping[str, Change]) -> Any:
 def _fill(layer: Any, adapter: str, change: Change) -> None:
     """Give one of PEFT's layers an adapter's matrices, in the dtype of the model's own weight."""
     base = layer.get_base_layer()
-    kept = base.bias if isinstance(base, QuantizedLinear) else base.weight
+    device = (base.bias if isinstance(base, QuantizedLinear) else base.weight).device
+    dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
     for name in layer.adapter_layer_names:  # what PEFT made of the sizes that it guessed
         parts = getattr(layer, name)
         if adapter in parts and name not in change.parts:
             del parts[adapter]
     for name, tensor in change.parts.items():
         parts = getattr(layer, name)
-        weight = nn.Parameter(tensor.to(kept.device, kept.dtype, copy=True), requires_grad=False)
+        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
         if isinstance(parts, nn.ParameterDict):
             parts[adapter] = weight
         else:

@@ -119,7 +119,11 @@ def fill(
     for path, weight in quantized:
         parent, _, attribute = path.rpartition(".")
         linear = model.get_submodule(path)
-        setattr(model.get_submodule(parent), attribute, QuantizedLinear(weight, linear._parameters["bias"]))
+        setattr(
+            model.get_submodule(parent),
+            attribute,
+            QuantizedLinear(weight, linear._parameters["bias"], dtype or torch.bfloat16),
+        )
     return model.eval()
 
 

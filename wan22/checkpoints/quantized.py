@@ -138,50 +138,56 @@ class QuantizedLinear(nn.Linear):
     Args:
         weight: "o i".
         bias: "o", or None.
+        dtype: that the layer has for those who ask for its weight.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias is not None, device="meta")
         del self.weight
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.format, self._parts = weight.format, tuple(weight.parts)
+        self.format, self.dtype, self._parts = weight.format, dtype, tuple(weight.parts)
         for name, part in weight.parts.items():  # as parameters, so that they are offloaded like any weight
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
+    def values(self) -> torch.Tensor:
+        """Return the expanded weight, "o i" float32, computed anew."""
+        return self.format.expand({name: getattr(self, name) for name in self._parts})
+
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The expanded weight, "o i" float32, computed anew."""
-        return self.format.expand({name: getattr(self, name) for name in self._parts})
+        """The expanded weight, "o i" in the layer's dtype, computed anew."""
+        return self.values().to(self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map "… i" to "… o", in the input's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return F.linear(input, self.values().to(input.dtype), bias)
 
     def expand(self) -> nn.Linear:
-        """Return an ordinary layer with the expanded weight, in the bias's dtype."""
+        """Return an ordinary layer with the expanded weight, in the layer's dtype."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.bias = self.bias
-        weight = self.weight.to(torch.bfloat16 if self.bias is None else self.bias.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(self.dtype), requires_grad=False)
         return linear
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not _expanding.get():
             return super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.expand().weight.detach()
+        destination[f"{prefix}weight"] = self.weight
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # A cast of the model moves the scale, but does not round it.
+        # A cast of the model moves the parts, but does not round the scale.
         kept = {name: getattr(self, name).data for name in self._parts}
         super()._apply(fn, recurse)
         for name, part in kept.items():
             moved = getattr(self, name)
             if moved.dtype != part.dtype:
                 moved.data = part.to(moved.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
 
