@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 
 from ..models import autoencoder, transformer
@@ -120,6 +122,7 @@ class FromFiles:
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
         return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at its parameters' names
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save in the Diffusers layout, as diffusers' models do; quantised weights are expanded."""
         with expanded_state():
