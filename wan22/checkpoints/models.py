@@ -1,6 +1,7 @@
 """The models, with the files and folders that they can be loaded from."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable
 from functools import wraps
 from pathlib import Path
@@ -35,11 +36,12 @@ class FromFiles:
     _keep_in_fp32_modules: Any
 
     @classmethod
+    @abstractmethod
     def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
         """Return the table for the model with tensors of these names, official ones or ours."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration of the model with these tensors, under official names.
 
@@ -48,7 +50,6 @@ class FromFiles:
             shapes: of the tensors.
             given: entries that are known.
         """
-        raise NotImplementedError
 
     @classmethod
     def from_single_file(

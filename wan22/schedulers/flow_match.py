@@ -8,6 +8,7 @@ Source: Wan2.2 wan/utils/fm_solvers_unipc.py and wan/utils/fm_solvers.py; Lipman
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -96,9 +97,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def _reset(self) -> None:
         """Forget the solver's history."""
 
+    @abstractmethod
     def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
         """Go from sigmas[index] to sigmas[index + 1], in float32."""
-        raise NotImplementedError
 
     @property
     def sigma_start(self) -> float:
