@@ -157,6 +157,31 @@ def test_one_file_that_names_both_experts(pipe, tables, both, tmp_path):
     close(latents_of(pipe), both)
 
 
+def test_a_file_that_names_the_second_expert(pipe, tables, tmp_path):
+    """It is for that one alone; given as high= or low= it is for the one it is given for."""
+    pairs = DIALECTS["diffusers"](tables["transformer"])
+    path = tmp_path / "w.safetensors"
+    save_file({key.replace("transformer.", "transformer_2.", 1): w for key, w in pairs.items()}, path)
+    both = dict.fromkeys(SLOTS, tables["transformer"])
+    for arguments, strengths in (({"lora": path}, (0, 1)), ({"low": path}, (0, 1)), ({"high": path}, (1, 0))):
+        pipe.load_lora_weights(**arguments)
+        close(latents_of(pipe), merged(strengths, both))
+        pipe.unload_lora_weights()
+    one = copy.deepcopy(random_pipeline(experts=1))
+    with pytest.raises(ValueError, match="a LoRA for transformer_2, which is not loaded"):
+        one.load_lora_weights(path)
+
+
+def test_an_alpha_beside_a_whole_difference(pipe, tables, caplog):
+    """Some programs write one; it means nothing there."""
+    file = DIALECTS["full differences"](tables["transformer"])
+    module = next(iter(tables["transformer"]))
+    file[f"diffusion_model.{module}.alpha"] = torch.tensor(4.0)
+    pipe.load_lora_weights(file)
+    close(latents_of(pipe), merged((1, 1), dict.fromkeys(SLOTS, tables["transformer"])))
+    assert not caplog.records
+
+
 def test_a_table_in_memory_is_not_changed(pipe, tables, both):
     files = [DIALECTS["no prefix"](tables[slot]) for slot in SLOTS]
     before = [{key: w.clone() for key, w in file.items()} for file in files]
@@ -329,8 +354,9 @@ def test_fusing_and_back(pipe, tables, both, plain, tmp_path):
     before = latents_of(pipe)
     pipe.fuse_lora()
     close(latents_of(pipe), both)
-    with pytest.raises(ValueError, match="is fused into the weights; call unfuse_lora"):
-        pipe.set_adapters("lora_0", 0.5)
+    for change in (lambda: pipe.set_adapters("lora_0", 0.5), pipe.disable_lora, pipe.fuse_lora):
+        with pytest.raises(ValueError, match="is fused into the weights; call unfuse_lora"):
+            change()
     pipe.unfuse_lora()
     assert torch.equal(latents_of(pipe), before)
     pipe.fuse_lora()
@@ -358,6 +384,15 @@ def test_a_strength_does_not_recompile(pipe, tables, tmp_path):
             torch.testing.assert_close(results[-1], model(*arguments, return_dict=False)[0])
     assert not torch.equal(results[0], results[1])
     assert counter.frame_count <= 2, "one more, when the number becomes a variable"
+
+    pipe.transformer = compiled  # as users do; adapters are then found inside of it
+    pipe.set_adapters("lora_0", 0.8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments, return_dict=False)[0], results[1])
+    assert pipe.get_active_adapters() == ["lora_0"]
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "w.safetensors")
+    assert pipe.get_list_adapters() == {slot: ["lora_0"] for slot in SLOTS}
 
 
 def test_weights_that_are_offloaded(pipe, tables, both, plain, tmp_path):

@@ -27,9 +27,8 @@ class Adapters:
         self.enabled = True
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}  # by adapter and parameter
         self._originals: dict[str, torch.Tensor] = {}  # of the parameters that differences are added to
-        self._unfused: dict[
-            Any, torch.Tensor | QuantizedLinear
-        ] = {}  # of fused layers, what was there before
+        # What was there before, of fused layers.
+        self._unfused: dict[Any, torch.Tensor | QuantizedLinear] = {}
 
     def load(self, name: str, lora: Lora, strength: float) -> None:
         """Add an adapter.
@@ -56,6 +55,12 @@ class Adapters:
         """Give adapters their strengths; those that are not named are not active."""
         self._refuse_fused()
         self.strengths = {name: strengths.get(name, 0.0) for name in self.strengths}
+        self.apply()
+
+    def enable(self, enabled: bool) -> None:
+        """Let the adapters count, or not, with the strengths that they have."""
+        self._refuse_fused()
+        self.enabled = enabled
         self.apply()
 
     def remove(self, names: Iterable[str]) -> None:
@@ -150,6 +155,7 @@ class Adapters:
 
 def adapters_of(model: Any) -> Adapters:
     """Return a transformer's adapters: those that it has, or an empty set that is now its own."""
+    model = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
     if "adapters" not in vars(model):
         vars(model)["adapters"] = Adapters(model)
     return vars(model)["adapters"]
@@ -186,9 +192,8 @@ def _attach(model: Any, lora: Lora, adapter: str) -> None:
     for kind in sorted({change.kind for change in lora.changes.values()}):
         changes = {name: change for name, change in lora.changes.items() if change.kind == kind}
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # that there will be several adapters, which is meant
+            # That there will be several adapters is meant.
+            warnings.simplefilter("ignore", UserWarning)
             inject_adapter_in_model(_config(kind, changes), model, adapter)
         for name, change in changes.items():
             _fill(model.get_submodule(name), adapter, change)

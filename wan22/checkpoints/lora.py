@@ -138,10 +138,20 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         slot, name = _slot(key)
         _sort_in(loras[slot], key, name, tensor, names)
     for lora in loras.values():
+        for name in [name for name, change in lora.changes.items() if not change.parts]:
+            del lora.changes[name]  # an alpha alone, which some programs write beside a whole difference
+            if f"{name}.weight" not in lora.deltas:
+                lora.unmatched.append(f"{name}.alpha")
         if half := [name for name, change in lora.changes.items() if not change.complete]:
             raise ValueError(f"{file.source}: of {listed(half)} not all matrices are there")
         _drop_misfits(lora, shapes)
     return loras
+
+
+def sections_of(file: WeightFile) -> tuple[str, ...]:
+    """Return the transformers that a LoRA file's keys are for, "transformer" where they name none."""
+    named = {_slot(key)[0] for key in file.tensors}
+    return tuple(slot for slot in SLOTS if slot in named) or SLOTS[:1]
 
 
 def _names(parameters: Iterable[str]) -> dict[str, str]:

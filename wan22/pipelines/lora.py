@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download, list_repo_files
 from ..checkpoints.adapters import Adapters, adapters_of
 from ..checkpoints.formats import WeightFile, read_weights
 from ..checkpoints.loading import listed
-from ..checkpoints.lora import SLOTS, Lora, read_lora
+from ..checkpoints.lora import SLOTS, Lora, read_lora, sections_of
 from .hub import HUB_ACCESS
 
 logger = logging.getLogger(__name__)
@@ -212,13 +212,20 @@ class LoraPipeline:
             _warn_if_swapped(*pair)
             sources = dict(zip(SLOTS, pair, strict=True))
             files = {slot: _read(s, place) for slot, s in sources.items() if s is not None}
-            if lacking := [slot for slot in files if getattr(self, slot) is None]:
-                raise ValueError(f"there is a LoRA for {lacking[0]}, which is not loaded")
-            return {slot: self._part(file, slot, SLOTS[0]) for slot, file in files.items()}
+            # What is given for one expert is for that one, whichever its keys name.
+            return self._parts({slot: (file, sections_of(file)[-1]) for slot, file in files.items()})
         file = _read(lora, place)
-        loaded = [slot for slot in SLOTS if getattr(self, slot) is not None]
-        named = any(key.startswith("transformer_2.") for key in file.tensors)
-        return {slot: self._part(file, slot, slot if named else SLOTS[0]) for slot in loaded}
+        sections = sections_of(file)
+        if sections == SLOTS[:1]:  # the keys name no expert: for all that are loaded
+            loaded = [slot for slot in SLOTS if getattr(self, slot) is not None]
+            return self._parts({slot: (file, SLOTS[0]) for slot in loaded})
+        return self._parts({slot: (file, slot) for slot in sections})
+
+    def _parts(self, sources: Mapping[str, tuple[WeightFile, str]]) -> dict[str, Lora]:
+        """Return what each transformer gets from a section of a file."""
+        if lacking := [slot for slot in sources if getattr(self, slot) is None]:
+            raise ValueError(f"there is a LoRA for {lacking[0]}, which is not loaded")
+        return {slot: self._part(file, slot, section) for slot, (file, section) in sources.items()}
 
     def _part(self, file: WeightFile, slot: str, section: str) -> Lora:
         """Return what a file's section has for a transformer; name what fits nowhere."""
@@ -250,8 +257,7 @@ class LoraPipeline:
 
     def _switch(self, enabled: bool) -> None:
         for adapters in self._adapters().values():
-            adapters.enabled = enabled
-            adapters.apply()
+            adapters.enable(enabled)
 
 
 def _by_slot(strength: Strength) -> dict[str, float]:
