@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from .contents import SUFFIXES, Source, read_source
 from .formats import STORED_DTYPES
+from .hub import is_repository_name
 from .layouts import LAYOUTS, Entry, OutputFile, Plan, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -146,7 +147,7 @@ def _prepare(
 def _local(source: str | Path) -> Path:
     """Return where a source lies; of a repository of the hub, what is converted is downloaded first."""
     path = Path(source).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if not path.exists() and is_repository_name(str(source)):
         path = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
     return path
 

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 
 from ..models import autoencoder, transformer
+from . import hub
 from .configs import (
     Shapes,
     autoencoder_config,
@@ -24,8 +25,6 @@ from .formats import read_weights
 from .keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .loading import fill, official_names, shapes_of
 from .quantized import expanded_state
-
-_HUB_OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
 
 
 class FromFiles:
@@ -103,14 +102,13 @@ class FromFiles:
             ValueError: it cannot be read, is another model's, or holds weights that have no place.
         """
         source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
-        root, hub = Path(source).expanduser(), {name: kwargs[name] for name in _HUB_OPTIONS & kwargs.keys()}
+        root, access = Path(source).expanduser(), {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}
         local = root.exists()
-        if not local and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"there is no folder {source}, and a repository's name is like org/name")
         if not local:
+            hub.check_repository_name(source)
             wanted = str(Path(subfolder, "config.json"))
             try:
-                root = Path(snapshot_download(source, allow_patterns=wanted, **hub))
+                root = Path(snapshot_download(source, allow_patterns=wanted, **access))
             except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
                 return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         place = root / subfolder
@@ -119,8 +117,8 @@ class FromFiles:
             return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         if not local:
             wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
-            snapshot_download(source, allow_patterns=wanted_files, **hub)
-        options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in _HUB_OPTIONS}
+            snapshot_download(source, allow_patterns=wanted_files, **access)
+        options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in hub.OPTIONS}
         return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at its parameters' names

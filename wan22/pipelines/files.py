@@ -10,12 +10,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..checkpoints.contents import EXPERTS, TOKENIZERS
+from ..checkpoints.hub import OPTIONS
 from ..checkpoints.image_encoder import load_image_encoder, load_image_processor
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.text_encoder import load_text_encoder
 from ..presets import has_timestep_per_token, release_of
 from ..schedulers import FlowMatchUniPCScheduler
-from .hub import HUB_ACCESS, HubPipeline
+from .hub import HubPipeline
 
 TOKENIZER = TOKENIZERS[0]
 _CLIP = "models_clip*.pth"
@@ -206,7 +207,7 @@ class FilesPipeline(HubPipeline):
                 setting or a combination of components is not supported.
         """
         source = str(pretrained_model_name_or_path)
-        hub = {name: kwargs[name] for name in HUB_ACCESS & kwargs.keys()}
+        hub = {name: kwargs[name] for name in OPTIONS & kwargs.keys()}
         folder = find_official(source, hub)
         if folder is None:
             return super().from_pretrained(source, **kwargs)

@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import __version__
 from ..checkpoints.formats import stored_dtype
+from ..checkpoints.hub import OPTIONS, check_repository_name
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.quantized import expanded_state
 from ..models import autoencoder, transformer
@@ -50,7 +51,6 @@ _MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": A
 _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
     f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
 }
-HUB_ACCESS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
 # Both may stand in model_index.json; diffusers ignores them. The first says that the settings in the folder
 # are somebody's choice; the second names a folder, next to this one, that has the components missing here.
 _MARK = "_wan22_version"
@@ -92,9 +92,9 @@ class HubPipeline(DiffusionPipeline):
         source = str(pretrained_model_name_or_path)
         folder = str(Path(source).expanduser())
         local = Path(folder).is_dir()
-        if not local and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"there is no folder {source}, and a repository's name is like org/name")
-        access = {name: kwargs[name] for name in HUB_ACCESS & kwargs.keys()}
+        if not local:
+            check_repository_name(source)
+        access = {name: kwargs[name] for name in OPTIONS & kwargs.keys()}
         # A checkpoint of another task is refused before its weights are downloaded.
         config = cls.load_config(folder if local else source, **access)
         task = config[_SAVED]

@@ -11,9 +11,9 @@ from huggingface_hub import hf_hub_download, list_repo_files
 
 from ..checkpoints.adapters import Adapters, adapters_of
 from ..checkpoints.formats import WeightFile, read_weights
+from ..checkpoints.hub import OPTIONS, check_repository_name
 from ..checkpoints.loading import listed
 from ..checkpoints.lora import SLOTS, Lora, read_lora, sections_of
-from .hub import HUB_ACCESS
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class Place:
         folder = Path(source).expanduser()
         if folder.is_dir():
             return sorted(path.name for path in (folder / self.subfolder).glob("*.safetensors"))
-        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-            raise FileNotFoundError(f"there is no file {source}, and a repository's name is like org/name")
+        check_repository_name(str(source), "file")
         paths = map(PurePosixPath, list_repo_files(str(source), **self._options("revision", "token")))
         here = [path for path in paths if path.parent == PurePosixPath(self.subfolder)]
         return sorted(path.name for path in here if path.suffix == ".safetensors")
@@ -106,7 +105,7 @@ class LoraPipeline:
             FileNotFoundError: there is no such file.
             ValueError: nothing in the file fits the transformer, it is no LoRA, or the name is taken.
         """
-        if unknown := sorted(hub.keys() - HUB_ACCESS):
+        if unknown := sorted(hub.keys() - OPTIONS):
             hint = "; one LoRA goes into both experts here, give high= and low= for one each"
             hint = hint if "load_into_transformer_2" in unknown else ""
             raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}{hint}")
