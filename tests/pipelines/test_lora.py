@@ -325,6 +325,15 @@ def test_strengths_per_expert(pipe, tables, tmp_path):
     close(latents_of(pipe), merged((0.25, 0.25), tables))
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_a_scale_for_one_call_leaves_the_strengths(scale, pipe, tables, tmp_path):
+    pipe.load_lora_weights(save(tables["transformer"], tmp_path / "w.safetensors"), strength=0.5)
+    before = latents_of(pipe)
+    both = dict.fromkeys(SLOTS, tables["transformer"])
+    close(latents_of(pipe, attention_kwargs={"scale": scale}), merged((0.5 * scale, 0.5 * scale), both))
+    assert torch.equal(latents_of(pipe), before)
+
+
 def test_two_adapters(pipe, tables, plain, tmp_path):
     others = {slot: make_lora(getattr(pipe, slot), 9, share=0.5) for slot in SLOTS}
     for name, pair in (("a", tables), ("b", others)):

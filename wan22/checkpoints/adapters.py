@@ -78,16 +78,15 @@ class Adapters:
             _detach(self.model)
             self._originals.clear()
 
+    def restore(self) -> None:
+        """Set the scales of PEFT's layers again, which diffusers' attention_kwargs change."""
+        if not self._unfused:
+            self._set_scales(self._active())
+
     def apply(self) -> None:
         """Make the model compute with the strengths as they are now."""
-        active = {n: s for n, s in self.strengths.items() if s and self.enabled}
-        for layer in lora_layers(self.model):
-            here = [name for name in active if name in layer.scaling]
-            layer.enable_adapters(bool(here))
-            if here:
-                layer.set_adapter(here)
-                for name in here:
-                    layer.set_scale(name, active[name])
+        active = self._active()
+        self._set_scales(active)
         for parameter, original in self._originals.items():
             value = original.float()
             for name, strength in active.items():
@@ -95,6 +94,21 @@ class Adapters:
                     value = value + strength * self._deltas[name][parameter].to(value)
             # In place, so that a compiled model stays compiled.
             self._parameter(parameter).data.copy_(value)
+
+    def _active(self) -> dict[str, float]:
+        return {n: s for n, s in self.strengths.items() if s and self.enabled}
+
+    def _set_scales(self, active: Mapping[str, float]) -> None:
+        """Give PEFT's layers the active adapters and their strengths."""
+        if not self.strengths:
+            return  # layers that somebody else put there are theirs
+        for layer in lora_layers(self.model):
+            here = [name for name in active if name in layer.scaling]
+            layer.enable_adapters(bool(here))
+            if here:
+                layer.set_adapter(here)
+                for name in here:
+                    layer.set_scale(name, active[name])
 
     def fuse(self, dequantize: bool = False) -> None:
         """Add the active adapters to the weights, so that they cost no time; the weights before are kept.
@@ -159,6 +173,11 @@ def adapters_of(model: Any) -> Adapters:
     if "adapters" not in vars(model):
         vars(model)["adapters"] = Adapters(model)
     return vars(model)["adapters"]
+
+
+def has_adapters(model: Any) -> bool:
+    """Return whether `adapters_of` was ever asked for a transformer."""
+    return "adapters" in vars(getattr(model, "_orig_mod", model))
 
 
 def lora_layers(model: nn.Module) -> list[Any]:

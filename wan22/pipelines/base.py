@@ -374,6 +374,7 @@ class WanPipeline(LoraPipeline, FilesPipeline):
             yield
         finally:
             self._current_timestep = None
+            self.restore_strengths()
             self.maybe_free_model_hooks()
 
     # ---- what scripts and callbacks written for diffusers read ----

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
 
-from ..checkpoints.adapters import Adapters, adapters_of
+from ..checkpoints.adapters import Adapters, adapters_of, has_adapters
 from ..checkpoints.formats import WeightFile, read_weights
 from ..checkpoints.hub import OPTIONS, check_repository_name
 from ..checkpoints.loading import listed
@@ -239,6 +239,12 @@ class LoraPipeline:
         return lora
 
     # ---- adapters ----
+
+    def restore_strengths(self) -> None:
+        """Give the LoRAs the strengths they had before a call; attention_kwargs' scale of 0 leaves others."""
+        for model in (self.transformer, self.transformer_2):
+            if model is not None and has_adapters(model):
+                adapters_of(model).restore()
 
     def _adapters(self) -> dict[str, Adapters]:
         return {slot: adapters_of(m) for slot in SLOTS if (m := getattr(self, slot)) is not None}
