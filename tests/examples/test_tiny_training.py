@@ -139,7 +139,7 @@ def ti2v():
 
 @pytest.mark.parametrize("given", [False, True])
 def test_timesteps_are_those_of_the_pipeline(ti2v, monkeypatch, given):
-    """One per token; those of a given first frame are 0."""
+    """One per token here, one per latent frame there; those of a given first frame are 0."""
     monkeypatch.setattr(train_transformer, "FIRST_FRAME", float(given))
     clips = {"latents": torch.randn(2, 48, 3, 4, 6)}
     sigma = torch.tensor([0.25, 0.75])
@@ -152,10 +152,11 @@ def test_timesteps_are_those_of_the_pipeline(ti2v, monkeypatch, given):
     hook.remove()
     x, timestep = seen[0]
     assert torch.equal(x[:, :, 0], clips["latents"][:, :, 0]) == given
-    condition = FirstFrameCondition(x[:, :, :1], (2, 2)) if given else TextCondition()
+    condition = FirstFrameCondition(x[:, :, :1]) if given else TextCondition()
     for i, s in enumerate(sigma):
         expected = condition.model_inputs(i, x[i : i + 1], s[None] * 1000)["timestep"]
-        assert torch.equal(timestep[i], expected.expand(1, 3 * 2 * 3)[0])
+        per_token = expected.repeat_interleave(3 * 2 * 3 // expected.numel())
+        assert torch.equal(timestep[i], per_token)
     assert loss.shape == (2,)
 
 

@@ -47,6 +47,34 @@ class Float32RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, _cast(self.weight, x.dtype), self.eps)
 
 
+def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Scale and shift tokens by the time: x * (1 + scale) + shift.
+
+    Args:
+        x: "b l d".
+        scale: "b k d": one row for all tokens, or for each of k equal runs of them.
+        shift: like `scale`.
+
+    Returns: "b l d".
+    """
+    runs = x.unflatten(1, (scale.shape[1], -1))  # b l d -> b k l/k d
+    return (runs * (1 + scale)[:, :, None] + shift[:, :, None]).flatten(1, 2)
+
+
+def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Add tokens, each run times its gate: x + y * gate.
+
+    Args:
+        x: "b l d".
+        y: "b l d", of any dtype.
+        gate: "b k d", like `modulate`'s scale.
+
+    Returns: "b l d", in x's dtype.
+    """
+    k = gate.shape[1]
+    return (x.unflatten(1, (k, -1)) + y.unflatten(1, (k, -1)) * gate[:, :, None]).flatten(1, 2)
+
+
 class FeedForward(nn.Module):
     """Two linear layers around a GELU; the parameter names are diffusers' (`net.0.proj`, `net.2`)."""
 

@@ -1,7 +1,7 @@
 """The Wan diffusion transformer: one class for every Wan 2.1 and 2.2 text- and image-to-video checkpoint.
 
 Shapes: b batch, c latent channels, t h w latent frames, rows, columns, l video tokens, s text or image rows,
-k values of time per sample (1, or l for one per token), d model size, n heads.
+k values of time per sample (1, t for one per latent frame, or l for one per token), d model size, n heads.
 
 Precision: the residual stream, norms, time embedding, modulation and head are float32 (float64 in a float64
 model); the large linear layers and attention run in the dtype of `encoder_hidden_states`.
@@ -21,8 +21,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from .attention import attention
-from .layers import FeedForward, Float32LayerNorm, Float32Linear, Float32RMSNorm, wide
+from .attention import attention, check_backend
+from .layers import (
+    FeedForward,
+    Float32LayerNorm,
+    Float32Linear,
+    Float32RMSNorm,
+    add_gated,
+    modulate,
+    wide,
+)
+from .reuse import KeyValue, LayerCache, PromptCache, recall
 from .rope import rotary_tables, rotate
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
@@ -34,6 +43,7 @@ class WanAttention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = "native"  # which kernel computes attention, see set_attention_backend
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -52,6 +62,7 @@ class WanAttention(nn.Module):
         image: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
         bias: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) rows.
 
@@ -61,19 +72,32 @@ class WanAttention(nn.Module):
             image: image rows "b s d", attended on their own and added.
             rotary: tables for queries and keys.
             bias: "b s", added to the logits of each row of context.
+            cache: keys and values of context and image, from an earlier call or for later ones.
 
         Returns: "b l d".
         """
-        context = x if context is None else context
-        query, key = self._heads(self.norm_q(self.to_q(x))), self._heads(self.norm_k(self.to_k(context)))
+        query = self._heads(self.norm_q(self.to_q(x)))
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            query = rotate(query, *rotary)
         query = query.to(x.dtype)
-        out = attention(query, key.to(x.dtype), self._heads(self.to_v(context)), bias)
-        if image is not None:
-            key = self._heads(self.norm_added_k(self.add_k_proj(image))).to(x.dtype)
-            out = out + attention(query, key, self._heads(self.add_v_proj(image)))
+        pairs = None if cache is None else cache.pairs
+        if pairs is None:
+            pairs = (self._keys_values(x if context is None else context, rotary),)
+            if image is not None:
+                key = self._heads(self.norm_added_k(self.add_k_proj(image))).to(x.dtype)
+                pairs += ((key, self._heads(self.add_v_proj(image))),)
+            if cache is not None:
+                cache.pairs = pairs
+        out = attention(query, *pairs[0], bias, self.backend)
+        for key, value in pairs[1:]:
+            out = out + attention(query, key, value, None, self.backend)
         return self.to_out[0](out.flatten(2))  # b l n d/n -> b l d
+
+    def _keys_values(self, context: torch.Tensor, rotary: RotaryTables | None) -> KeyValue:
+        key = self._heads(self.norm_k(self.to_k(context)))
+        if rotary is not None:
+            key = rotate(key, *rotary)
+        return key.to(context.dtype), self._heads(self.to_v(context))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))  # b l d -> b l n d/n
@@ -108,6 +132,7 @@ class WanTransformerBlock(nn.Module):
         rotary_emb: RotaryTables,
         encoder_hidden_states_image: torch.Tensor | None = None,
         encoder_attention_bias: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Refine the video tokens.
 
@@ -118,17 +143,20 @@ class WanTransformerBlock(nn.Module):
             rotary_emb: tables of `rotary_tables`.
             encoder_hidden_states_image: image rows of Wan 2.1 I2V, "b s d".
             encoder_attention_bias: "b s", added to the logits of each text row.
+            cache: of the cross-attention.
 
         Returns: the new residual stream, "b l d", float32.
         """
         x, dtype = hidden_states, encoder_hidden_states.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
-        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
-        x = x + self.attn1(y, rotary=rotary_emb) * gate1
+        y = modulate(self.norm1(x), scale1, shift1).to(dtype)
+        x = add_gated(x, self.attn1(y, rotary=rotary_emb), gate1)
         y = self.norm2(x).to(dtype)
-        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image, bias=encoder_attention_bias)
-        y = (self.norm3(x) * (1 + scale3) + shift3).to(dtype)
-        return x + self.ffn(y) * gate3
+        x = x + self.attn2(
+            y, encoder_hidden_states, encoder_hidden_states_image, None, encoder_attention_bias, cache
+        )
+        y = modulate(self.norm3(x), scale3, shift3).to(dtype)
+        return add_gated(x, self.ffn(y), gate3)
 
 
 class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -218,13 +246,14 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         encoder_attention_bias: torch.Tensor | None = None,
+        cache: PromptCache | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the flow velocity of noisy latents.
 
         Args:
             hidden_states: noisy latents, "b c t h w".
-            timestep: "b" or "b 1", or "b l" for one value per token (TI2V-5B); 0 to 1000 (pure noise). Never
-                rounded: it is used in float64.
+            timestep: "b" or "b 1"; for TI2V-5B also "b t", one value per latent frame, or "b l", one per
+                token; 0 to 1000 (pure noise). Never rounded: it is used in float64.
             encoder_hidden_states: text rows, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 rows, zero past the prompt's end, all of them attended to.
             encoder_hidden_states_image: CLIP rows of Wan 2.1 I2V, "b s image_dim".
@@ -232,43 +261,72 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
             encoder_attention_bias: "b s", added to the cross-attention logits of each text row: log(c) for
                 a row that stands for c identical ones.
+            cache: what calls with the same text and image rows have in common; without it, all is computed.
+                Calls with the same timestep tensor (that very object) share its embedding.
 
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
 
         Raises:
             ValueError: a size is not a multiple of the patch, the channels are not in_channels, or the
-                timesteps are not one per sample or token.
+                timesteps are not one per sample, latent frame or token.
 
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
         island = wide(encoder_hidden_states.dtype)
-        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, island)
+        shared = None if cache is None else cache.shared
+        rotary = recall(
+            shared,
+            "rotary tables",
+            (grid, hidden_states.device, island),
+            lambda: rotary_tables(grid, self.head_dim, hidden_states.device, island),
+        )
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         x = x.flatten(2).transpose(1, 2).to(island)  # b d t h w -> b l d
 
-        temb, modulation = self.condition_embedder.embed_time(timestep, island)
-        text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        image = None
-        if encoder_hidden_states_image is not None:
-            image = self.condition_embedder.embed_image(encoder_hidden_states_image)
-        for block in self.blocks:
-            x = block(x, text, modulation, rotary, image, encoder_attention_bias)
+        # The tensor is kept beside its embedding, so that no other one can get its identity.
+        _, temb, modulation = recall(
+            shared,
+            "time",
+            (id(timestep), island),
+            lambda: (timestep, *self.condition_embedder.embed_time(timestep, island)),
+        )
+        text, image = self._embed_rows(encoder_hidden_states, encoder_hidden_states_image, cache)
+        for i, block in enumerate(self.blocks):
+            layer = None if cache is None else cache.layer(i)
+            x = block(x, text, modulation, rotary, image, encoder_attention_bias, layer)
 
         # With the blocks spread over devices, the stream arrives on another one than it started from.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
-        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        x = self.proj_out(modulate(self.norm_out(x), scale, shift))
         velocity = self._unpatchify(x, grid)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Accept diffusers' name of PyTorch's attention; refuse others instead of ignoring them.
+        """Choose the kernel that computes attention, for all layers.
+
+        Args:
+            backend: a registered name: "native", PyTorch's own, or one of `wan22.accel.attention`.
 
         Raises:
-            ValueError: any other backend.
+            ValueError: no such backend is registered.
         """
-        if backend != "native":
-            raise ValueError(f"attention backend {backend!r} is not available; 'native', PyTorch's own, is")
+        check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, WanAttention):
+                module.backend = backend
+
+    def _embed_rows(
+        self, text: torch.Tensor, image: torch.Tensor | None, cache: PromptCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return text and image rows in the model's size, "b s d", from the cache if they are there."""
+        if cache is not None and cache.text is not None:
+            return cache.text, cache.image
+        rows = self.condition_embedder.text_embedder(text)
+        image = None if image is None else self.condition_embedder.embed_image(image)
+        if cache is not None:
+            cache.text, cache.image = rows, image
+        return rows, image
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         # b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)
@@ -292,10 +350,10 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if max(t, h, w) > self.rope_max_seq_len:
             raise ValueError(f"{t} x {h} x {w} tokens: at most {self.rope_max_seq_len} fit along one axis.")
         b = hidden_states.shape[0]
-        if tuple(timestep.shape) not in ((b,), (b, 1), (b, t * h * w)):
+        if tuple(timestep.shape) not in ((b,), (b, 1), (b, t), (b, t * h * w)):
             raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be ({b},), ({b}, 1) or, for one value "
-                f"per token, ({b}, {t * h * w})."
+                f"timestep has shape {tuple(timestep.shape)}; it must be ({b},), ({b}, 1), for one value per "
+                f"latent frame ({b}, {t}), or for one per token ({b}, {t * h * w})."
             )
         return t, h, w
 

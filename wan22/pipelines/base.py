@@ -20,7 +20,6 @@ from ..models.transformer import WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .conditions import Condition
-from .experts import Expert
 from .files import FilesPipeline
 from .hub import adopt
 from .lora import LoraPipeline
@@ -28,6 +27,7 @@ from .output import Recipe, WanVideo, to_uint8
 from .plan import make_plan
 from .request import Plan, Prompt, Request
 from .text import TEXT_ROWS, encode_prompt, pad_rows
+from .velocity import Embeds, Velocity
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,8 @@ class WanPipeline(LoraPipeline, FilesPipeline):
         for model in self.transformers:
             align_weights(model)
         self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        velocity = Velocity()
         latents = condition.hold(latents)
         with self.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(scheduler.timesteps):
@@ -293,8 +294,7 @@ class WanPipeline(LoraPipeline, FilesPipeline):
                 for b in range(len(latents)):
                     inputs: dict[str, Any] = condition.model_inputs(b, latents[b : b + 1], t.reshape(1))
                     inputs["attention_kwargs"] = plan.request.attention_kwargs
-                    positive, negative = (None if e is None else e[b : b + 1] for e in embeds.values())
-                    velocities.append(guided_velocity(expert, inputs, positive, negative, step, video=b))
+                    velocities.append(velocity.guided(expert, inputs, embeds, step, b))
                 latents = scheduler.step(torch.cat(velocities), t, latents, return_dict=False)[0]
                 latents = condition.hold(latents)
                 if not torch.isfinite(latents).all():
@@ -303,19 +303,20 @@ class WanPipeline(LoraPipeline, FilesPipeline):
                         f"the latents are not finite after step {i + 1} of {len(times)} "
                         f"(timestep {times[i]:g}, {where})"
                     )
-                latents = self._call_back(plan, i, t, latents, embeds)
+                if plan.request.callback_on_step_end is not None:
+                    latents = self._call_back(plan, i, t, latents, embeds)
+                    velocity.forget()  # it may have changed anything, the LoRAs' strengths say
                 bar.update()
                 if self._interrupt:
                     break
         return latents
 
     def _call_back(
-        self, plan: Plan, i: int, t: torch.Tensor, latents: torch.Tensor, embeds: dict[str, Any]
+        self, plan: Plan, i: int, t: torch.Tensor, latents: torch.Tensor, embeds: Embeds
     ) -> torch.Tensor:
         """Call the caller's function, which may replace latents and embeddings."""
         function = plan.request.callback_on_step_end
-        if function is None:
-            return latents
+        assert function is not None, "the loop asks"
         offered = {"latents": latents, **embeds}
         replaced = function(self, i, t, {name: offered[name] for name in plan.callback_tensors}) or {}
         for name in embeds.keys() & replaced.keys():
@@ -413,38 +414,3 @@ class WanPipeline(LoraPipeline, FilesPipeline):
     def current_timestep(self) -> Any:
         """Timestep of the running step; None outside a call."""
         return self._current_timestep
-
-
-def guided_velocity(
-    expert: Expert,
-    inputs: dict[str, Any],
-    prompt_embeds: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-    step: dict[str, Any],
-    video: int = 0,
-) -> torch.Tensor:
-    """Predict one video's velocity with classifier-free guidance, in float32.
-
-    Args:
-        expert: the transformer and its guidance scale.
-        inputs: the transformer's arguments beside the text.
-        prompt_embeds: "1 512 d".
-        negative_prompt_embeds: "1 512 d", needed if the scale is not 1.
-        step: what diffusers' step caches want to know about the step.
-        video: its place in the batch; each video has step caches of its own.
-
-    Returns: "1 c t h w".
-    """
-
-    def velocity(name: str, embeds: torch.Tensor | None) -> torch.Tensor:
-        assert embeds is not None, "a call always has prompt embeddings"
-        with expert.model.cache_context(name, **step):
-            text = embeds.to(expert.model.dtype)
-            return expert.model(encoder_hidden_states=text, return_dict=False, **inputs)[0].float()
-
-    suffix = f"-{video}" if video else ""
-    conditional = velocity(f"cond{suffix}", prompt_embeds)
-    if expert.guidance_scale == 1 or negative_prompt_embeds is None:
-        return conditional
-    unconditional = velocity(f"uncond{suffix}", negative_prompt_embeds)
-    return unconditional + expert.guidance_scale * (conditional - unconditional)

@@ -67,23 +67,17 @@ class FirstFrameCondition:
 
     Args:
         first: latents of the first frames, "b c 1 h w".
-        patch: rows and columns of one token.
 
     Source: Wan2.2 wan/textimage2video.py, WanTI2V.i2v.
     """
 
     first: torch.Tensor
-    patch: tuple[int, int]
 
     def model_inputs(self, video: int, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
-        """Return the transformer's arguments with one timestep per token, "1 l"."""
-        _, _, t, h, w = latents.shape
-        times = timestep.repeat_interleave(t)
+        """Return the transformer's arguments with one timestep per latent frame, "1 t"."""
+        times = timestep.repeat_interleave(latents.shape[2])
         times[0] = 0
-        return {
-            "hidden_states": latents,
-            "timestep": times.repeat_interleave(h // self.patch[0] * (w // self.patch[1]))[None],
-        }
+        return {"hidden_states": latents, "timestep": times[None]}
 
     def hold(self, latents: torch.Tensor) -> torch.Tensor:
         """Put the given first frames in front."""

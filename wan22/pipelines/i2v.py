@@ -259,7 +259,7 @@ class WanI2VPipeline(WanPipeline):
                 encoded[key] = self._encode_frames(plan, first, last)
         latents = [encoded[id(first), id(last)] for first, last in pairs]
         if self.config.expand_timesteps:
-            return FirstFrameCondition(torch.cat(latents), self.any_transformer.config.patch_size[1:])
+            return FirstFrameCondition(torch.cat(latents))
         return ChannelCondition(latents, rows)
 
     def fitted(self, picture: Picture, plan: Plan) -> torch.Tensor:

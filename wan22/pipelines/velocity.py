@@ -1,0 +1,115 @@
+"""One step's velocity: classifier-free guidance over calls that share what they have in common.
+
+Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text rows, d their width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+from ..models.reuse import PromptCache, TransformerCache
+from .experts import Expert
+
+Embeds = dict[str, torch.Tensor | None]
+
+
+class Velocity:
+    """Predicts velocities in one run, computing once what the run's calls have in common.
+
+    Of one transformer at a time, it keeps each prompt's keys and values in the cross-attentions, the rotary
+    tables and the step's modulation. Once weights may have changed, `forget` them.
+
+    Args:
+        keep: whether to keep anything; the result is the same.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
+        self._expert: Expert | None = None
+        self._shared = TransformerCache()
+        self._prompts: dict[tuple[str, int], tuple[torch.Tensor, dict[str, Any]]] = {}
+
+    def forget(self) -> None:
+        """Drop what is kept: weights, or what they are multiplied by, may have changed."""
+        self._expert, self._shared, self._prompts = None, TransformerCache(), {}
+
+    def guided(
+        self,
+        expert: Expert,
+        inputs: dict[str, Any],
+        embeds: Embeds,
+        step: dict[str, Any],
+        video: int = 0,
+    ) -> torch.Tensor:
+        """Predict one video's velocity with classifier-free guidance, in float32.
+
+        Args:
+            expert: the transformer and its guidance scale.
+            inputs: the transformer's arguments beside the text.
+            embeds: of all videos, "b 512 d": "prompt_embeds", and "negative_prompt_embeds"; if that is None,
+                the step is not guided.
+            step: what diffusers' step caches want to know about the step.
+            video: its place in the batch; each video has step caches of its own.
+
+        Returns: "1 c t h w".
+        """
+        if expert != self._expert:
+            self.forget()
+            self._expert = expert
+        positive, negative = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+        assert positive is not None, "a call always has prompt embeddings"
+        conditional = self._predict(expert, inputs, "cond", positive, step, video)
+        if expert.guidance_scale == 1 or negative is None:
+            return conditional
+        unconditional = self._predict(expert, inputs, "uncond", negative, step, video)
+        return unconditional + expert.guidance_scale * (conditional - unconditional)
+
+    def _predict(
+        self,
+        expert: Expert,
+        inputs: dict[str, Any],
+        name: str,
+        embeds: torch.Tensor,
+        step: dict[str, Any],
+        video: int,
+    ) -> torch.Tensor:
+        known, text = self._prompts.get((name, video), (None, {}))
+        if known is not embeds:
+            text = self._prepare(expert, embeds[video : video + 1])
+            self._prompts[name, video] = embeds, text
+        with expert.model.cache_context(name + (f"-{video}" if video else ""), **step):
+            return expert.model(return_dict=False, **text, **inputs)[0].float()
+
+    def _prepare(self, expert: Expert, embeds: torch.Tensor) -> dict[str, Any]:
+        """Return the transformer's arguments about one prompt "1 512 d"."""
+        rows, bias = embeds.to(expert.model.dtype), None
+        if embeds.device.type == "cpu":  # elsewhere a bias would rule out the fast attention kernels
+            rows, bias = merge_zero_rows(rows)
+        arguments: dict[str, Any] = {"encoder_hidden_states": rows, "encoder_attention_bias": bias}
+        # A transformer compiled as a whole would be compiled once more for a filled cache.
+        if self.keep and not isinstance(expert.model, OptimizedModule):
+            arguments["cache"] = PromptCache(self._shared)
+        return arguments
+
+
+def merge_zero_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Let one row stand for all the zero ones at a prompt's end.
+
+    They are identical, so that attention to c of them is attention to one whose logits are log(c) higher:
+    the same result up to rounding.
+
+    Args:
+        rows: of one prompt, "1 s d".
+
+    Returns: "1 r d" with r up to s; and "1 r" to add to the logits, or None if there is nothing to merge.
+    """
+    filled = rows[0].any(dim=-1).nonzero()
+    kept = int(filled[-1]) + 1 if len(filled) else 0
+    count = rows.shape[1] - kept
+    if count < 2:
+        return rows, None
+    bias = rows.new_zeros(1, kept + 1, dtype=torch.float32)
+    bias[:, kept] = math.log(count)
+    return rows[:, : kept + 1], bias
