@@ -282,7 +282,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             lambda: rotary_tables(grid, self.head_dim, hidden_states.device, island),
         )
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
-        x = x.flatten(2).transpose(1, 2).to(island)  # b d t h w -> b l d
+        x = x.flatten(2).transpose(1, 2).to(island).contiguous()  # b d t h w -> b l d
 
         # The tensor is kept beside its embedding, so that no other one can get its identity.
         _, temb, modulation = recall(

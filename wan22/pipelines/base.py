@@ -19,6 +19,7 @@ from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
 from . import checks
+from .acceleration import AcceleratedPipeline
 from .conditions import Condition
 from .files import FilesPipeline
 from .hub import adopt
@@ -32,7 +33,7 @@ from .velocity import Embeds, Velocity
 logger = logging.getLogger(__name__)
 
 
-class WanPipeline(LoraPipeline, FilesPipeline):
+class WanPipeline(AcceleratedPipeline, LoraPipeline, FilesPipeline):
     """Base of WanT2VPipeline and WanI2VPipeline.
 
     Args:
@@ -94,7 +95,7 @@ class WanPipeline(LoraPipeline, FilesPipeline):
     # ---- what the components are ----
 
     @property
-    def transformers(self) -> list[WanTransformer3DModel]:
+    def transformers(self) -> list[WanTransformer3DModel]:  # type: ignore[override]
         """The loaded transformers, high noise first."""
         return [model for model in (self.transformer, self.transformer_2) if model is not None]
 
@@ -276,7 +277,7 @@ class WanPipeline(LoraPipeline, FilesPipeline):
             align_weights(model)
         self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        velocity = Velocity()
+        velocity = Velocity(merge=self.compiled is None)
         latents = condition.hold(latents)
         with self.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(scheduler.timesteps):

@@ -23,10 +23,12 @@ class Velocity:
 
     Args:
         keep: whether to keep anything; the result is the same.
+        merge: whether one text row may stand for many on the CPU; False where every number of rows would be
+            compiled for.
     """
 
-    def __init__(self, keep: bool = True) -> None:
-        self.keep = keep
+    def __init__(self, keep: bool = True, merge: bool = True) -> None:
+        self.keep, self.merge = keep, merge
         self._expert: Expert | None = None
         self._shared = TransformerCache()
         self._prompts: dict[tuple[str, int], tuple[torch.Tensor, dict[str, Any]]] = {}
@@ -85,7 +87,8 @@ class Velocity:
     def _prepare(self, expert: Expert, embeds: torch.Tensor) -> dict[str, Any]:
         """Return the transformer's arguments about one prompt "1 512 d"."""
         rows, bias = embeds.to(expert.model.dtype), None
-        if embeds.device.type == "cpu":  # elsewhere a bias would rule out the fast attention kernels
+        # Elsewhere a bias would rule out the fast attention kernels.
+        if self.merge and embeds.device.type == "cpu":
             rows, bias = merge_zero_rows(rows)
         arguments: dict[str, Any] = {"encoder_hidden_states": rows, "encoder_attention_bias": bias}
         # A transformer compiled as a whole would be compiled once more for a filled cache.

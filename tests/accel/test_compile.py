@@ -1,0 +1,134 @@
+"""Compiled blocks and chunks: the same result, compiled no more often than needed."""
+
+import copy
+import logging
+
+import diffusers
+import pytest
+import torch
+
+from tests.builders import (
+    latents_of,
+    random_components,
+    random_i2v_pipeline,
+    random_pipeline,
+    random_ti2v_pipeline,
+)
+from tests.golden_data import relative_error
+from tests.pipelines.test_lora import make_lora, save
+from wan22.accel.compile import Compiled
+from wan22.models.rope import rotary_tables
+
+MODELS = ("transformer", "transformer_2", "vae")
+
+
+class Counting:
+    """A backend that counts the graphs it gets and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def pipe():
+    torch._dynamo.reset()
+    return random_pipeline(**{name: copy.deepcopy(random_components()[name]) for name in MODELS})
+
+
+def test_one_compilation_for_all_layers_experts_and_prompts(pipe):
+    plain = latents_of(pipe)
+    counting = Counting()
+    pipe.compile(vae=False, backend=counting)
+    assert relative_error(latents_of(pipe), plain) <= 2e-6
+    assert counting.graphs == 2  # with empty caches, and with filled ones
+    latents_of(pipe, "a prompt of quite another length, which says more", guidance_scale=1.5)
+    assert counting.graphs == 2
+    latents_of(pipe, width=64)
+    assert counting.graphs > 2  # one graph cannot serve all sizes, or the counting would not work
+    seconds = pipe.compiled.seconds
+    assert seconds > 0
+    pipe.uncompile()
+    assert pipe.compiled is None
+    assert torch.equal(latents_of(pipe), plain)
+    assert "forward" not in vars(pipe.transformer.blocks[0])
+
+
+@pytest.mark.parametrize("form", [random_i2v_pipeline, random_ti2v_pipeline], ids=["i2v", "ti2v"])
+def test_image_to_video(form):
+    torch._dynamo.reset()
+    names = [n for n in MODELS if getattr(form(), n) is not None]
+    pipe = form(**{name: copy.deepcopy(getattr(form(), name)) for name in names})
+    arguments = {"image": torch.rand(3, 32, 32), "prompt": "a", "seed": 7}
+    arguments |= {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3}
+    plain = [pipe(**arguments, output_type=kind).frames for kind in ("latent", "pt")]
+    counting = Counting()
+    pipe.compile(backend=counting)
+    assert relative_error(pipe(**arguments, output_type="latent").frames, plain[0]) <= 2e-6
+    assert relative_error(pipe(**arguments, output_type="pt").frames, plain[1]) <= 1e-5
+    graphs = counting.graphs
+    pipe(**arguments)
+    assert counting.graphs == graphs
+    pipe.uncompile()
+    assert torch.equal(pipe(**arguments, output_type="pt").frames, plain[1])
+
+
+def test_a_lora_strength_recompiles_once_and_never_again(pipe, tmp_path):
+    """At its first change the number becomes a variable."""
+    pipe.load_lora_weights(save(make_lora(pipe.transformer, 1), tmp_path / "a.safetensors"), adapter_name="a")
+    plain = {}
+    for strength in (1.0, 0.3):
+        pipe.set_adapters("a", strength)
+        plain[strength] = latents_of(pipe)
+    counting = Counting()
+    pipe.compile(vae=False, backend=counting)
+    assert relative_error(latents_of(pipe), plain[0.3]) <= 2e-6
+    first = counting.graphs
+    pipe.set_adapters("a", 0.7)
+    latents_of(pipe)
+    graphs = counting.graphs
+    assert graphs <= first + 2  # with empty caches, and with filled ones
+    pipe.set_adapters("a", 1.0)
+    assert relative_error(latents_of(pipe), plain[1.0]) <= 2e-6
+    assert counting.graphs == graphs
+
+
+def test_what_is_compiled_by_inductor_is_the_same(pipe):
+    """The one test that runs the real compiler: one block, whose pieces it fuses."""
+    block = pipe.transformer.blocks[0]
+    rotary = rotary_tables((2, 4, 4), 24, torch.device("cpu"))
+    inputs = (torch.randn(1, 32, 48), torch.randn(1, 6, 48), torch.randn(1, 1, 6, 48), rotary)
+    with torch.no_grad():
+        plain = block(*inputs)
+        compiled = Compiled([block])
+        assert relative_error(block(*inputs), plain) <= 1e-6
+        compiled.detach()
+        assert torch.equal(block(*inputs), plain)
+
+
+def test_the_time_it_took_is_told(pipe, caplog):
+    caplog.set_level(logging.INFO, "wan22.accel.compile")
+    pipe.compile(vae=False, backend=Counting())
+    latents_of(pipe)
+    assert "compiled in" in caplog.text
+    pipe.uncompile()
+
+
+def test_a_step_cache_that_is_there_already_is_refused(pipe):
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"WanTransformerBlock\.forward is replaced already"):
+        pipe.compile(backend=Counting())
+    assert pipe.compiled is None
+    assert "decode_chunk" not in vars(pipe.vae)
+    pipe.transformer.disable_cache()
+    pipe.compile(backend=Counting())
+
+
+def test_compiling_twice_is_compiling_anew(pipe):
+    pipe.compile(backend=Counting())
+    pipe.compile(backend=Counting())
+    pipe.uncompile()
+    assert "decode_chunk" not in vars(pipe.vae)

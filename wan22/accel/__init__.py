@@ -1,0 +1,1 @@
+"""What makes the models faster or smaller: attached from outside, and detached again."""
