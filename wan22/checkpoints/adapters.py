@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
+from .loading import listed
 from .lora import Change, Lora
 from .quantized import QuantizedLinear
 
@@ -37,11 +38,20 @@ class Adapters:
             name: of the adapter.
             lora: what it changes; its tensors are copied.
             strength: what its changes are multiplied by.
+
+        Raises:
+            ValueError: weights are not there, or are quantised where the adapter changes them as a whole.
         """
         self._refuse_fused()
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise ValueError(
                 "weights are offloaded one by one; load LoRAs before enable_sequential_cpu_offload"
+            )
+        quantized = [parameter for parameter in lora.deltas if not self._is_plain(parameter)]
+        if quantized:
+            raise ValueError(
+                f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
+                "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
         if lora.changes:
             _attach(self.model, lora, name)
@@ -161,10 +171,18 @@ class Adapters:
             raise ValueError("a LoRA is fused into the weights; call unfuse_lora() first")
 
     def _parameter(self, name: str) -> nn.Parameter:
+        owner, attribute = self._owner(name)
+        return getattr(owner, attribute)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether a parameter is one, and not what a quantised layer expands at each call."""
+        owner, attribute = self._owner(name)
+        return type(owner._parameters.get(attribute)) is nn.Parameter
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
-        own = _innermost(module).base_layer if hasattr(module, "base_layer") else module
-        return getattr(own, attribute)
+        return (_innermost(module).base_layer if hasattr(module, "base_layer") else module), attribute
 
 
 def adapters_of(model: Any) -> Adapters:

@@ -1,0 +1,426 @@
+"""Models in half the memory: the large linear layers in float8 or int8, with a scale per output or group.
+
+    from wan22.accel import quantize
+
+    quantize.quantize(pipe.transformer, "fp8")
+
+Relative errors of a layer with normally distributed weights and 5,120 or 13,824 inputs, measured: "fp8"
+2.6e-2, "int8" 9e-3, "int8" with block=128 6.5e-3, "fp8_dynamic" 3.8e-2; bf16 alone has 1.7e-3.
+
+Shapes: l tokens, o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import nn
+
+from ..checkpoints.adapters import adapters_of, has_adapters
+from ..checkpoints.quantized import QuantizedLinear, QuantizedTensor, ScaledNumbers
+
+KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Rows of a weight that are converted at a time, so that their float32 copies stay small.
+ROWS = 1024
+# What torch._scaled_mm asks of both sizes of a weight.
+MULTIPLE = 16
+
+
+def quantize(model: Any, method: Any, block: int | None = None) -> Any:
+    """Quantise the large linear layers of a model's blocks in place, one after the other.
+
+    Those are attention's projections and the feed-forward's layers; norms, embeddings, modulation and head
+    stay as they are. The original weights are gone afterwards. LoRAs are loaded after this, not before.
+
+    Args:
+        model: a WanTransformer3DModel or umT5 (UMT5EncoderModel), compiled or not.
+        method: "fp8" keeps weights in float8 and computes as before, in the input's dtype; "int8" likewise.
+            "fp8_dynamic" multiplies in float8, too: faster on GPUs of compute capability 8.9 and more, and
+            less accurate, as it rounds the activations to float8, with a scale per token. Or one of torchao's
+            configurations, for the same layers.
+        block: inputs that share a scale, of "fp8" and "int8"; None: all inputs of an output.
+
+    Returns: the model.
+
+    Raises:
+        ValueError: the method is unknown or does not fit a layer, or the model is quantised already, has
+            LoRAs, or is offloaded piece by piece.
+        ImportError: torchao is not installed, and the configuration is its own.
+    """
+    inner = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
+    layers = _layers_to_quantize(inner)
+    if isinstance(method, str):
+        _check_method(method, block, layers)
+        for name in list(layers):
+            # Taken out of the table, so that no two weights are there twice.
+            _put(inner, name, _quantized(layers.pop(name), method, block))
+    elif block is not None:
+        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
+    else:
+        _quantize_by_torchao(inner, method, set(layers))
+    _maybe_remove_and_reapply_group_offloading(inner)  # so that the new layers are offloaded, too
+    return model
+
+
+def dequantize(model: Any) -> Any:
+    """Make ordinary layers of quantised ones, from files, too, in place.
+
+    Their weights are the quantised values: what rounding took away is gone. Only loading brings it back.
+
+    Args:
+        model: any.
+
+    Returns: the model.
+
+    Raises:
+        ValueError: no layer is quantised.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    names = [name for name, module in inner.named_modules() if _is_quantized(module)]
+    if not names:
+        raise ValueError(f"no layer of this {type(inner).__name__} is quantised")
+    for name in names:
+        layer = inner.get_submodule(name)
+        if isinstance(layer, QuantizedLinear):
+            _put(inner, name, layer.expand())
+        else:
+            layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+    _maybe_remove_and_reapply_group_offloading(inner)
+    return model
+
+
+class DynamicFloat8Linear(QuantizedLinear):
+    """A quantised layer that rounds its input to float8, too, and multiplies float8 by float8.
+
+    Where that is not possible, or gradients are wanted, it computes as its base class does.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map "… i" to "… o", in the input's dtype."""
+        form = _product_form(input.device)
+        if form is None or input.requires_grad:
+            return super().forward(input)
+        rows, scale = _per_token_float8(input.flatten(0, -2))
+        weight, weight_scale = (self.parts[name] for name in ("data", "scale"))
+        weight = weight.view(torch.float8_e4m3fn).t()
+        out = _PRODUCTS[form](rows, weight, scale, weight_scale.reshape(1, -1)).to(input.dtype)
+        if self.bias is not None:
+            out = out.add_(self.bias.to(out.dtype))
+        return out.unflatten(0, input.shape[:-1])
+
+
+def _per_token_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return "l i" in float8 and the scale of each token, "l 1" float32, that it is to be multiplied by."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
+    # In the dtype of x, so that no float32 copy of x is made. The scale is the inverse of the rounded factor,
+    # so that it costs nothing: 3.71e-2 against 3.69e-2 in bf16. The bound keeps float16 finite.
+    factor = LARGEST[torch.float8_e4m3fn] / largest.clamp_min(500 / torch.finfo(x.dtype).max)
+    return (x * factor).to(torch.float8_e4m3fn), factor.float().reciprocal()
+
+
+def _scaled_by_rows(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """Multiply "l i" by "i o" with scales "l 1" and "1 o": one kernel, from compute capability 9.0."""
+    return torch._scaled_mm(
+        x, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda
+    )
+
+
+def _scaled_afterwards(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """Do the same where a kernel takes one scale for all, as on 8.9: both kinds factor out of the sums."""
+    one = torch.ones((), device=x.device)
+    out = torch._scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
+    return out.mul_(scale).mul_(weight_scale)
+
+
+_PRODUCTS = {"by rows": _scaled_by_rows, "afterwards": _scaled_afterwards}
+
+
+@torch.compiler.assume_constant_result  # so that compiled code holds the answer, not the question
+def _product_form(device: torch.device) -> str | None:
+    """Return how float8 is multiplied on a device; None where it is not."""
+    # On the meta device the memory of an expanded weight is counted: no less than what is needed.
+    return None if device.type == "meta" else _tried_form(device)
+
+
+@cache
+@torch.no_grad()
+def _tried_form(device: torch.device) -> str | None:
+    """Try the forms of a product, since which kernels there are depends on PyTorch's version, too."""
+    x = torch.ones(MULTIPLE, MULTIPLE, device=device).to(torch.float8_e4m3fn)
+    scale = torch.full((MULTIPLE, 1), 0.5, device=device)
+    for name, product in _PRODUCTS.items():
+        try:
+            out = product(x, x.t(), scale, scale.t())
+        except (RuntimeError, ValueError):
+            continue
+        if bool((out == MULTIPLE / 4).all()):
+            return name
+    return None
+
+
+# ---- one layer ----
+
+
+def _quantized(linear: nn.Linear, method: str, block: int | None) -> QuantizedLinear:
+    """Return the quantised form of a layer."""
+    kind, groups = KINDS[method], linear.in_features // (block or linear.in_features)
+    pairs = [_rounded(rows, kind, groups) for rows in linear.weight.detach().split(ROWS)]
+    data, scale = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    shape = (linear.out_features, linear.in_features)
+    tensor = QuantizedTensor(shape, ScaledNumbers(kind, groups), {"data": data, "scale": scale})
+    layer = DynamicFloat8Linear if method == "fp8_dynamic" else QuantizedLinear
+    bias = None if linear.bias is None else linear.bias.detach()
+    return layer(tensor, bias, linear.weight.dtype).train(linear.training)
+
+
+def _rounded(rows: torch.Tensor, kind: torch.dtype, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bytes "o i" and the scales "o g 1" of rows "o i" of a weight."""
+    values = rows.float().unflatten(1, (groups, -1))
+    largest = torch.linalg.vector_norm(values, float("inf"), dim=2, keepdim=True)
+    scale = (largest / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)  # of zeros, any scale is
+    values = values / scale
+    if not kind.is_floating_point:
+        values.round_()
+    return values.flatten(1).to(kind).view(torch.uint8), scale
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+# ---- which layers ----
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of a model's blocks.
+
+    Raises:
+        ValueError: it is neither a Wan transformer nor umT5.
+    """
+    for name in ("blocks", "encoder.block"):
+        try:
+            blocks = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(blocks, nn.ModuleList):
+            return name, blocks
+    raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers of a model's blocks, by their names in the model."""
+    prefix, blocks = blocks_of(model)
+    for name, module in blocks.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a model has quantised layers, from a file or by `quantize`."""
+    return any(_is_quantized(module) for module in model.modules())
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Return whether a layer is one of ours, or has a weight of torchao's or another such kind."""
+    if isinstance(module, QuantizedLinear):
+        return True
+    return isinstance(module, nn.Linear) and hasattr(module.weight, "__tensor_flatten__")
+
+
+def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that quantising is about, by name.
+
+    Raises:
+        ValueError: the model cannot be quantised as it is.
+    """
+    kind, layers = type(model).__name__, dict(_linears(model))
+    attached = any(hasattr(module, "base_layer") for module in model.modules())
+    if attached or (has_adapters(model) and adapters_of(model).strengths):
+        raise ValueError(
+            f"this {kind} has LoRAs, whose strengths could not be changed later; call unload_lora_weights() "
+            "first, and load them again afterwards"
+        )
+    if any(_is_quantized(layer) for layer in layers.values()):
+        raise ValueError(f"this {kind} is quantised already; call dequantize first, or load it again")
+    for name, layer in layers.items():
+        if hasattr(layer, "_hf_hook") and layer.weight.is_meta:
+            raise ValueError(
+                f"{name}.weight is not there (offloaded piece by piece); quantize before "
+                "enable_sequential_cpu_offload"
+            )
+        if layer.weight.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}.weight is stored in {layer.weight.dtype}; it must be one of "
+                f"{', '.join(map(str, DTYPES))}"
+            )
+    return layers
+
+
+def _check_method(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse methods that are unknown or do not fit a layer, before any is changed."""
+    if method not in KINDS:
+        raise ValueError(f"method {method!r} must be {', '.join(KINDS)} or a configuration of torchao")
+    if block is not None and method == "fp8_dynamic":
+        raise ValueError("fp8_dynamic has one scale for all inputs of an output; leave block out")
+    for name, layer in layers.items():
+        o, i = layer.out_features, layer.in_features
+        if block is not None and (block < 1 or i % block):
+            raise ValueError(f"block={block} does not divide the {i} inputs of {name}")
+        if method == "fp8_dynamic" and (o % MULTIPLE or i % MULTIPLE):
+            raise ValueError(
+                f"{name} has {i} inputs and {o} outputs; fp8_dynamic needs multiples of {MULTIPLE}"
+            )
+
+
+def _quantize_by_torchao(model: nn.Module, config: Any, names: set[str]) -> None:
+    """Let torchao quantise the layers of these names."""
+    try:
+        from torchao.quantization import quantize_
+    except ImportError as error:
+        message = f"{type(config).__name__} is taken for torchao's configuration: pip install torchao"
+        raise ImportError(message) from error
+    quantize_(model, config, filter_fn=lambda module, name: name in names)
+
+
+# ---- what it costs ----
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantising did to a model; errors are relative, in the L2 norm.
+
+    Args:
+        layers: error of each layer's weight.
+        block: error of the first block's output.
+        output: error of the model's output.
+        bytes_before: of all parameters.
+        bytes_after: of all parameters.
+    """
+
+    layers: Mapping[str, float]
+    block: float
+    output: float
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        errors = sorted(self.layers.values())
+        worst = max(self.layers, key=lambda name: self.layers[name])
+        share = self.bytes_after / self.bytes_before
+        return "\n".join(
+            (
+                f"weights  {errors[len(errors) // 2]:.1e} relative error, median of {len(errors)} layers",
+                f"         {errors[-1]:.1e} at most, {worst}",
+                f"block 0  {self.block:.1e}",
+                f"output   {self.output:.1e}",
+                f"bytes    {self.bytes_before / 1e9:.3f} GB -> {self.bytes_after / 1e9:.3f} GB, {share:.2f}",
+            )
+        )
+
+
+@torch.no_grad()
+def report(
+    plain: Any,
+    quantized: Any,
+    inputs: Mapping[str, Any] | None = None,
+    size: tuple[int, int, int] = (3, 16, 16),
+    rows: int = 64,
+) -> Report:
+    """Compare a model with its quantised copy, and print what comes out.
+
+    Args:
+        plain: as it was: loaded again, or copied before quantising.
+        quantized: the same model, quantised.
+        inputs: arguments of its forward; None: random ones.
+        size: latent frames, rows and columns of random latents.
+        rows: of random text.
+
+    Returns: the errors, and the bytes.
+
+    Raises:
+        ValueError: no layer of the second one is quantised.
+    """
+    plain, quantized = (getattr(model, "_orig_mod", model) for model in (plain, quantized))
+    inputs = _random_inputs(plain, size, rows) if inputs is None else inputs
+    others = dict(_linears(quantized))
+    layers = {
+        name: _relative(_values(others[name]), _values(layer))
+        for name, layer in _linears(plain)
+        if _is_quantized(others[name])
+    }
+    if not layers:
+        raise ValueError(f"no layer of the second {type(quantized).__name__} is quantised")
+    block, output = zip(_outputs(plain, inputs), _outputs(quantized, inputs), strict=True)
+    found = Report(
+        layers, _relative(*block[::-1]), _relative(*output[::-1]), bytes_of(plain), bytes_of(quantized)
+    )
+    print(found)
+    return found
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return how many bytes a model's parameters and buffers take."""
+    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _bytes(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def _values(layer: nn.Linear) -> torch.Tensor:
+    """Return a layer's weight in float32, whatever it is stored in."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.values()
+    return (layer.weight.dequantize() if _is_quantized(layer) else layer.weight).float()
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error in the L2 norm."""
+    expected = expected.float()
+    return ((found.float().to(expected.device) - expected).norm() / expected.norm()).item()
+
+
+def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a model; return the outputs of its first block and of itself."""
+    device, seen = get_module_execution_device(model), []
+    hook = blocks_of(model)[1][0].register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        out = model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()})[0]
+    finally:
+        hook.remove()
+    first = seen[0]
+    return (first[0] if isinstance(first, tuple) else first).cpu(), out.cpu()
+
+
+def _random_inputs(model: Any, size: tuple[int, int, int], rows: int) -> dict[str, torch.Tensor]:
+    """Return random arguments of a transformer or of umT5."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if hasattr(config, "vocab_size"):
+        ids = torch.randint(config.vocab_size, (1, rows), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text = torch.randn(1, rows, config.text_dim, generator=generator)
+    inputs = {
+        "hidden_states": torch.randn(1, config.in_channels, *size, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": text.to(model.dtype),
+    }
+    if config.image_dim is not None:
+        pair = config.pos_embed_seq_len
+        shape = (1, 257, config.image_dim) if pair is None else (2, pair // 2, config.image_dim)
+        image = torch.randn(shape, generator=generator).to(model.dtype)
+        inputs["encoder_hidden_states_image"] = image
+    return inputs
