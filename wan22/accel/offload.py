@@ -1,0 +1,221 @@
+"""Where each of a pipeline's models is: on the device, on the host, or there from call to call.
+
+A residence hangs on the models from outside: a model comes when it is called, and what may not stay leaves
+first. Leaving copies nothing, because weights never change: it drops the copy on the device.
+"""
+
+import ctypes
+import gc
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+from torch import nn
+
+from .devices import Device
+from .layout import Placement
+from .streaming import Stay
+from .transfer import CHUNK_BYTES, Loader
+
+
+class Residence:
+    """Keeps models where their placements say, and to the byte on the device what `device_bytes` says.
+
+    Between calls everything but resident models is at home once `leave_all` was called. Whoever edits weights
+    (fuses a LoRA, casts a model) calls `settle` first.
+
+    Args:
+        models: by name, each with its placement; all on the CPU.
+        device: where they run.
+        chunk_bytes: size of each part of the small pinned buffer that mapped weights pass through.
+
+    Raises:
+        ValueError: a model cannot be placed so, or is already managed by somebody.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, tuple[nn.Module, Placement]],
+        device: Device,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.device = device
+        self.models = dict(models)
+        self._loader = Loader(device, chunk_bytes)
+        self._stays: dict[str, Stay] = {}
+        self._turns: dict[str, _Turn] = {}
+        self._active: str | None = None  # that was called last
+        seen: dict[int, str] = {}
+        for name, (model, placement) in self.models.items():
+            if id(model) in seen:
+                raise ValueError(f"{seen[id(model)]} and {name} are one model; give it once")
+            seen[id(model)] = name
+            _check_free(name, model)
+            if placement.kind != "host":
+                self._stays[name] = Stay(name, model, placement, device, self._loader)
+
+    @property
+    def here(self) -> tuple[str, ...]:
+        """The names of the models that are on the device."""
+        return tuple(name for name, stay in self._stays.items() if stay.here)
+
+    @property
+    def attached(self) -> bool:
+        """Whether models come when they are called."""
+        return bool(self._turns)
+
+    def attach(self) -> None:
+        """Let models come when they are called.
+
+        Raises:
+            ValueError: this residence is attached, or a model has been given another owner.
+        """
+        for name, (model, _) in self.models.items():
+            _check_free(name, model)
+        for name, (model, _) in self.models.items():
+            add_hook_to_module(model, _Turn(self, name, self._stays.get(name)))
+
+    def detach(self) -> None:
+        """Let models be as they were before, on the CPU."""
+        for name, turn in list(self._turns.items()):
+            model, _ = self.models[name]
+            if getattr(model, "_hf_hook", None) is not turn:  # somebody put another in its place
+                turn.detach_hook(model)
+                continue
+            remove_hook_from_module(model)
+            if not turn.had_forward:
+                vars(model).pop("forward", None)  # accelerate leaves a bound method in the place of its own
+        self._loader.close()
+
+    def enter(self, name: str) -> None:
+        """Bring a model to the device, after those that leave for it.
+
+        Args:
+            name: of the model; nothing happens for one that runs on the host.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        stay = self._stays.get(name)
+        if stay is None:
+            return
+        if self._active != name or not stay.here:
+            self._leave(other for other in self._stays if other != name)
+            self._active = name
+            if not stay.here:
+                self.device.trim()
+                stay.arrive()
+        stay.begin()
+
+    def prefetch(self, name: str) -> bool:
+        """Start to bring a model to the device while another one runs, if that costs the other nothing.
+
+        It costs something where there is no room for both, or where the other one's blocks need the way.
+
+        Args:
+            name: of the model that comes next.
+
+        Returns: whether it is on its way, or there.
+        """
+        stay = self._stays.get(name)
+        if stay is None or stay.here:
+            return True
+        busy = any(other.streams for other in self._stays.values())
+        if busy or stay.nbytes > self.device.free_bytes():
+            return False
+        try:
+            stay.arrive()
+        except torch.OutOfMemoryError:  # there is room, but not in one piece
+            return False
+        return True
+
+    def leave_all(self) -> None:
+        """Let all models but the resident ones leave."""
+        self._active = None
+        self._leave(self._stays)
+        self.device.trim()
+
+    def settle(self) -> None:
+        """Let all models leave, so that their weights can be edited; what becomes of them comes next."""
+        self._active = None
+        for stay in self._stays.values():
+            stay.settle()
+        self.device.trim()
+
+    def _leave(self, names: Iterable[str]) -> None:
+        for stay in (self._stays[name] for name in names):
+            if stay.placement.kind != "resident":
+                stay.leave()
+
+
+class _Turn(ModelHook):
+    """Lets a model come when it is called; what diffusers asks for where a model runs."""
+
+    def __init__(self, residence: Residence, name: str, stay: Stay | None) -> None:
+        self.residence, self.name, self.stay = residence, name, stay
+        # A model on the host does not say where it runs: diffusers takes the first model that does for where
+        # the pipeline runs, and the host for where this one is.
+        self.execution_device = None if stay is None else residence.device.torch_device
+        self.had_forward = False
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """See ModelHook."""
+        self.had_forward = "forward" in vars(module)
+        self.residence._turns[self.name] = self
+        if self.stay is not None:
+            self.stay.install()
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See ModelHook; methods of the VAE call this without arguments."""
+        self.residence.enter(self.name)
+        device = self.execution_device or torch.device("cpu")
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """See ModelHook; diffusers calls this, too, when it takes the hooks from a pipeline."""
+        if self.stay is not None:
+            self.stay.remove()
+        self.residence._turns.pop(self.name, None)
+        return module
+
+
+def _check_free(name: str, model: nn.Module) -> None:
+    """Refuse a model whose weights somebody else moves.
+
+    Raises:
+        ValueError: with the one who does, and what to call.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if isinstance(hook, _Turn):
+            raise ValueError(f"{name} is in a residence already, as {hook.name}; detach that first")
+        if hook is not None:
+            kind = type(hook).__name__
+            raise ValueError(f"{name} is offloaded by accelerate ({kind}); call remove_all_hooks() first")
+    if _get_top_level_group_offload_hook(model) is not None:
+        raise ValueError(f"{name} is offloaded in groups by diffusers; load it anew without")
+
+
+def free(models: Iterable[nn.Module] = ()) -> None:
+    """Give memory back to the system.
+
+    Args:
+        models: to be emptied first, so that their weights are gone whoever still holds the models; they are
+            not usable after.
+    """
+    for model in models:
+        model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):  # another C library, which has no such function
+        return
+    trim(0)
