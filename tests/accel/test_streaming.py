@@ -26,6 +26,7 @@ from tests.accel.residences import (
 )
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS
+from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
 from wan22.accel import streaming
@@ -350,9 +351,9 @@ def test_compiled_blocks(whole, kind):
         else:
             block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
     for _ in range(3):
-        assert torch.equal(velocity(model), expected)
+        assert relative_error(velocity(model), expected) <= 1e-6  # rotation is another kernel there
     residence.detach()
-    assert torch.equal(velocity(model), expected_of(make_pipe().transformer, "recording"))
+    assert relative_error(velocity(model), expected_of(make_pipe().transformer, "recording")) <= 1e-6
 
 
 # ---- kinds of weights ----

@@ -2,20 +2,20 @@
 
     python -m tests.bench.loading
 
-Each case runs in a process of its own. "private" is memory that only the process holds (RssAnon), at its peak
-and when all is loaded; mapped file pages, which the system drops when it needs them, do not count.
+Each loader runs in a process of its own. What is limited is the memory that only the process holds (RssAnon),
+at its peak, in multiples of the loaded weights; mapped file pages, which the system drops when it needs them,
+do not count.
 """
 
-import argparse
-import json
-import subprocess
-import sys
+import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from tests.bench.harness import Row, Settings, apart, main, summary, watched_memory
 
 # 750 million parameters: 1.5 GB in bfloat16, 3 GB in float32.
 SIZES = {
@@ -26,11 +26,14 @@ SIZES = {
     "text_dim": 2048,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CASES = [(who, stored, asked) for stored, asked in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"))
-         for who in ("wan22, official file", "wan22, folder", "diffusers, folder")]  # fmt: skip
+CASES = (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"))
+OURS = {"official file": "wan22 file", "Diffusers folder": "wan22 folder"}
+THEIRS = "diffusers folder"
+# Peak memory over the weights' size: in the file's own dtype, and in another one.
+LIMITS = {True: 1.05, False: 1.1}
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, layers: int) -> None:
     """Write the same random weights as a Diffusers folder and as an official file, in both dtypes."""
     from safetensors.torch import save_file
 
@@ -38,7 +41,7 @@ def write(folder: Path) -> None:
     from wan22.checkpoints.keys import TRANSFORMER
 
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**SIZES)
+    model = WanTransformer3DModel(**SIZES | {"num_layers": layers})
     for name, dtype in reversed(DTYPES.items()):
         weights = {key: w.to(dtype).contiguous() for key, w in model.state_dict().items()}
         folder_of = folder / name
@@ -48,57 +51,58 @@ def write(folder: Path) -> None:
         save_file(official, folder / f"{name}.safetensors", {"format": "pt"})
 
 
-def private() -> float:
-    """Return this process's own memory in GB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
-
-
-def load(who: str, folder: Path, stored: str, asked: str) -> dict[str, float]:
-    """Load once; return seconds and GB beyond what the imports took."""
-    if who.startswith("diffusers"):
-        from diffusers import WanTransformer3DModel
+def load(loader: str, folder: Path, stored: str, asked: str) -> dict[str, float]:
+    """Load once; return seconds, and GB beyond what the imports took."""
+    cls: Any
+    if loader == THEIRS:
+        from diffusers import WanTransformer3DModel as cls  # noqa: N813
     else:
-        from wan22 import WanTransformer3DModel  # type: ignore[assignment]
-    before, peak, done = private(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], private())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    if "official" in who:
-        model = WanTransformer3DModel.from_single_file(folder / f"{stored}.safetensors", dtype=DTYPES[asked])
-    else:
-        model = WanTransformer3DModel.from_pretrained(folder / stored, torch_dtype=DTYPES[asked])
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+        from wan22 import WanTransformer3DModel as cls  # noqa: N813
+    with watched_memory() as memory:
+        start = time.perf_counter()
+        if loader == "wan22 file":
+            model = cls.from_single_file(folder / f"{stored}.safetensors", dtype=DTYPES[asked])
+        else:
+            model = cls.from_pretrained(folder / stored, torch_dtype=DTYPES[asked])
+        seconds = time.perf_counter() - start
     size = sum(p.nbytes for p in model.parameters()) / 1e9
-    return {"s": seconds, "peak": max(peak[0], private()) - before, "after": private() - before, "size": size}
+    return {"s": seconds, "peak": memory.peak, "size": size}
 
 
-def main() -> None:
-    """Run all cases and print the table."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        who, folder, stored, asked = options.case
-        print(json.dumps(load(who, Path(folder), stored, asked)))
-        return
+def compared(source: str, folder: Path, stored: str, asked: str, rounds: int) -> Row:
+    """Load by turns, and return the row."""
+    turns = [
+        [apart(load, loader, folder, stored, asked) for loader in (OURS[source], THEIRS)]
+        for _ in range(rounds)
+    ]
+    ours, theirs = zip(*turns, strict=True)
+    peaks = [statistics.median(one["peak"] for one in side) for side in (ours, theirs)]
+    size, limit = ours[0]["size"], LIMITS[stored == asked]
+    return {
+        "name": f"loading, {source}",
+        "dtype": asked if stored == asked else f"{stored} to {asked}",
+        "shape": f"{size:.2f} GB",
+        **summary([one["s"] for one in ours], [one["s"] for one in theirs]),
+        "target": f"peak <= {limit:g} x size",
+        "met": peaks[0] <= limit * size,
+        "ours_peak_gb": peaks[0],
+        "diffusers_peak_gb": peaks[1],
+        "note": f"peak private {peaks[0]:.2f} GB, diffusers {peaks[1]:.2f} GB",
+    }
+
+
+def run(settings: Settings) -> list[Row]:
+    """Compare loaders; quick: a twelfth of the weights, cast."""
+    rounds = 1 if settings.quick else min(settings.rounds, 3)
+    cases = CASES[1:2] if settings.quick else CASES
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        print(f"{'':22} {'file':>5} {'asked':>6} {'model':>8} {'peak private':>13} {'after':>8} {'time':>8}")
-        for who, stored, asked in CASES:
-            command = [sys.executable, "-m", "tests.bench.loading", "--case", who, folder, stored, asked]
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            r = json.loads(run.stdout.splitlines()[-1])
-            gigabytes = f"{r['size']:5.2f} GB {r['peak']:10.2f} GB {r['after']:5.2f} GB"
-            print(f"{who:22} {stored:>5} {asked:>6} {gigabytes} {r['s']:6.1f} s")
+        write(Path(folder), layers=1 if settings.quick else SIZES["num_layers"])
+        return [
+            compared(source, Path(folder), stored, asked, rounds)
+            for stored, asked in cases
+            for source in OURS
+        ]
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

@@ -1,4 +1,4 @@
-"""The autoencoder against the official numbers and diffusers, and in chunks, tiles, streams and threads."""
+"""The autoencoder against the official numbers and diffusers, and in chunks, streams and threads."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,6 @@ from tests.models.vaes import (
     FAMILIES,
     PeakMemory,
     golden_vae,
-    make_pointwise,
     random_latents,
     random_video,
     relative_error,
@@ -304,68 +303,6 @@ def test_running_changes_no_attribute():
     assert state() == before
 
 
-# Tiles and slices.
-
-
-@both_families
-def test_slicing_equals_a_batch(family):
-    vae = tiny_vae(family, torch.float64)
-    x, z = random_video(vae, 3, 2, 1, 2), random_latents(vae, 3, 2, 1, 2)
-    moments, sample = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
-    batches = []
-    vae.decoder.register_forward_hook(lambda _, args, __: batches.append(args[0].shape[0]))
-    vae.enable_slicing()
-    assert relative_error(vae.encode(x).latent_dist.parameters, moments) <= 1e-13
-    assert relative_error(vae.decode(z).sample, sample) <= 1e-13
-    assert set(batches) == {1}
-    vae.disable_slicing()
-    vae.decode(z)
-    assert batches[-1] == 3
-
-
-@pytest.mark.parametrize("cells", [(3, 3), (5, 4), (7, 6), (2, 9)])
-@both_families
-def test_tiles_are_put_where_they_belong(family, cells):
-    vae = make_pointwise(tiny_vae(family, torch.float64))
-    x, z = random_video(vae, 1, 2, *cells), random_latents(vae, 1, 2, *cells)
-    moments, sample = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
-    assert sample.std() > 0.01
-    s = vae.spatial_stride
-    vae.enable_tiling(3 * s, 3 * s, 2 * s, 2 * s)
-    assert relative_error(vae.encode(x).latent_dist.parameters, moments) <= 1e-12
-    assert relative_error(vae.decode(z).sample, sample) <= 1e-12
-
-
-@both_families
-def test_a_constant_has_no_seams(family):
-    vae = make_pointwise(tiny_vae(family))
-    s = vae.spatial_stride
-    vae.enable_tiling(3 * s, 3 * s, 2 * s, 2 * s)
-    z = random_latents(vae, 1, 2, 1, 1).expand(-1, -1, -1, 6, 7)
-    cells = vae.decode(z).sample.unflatten(4, (7, s)).unflatten(3, (6, s))  # b c t 6 s 7 s
-    assert (cells - cells[:, :, :, :1, :, :1]).abs().max() <= 1e-6
-    x = torch.full((1, 3, 5, 6 * s, 7 * s), 0.3)
-    moments = vae.encode(x).latent_dist.parameters
-    assert (moments - moments[..., :1, :1]).abs().max() <= 1e-6 * moments.abs().max()
-
-
-@both_families
-def test_tiling_stays_near_the_whole_and_larger_overlaps_nearer(family):
-    vae = tiny_vae(family)
-    x, z = random_video(vae, 1, 2, 8, 10), random_latents(vae, 1, 2, 8, 10)
-    moments, sample = vae.encode(x).latent_dist.mode(), vae.decode(z).sample
-    s = vae.spatial_stride
-    errors = []
-    for size, stride in ((4, 2), (7, 3)):
-        vae.enable_tiling(size * s, size * s, stride * s, stride * s)
-        encode_error = relative_error(vae.encode(x).latent_dist.mode(), moments)
-        errors.append((encode_error, relative_error(vae.decode(z).sample, sample)))
-    assert all(near < far for near, far in zip(errors[1], errors[0], strict=True)), errors
-    assert max(errors[0]) <= 0.6 and max(errors[1]) <= 0.3, errors
-    vae.disable_tiling()
-    assert torch.equal(vae.decode(z).sample, sample)
-
-
 # Numbers.
 
 
@@ -459,19 +396,3 @@ def test_chunks_of_nothing_are_refused():
     vae = tiny_vae("2.1")
     with pytest.raises(ValueError, match=r"chunk_latents is 0.*at least 1"):
         vae.decode_stream(random_latents(vae, 1, 1, 1, 1), chunk_latents=0)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"tile_sample_min_height": 100}, "tile_sample_min_height is 100.*multiple of 16.*96 or 112"),
-        ({"tile_sample_stride_width": 0}, "tile_sample_stride_width is 0.*at least 16"),
-        ({"tile_sample_min_width": 128}, "tile_sample_stride_width is 192.*at most.*128"),
-    ],
-)
-def test_tile_sizes_that_cannot_be(sizes, message):
-    vae = tiny_vae("2.2")
-    with pytest.raises(ValueError, match=message):
-        vae.enable_tiling(**sizes)
-    assert not vae.use_tiling
-    assert vae.tile_sample_min_height == vae.tile_sample_min_width == 256

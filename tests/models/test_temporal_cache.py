@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from wan22.models.autoencoder_layers import CausalConv3d
-from wan22.models.temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
+from wan22.models.temporal_cache import (
+    SettledPrefix,
+    TemporalCache,
+    assign_cache_keys,
+    regroup_frames,
+    same_bits,
+)
 
 
 def _frames(start, stop):
@@ -55,3 +61,61 @@ def test_regrouping_is_lazy():
     stream = regroup_frames(source(), 1, 3)
     next(stream), next(stream)
     assert taken == [0]
+
+
+def test_what_was_exchanged_since_a_snapshot():
+    cache = TemporalCache()
+    cache.exchange("a", _frames(0, 2), 2)
+    cache.exchange("b", _frames(0, 2), 2)
+    snapshot = cache.snapshot()
+    assert cache.exchanged_since(snapshot) == []
+    cache.exchange("b", _frames(2, 4), 2)
+    cache.exchange("c", _frames(4, 6), 2)
+    pairs = cache.exchanged_since(snapshot)
+    assert [now.flatten().tolist() for _, now in pairs] == [[2, 3], [4, 5]]
+    assert pairs[0][0].flatten().tolist() == [0, 1]
+    assert pairs[1][0] is None
+
+
+def test_same_bits():
+    x = torch.tensor([0.0, 1.0])
+    assert same_bits(x, x.clone())
+    assert not same_bits(x, torch.tensor([-0.0, 1.0]))
+    assert not same_bits(x, x.bfloat16())
+    assert not same_bits(x, x[:1])
+    assert not same_bits(None, x)
+    assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+
+
+def _unit(name, frames, calls):
+    """A layer that adds up its input and the `frames` before it; one that remembers nothing with 0."""
+
+    def unit(x, cache):
+        calls.append(name)
+        past = cache.exchange(name, x, frames) if frames else None
+        return x if past is None else x + past.sum(dim=2, keepdim=True)
+
+    return unit
+
+
+def test_units_settle_one_after_the_other():
+    calls = []
+    units = [_unit("a", 1, calls), _unit("b", 0, calls), _unit("c", 2, calls), _unit("d", 0, calls)]
+    cache, settled, reference = TemporalCache(), SettledPrefix(), TemporalCache()
+    seen = []
+    for value in (1, 2, 2, 2, 2, 2, 3, 2, 2):
+        x = torch.full((1, 1, 1, 1, 1), float(value))
+        calls.clear()
+        y = x
+        if settled.repeats(x):
+            y = settled.run(units, x, cache)
+        else:
+            for unit in units:
+                y = unit(y, cache)
+        seen.append("".join(calls))
+        expected = x
+        for unit in units:
+            expected = unit(expected, reference)
+        assert torch.equal(y, expected)
+    # "a" is seen to have settled at the second 2, "b" with it; "c" remembers two frames and needs two more.
+    assert seen == ["abcd", "abcd", "abcd", "cd", "cd", "", "abcd", "abcd", "abcd"]

@@ -457,6 +457,19 @@ def test_on_scaled_float8(tmp_path, tables):
     assert torch.equal(latents_of(pipe), quantised)
 
 
+def test_a_whole_difference_of_a_quantised_weight_is_refused(pipe):
+    """It would go into the copy that is expanded at each call, and be lost."""
+    before = pipe.transformer.blocks[0].attn1.to_q.weight
+    pipe.quantize("int8")
+    delta = {"diffusion_model.blocks.0.self_attn.q.diff": torch.ones_like(before)}
+    with pytest.raises(
+        ValueError, match=r"differences of blocks\.0\.attn1\.to_q\.weight, which are quantised"
+    ):
+        pipe.load_lora_weights(delta)
+    assert pipe.get_list_adapters() == {}
+    pipe.load_lora_weights({"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(len(before))})
+
+
 def test_on_torchao(pipe, tables, tmp_path):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     pipe.load_lora_weights(save(tables["transformer"], tmp_path / "w.safetensors"))

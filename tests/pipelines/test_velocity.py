@@ -18,10 +18,15 @@ from wan22.pipelines import velocity
 from wan22.pipelines.velocity import Velocity, merge_zero_rows
 
 
+def forgets(**_):
+    """In the place of the pipelines' Velocity, one that keeps nothing."""
+    return Velocity(keep=False)
+
+
 @pytest.fixture
 def forgetful(monkeypatch):
     """Nothing is kept from call to call, and no rows are merged."""
-    monkeypatch.setattr("wan22.pipelines.base.Velocity", lambda merge: Velocity(keep=False))
+    monkeypatch.setattr("wan22.pipelines.base.Velocity", forgets)
     monkeypatch.setattr(velocity, "merge_zero_rows", lambda rows: (rows, None))
 
 
@@ -56,7 +61,7 @@ def test_what_is_kept_changes_nothing_beyond_rounding(run, request):
 
 def test_keeping_alone_changes_nothing(run, monkeypatch):
     kept = run()
-    monkeypatch.setattr("wan22.pipelines.base.Velocity", lambda merge: Velocity(keep=False))
+    monkeypatch.setattr("wan22.pipelines.base.Velocity", forgets)
     assert torch.equal(kept, run())
 
 
@@ -72,7 +77,7 @@ def test_a_callback_may_change_weights():
     results = []
     for keep in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wan22.pipelines.base.Velocity", lambda merge, keep=keep: Velocity(keep))
+            patch.setattr("wan22.pipelines.base.Velocity", Velocity if keep else forgets)
             parts = {n: copy.deepcopy(random_components()[n]) for n in ("transformer", "transformer_2")}
             results.append(latents_of(random_pipeline(**parts), callback_on_step_end=change))
     assert torch.equal(*results)

@@ -18,9 +18,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .autoencoder_coders import Decoder3d, Encoder3d
+from .autoencoder_memory import MemoryModes, check_multiple
 from .layers import wide
-from .temporal_cache import TemporalCache, assign_cache_keys, regroup_frames
-from .tiling import Tile, blend_tiles, make_tiles, split_axis
+from .temporal_cache import SettledPrefix, TemporalCache, assign_cache_keys, regroup_frames
+from .tiling import Tile, blend_tiles
 
 # Statistics of the 2.1 latents, channel by channel; 2.2 checkpoints bring theirs in the config.
 # Source: Wan2.2 wan/modules/vae2_1.py, Wan2_1_VAE.
@@ -34,7 +35,7 @@ LATENTS_STD = (
 )
 
 
-class AutoencoderKLWan(ModelMixin, ConfigMixin):
+class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
     """The video autoencoder of Wan 2.1 (4x8x8, 16 channels) or, by configuration, 2.2 (4x16x16, 48 channels).
 
     Config names and state-dict keys are those of diffusers' class of the same name; checkpoints go both ways.
@@ -99,10 +100,6 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
         self.patch_size = patch_size or 1
         self.temporal_stride = 2 ** sum(map(bool, temperal_downsample))
         self.spatial_stride = 2 ** (len(dim_mult) - 1) * self.patch_size
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_height = self.tile_sample_min_width = 256
-        self.tile_sample_stride_height = self.tile_sample_stride_width = 192
 
     # Chunks: one step through a clip. These are what `torch.compile` gets.
 
@@ -234,70 +231,37 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
         mean, inv_std, z = self._latent_statistics(z)
         return z / inv_std + mean
 
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-    ) -> None:
-        """Compute large videos in overlapping tiles, which takes less memory and changes the result a little.
-
-        Args:
-            tile_sample_min_height: height of a tile in pixels; None keeps the present value, first 256.
-            tile_sample_min_width: width of a tile, likewise.
-            tile_sample_stride_height: rows from tile to tile; None keeps the present value, first 192.
-            tile_sample_stride_width: columns from tile to tile, likewise.
-        Raises: ValueError: a value is no positive multiple of `spatial_stride`, or a stride exceeds its tile.
-        """
-        given = {
-            "tile_sample_min_height": tile_sample_min_height,
-            "tile_sample_min_width": tile_sample_min_width,
-            "tile_sample_stride_height": tile_sample_stride_height,
-            "tile_sample_stride_width": tile_sample_stride_width,
-        }
-        sizes = {name: getattr(self, name) if size is None else size for name, size in given.items()}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least {self.spatial_stride}")
-            _check_multiple(name, size, self.spatial_stride)
-        for axis in ("height", "width"):
-            size, stride = sizes[f"tile_sample_min_{axis}"], sizes[f"tile_sample_stride_{axis}"]
-            if stride > size:
-                raise ValueError(
-                    f"tile_sample_stride_{axis} is {stride}; it must be at most the tile's {size}"
-                )
-        for name, size in sizes.items():
-            setattr(self, name, size)
-        self.use_tiling = True
-
-    def disable_tiling(self) -> None:
-        """Compute each video as a whole again."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Compute one sample of a batch at a time, which takes less memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Compute all samples of a batch at once again."""
-        self.use_slicing = False
-
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
         """Encode "b 3 t h w" without tiling, `chunk_latents` at a time."""
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
             return self.quant_conv(self.encode_chunk(x)[0])
-        cache = TemporalCache()
+        cache, settled = TemporalCache(), SettledPrefix()
         groups = regroup_frames([x], *self._chunk_frames(chunk_latents))
-        return self.quant_conv(torch.cat([self.encode_chunk(group, cache)[0] for group in groups], dim=2))
+        return self.quant_conv(torch.cat([self._encode_next(x, cache, settled) for x in groups], dim=2))
+
+    def _encode_next(self, x: Tensor, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
+        """Encode a clip's next chunk "b 3 t h w", without what would be computed again.
+
+        What is left out has its gradients elsewhere: with gradients, everything is computed.
+        """
+        if torch.is_grad_enabled() or not settled.repeats(x):
+            return self.encode_chunk(x, cache)[0]
+        return self.encoder(patchify(x, self.patch_size), cache, settled)
 
     def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
         """Decode "b c t h w" without tiling, `chunk_latents` at a time."""
-        z = self.post_quant_conv(z)
+        z, strips = self.post_quant_conv(z), self._strips(z.shape[3])
         if chunk_latents is None or z.shape[2] <= chunk_latents:
-            return self.decode_chunk(z)[0]
+            return self._decode_next(z, None, strips)
         cache = TemporalCache()
-        return torch.cat([self.decode_chunk(part, cache)[0] for part in z.split(chunk_latents, dim=2)], dim=2)
+        parts = z.split(chunk_latents, dim=2)
+        return torch.cat([self._decode_next(part, cache, strips) for part in parts], dim=2)
+
+    def _decode_next(self, z: Tensor, cache: TemporalCache | None, strips: Sequence[TemporalCache]) -> Tensor:
+        """Decode a clip's next chunk "b c t h w", in strips if there are caches for them."""
+        if not strips:
+            return self.decode_chunk(z, cache)[0]
+        return unpatchify(self.decoder(z, cache, strips), self.patch_size)
 
     @torch.no_grad()
     def _encode_stream(
@@ -305,42 +269,31 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
     ) -> Iterator[DiagonalGaussianDistribution]:
         """Encode chunk by chunk; every tile keeps a cache of its own."""
         s, seen = self.spatial_stride, 0
-        caches: dict[Tile, TemporalCache] = {}
+        states: dict[Tile, tuple[TemporalCache, SettledPrefix]] = {}
         for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
             self._check_video(x)
             seen += x.shape[2]
             self._check_frame_count(seen)
             tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
-            caches = caches or {tile: TemporalCache() for tile in tiles}
-            parts = (self.quant_conv(self.encode_chunk(tile.cut(x, s), caches[tile])[0]) for tile in tiles)
+            states = states or {tile: (TemporalCache(), SettledPrefix()) for tile in tiles}
+            parts = (self.quant_conv(self._encode_next(tile.cut(x, s), *states[tile])) for tile in tiles)
             yield DiagonalGaussianDistribution(blend_tiles(parts, tiles))
 
     @torch.no_grad()
     def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
         """Decode chunk by chunk; every tile keeps a cache of its own."""
         tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
-        caches = {tile: TemporalCache() for tile in tiles}
+        states = {tile: (TemporalCache(), self._strips(tile.rows[1] - tile.rows[0])) for tile in tiles}
         chunks = zip(
             *(self.post_quant_conv(tile.cut(z)).split(chunk_latents, dim=2) for tile in tiles), strict=True
         )
         for chunk in chunks:
-            parts = (self.decode_chunk(x, caches[tile])[0] for x, tile in zip(chunk, tiles, strict=True))
+            parts = (self._decode_next(x, *states[tile]) for x, tile in zip(chunk, tiles, strict=True))
             yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
 
     def _chunk_frames(self, chunk_latents: int) -> tuple[int, int]:
         """Frames of the first chunk and of each later one."""
         return 1 + self.temporal_stride * (chunk_latents - 1), self.temporal_stride * chunk_latents
-
-    def _tiles(self, b: int, h: int, w: int) -> list[Tile]:
-        """Lay out the tiles of b samples of h x w latent cells, as slicing and tiling are switched."""
-        samples, rows, columns = [(0, b)], [(0, h)], [(0, w)]
-        if self.use_slicing:
-            samples = split_axis(b, 1, 1)
-        if self.use_tiling:
-            s = self.spatial_stride
-            rows = split_axis(h, self.tile_sample_min_height // s, self.tile_sample_stride_height // s)
-            columns = split_axis(w, self.tile_sample_min_width // s, self.tile_sample_stride_width // s)
-        return make_tiles(samples, rows, columns)
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and reciprocal deviation, "c 1 1 1", and z, in float32 (float64 stays)."""
@@ -358,8 +311,8 @@ class AutoencoderKLWan(ModelMixin, ConfigMixin):
         channels = self.config.in_channels // self.patch_size**2
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
-        _check_multiple("video height", x.shape[3], self.spatial_stride)
-        _check_multiple("video width", x.shape[4], self.spatial_stride)
+        check_multiple("video height", x.shape[3], self.spatial_stride)
+        check_multiple("video width", x.shape[4], self.spatial_stride)
 
     def _check_frame_count(self, t: int) -> None:
         """Raise ValueError unless t frames make whole latent frames."""
@@ -400,11 +353,3 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
     b, c, t, h, w = x.shape
     x = x.reshape(b, c // p**2, p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)  # b c t h p w q
     return x.reshape(b, c // p**2, t, h * p, w * p)
-
-
-def _check_multiple(name: str, value: int, step: int) -> None:
-    """Raise ValueError unless value is a multiple of step."""
-    if value % step:
-        below = value - value % step
-        nearest = f"{below} or {below + step}" if below else f"{step}"
-        raise ValueError(f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")

@@ -7,7 +7,9 @@ Like the layers, every block takes any number of frames and a `TemporalCache`, o
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ from .autoencoder_layers import (
     RMSNorm,
     Upsample,
 )
-from .temporal_cache import TemporalCache
+from .temporal_cache import SettledPrefix, TemporalCache, Unit
+from .tiling import split_strips
 
 
 class MidBlock(nn.Module):
@@ -77,8 +80,19 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t' h' w'"."""
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x, cache)
+        return self.enlarge(self.refine(x, cache), cache)
+
+    def refine(self, x: Tensor, cache: TemporalCache | None = None) -> tuple[Tensor, ...]:
+        """Do what happens at the lower resolution; the result is for `enlarge`."""
+        for resnet in self.resnets:
+            x = resnet(x, cache)
+        return (x,)
+
+    def enlarge(self, refined: tuple[Tensor, ...], cache: TemporalCache | None = None) -> Tensor:
+        """Go to the higher resolution, if this is not the highest."""
+        (x,) = refined
+        for upsampler in self.upsamplers:
+            x = upsampler(x, cache)
         return x
 
 
@@ -97,12 +111,21 @@ class ResidualUpBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t' h' w'"."""
+        return self.enlarge(self.refine(x, cache), cache)
+
+    def refine(self, x: Tensor, cache: TemporalCache | None = None) -> tuple[Tensor, ...]:
+        """Do what happens at the lower resolution; the result is for `enlarge`."""
         y = x
         for resnet in self.resnets:
             y = resnet(y, cache)
+        return x, y
+
+    def enlarge(self, refined: tuple[Tensor, ...], cache: TemporalCache | None = None) -> Tensor:
+        """Go to the higher resolution, if this is not the highest."""
+        x, y = refined
         if self.upsampler is None or self.avg_shortcut is None:
             return y
-        return self.upsampler(y, cache) + self.avg_shortcut(x, cache)
+        return self.avg_shortcut(x, self.upsampler(y, cache), cache)
 
 
 class Encoder3d(nn.Module):
@@ -157,16 +180,22 @@ class Encoder3d(nn.Module):
         self.norm_out = RMSNorm(width)
         self.conv_out = CausalConv3d(width, out_channels)
 
-    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Map pixels "b c t h w" to moments "b 2c t' h' w'"."""
-        x = self.conv_in(x, cache)
-        for block in self.down_blocks:
-            x = block(x, cache)
-        x = self.mid_block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+    def forward(
+        self, x: Tensor, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
+    ) -> Tensor:
+        """Map pixels "b c t h w" to moments "b 2c t' h' w'"; `settled` is for a chunk like the last one."""
+        units: tuple[Unit, ...] = (self.conv_in, *self.down_blocks, self.mid_block, self._head)
+        if settled is not None and cache is not None:
+            return settled.run(units, x, cache)
+        for unit in units:
+            x = unit(x, cache)
         if cache is not None:
             cache.started = True
         return x
+
+    def _head(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
+        """Map the last features to moments."""
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
 
 
 class Decoder3d(nn.Module):
@@ -212,15 +241,54 @@ class Decoder3d(nn.Module):
         self.norm_out = RMSNorm(width)
         self.conv_out = CausalConv3d(width, out_channels)
 
-    def forward(self, z: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Map latents "b c t h w" to pixels "b c t' h' w'"."""
-        x = self.mid_block(self.conv_in(z, cache), cache)
-        for block in self.up_blocks:
-            x = block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        # Rows that the layers of `_upper` see beyond their own, by one per 3x3 convolution, counted before
+        # the last doubling, if there is one.
+        self.strip_scale = 2 if len(widths) > 1 else 1
+        rows = 2 * (num_res_blocks + 1) + self.strip_scale
+        self.strip_halo = -(-rows // self.strip_scale)
+
+    def forward(
+        self, z: Tensor, cache: TemporalCache | None = None, strips: Sequence[TemporalCache] = ()
+    ) -> Tensor:
+        """Map latents to pixels.
+
+        Args:
+            z: latents, "b c t h w".
+            cache: the clip's cache; None: z is the whole clip.
+            strips: caches of the horizontal strips that the highest resolution is computed in, from the top;
+                none: it is computed as a whole. The result is the same, for strips overlap by what they see.
+        Returns: pixels, "b c t' h' w'".
+        """
+        refined = self._lower(z, cache)
+        if strips:
+            spans = split_strips(refined[0].shape[3], len(strips), self.strip_halo)
+            parts = []
+            for own, span in zip(strips, spans, strict=True):
+                part = self._upper(tuple(x[:, :, :, slice(*span.seen)] for x in refined), own)
+                own.started = True
+                start, stop = (self.strip_scale * (row - span.seen[0]) for row in span.rows)
+                parts.append(part[:, :, :, start:stop])
+            x = torch.cat(parts, dim=3)
+        else:
+            x = self._upper(refined, cache)
         if cache is not None:
             cache.started = True
         return x
+
+    def _lower(self, z: Tensor, cache: TemporalCache | None) -> tuple[Tensor, ...]:
+        """Do all that comes before the last enlargement, which takes less memory by far than what follows."""
+        x = self.mid_block(self.conv_in(z, cache), cache)
+        blocks: list[Any] = list(self.up_blocks[:-1])
+        for block in blocks[:-1]:
+            x = block(x, cache)
+        return blocks[-1].refine(x, cache) if blocks else (x,)
+
+    def _upper(self, refined: tuple[Tensor, ...], cache: TemporalCache | None) -> Tensor:
+        """Do the rest: enlarge, the blocks of the highest resolution, the head."""
+        blocks: list[Any] = list(self.up_blocks[:-1])
+        x = blocks[-1].enlarge(refined, cache) if blocks else refined[0]
+        x = self.up_blocks[-1](x, cache)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
 
 
 def _residual_chain(widths: Sequence[int], dropout: float) -> nn.ModuleList:

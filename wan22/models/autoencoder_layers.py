@@ -14,6 +14,16 @@ from .layers import wide
 from .temporal_cache import TemporalCache
 
 
+def channels_innermost(weight: Tensor) -> bool:
+    """Whether a convolution's weight lies in `torch.channels_last_3d`, where `wan22.accel.vae` puts it.
+
+    It says which layout the activations take, and that sums may be rounded in another order than the official
+    one. Kernels compute in this layout and convert, around each call, what comes in another; norms read each
+    position's channels in one piece.
+    """
+    return weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+
+
 class CausalConv3d(nn.Conv3d):
     """Convolution that looks at the present and earlier frames only; before the clip there are zeros.
 
@@ -33,14 +43,19 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Convolve "b c t h w" to "b c t h w" with the frames before it."""
         past = None if cache is None else cache.exchange(self.cache_key, x, self.history)
-        if past is not None:
-            x = torch.cat([past, x], dim=2)
-        elif cache is None and x.shape[2] == 1:
-            # A still image: all taps but the last would read the zeros before it.
-            return self._conv_forward(x, self.weight[:, :, -1:], self.bias)
-        else:
-            x = F.pad(x, (0, 0, 0, 0, self.history, 0))
-        return super().forward(x)
+        innermost = channels_innermost(self.weight)
+        layout = torch.channels_last_3d if innermost else torch.contiguous_format
+        if past is None and x.shape[2] == 1 and (cache is None or innermost):
+            # The clip's first frame alone: all taps but the last would read the zeros before it.
+            frame = x.contiguous(memory_format=layout)[:, :, 0]
+            return F.conv2d(frame, self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+        # Written once, in the layout wanted, whatever those of x and past are.
+        b, c, t, h, w = x.shape
+        shape = b, c, self.history + t, h, w
+        frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        frames[:, :, : self.history] = 0 if past is None else past
+        frames[:, :, self.history :] = x
+        return super().forward(frames)
 
 
 class RMSNorm(nn.Module):
@@ -60,10 +75,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over dimension 1."""
         # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
-        y = x / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide(x.dtype)).clamp_min(1e-12)
+        y = x.to(wide(x.dtype))
+        norm = torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
+        # In place where y is a copy, unless the norm's gradient needs it.
+        y = y / norm if y.dtype == x.dtype or y.requires_grad else y.div_(norm)
         # Three roundings in the official order: folding the two gains costs the last bit of every layer.
-        y *= self.scale
-        return (y * self.gamma).to(x.dtype)
+        return y.mul_(self.scale).mul_(self.gamma).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -82,9 +99,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t h w"."""
-        y = self.conv1(F.silu(self.norm1(x)), cache)
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))), cache)
-        return y + self.conv_shortcut(x)
+        # A norm's result is a new tensor, so its activation needs no other.
+        y = self.conv1(F.silu(self.norm1(x), inplace=True), cache)
+        y = self.conv2(self.dropout(F.silu(self.norm2(y), inplace=True)), cache)
+        return y.add_(self.conv_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -167,9 +185,9 @@ class Upsample(nn.Module):
 
     def _double_time(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
         """Map "b c t h w" to "b c 2t h w"; the convolution's channel halves are even and odd frames."""
-        b, c, t, h, w = x.shape
-        x = self.time_conv(x, cache).reshape(b, 2, c, t, h, w)  # type: ignore[misc]
-        return x.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        even, odd = self.time_conv(x, cache).chunk(2, dim=1)  # type: ignore[misc]
+        pairs = zip(even.split(1, dim=2), odd.split(1, dim=2), strict=True)
+        return torch.cat([frame for pair in pairs for frame in pair], dim=2)
 
 
 class AverageDown(nn.Module):
@@ -230,14 +248,22 @@ class DuplicateUp(nn.Module):
         self.factor_t = factor_t
         self.factor_s = factor_s
 
-    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Map "b c t h w" to "b c t' h*factor_s w*factor_s", with the t' of `Upsample`."""
+    def forward(self, x: Tensor, y: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Add "b c t h w", enlarged, to y "b c t' h*factor_s w*factor_s" in place; t' as in `Upsample`."""
         b, _, t, h, w = x.shape
         ft, fs = self.factor_t, self.factor_s
-        x = x.repeat_interleave(self.repeats, dim=1).reshape(b, self.out_channels, ft, fs, fs, t, h, w)
+        # Views only: the enlarged tensor is nowhere in memory.
+        x = x.unsqueeze(2).expand(-1, -1, self.repeats, -1, -1, -1)
+        x = x.reshape(b, self.out_channels, ft, fs, fs, t, h, w)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # b c t ft h fs w fs
-        x = x.reshape(b, self.out_channels, t * ft, h * fs, w * fs)
-        return x if cache is not None and cache.started else x[:, :, ft - 1 :]
+        parts = [(x, y)]
+        if cache is None or not cache.started:
+            # The clip's first frame is not repeated in time.
+            parts = [(x[:, :, :1, ft - 1 :], y[:, :, :1]), (x[:, :, 1:], y[:, :, 1:])]
+        for small, large in parts:
+            large = large.unflatten(4, (w, fs)).unflatten(3, (h, fs)).unflatten(2, small.shape[2:4])
+            large.add_(small)
+        return y
 
 
 def _fold_time(x: Tensor) -> Tensor:

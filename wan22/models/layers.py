@@ -58,7 +58,7 @@ def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch
     Returns: "b l d".
     """
     runs = x.unflatten(1, (scale.shape[1], -1))  # b l d -> b k l/k d
-    return (runs * (1 + scale)[:, :, None] + shift[:, :, None]).flatten(1, 2)
+    return (runs * (1 + scale)[:, :, None]).add_(shift[:, :, None]).flatten(1, 2)
 
 
 def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,8 @@ def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Ten
 
     Returns: "b l d", in x's dtype.
     """
-    k = gate.shape[1]
-    return (x.unflatten(1, (k, -1)) + y.unflatten(1, (k, -1)) * gate[:, :, None]).flatten(1, 2)
+    runs, gated = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, y))
+    return (gated * gate[:, :, None]).add_(runs).flatten(1, 2)
 
 
 class FeedForward(nn.Module):

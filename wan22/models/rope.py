@@ -53,5 +53,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Returns: shaped like x.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling() and x.device.type != "mps":
+        # A complex product is one pass over x; the compiler has no code for it, and fuses the ten below.
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    even, odd = pairs.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

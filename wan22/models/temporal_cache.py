@@ -3,11 +3,14 @@
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Unit: TypeAlias = "Callable[[Tensor, TemporalCache | None], Tensor]"
 
 
 class TemporalCache:
@@ -45,6 +48,74 @@ class TemporalCache:
         else:
             self._history[layer] = F.pad(x, (0, 0, 0, 0, frames - t, 0))
         return past
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return what every layer remembers now; `exchange` leaves these tensors as they are."""
+        return dict(self._history)
+
+    def exchanged_since(self, snapshot: dict[str, Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+        """Return, for each layer that called `exchange` since, what it remembered before and what now."""
+        return [
+            (snapshot.get(layer), now)
+            for layer, now in self._history.items()
+            if now is not snapshot.get(layer)
+        ]
+
+
+class SettledPrefix:
+    """The units at the start of a chain that would only repeat themselves, and what the last of them gave.
+
+    A unit that gets the input of the chunk before, and whose histories come out as they went in, bit for bit,
+    gives the same result on the same input again and again: it has settled. While a clip stands still, as
+    the zeros after a conditioning image do, one unit after the other settles and need not run any more.
+    Nothing is remembered of a clip that moves but its last chunk.
+    """
+
+    def __init__(self) -> None:
+        """Start a clip: nothing has settled."""
+        self._chunk: Tensor | None = None
+        self._length = 0
+        self._output: Tensor | None = None
+
+    def repeats(self, chunk: Tensor) -> bool:
+        """Whether a chunk is the one before again; if not, all units have to run."""
+        same = same_bits(self._chunk, chunk)
+        if not same:
+            # A copy, for the caller may fill the same memory anew.
+            self._chunk, self._length, self._output = chunk.clone(), 0, None
+        return same
+
+    def run(self, units: Sequence[Unit], x: Tensor, cache: TemporalCache) -> Tensor:
+        """Run a chain on a chunk that `repeats`, without the units that have settled.
+
+        Args:
+            units: the layers, each called with its input and the cache.
+            x: the first unit's input, "b c t h w".
+            cache: the clip's cache.
+        Returns: the last unit's output.
+        """
+        x = x if self._output is None else self._output
+        # Of the units that remember anything, the first one has this input for the second time, as all before
+        # it have settled. The next ones may have it for the first time and have to wait a chunk.
+        first, settling = True, True
+        for unit in units[self._length :]:
+            before = cache.snapshot()
+            x = unit(x, cache)
+            exchanged = cache.exchanged_since(before)
+            if exchanged:
+                settling = settling and first and all(same_bits(*pair) for pair in exchanged)
+                first = False
+            if settling:
+                self._length, self._output = self._length + 1, x
+        return x
+
+
+def same_bits(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, which 0 and -0 are not."""
+    if a is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def assign_cache_keys(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ places its result in the other.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,27 @@ def split_axis(length: int, size: int, stride: int) -> list[tuple[int, int]]:
         return [(0, length)]
     last = length - size
     return [(start, start + size) for start in (*range(0, last, stride), last)]
+
+
+class Strip(NamedTuple):
+    """A strip's own rows and those it sees, each a (start, stop) pair."""
+
+    rows: tuple[int, int]
+    seen: tuple[int, int]
+
+
+def split_strips(rows: int, count: int, halo: int) -> list[Strip]:
+    """Divide rows into strips of equal height, up to a row, that see `halo` more rows on either side.
+
+    Args:
+        rows: rows to divide.
+        count: strips, at most `rows`.
+        halo: rows seen beyond the strip's own, where there are any.
+
+    Returns: the strips from the top.
+    """
+    cuts = [rows * i // count for i in range(count + 1)]
+    return [Strip((a, b), (max(a - halo, 0), min(b + halo, rows))) for a, b in pairwise(cuts)]
 
 
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int = 1) -> list[Tensor]:

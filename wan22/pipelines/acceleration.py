@@ -1,16 +1,67 @@
 """What makes a pipeline faster or smaller, switched on and off by one line each."""
 
+import logging
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
+import torch
+
+from ..accel import attention
+from ..accel import cpu as cpu_acceleration
+from ..accel import vae as vae_acceleration
 from ..accel.compile import Compiled
+from ..accel.devices import CudaDevice, Device
+from ..accel.offload import Residence, free
+from ..accel.plans import Plan as MemoryPlan
+from ..accel.quantize import is_quantized, quantize
+from ..accel.skeletons import MODELS
+from .experts import Expert
+from .files import FilesPipeline
+from .outlines import outline
+
+logger = logging.getLogger(__name__)
+
+# More save no memory: what the layers remember of earlier frames is then the larger part.
+MOST_STRIPS = 4
 
 
-class AcceleratedPipeline:
-    """Compilation of a pipeline's models."""
+class AcceleratedPipeline(FilesPipeline):
+    """Compilation, quantisation, attention kernels and the place of a pipeline's models."""
 
     transformers: list[Any]
     vae: Any
     _compiled: Compiled | None = None
+    _residence: Residence | None = None
+    _memory_plan: MemoryPlan | None = None
+    _budget: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, memory: str | float | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a pipeline as FilesPipeline.from_pretrained does, and fit it into a budget of memory.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository.
+            memory: "auto", or what of a GPU's memory may be used, such as "12GB": the fastest way to make the
+                checkpoint's videos in it is found (`wan22.accel.plan`) and applied; anew for a larger video.
+            **kwargs: see FilesPipeline.from_pretrained.
+
+        Returns: the pipeline.
+
+        Raises:
+            ValueError: nothing fits; said before anything is loaded.
+        """
+        budget = None if memory is None else {"vram": None if memory == "auto" else memory}
+        if budget is not None:
+            cls._check_fits(pretrained_model_name_or_path, budget, kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if budget is not None:
+            pipe.fit(**budget)
+        return pipe
+
+    # ---- compilation ----
 
     @property
     def compiled(self) -> Compiled | None:
@@ -38,3 +89,197 @@ class AcceleratedPipeline:
         if self._compiled is not None:
             self._compiled.detach()
             self._compiled = None
+
+    # ---- kernels and weights ----
+
+    def accelerate(self) -> None:
+        """Compute the same faster: results move by rounding, see `accel.vae` and `accel.cpu` for the bounds.
+
+        The VAE works with channels innermost in memory; products and convolutions on the CPU are oneDNN's;
+        the attention kernel is the fastest exact one. Weights that are loaded later need it again.
+        """
+        vae_acceleration.accelerate(self.vae)
+        for model in (self.vae, *self.transformers):
+            cpu_acceleration.accelerate(model)
+        if self.transformers:
+            self.set_attention_backend("auto")
+
+    def decelerate(self) -> None:
+        """Undo `accelerate`, to the bit."""
+        vae_acceleration.detach(self.vae)
+        for model in (self.vae, *self.transformers):
+            cpu_acceleration.detach(model)
+        for model in self.transformers:
+            model.set_attention_backend("native")
+
+    def set_attention_backend(self, backend: str = "auto") -> str:
+        """Choose the kernel that computes attention in all transformers, after trying it.
+
+        Args:
+            backend: "auto" is the fastest exact one for the device; or a name of
+                `wan22.accel.attention.available()`.
+
+        Returns: the name of the one that is used.
+
+        Raises:
+            ValueError: it is not available here, or its results are wrong.
+        """
+        return [attention.use(model, backend) for model in self.transformers][-1]
+
+    def quantize(self, method: Any) -> None:
+        """Quantise the transformers' large linear layers, in place; that changes the result.
+
+        Args:
+            method: "fp8", "int8", "fp8_dynamic", or a configuration of torchao's; see
+                `wan22.accel.quantize.quantize`. What is quantised already stays as it is.
+        """
+        self.settle()
+        for model in self.transformers:
+            if not is_quantized(model):
+                quantize(model, method)
+
+    # ---- memory ----
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """The plan that is applied."""
+        return self._memory_plan
+
+    def fit(
+        self, vram: str | float | None = None, ram: str | float | None = None, **options: Any
+    ) -> MemoryPlan:
+        """Find the fastest way to make videos in a budget, apply it, and do so anew for larger videos.
+
+        Args:
+            vram: memory of the device, such as "12GB"; default is what is free.
+            ram: memory of the host; default is what is free.
+            **options: of `wan22.accel.plan`, such as `height`, `width`, `num_frames`, `quantize`.
+
+        Returns: the plan; print it.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        from ..accel.planner import plan
+
+        self.release()
+        found = plan(self, vram=vram, ram=ram, **options)
+        self.apply(found)
+        fixed = {n: v for n, v in options.items() if n not in ("height", "width", "num_frames")}
+        self._budget = {"vram": vram, "ram": ram, **fixed}
+        return found
+
+    def apply(self, plan: MemoryPlan, device: Device | None = None) -> None:
+        """Keep the models where a plan says, and decode as it says.
+
+        Args:
+            plan: of `wan22.accel.plan`, for this pipeline.
+            device: where the models run; default is the plan's.
+
+        Raises:
+            ValueError: the models are offloaded by somebody else.
+        """
+        self.release()
+        if plan.quantize is not None:
+            self.quantize(plan.quantize)
+        if plan.strips is None:
+            self.vae.disable_strips()
+        else:
+            self.vae.enable_strips(plan.strips)
+        if device is None and plan.machine.has_device:
+            device = CudaDevice(plan.machine.device)
+        if device is not None:
+            names = [name for name in MODELS if getattr(self, name, None) is not None]
+            placed = {name: (getattr(self, name), plan.placements[name]) for name in names}
+            self._residence = Residence(placed, device)
+            self._residence.attach()
+        self._memory_plan, self._budget = plan, None
+
+    def release(self) -> None:
+        """Let go of a plan: all models are on the CPU, as they were before `apply`, to the bit."""
+        if self._residence is not None:
+            self._residence.detach()
+        if self._memory_plan is not None and self._memory_plan.strips is not None:
+            self.vae.disable_strips()
+        self._residence, self._memory_plan, self._budget = None, None, None
+
+    def settle(self) -> None:
+        """Let all models go home before their weights are changed."""
+        if self._residence is not None:
+            self._residence.settle()
+
+    def free(self) -> None:
+        """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
+        self.release()
+        self.uncompile()
+        free(module for module in self.components.values() if isinstance(module, torch.nn.Module))
+
+    def maybe_free_model_hooks(self) -> None:
+        """Leave the device as it is to be between calls."""
+        if self._residence is not None:
+            self._residence.leave_all()
+        else:
+            super().maybe_free_model_hooks()
+
+    # ---- what a call asks ----
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether there is room for the prompts' keys and values from step to step."""
+        return self._memory_plan is None or self._memory_plan.keep
+
+    def make_room(self, height: int, width: int, num_frames: int) -> None:
+        """Plan anew for a larger video than was planned for; without a budget, say that it may not fit."""
+        plan = self._memory_plan
+        if plan is None or height * width * num_frames <= plan.pixels:
+            return
+        size = {"height": height, "width": width, "num_frames": num_frames}
+        if self._budget is not None:
+            self.fit(**self._budget, **size)
+        else:
+            logger.warning("the plan is for %dx%d, %d frames; this video takes more memory", *plan.size)
+
+    def expect(self, expert: Expert | None) -> None:
+        """Start to bring the expert of the next step to the device, if the plan has room for both."""
+        plan = self._memory_plan
+        if self._residence is not None and expert is not None and plan is not None and plan.prefetch:
+            self._residence.prefetch(expert.slot)
+
+    def decode_stream(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Decode raw latents chunk by chunk; where memory runs out, in more strips from then on.
+
+        Args:
+            z: of one video, "1 c t h w".
+
+        Returns: an iterator over pixels "1 3 t h w" in [-1, 1].
+
+        Raises:
+            torch.OutOfMemoryError: it fits in no number of strips, or not in the tiles asked for.
+        """
+        done = 0
+        while True:
+            try:
+                for chunk in islice(self.vae.decode_stream(z), done, None):
+                    yield chunk
+                    done += 1
+                return
+            except torch.OutOfMemoryError:
+                strips = 2 * (self.vae.num_strips if self.vae.use_strips else 1)
+                if self.vae.use_tiling or strips > MOST_STRIPS:
+                    raise
+            # Outside of the handler, which keeps what ran out alive.
+            logger.warning("memory ran out while decoding; from now on it is done in %d strips", strips)
+            self.vae.enable_strips(strips)
+
+    @classmethod
+    def _check_fits(cls, source: Any, budget: dict[str, Any], options: dict[str, Any]) -> None:
+        """Refuse a budget that nothing fits into, before weights are downloaded or loaded.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        from ..accel.planner import plan
+
+        outlined = outline(cls, source, options)
+        if outlined is not None:
+            plan(outlined, **budget)

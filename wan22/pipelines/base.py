@@ -21,7 +21,6 @@ from ..presets import Preset, closest_preset, find_preset
 from . import checks
 from .acceleration import AcceleratedPipeline
 from .conditions import Condition
-from .files import FilesPipeline
 from .hub import adopt
 from .lora import LoraPipeline
 from .output import Recipe, WanVideo, to_uint8
@@ -33,7 +32,7 @@ from .velocity import Embeds, Velocity
 logger = logging.getLogger(__name__)
 
 
-class WanPipeline(AcceleratedPipeline, LoraPipeline, FilesPipeline):
+class WanPipeline(AcceleratedPipeline, LoraPipeline):
     """Base of WanT2VPipeline and WanI2VPipeline.
 
     Args:
@@ -159,6 +158,7 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline, FilesPipeline):
         """Carry out a call: check it, encode, prepare, denoise, decode."""
         plan = make_plan(self, request)
         logger.info("%s", plan.recipe)
+        self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames)
         with self.running():
             embeds, negative_embeds = self.encode_plan(plan)
             condition = self.make_condition(plan)
@@ -277,12 +277,13 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline, FilesPipeline):
             align_weights(model)
         self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        velocity = Velocity(merge=self.compiled is None)
+        velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None)
         latents = condition.hold(latents)
         with self.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(scheduler.timesteps):
                 self._current_timestep = t
                 expert = plan.experts.serving(times[i])
+                self.expect(plan.experts.after(times[i:]))
                 bar.set_postfix_str(expert.label)
                 step = {
                     "step_index": i,
@@ -350,8 +351,14 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline, FilesPipeline):
         videos = []
         for z in latents.split(1):
             z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)
-            chunks = [chunk[0].float().cpu() for chunk in self.vae.decode_stream(z)]  # c t h w
-            video = (torch.cat(chunks, dim=1) / 2 + 0.5).clamp(0, 1)
+            frames = 1 + (z.shape[2] - 1) * self.vae.temporal_stride
+            rows, columns = (length * self.vae.spatial_stride for length in z.shape[3:])
+            video = torch.empty(3, frames, rows, columns)  # c t h w
+            done = 0
+            for chunk in self.decode_stream(z):
+                video[:, done : done + chunk.shape[2]] = chunk[0]
+                done += chunk.shape[2]
+            video.div_(2).add_(0.5).clamp_(0, 1)
             if not torch.isfinite(video).all():
                 raise FloatingPointError(
                     f"the VAE's frames are not finite in {self.vae.dtype}; load it in float32"

@@ -1,6 +1,6 @@
 """The two transformer slots, and which one serves a timestep."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,11 @@ class Experts:
             if expert not in reached:
                 reached.append(expert)
         return reached
+
+    def after(self, timesteps: Sequence[float]) -> Expert | None:
+        """Return the expert of the step after the first of these, if it is another one."""
+        serving, following = (self.serving(t) for t in (timesteps[0], timesteps[min(1, len(timesteps) - 1)]))
+        return following if following != serving else None
 
     def guided(self, timesteps: Iterable[float]) -> bool:
         """Whether any step of a schedule needs the negative prompt."""

@@ -14,7 +14,7 @@ from ..checkpoints.hub import OPTIONS
 from ..checkpoints.image_encoder import load_image_encoder, load_image_processor
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.text_encoder import load_text_encoder
-from ..presets import has_timestep_per_token, release_of
+from ..presets import Preset, find_preset, has_timestep_per_token, release_of
 from ..schedulers import FlowMatchUniPCScheduler
 from .hub import HubPipeline
 
@@ -84,6 +84,17 @@ def find_official(source: str, hub: Mapping[str, Any]) -> Path | None:
 def official_task(folder: Path) -> str | None:
     """Return the kind of checkpoint that an official folder's config.json names, such as "t2v" or "ti2v"."""
     return next((json.loads(path.read_text()).get("model_type") for path in _configs(folder)), None)
+
+
+def official_preset(folder: Path) -> Preset | None:
+    """Return the released checkpoint that an official folder's configurations belong to."""
+    configs = [json.loads(path.read_text()) for path in _configs(folder)]
+    known = [config for config in configs if {"dim", "in_dim"} <= config.keys()]
+    if not known:
+        return None
+    first, two_frames = known[0], known[0].get("model_type") == "flf2v"
+    preset = find_preset(first["dim"], first["in_dim"], 0.9 if len(known) > 1 else None, two_frames)
+    return preset if preset is not None and preset.repo else None
 
 
 def _configs(folder: Path) -> list[Path]:

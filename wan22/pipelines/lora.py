@@ -2,6 +2,7 @@
 
 import logging
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,10 @@ class LoraPipeline:
     transformer: Any
     transformer_2: Any
 
+    @abstractmethod
+    def settle(self) -> None:
+        """Bring all weights to where they can be changed."""
+
     def load_lora_weights(
         self,
         lora: Any = None,
@@ -115,6 +120,7 @@ class LoraPipeline:
         if name in self._strengths():
             raise ValueError(f"there is an adapter {name!r} already; choose another name")
         loras = self._read_loras(lora, (high, low), Place(weight_name, subfolder, hub))
+        self.settle()
         strengths = _by_slot(strength)
         for slot, part in loras.items():
             adapters_of(getattr(self, slot)).load(name, part, strengths[slot])
@@ -144,6 +150,7 @@ class LoraPipeline:
                 f"{len(weights)} strengths for {len(names)} adapters; give {len(names)}, or one for all"
             )
         chosen = {name: _by_slot(1.0 if w is None else w) for name, w in zip(names, weights, strict=True)}
+        self.settle()
         for slot, adapters in self._adapters().items():
             adapters.set({name: strengths[slot] for name, strengths in chosen.items()})
 
@@ -174,11 +181,13 @@ class LoraPipeline:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
+        self.settle()
         for adapters in self._adapters().values():
             adapters.remove(names)
 
     def unload_lora_weights(self) -> None:
         """Take all adapters out; the transformers are then as they were before the first, to the bit."""
+        self.settle()
         for adapters in self._adapters().values():
             adapters.remove(list(adapters.strengths))
 
@@ -193,11 +202,13 @@ class LoraPipeline:
         Raises:
             ValueError: layers are quantised and dequantize is False, or a LoRA is fused already.
         """
+        self.settle()
         for adapters in self._adapters().values():
             adapters.fuse(dequantize)
 
     def unfuse_lora(self) -> None:
         """Give all transformers the weights back that they had before `fuse_lora`, to the bit."""
+        self.settle()
         for adapters in self._adapters().values():
             adapters.unfuse()
 
@@ -261,6 +272,7 @@ class LoraPipeline:
             raise ValueError(f"there is no adapter {unknown[0]!r}; there is {', '.join(known) or 'none'}")
 
     def _switch(self, enabled: bool) -> None:
+        self.settle()
         for adapters in self._adapters().values():
             adapters.enable(enabled)
 

@@ -1,0 +1,147 @@
+"""The accelerated autoencoder beside the plain one."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.vaes import FAMILIES, PeakMemory, random_latents, random_video, relative_error, tiny_vae
+from wan22.accel.vae import SubpixelConv2d, accelerate, detach
+from wan22.models.autoencoder import AutoencoderKLWan
+from wan22.models.temporal_cache import TemporalCache
+
+both_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def _results(vae, x, z, chunk=1):
+    moments = vae.encode(x, chunk_latents=chunk).latent_dist.parameters
+    return moments, vae.decode(z, chunk_latents=chunk).sample
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 7)])
+def test_subpixel_convolution_equals_doubling_and_convolving(size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    doubled = nn.Upsample(scale_factor=2.0, mode="nearest-exact")(x)
+    torch.testing.assert_close(SubpixelConv2d(conv)(x), conv(doubled), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@both_families
+def test_accelerated_is_within_its_bound_and_detached_is_plain(family, dtype, bound):
+    vae = tiny_vae(family, dtype)
+    x, z = random_video(vae, 2, 3, 3, 2), random_latents(vae, 2, 3, 3, 2)
+    for chunk in (1, 2, None):
+        plain = _results(vae, x, z, chunk)
+        accelerate(vae)
+        for fast, reference in zip(_results(vae, x, z, chunk), plain, strict=True):
+            assert 0 < relative_error(fast, reference) <= bound
+        detach(vae)
+        assert all(torch.equal(a, b) for a, b in zip(_results(vae, x, z, chunk), plain, strict=True))
+
+
+@both_families
+def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_plain(family):
+    exact, vae = tiny_vae(family, torch.float64), tiny_vae(family, torch.bfloat16)
+    x, z = random_video(vae, 1, 3, 3, 2), random_latents(vae, 1, 3, 3, 2)
+    references = _results(exact, x.double(), z.double())
+    plain = _results(vae, x, z)
+    accelerate(vae)
+    for fast, slow, reference in zip(_results(vae, x, z), plain, references, strict=True):
+        assert relative_error(fast, reference) <= 1.1 * relative_error(slow, reference)
+
+
+@both_families
+def test_activations_keep_the_layout(family):
+    vae = tiny_vae(family)
+    accelerate(vae)
+    layouts = []
+
+    def note(module, args, output):
+        layouts.append(output.is_contiguous(memory_format=torch.channels_last_3d))
+
+    for block in (*vae.encoder.down_blocks, *vae.decoder.up_blocks):
+        block.register_forward_hook(note)
+    # Large enough for oneDNN, which very small convolutions do not reach.
+    _results(vae.bfloat16(), random_video(vae, 1, 2, 4, 4), random_latents(vae, 1, 2, 4, 4))
+    assert layouts and all(layouts)
+
+
+@both_families
+def test_streams_strips_and_chunks_are_as_ever(family):
+    vae = tiny_vae(family)
+    z = random_latents(vae, 1, 3, 5, 2)
+    accelerate(vae)
+    sample = vae.decode(z).sample
+    assert torch.equal(torch.cat(list(vae.decode_stream(z)), dim=2), sample)
+    assert relative_error(vae.decode(z, chunk_latents=None).sample, sample) <= 1e-5
+    vae.enable_strips(3)
+    assert relative_error(vae.decode(z).sample, sample) <= 1e-5
+
+
+def test_attaching_twice_and_detaching_plain_change_nothing():
+    vae = tiny_vae("2.1")
+    names = [name for name, _ in vae.named_modules()]
+    detach(vae)
+    accelerate(vae)
+    fast = [type(module) for module in vae.modules()]
+    accelerate(vae)
+    assert [type(module) for module in vae.modules()] == fast
+    detach(vae)
+    assert [name for name, _ in vae.named_modules()] == names
+    assert all(parameter.is_contiguous() for parameter in vae.parameters())
+
+
+def test_weights_are_saved_and_loaded_under_their_names(tmp_path):
+    vae = tiny_vae("2.2")
+    state = {key: value.clone() for key, value in vae.state_dict().items()}
+    z = random_latents(vae, 1, 2, 2, 2)
+    sample = vae.decode(z).sample
+    accelerate(vae)
+    assert vae.state_dict().keys() == state.keys()
+    vae.save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderKLWan.from_pretrained(tmp_path).decode(z).sample, sample)
+    # New weights count from the next `accelerate` on, whichever they replace.
+    vae.load_state_dict({key: value * 1.5 for key, value in state.items()}, assign=True)
+    accelerate(vae)
+    detach(vae)
+    assert all(torch.equal(vae.state_dict()[key], value * 1.5) for key, value in state.items())
+
+
+def test_it_compiles_without_graph_breaks():
+    vae = tiny_vae("2.2", dim_mult=[2, 2], temperal_downsample=[True], scale_factor_temporal=2)
+    accelerate(vae)
+    torch._dynamo.reset()
+    decode = torch.compile(vae.decode_chunk, fullgraph=True, backend="eager")
+    cache, reference = TemporalCache(), TemporalCache()
+    for part in random_latents(vae, 1, 3, 2, 2).split(1, dim=2):
+        result, cache = decode(part, cache)
+        expected, reference = vae.decode_chunk(part, reference)
+        assert torch.equal(result, expected)
+
+
+def test_it_runs_on_meta_tensors():
+    vae = tiny_vae("2.1").to("meta")
+    accelerate(vae)
+    assert vae.decode(random_latents(vae, 1, 2, 2, 2).to("meta")).sample.shape == (1, 3, 5, 16, 16)
+
+
+@both_families
+def test_it_takes_no_more_memory(family):
+    vae = tiny_vae(family, torch.bfloat16)
+    z = random_latents(vae, 1, 3, 16, 16)
+    # Weights count as soon as a layer takes a part of them.
+    weights = sum(parameter.nbytes for parameter in vae.decoder.parameters())
+    peaks = []
+    for attach in (detach, accelerate):
+        attach(vae)
+        with PeakMemory() as memory:
+            vae.decode(z)
+        peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0] + weights < 1.1 * peaks[0]
+
+
+def test_other_models_are_refused():
+    for function in (accelerate, detach):
+        with pytest.raises(TypeError, match=r"vae is a Linear.*wan22 AutoencoderKLWan"):
+            function(nn.Linear(1, 1))

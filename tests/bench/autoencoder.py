@@ -1,0 +1,176 @@
+"""The autoencoders at their real width beside diffusers' own, and how much memory decoding takes.
+
+    python -m tests.bench.autoencoder
+
+Decoding and encoding are timed with `wan22.accel.vae` attached; the note says how far its result is from that
+of diffusers. The condition, an image and 80 zero frames, is encoded by the plain model, which computes only
+what changes: the note says whether that is, bit for bit, what computing every chunk gives.
+"""
+
+import ctypes
+import gc
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tests.bench.harness import (
+    DTYPES,
+    Row,
+    Settings,
+    apart,
+    compare,
+    main,
+    relative_error,
+    watched_memory,
+)
+from wan22.accel.vae import accelerate
+from wan22.models.autoencoder import AutoencoderKLWan
+from wan22.models.temporal_cache import TemporalCache
+
+# What differs from the defaults, which are those of 2.1.
+CONFIGS: dict[str, dict[str, object]] = {
+    "2.1": {},
+    "2.2": {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
+DECODE_TARGETS = {torch.float32: 1.2, torch.bfloat16: 1.3}
+ENCODE_TARGET, CONDITION_TARGET, STRIPS_TARGET = 1.0, 2.5, 0.75
+FRAMES, CONDITION_FRAMES = 9, 81
+
+
+def random_vaes(family: str, dtype: torch.dtype) -> tuple[AutoencoderKLWan, diffusers.AutoencoderKLWan]:
+    """Return our autoencoder and theirs with the same random weights."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLWan(**CONFIGS[family]).to(dtype).eval().requires_grad_(False)
+    with torch.device("meta"):
+        ours = AutoencoderKLWan(**CONFIGS[family])  # type: ignore[arg-type]
+    ours.load_state_dict({key: w.clone() for key, w in theirs.state_dict().items()}, assign=True)
+    return ours.eval().requires_grad_(False), theirs
+
+
+def random_latents(vae: AutoencoderKLWan, frames: int, height: int, width: int) -> Tensor:
+    """Draw latents "1 c t h w" of a video of a size in pixels."""
+    s = vae.spatial_stride
+    shape = 1, vae.config.z_dim, 1 + (frames - 1) // vae.temporal_stride, height // s, width // s
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(vae.dtype)
+
+
+def random_video(vae: AutoencoderKLWan, frames: int, side: int) -> Tensor:
+    """Draw pixels "1 3 t h w"."""
+    x = torch.rand(1, 3, frames, side, side, generator=torch.Generator().manual_seed(2))
+    return (x * 2 - 1).to(vae.dtype)
+
+
+def both_ways(family: str, dtype: torch.dtype, settings: Settings) -> list[Row]:
+    """Decode and encode a short clip."""
+    ours, theirs = random_vaes(family, dtype)
+    accelerate(ours)
+    side = 64 if settings.quick else 128
+    z, x = random_latents(ours, FRAMES, side, side), random_video(ours, FRAMES, side)
+    cases = {
+        "decode": (lambda vae: vae.decode(z).sample, DECODE_TARGETS[dtype]),
+        "encode": (lambda vae: vae.encode(x).latent_dist.parameters, ENCODE_TARGET),
+    }
+    rows = []
+    for name, (function, target) in cases.items():
+        error = relative_error(function(ours), function(theirs))
+        row = compare(
+            f"VAE {family} {name}",
+            lambda function=function: function(ours),  # type: ignore[misc]
+            lambda function=function: function(theirs),  # type: ignore[misc]
+            settings,
+            target,
+            dtype=DTYPES[dtype],
+            shape=f"{side}x{side}x{FRAMES}",
+            note=f"error {error:.1e}",
+        )
+        rows.append(row)
+    return rows
+
+
+def condition(family: str, dtype: torch.dtype, settings: Settings) -> Row:
+    """Encode an image and zero frames in pieces, as WanI2VPipeline does."""
+    ours, theirs = random_vaes(family, dtype)
+    side = 64 if settings.quick else 128
+    zeros = torch.zeros(1, 3, CONDITION_FRAMES - 1, side, side, dtype=dtype)
+    x = torch.cat([random_video(ours, 1, side), zeros], dim=2)
+    pieces = [x[:, :, :1], *x[:, :, 1:].split(4, dim=2)]
+
+    def stream() -> Tensor:
+        return torch.cat([posterior.parameters for posterior in ours.encode_stream(pieces)], dim=2)
+
+    cache = TemporalCache()
+    every = torch.cat([ours.quant_conv(ours.encode_chunk(piece, cache)[0]) for piece in pieces], dim=2)
+    same = torch.equal(stream(), every)
+    row = compare(
+        f"VAE {family} I2V condition",
+        stream,
+        lambda: theirs.encode(x),
+        settings,
+        CONDITION_TARGET,
+        dtype=DTYPES[dtype],
+        shape=f"{side}x{side}x{CONDITION_FRAMES}",
+        note="same bits as every chunk" if same else "OTHER BITS than every chunk",
+    )
+    return row | {"met": row["met"] and same}
+
+
+def decode_peak(family: str, frames: int, height: int, width: int, strips: int) -> float:
+    """Return the GB that decoding a clip takes beyond the weights; strips: 0 for none."""
+    vae = AutoencoderKLWan(**CONFIGS[family]).to(torch.bfloat16)  # type: ignore[arg-type]
+    accelerate(vae)
+    if strips:
+        vae.enable_strips(strips)
+    z = random_latents(vae, frames, height, width)
+    # What building the model took would be used again, unseen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with watched_memory() as memory:
+        for _ in vae.decode_stream(z):
+            pass
+    return memory.peak
+
+
+def strips(family: str, settings: Settings) -> Row:
+    """Compare the memory of decoding in strips with that of whole frames, and of more frames."""
+    height, width = (384 if settings.quick else 768), 64
+    whole, stripped, longer = (
+        apart(decode_peak, family, frames, height, width, count)
+        for frames, count in ((FRAMES, 0), (FRAMES, 4), (2 * FRAMES - 1, 4))
+    )
+    return {
+        "name": f"VAE {family} memory of strips",
+        "dtype": "bf16",
+        "shape": f"{width}x{height}x{FRAMES}",
+        "target": f"peak <= {STRIPS_TARGET:g} x whole, flat in frames",
+        "met": stripped <= STRIPS_TARGET * whole and longer <= 1.05 * stripped,
+        "peak_gb": stripped,
+        "note": f"peak {stripped:.2f} GB, {2 * FRAMES - 1} frames {longer:.2f} GB, whole {whole:.2f} GB, "
+        f"{stripped / whole:.2f} x",
+    }
+
+
+@torch.no_grad()
+def run(settings: Settings) -> list[Row]:
+    """Compare the autoencoders; quick: that of 2.1 in bf16 on a quarter of the pixels."""
+    few = Settings(1 if settings.quick else min(settings.rounds, 3), settings.quick, settings.cpu_time)
+    families = ["2.1"] if settings.quick else list(CONFIGS)
+    dtypes = [torch.bfloat16] if settings.quick else list(DTYPES)
+    rows = [row for family in families for dtype in dtypes for row in both_ways(family, dtype, few)]
+    rows += [condition(family, torch.bfloat16, few) for family in families]
+    return rows + [strips(family, few) for family in families]
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,98 @@
+"""T2V-A14B at 480p in budgets of GPU memory: what the planner predicts, and what a run then takes.
+
+    python -m tests.bench.budgets [--device cpu --tiny]
+
+PyTorch is held to each budget (set_per_process_memory_fraction), so that a run which takes more fails. The
+weights are random; the embeddings of the prompts are given, and no text encoder is loaded.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from tests.bench.gpu import TINY, TINY_VAE, VIDEOS, command_line, released_configs
+from tests.bench.harness import Row, Settings, apart, watched_memory
+from tests.bench.transformer import OURS_WIDE, PROMPT_ROWS, fill, random_weights
+from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
+from wan22.accel import plan
+from wan22.accel.machine import CONTEXT, GB, parse_bytes
+
+VIDEO = VIDEOS[0]
+BUDGETS = ("12GB", "16GB", "24GB")
+STEPS = 4  # three of the high-noise expert, one of the other
+
+
+def transformer(config: dict[str, Any]) -> WanTransformer3DModel:
+    """Return a bf16 transformer on the host whose layers have the same random weights, each its own copy."""
+    with torch.device("meta"):
+        model, short = WanTransformer3DModel(**config), WanTransformer3DModel(**config | {"num_layers": 1})
+    drawn, weights = random_weights(short, "cpu", torch.bfloat16), {}
+    for name, w in drawn.items():
+        of_block = name.removeprefix("blocks.0.")
+        copies = [name] if of_block == name else [f"blocks.{i}.{of_block}" for i in range(len(model.blocks))]
+        weights |= {copy: w.clone() for copy in copies}
+    fill(model, weights, OURS_WIDE)
+    return model
+
+
+def pipeline(tiny: bool) -> WanT2VPipeline:
+    """Return T2V-A14B with random weights on the host."""
+    configs = released_configs(VIDEO.preset)
+    config = configs["transformer"] | (TINY if tiny else {})
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**configs["vae"] | (TINY_VAE if tiny else {}))
+    fill(vae, random_weights(vae, "cpu", torch.float32), ())
+    return WanT2VPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchUniPCScheduler(shift=VIDEO.preset.flow_shift),
+        transformer=transformer(config),
+        transformer_2=transformer(config),
+        boundary_ratio=VIDEO.preset.boundary_ratio,
+    )
+
+
+def within(budget: str, device: str, tiny: bool) -> Row:
+    """Plan for a budget, make a video in it, and return the row."""
+    size = {"width": 64, "height": 64, "num_frames": 9}
+    if not tiny:
+        size = {"width": VIDEO.width, "height": VIDEO.height, "num_frames": VIDEO.num_frames}
+    limits: dict[str, Any] = {"device": device}
+    if device != "cpu":
+        limits["vram"] = budget
+        total = torch.cuda.get_device_properties(device).total_memory
+        # The context is part of the budget, but nothing that PyTorch counts.
+        torch.cuda.set_per_process_memory_fraction((parse_bytes(budget) - CONTEXT) / total)
+    pipe = pipeline(tiny)
+    made = plan(pipe, **size, **limits)
+    width = pipe.transformer.config.text_dim
+    embeds = torch.randn(2, PROMPT_ROWS, width, dtype=torch.bfloat16).split(1)
+    row = {
+        "name": f"T2V-A14B in {budget}",
+        "dtype": "bf16",
+        "shape": "{width}x{height}x{num_frames}, ".format(**size) + f"{STEPS} steps",
+        "target": f"runs in {budget}",
+        "predicted_peak_gb": made.device_peak / GB,
+        "predicted_step_s": made.step_seconds,
+    }
+    with watched_memory(device) as memory:
+        pipe.apply(made)
+        start = time.perf_counter()
+        try:
+            pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], num_inference_steps=STEPS, **size)
+        except torch.OutOfMemoryError as error:
+            return row | {"met": False, "note": str(error).partition(".")[0]}
+        seconds = time.perf_counter() - start
+    peaks = f"peak {memory.peak:.2f} GB, predicted {row['predicted_peak_gb']:.2f} GB"
+    return row | {"met": True, "ours_s": seconds, "measured_peak_gb": memory.peak, "note": peaks}
+
+
+def run(settings: Settings, device: str = "cuda", tiny: bool = False) -> list[Row]:
+    """Make a video in each budget, in a process of its own; quick: in the smallest."""
+    return [apart(within, budget, device, tiny) for budget in BUDGETS[: 1 if settings.quick else None]]
+
+
+if __name__ == "__main__":
+    command_line(run, __doc__)

@@ -1,0 +1,121 @@
+"""The benchmarks' harness on made-up timings, their arithmetic, and a dry run of what is for GPUs."""
+
+import json
+
+import pytest
+import torch
+
+from tests.bench import budgets, gpu, harness
+from tests.bench.harness import Settings
+
+
+class Clock:
+    """Time that passes only when `work` is called."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def work(self, name, durations):
+        durations = iter(durations)
+
+        def function():
+            self.calls.append(name)
+            self.now += next(durations)
+
+        return function
+
+
+def test_turns_alternate_and_the_first_call_does_not_count():
+    clock = Clock()
+    ours, theirs = clock.work("o", [90, 1, 2, 4]), clock.work("t", [90, 3, 4, 8])
+    assert harness.by_turns(ours, theirs, 3, clock) == ([1, 2, 4], [3, 4, 8])
+    assert "".join(clock.calls) == "ot" + "ot" + "to" + "ot"
+
+
+def test_the_ratio_is_the_median_of_the_rounds_ratios():
+    # The second round was disturbed: both sides took ten times as long.
+    row = harness.summary([1.0, 10.0, 2.0], [2.0, 20.0, 3.0])
+    assert row == {"ours_s": 2.0, "diffusers_s": 3.0, "ratio": 2.0, "rounds": 3}
+
+
+def test_a_target_is_met_or_missed(monkeypatch):
+    seconds = [1.0, 1.0], [1.2, 1.2]
+    monkeypatch.setattr(harness, "by_turns", lambda *args: seconds)
+    for target, met in ((1.1, True), (1.3, False)):
+        row = harness.compare("a", None, None, Settings(), target, dtype="fp32")
+        assert (row["met"], row["target"], row["dtype"]) == (met, f">= {target}x", "fp32")
+    assert "met" not in harness.compare("a", None, None, Settings())
+
+
+def test_table():
+    rows = [
+        {"name": "block", "dtype": "bf16", "ours_s": 2.0, "diffusers_s": 0.01, "ratio": 0.005, "note": "n"},
+        {"name": "no room", "shape": "1x1", "target": ">= 2x", "met": False},
+    ]
+    head, rule, first, second = harness.table(rows).splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:-1] == list(harness.COLUMNS)
+    assert set(rule) == {"|", "-"}
+    cells = [cell.strip() for cell in first.split("|")][1:-1]
+    assert cells == ["block", "bf16", "", "2.00 s", "10.0 ms", "0.01x", "", "n"]
+    assert [cell.strip() for cell in second.split("|")][7] == ">= 2x, missed"
+    assert len({len(line) for line in (head, rule, first, second)}) == 1
+
+
+def test_json(tmp_path):
+    rows = [{"name": "block", "ours_s": 2.0, "diffusers_s": 3.0, "ratio": 1.5, "rounds": 7}]
+    harness.save(rows, tmp_path / "rows.json")
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved["rows"] == rows
+    assert saved["machine"]["torch"] == torch.__version__
+    assert saved["machine"]["cores"] >= 1
+    assert saved["machine"].keys() == {"cpu", "cores", "threads", "torch", "card"}
+
+
+def test_memory_that_is_given_back_counts_at_its_peak():
+    with harness.watched_memory() as memory:
+        block = torch.ones(50_000_000)  # 0.2 GB
+        del block
+    assert memory.peak >= 0.15
+    assert memory.after <= memory.peak
+
+
+@pytest.mark.parametrize(
+    ("video", "widths", "total", "self_attention", "linears"),
+    [
+        # In TFLOP, one call of the transformer.
+        (gpu.VIDEOS[0], (5120, 13824, 40), 1678, 879, 785),
+        (gpu.VIDEOS[1], (5120, 13824, 40), 6523, 4682, 1810),
+        (gpu.VIDEOS[2], (3072, 14336, 30), 517, 274, 237),
+    ],
+)
+def test_flops(video, widths, total, self_attention, linears):
+    flops = gpu.Flops.of(video.tokens, *widths)
+    counted = (flops.total, flops.self_attention, flops.linears)
+    assert [round(count / gpu.TERA) for count in counted] == [total, self_attention, linears]
+
+
+def test_tokens():
+    assert [video.tokens for video in gpu.VIDEOS] == [32760, 75600, 27280]
+
+
+def test_gpu_benchmark_runs_small_on_the_cpu():
+    rows = gpu.run(Settings(rounds=1), device="cpu", tiny=True)
+    assert [row["name"].partition(" ")[2] for row in rows] == ["step", "step, compiled"] * 2 + ["decode"] * 4
+    for row in rows:
+        assert row["ours_s"] > 0
+        assert row["diffusers_s"] > 0
+        # bf16 here has a float32 residual stream, diffusers' has a bf16 one.
+        assert row["difference"] <= (1e-5 if row["dtype"] == "fp32" else 5e-2)
+    assert "kernel" in rows[0]["note"]
+    assert 0 < rows[0]["share_of_floor"] < 10
+
+
+def test_budget_benchmark_runs_small_on_the_cpu():
+    row = budgets.within("12GB", "cpu", tiny=True)
+    assert row["met"]
+    assert row["predicted_peak_gb"] > 0
+    assert row["measured_peak_gb"] > 0

@@ -1,0 +1,112 @@
+"""A plan: where each model is kept, how the video is decoded, and what that takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .layout import Placement
+from .machine import GB, Machine
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a call, and the most memory it takes.
+
+    Args:
+        name: "text", "denoise" or "decode".
+        weights: bytes of the weights that are on the device.
+        activations: bytes of everything else.
+    """
+
+    name: str
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where models are kept and how a video is made, and what that takes; `pipe.apply(plan)` does it.
+
+    Args:
+        name: of the checkpoint.
+        size: width, height and frames that it is made for.
+        machine: that it is made for.
+        placements: of each model.
+        strips: that a video is decoded in; None: whole frames.
+        keep: whether keys and values of the prompts are kept from step to step.
+        prefetch: whether the second expert comes while the first one still runs.
+        quantize: how the transformers are quantised; None: they are not.
+        phases: of a call, in order.
+        host: bytes of the host's memory that are taken, for good as long as the pipeline runs.
+        mapped: bytes of weights at home in files; the system drops their pages when it needs the room.
+        step_seconds: of one step, both guidance passes; None where no rates are known.
+    """
+
+    name: str
+    size: tuple[int, int, int]
+    machine: Machine
+    placements: Mapping[str, Placement]
+    strips: int | None
+    keep: bool
+    prefetch: bool
+    quantize: str | None
+    phases: tuple[Phase, ...]
+    host: int
+    mapped: int
+    step_seconds: float | None = None
+
+    @property
+    def device_peak(self) -> int:
+        """Most bytes on the device at any time."""
+        return max(phase.total for phase in self.phases)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the video, in all frames."""
+        width, height, frames = self.size
+        return width * height * frames
+
+    @property
+    def fits(self) -> bool:
+        """Whether device and host have so much."""
+        return self.device_peak <= self.machine.vram and self.host <= self.machine.ram
+
+    def __str__(self) -> str:
+        width, height, frames = self.size
+        lines = [f"{self.name}, {width}x{height}, {frames} frames, on {self.machine}", ""]
+        lines += [f"  {name:14} {_described(p)}" for name, p in self.placements.items()]
+        decoding = "whole frames" if self.strips is None else f"{self.strips} strips, exact"
+        lines += [f"  {'decoding':14} {decoding}"]
+        if self.quantize:
+            lines += [f"  {'quantised':14} {self.quantize}, which changes the result"]
+        lines += ["", f"  {'phase':14} {'weights':>10} {'the rest':>10} {'in all':>10}"]
+        lines += [
+            f"  {p.name:14} {p.weights / GB:7.2f} GB {p.activations / GB:7.2f} GB {p.total / GB:7.2f} GB"
+            for p in self.phases
+        ]
+        where = "device" if self.machine.has_device else "host"
+        lines += ["", f"  {where} peak {self.device_peak / GB:.2f} of {self.machine.vram / GB:.2f} GB"]
+        if self.machine.has_device:
+            lines += [f"  host {self.host / GB:.2f} of {self.machine.ram / GB:.2f} GB"]
+            if self.mapped:
+                lines[-1] += f", and {self.mapped / GB:.2f} GB in files, read as there is room"
+        if self.step_seconds is not None:
+            lines += [f"  about {self.step_seconds:.3g} s a step"]
+        return "\n".join(lines)
+
+
+def _described(placement: Placement) -> str:
+    if placement.kind != "streamed":
+        return {
+            "resident": "stays on the device",
+            "visiting": "comes when it is called, leaves for the next",
+            "host": "on the host",
+        }[placement.kind]
+    home = "pinned memory" if placement.home == "pinned" else "its file"
+    return (
+        f"{placement.resident_blocks} blocks stay, the others stream from {home}, {placement.slots} at a time"
+    )

@@ -1,0 +1,120 @@
+"""In what portions the autoencoder computes a video: samples, tiles, strips. Less memory for more work."""
+
+from .autoencoder_coders import Decoder3d
+from .temporal_cache import TemporalCache
+from .tiling import Tile, make_tiles, split_axis
+
+
+class MemoryModes:
+    """The switches of AutoencoderKLWan, and the portions that they stand for."""
+
+    decoder: Decoder3d
+    patch_size: int
+    spatial_stride: int
+
+    use_slicing = False
+    use_tiling = False
+    use_strips = False
+    num_strips = 4
+    tile_sample_min_height = tile_sample_min_width = 256
+    tile_sample_stride_height = tile_sample_stride_width = 192
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Compute large videos in overlapping tiles, which takes less memory and changes the result a little.
+
+        Args:
+            tile_sample_min_height: height of a tile in pixels; None keeps the present value, first 256.
+            tile_sample_min_width: width of a tile, likewise.
+            tile_sample_stride_height: rows from tile to tile; None keeps the present value, first 192.
+            tile_sample_stride_width: columns from tile to tile, likewise.
+        Raises: ValueError: a value is no positive multiple of `spatial_stride`, a stride exceeds its tile, or
+            strips are enabled.
+        """
+        if self.use_strips:
+            raise ValueError(
+                "strips are enabled, which are exact; call disable_strips() before enable_tiling()"
+            )
+        given = {
+            "tile_sample_min_height": tile_sample_min_height,
+            "tile_sample_min_width": tile_sample_min_width,
+            "tile_sample_stride_height": tile_sample_stride_height,
+            "tile_sample_stride_width": tile_sample_stride_width,
+        }
+        sizes = {name: getattr(self, name) if size is None else size for name, size in given.items()}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least {self.spatial_stride}")
+            check_multiple(name, size, self.spatial_stride)
+        for axis in ("height", "width"):
+            size, stride = sizes[f"tile_sample_min_{axis}"], sizes[f"tile_sample_stride_{axis}"]
+            if stride > size:
+                raise ValueError(
+                    f"tile_sample_stride_{axis} is {stride}; it must be at most the tile's {size}"
+                )
+        for name, size in sizes.items():
+            setattr(self, name, size)
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Compute each video as a whole again."""
+        self.use_tiling = False
+
+    def enable_strips(self, strips: int = 4) -> None:
+        """Decode the highest resolution in horizontal strips, which takes less memory and keeps the result.
+
+        The strips overlap by the rows that the layers see beyond their own, which is so much more to compute.
+
+        Args:
+            strips: how many, though no more than there are rows. More than four save no more: what the layers
+                remember of the frames before then outweighs the strip.
+        Raises: ValueError: strips is below 1, or tiling is enabled.
+        """
+        if strips < 1:
+            raise ValueError(f"strips is {strips}; it must be at least 1")
+        if self.use_tiling:
+            raise ValueError("tiling is enabled, which strips replace; call disable_tiling() first")
+        self.use_strips, self.num_strips = True, strips
+
+    def disable_strips(self) -> None:
+        """Decode each resolution as a whole again."""
+        self.use_strips = False
+
+    def enable_slicing(self) -> None:
+        """Compute one sample of a batch at a time, which takes less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Compute all samples of a batch at once again."""
+        self.use_slicing = False
+
+    def _tiles(self, b: int, h: int, w: int) -> list[Tile]:
+        """Lay out the tiles of b samples of h x w latent cells, as slicing and tiling are switched."""
+        samples, rows, columns = [(0, b)], [(0, h)], [(0, w)]
+        if self.use_slicing:
+            samples = split_axis(b, 1, 1)
+        if self.use_tiling:
+            s = self.spatial_stride
+            rows = split_axis(h, self.tile_sample_min_height // s, self.tile_sample_stride_height // s)
+            columns = split_axis(w, self.tile_sample_min_width // s, self.tile_sample_stride_width // s)
+        return make_tiles(samples, rows, columns)
+
+    def _strips(self, h: int) -> list[TemporalCache]:
+        """Make the caches of the strips of h rows of latent cells; none unless strips are enabled."""
+        if not self.use_strips:
+            return []
+        rows = h * self.spatial_stride // (self.patch_size * self.decoder.strip_scale)
+        return [TemporalCache() for _ in range(min(self.num_strips, rows))]
+
+
+def check_multiple(name: str, value: int, step: int) -> None:
+    """Raise ValueError unless value is a multiple of step."""
+    if value % step:
+        below = value - value % step
+        nearest = f"{below} or {below + step}" if below else f"{step}"
+        raise ValueError(f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")
