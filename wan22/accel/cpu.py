@@ -78,7 +78,8 @@ def _convolution(
     layer: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Map "b c t h w", or "b c h w", as `_conv_forward` of PyTorch's convolutions does."""
-    if input.dtype != torch.float32 or not _fits(layer, input):  # half types run in oneDNN anyway
+    # Half types run in oneDNN anyway, and the compiler finds the way there by itself.
+    if input.dtype != torch.float32 or torch.compiler.is_compiling() or not _fits(layer, input):
         return type(layer)._conv_forward(layer, input, weight, bias)
     sizes = layer.padding, layer.stride, layer.dilation
     return torch.ops.aten.mkldnn_convolution(input, weight, bias, *sizes, layer.groups)
