@@ -12,8 +12,8 @@ from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora, save
 from wan22 import accel
 from wan22.accel import cpu
-from wan22.accel.devices import RecordingDevice
-from wan22.accel.layout import Placement
+from wan22.accel.offload.devices import RecordingDevice
+from wan22.accel.offload.layout import Placement
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 FORMS = {"t2v": random_pipeline, "i2v": random_i2v_pipeline, "ti2v": random_ti2v_pipeline}

@@ -52,19 +52,22 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_plain(family):
 
 
 @both_families
-def test_activations_keep_the_layout(family):
-    vae = tiny_vae(family)
+def test_activations_have_the_layout(family, monkeypatch):
+    # In bfloat16, as float32 convolutions of this size return any layout.
+    vae = tiny_vae(family, torch.bfloat16)
     accelerate(vae)
     layouts = []
 
-    def note(module, args, output):
-        layouts.append(output.is_contiguous(memory_format=torch.channels_last_3d))
+    def note(tensor):
+        layouts.append(tensor.is_contiguous(memory_format=torch.channels_last_3d))
 
+    convolve = nn.Conv3d.forward
+    monkeypatch.setattr(nn.Conv3d, "forward", lambda conv, x: note(x) or convolve(conv, x))
     for block in (*vae.encoder.down_blocks, *vae.decoder.up_blocks):
-        block.register_forward_hook(note)
-    # Large enough for oneDNN, which very small convolutions do not reach.
-    _results(vae.bfloat16(), random_video(vae, 1, 2, 4, 4), random_latents(vae, 1, 2, 4, 4))
-    assert layouts and all(layouts)
+        block.register_forward_hook(lambda module, args, output: note(output))
+    _results(vae, random_video(vae, 1, 2, 4, 4), random_latents(vae, 1, 2, 4, 4))
+    assert len(layouts) > 40
+    assert all(layouts)
 
 
 @both_families

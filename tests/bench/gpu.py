@@ -29,8 +29,8 @@ from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE, fill, random_weights
 from wan22 import AutoencoderKLWan, WanTransformer3DModel
 from wan22.accel.attention import describe
 from wan22.accel.compile import Compiled
-from wan22.accel.machine import measured_flops
-from wan22.accel.skeletons import released_models
+from wan22.accel.planning.machine import measured_flops
+from wan22.accel.planning.skeletons import released_models
 from wan22.models.reuse import PromptCache
 from wan22.presets import T2V_A14B, TI2V_5B, Preset
 

@@ -18,6 +18,7 @@ from tests.models.vaes import (
     tiny_vae,
 )
 from wan22.models.autoencoder import LATENTS_MEAN, LATENTS_STD, AutoencoderKLWan, patchify, unpatchify
+from wan22.models.autoencoder_layers import DuplicateUp
 from wan22.models.temporal_cache import TemporalCache
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
@@ -344,6 +345,24 @@ def test_patchify_orders_columns_before_rows():
     # Channel (c, q, p) of cell (h, w) is pixel (2h + p, 2w + q).
     assert patches[0, 1 * 4 + 1 * 2 + 0, 0, 1, 2] == x[0, 1, 0, 2, 5]
     assert torch.equal(unpatchify(patches, 2), x)
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "factor_t"), [(4, 4, 2), (4, 2, 2), (4, 1, 2), (4, 2, 1), (2, 4, 1)]
+)
+def test_shortcut_up_adds_repeated_channels(inputs, outputs, factor_t, started):
+    torch.manual_seed(0)
+    x = torch.randn(2, inputs, 3, 2, 3)
+    cache = TemporalCache()
+    cache.started = started
+    repeats = outputs * factor_t * 4 // inputs
+    shortcut = x.repeat_interleave(repeats, dim=1).unflatten(1, (outputs, factor_t, 2, 2))  # b c ft q p t h w
+    shortcut = shortcut.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(2, outputs, 3 * factor_t, 4, 6)
+    shortcut = shortcut if started else shortcut[:, :, factor_t - 1 :]
+    y = torch.randn_like(shortcut)
+    expected = y + shortcut
+    assert torch.equal(DuplicateUp(inputs, outputs, factor_t, 2)(x, y, cache), expected)
 
 
 def test_extra_encoder_attention_takes_part():

@@ -98,9 +98,17 @@ def test_strips_equal_the_whole(family, rows):
     assert torch.equal(vae.decode(z, chunk_latents=None).sample, sample)
 
 
-@pytest.mark.parametrize("changes", [{"num_res_blocks": 3}, {"dim_mult": [2], "temperal_downsample": []}])
-def test_strips_see_what_deeper_and_flatter_decoders_see(changes):
-    vae = tiny_vae("2.1", torch.float64, **changes)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_res_blocks": 3},
+        {"dim_mult": [2], "temperal_downsample": []},
+        {"temperal_downsample": [True, True, False]},  # the last doubling doubles time, too
+    ],
+)
+@both_families
+def test_strips_see_what_deeper_flatter_and_other_decoders_see(family, changes):
+    vae = tiny_vae(family, torch.float64, **changes)
     z = random_latents(vae, 1, 3, 48 // vae.spatial_stride, 1)
     sample = vae.decode(z).sample
     vae.enable_strips(3)

@@ -65,10 +65,9 @@ class TemporalCache:
 class SettledPrefix:
     """The units at the start of a chain that would only repeat themselves, and what the last of them gave.
 
-    A unit that gets the input of the chunk before, and whose histories come out as they went in, bit for bit,
-    gives the same result on the same input again and again: it has settled. While a clip stands still, as
-    the zeros after a conditioning image do, one unit after the other settles and need not run any more.
-    Nothing is remembered of a clip that moves but its last chunk.
+    A unit whose histories come out as they went in, bit for bit, gives the same result if it gets the same input
+    again: it has settled. While a clip stands still, as the zeros after a conditioning image do, one unit after
+    the other settles and need not run any more. Of a clip that moves, only the last chunk is kept.
     """
 
     def __init__(self) -> None:
@@ -95,16 +94,12 @@ class SettledPrefix:
         Returns: the last unit's output.
         """
         x = x if self._output is None else self._output
-        # Of the units that remember anything, the first one has this input for the second time, as all before
-        # it have settled. The next ones may have it for the first time and have to wait a chunk.
-        first, settling = True, True
+        settling = True
         for unit in units[self._length :]:
             before = cache.snapshot()
             x = unit(x, cache)
-            exchanged = cache.exchanged_since(before)
-            if exchanged:
-                settling = settling and first and all(same_bits(*pair) for pair in exchanged)
-                first = False
+            # Its next input is this one again, for all units before it have settled.
+            settling = settling and all(same_bits(*pair) for pair in cache.exchanged_since(before))
             if settling:
                 self._length, self._output = self._length + 1, x
         return x
@@ -143,7 +138,8 @@ def regroup_frames(chunks: Iterable[Tensor], first: int, size: int) -> Iterator[
         while waiting >= wanted:
             frames = torch.cat(pending, dim=2) if len(pending) > 1 else pending[0]
             yield frames[:, :, :wanted]
-            pending, waiting = [frames[:, :, wanted:]], waiting - wanted
+            waiting -= wanted
+            pending = [frames[:, :, wanted:]] if waiting else []
             wanted = size
     if waiting:
         yield torch.cat(pending, dim=2)

@@ -11,11 +11,11 @@ from ..accel import attention
 from ..accel import cpu as cpu_acceleration
 from ..accel import vae as vae_acceleration
 from ..accel.compile import Compiled
-from ..accel.devices import CudaDevice, Device
-from ..accel.offload import Residence, free
-from ..accel.plans import Plan as MemoryPlan
+from ..accel.offload.devices import CudaDevice, Device
+from ..accel.offload.residence import Residence, free
+from ..accel.planning.plans import Plan as MemoryPlan
+from ..accel.planning.skeletons import MODELS
 from ..accel.quantize import is_quantized, quantize
-from ..accel.skeletons import MODELS
 from .experts import Expert
 from .files import FilesPipeline
 from .outlines import outline
@@ -160,7 +160,7 @@ class AcceleratedPipeline(FilesPipeline):
         Raises:
             ValueError: nothing fits.
         """
-        from ..accel.planner import plan
+        from ..accel.planning.planner import plan
 
         self.release()
         found = plan(self, vram=vram, ram=ram, **options)
@@ -278,7 +278,7 @@ class AcceleratedPipeline(FilesPipeline):
         Raises:
             ValueError: nothing fits.
         """
-        from ..accel.planner import plan
+        from ..accel.planning.planner import plan
 
         outlined = outline(cls, source, options)
         if outlined is not None:

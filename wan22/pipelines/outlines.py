@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..accel.skeletons import released_models, store_as
+from ..accel.planning.skeletons import released_models, store_as
 from ..checkpoints.formats import stored_dtype
 from ..checkpoints.hub import OPTIONS
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .layout import Placement
+from ..offload.layout import Placement
 from .machine import GB, Machine
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
-from ..presets import Preset
+from ...checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+from ...presets import Preset
 
 TEXT_ROWS = 512
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.reuse import PromptCache, TransformerCache
-from .layout import Placement, bytes_of, device_bytes
+from ...models.reuse import PromptCache, TransformerCache
+from ..offload.layout import Placement, bytes_of, device_bytes
 from .skeletons import TEXT_ROWS
 from .trace import on_meta, peak_bytes
 

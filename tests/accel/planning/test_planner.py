@@ -13,11 +13,11 @@ import torch
 from tests.builders import SMALL, latents_of, random_components, random_i2v_pipeline, random_pipeline
 from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
-from wan22.accel.costs import forward_flops
-from wan22.accel.devices import RecordingDevice
-from wan22.accel.layout import Placement, bytes_of, device_bytes
-from wan22.accel.machine import CONTEXT, parse_bytes
-from wan22.accel.skeletons import outline, released_models
+from wan22.accel.offload.devices import RecordingDevice
+from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
+from wan22.accel.planning.costs import forward_flops
+from wan22.accel.planning.machine import CONTEXT, parse_bytes
+from wan22.accel.planning.skeletons import outline, released_models
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 SLOTS = ("transformer", "transformer_2")
@@ -276,8 +276,8 @@ import json, resource, sys, torch
 from pathlib import Path
 from tests.builders import random_pipeline, latents_of
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel, accel
-from wan22.accel.offload import free
-from wan22.accel.skeletons import store_as
+from wan22.accel.offload.residence import free
+from wan22.accel.planning.skeletons import store_as
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()

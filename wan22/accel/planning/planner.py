@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..presets import Preset
+from ...presets import Preset
+from ..offload.layout import Placement, blocks_of
+from ..quantize import is_quantized
+from ..quantize import quantize as quantize_model
 from .costs import Task
-from .layout import Placement, blocks_of
 from .machine import GB, Machine
 from .plans import Phase, Plan
-from .quantize import is_quantized
-from .quantize import quantize as quantize_model
 from .skeletons import outline, released_models
 
 # Strips that a video is decoded in, fewest first: each takes longer than the one before.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.accel.residences import LAYERS, VISITING, make_pipe, models_of, streamed
+from tests.accel.offload.residences import LAYERS, VISITING, make_pipe, models_of, streamed
 from tests.builders import random_i2v_pipeline
-from wan22.accel.layout import (
+from wan22.accel.offload.layout import (
     ALIGNMENT,
     GRAIN,
     Group,

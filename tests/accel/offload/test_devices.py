@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from tests.accel.residences import DEVICES, make_device
-from wan22.accel.devices import CudaDevice, RecordingDevice
+from tests.accel.offload.residences import DEVICES, make_device
+from wan22.accel.offload.devices import CudaDevice, RecordingDevice
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -11,9 +11,9 @@ from transformers import UMT5EncoderModel
 
 from tests.builders import SMALL, random_i2v_pipeline, random_pipeline, random_ti2v_pipeline
 from wan22 import WanTransformer3DModel
-from wan22.accel.devices import CudaDevice, RecordingDevice
-from wan22.accel.layout import Placement
-from wan22.accel.offload import Residence
+from wan22.accel.offload.devices import CudaDevice, RecordingDevice
+from wan22.accel.offload.layout import Placement
+from wan22.accel.offload.residence import Residence
 
 LAYERS = 5
 CHUNK = 4096  # so that most slabs take several

@@ -9,7 +9,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.accel.residences import (
+from tests.accel.offload.residences import (
     DEVICES,
     FORMS,
     NAMES,
@@ -25,10 +25,9 @@ from tests.accel.residences import (
     video,
 )
 from tests.builders import load_pipeline
-from wan22.accel import offload
-from wan22.accel.devices import RecordingDevice
-from wan22.accel.layout import Placement, device_bytes
-from wan22.accel.offload import Residence
+from wan22.accel.offload.devices import RecordingDevice
+from wan22.accel.offload.layout import Placement, device_bytes
+from wan22.accel.offload.residence import Residence, _Turn, free
 
 RESIDENT, HOST = Placement("resident"), Placement("host")
 PLANS = {
@@ -344,7 +343,7 @@ def test_diffusers_is_told_where_the_pipeline_runs():
     device.torch_device = torch.device("meta")  # one that can be told from the host
     residence = reside(pipe, device, text_encoder=HOST)
     assert pipe._execution_device.type == "meta"
-    assert offload._Turn(residence, "text_encoder", None).execution_device is None
+    assert _Turn(residence, "text_encoder", None).execution_device is None
     residence.detach()
     assert pipe._execution_device.type == "cpu"
 
@@ -382,7 +381,7 @@ def test_models_are_saved_wherever_they_are(home, kind, tmp_path):
 
 def test_memory_goes_back_to_the_system():
     pipe = make_pipe()
-    offload.free()
+    free()
     assert torch.equal(video(pipe), plain("t2v"))
-    offload.free(models_of(pipe).values())
+    free(models_of(pipe).values())
     assert all(p.is_meta for name in NAMES if hasattr(pipe, name) for p in getattr(pipe, name).parameters())

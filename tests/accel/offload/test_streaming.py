@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.accel.residences import (
+from tests.accel.offload.residences import (
     CHUNK,
     DEVICES,
     LAYERS,
@@ -30,9 +30,9 @@ from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
 from wan22.accel import streaming
-from wan22.accel.devices import RecordingDevice
-from wan22.accel.layout import Group, Placement, device_bytes
-from wan22.accel.offload import Residence
+from wan22.accel.offload.devices import RecordingDevice
+from wan22.accel.offload.layout import Group, Placement, device_bytes
+from wan22.accel.offload.residence import Residence
 from wan22.checkpoints.keys import TRANSFORMER
 from wan22.checkpoints.loading import align_weights
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .layout import GRAIN
+from ..offload.layout import GRAIN
 
 
 class LiveBytes(TorchDispatchMode):
