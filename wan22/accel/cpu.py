@@ -17,8 +17,10 @@ from torch import nn
 from ..models.layers import GELU
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Weights of a linear layer from which on it pays: below, calling oneDNN takes longer than the product.
+# Weights of a layer from which on it pays: below, calling oneDNN takes longer than a product, and bringing a
+# convolution's weight into its order, which it does at each call, next to nothing.
 _LARGE = 2**20
+_PACKED = "_onednn_weight"
 
 
 def accelerate(model: nn.Module) -> None:
@@ -28,15 +30,19 @@ def accelerate(model: nn.Module) -> None:
     bfloat16 only the GELU in the feed-forward rounds once less: it moves by less than 2e-3, no more than
     bfloat16 is off anyway.
 
+    The weights of large convolutions are kept in oneDNN's own order as well, in as much memory again.
+
     Args:
-        model: changed in place; quantised layers stay as they are.
+        model: its weights loaded; changed in place. Quantised layers stay as they are.
     """
     detach(model)
     if not torch.backends.mkldnn.is_available():
         return
     for module, name, function in _replacements(model):
-        # Past nn.Module's own attributes: this is no parameter, module or buffer.
+        # Past nn.Module's own attributes: these are no parameters, modules or buffers.
         vars(module)[name] = MethodType(function, module)
+        if isinstance(module, nn.Conv3d) and (packed := _pack(module)) is not None:
+            vars(module)[_PACKED] = packed
 
 
 def detach(model: nn.Module) -> None:
@@ -44,6 +50,7 @@ def detach(model: nn.Module) -> None:
     for module, name, function in _replacements(model):
         if getattr(vars(module).get(name), "__func__", None) is function:
             del vars(module)[name]
+            vars(module).pop(_PACKED, None)
 
 
 def _replacements(model: nn.Module) -> Iterable[tuple[nn.Module, str, Callable[..., torch.Tensor]]]:
@@ -78,11 +85,28 @@ def _convolution(
     layer: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Map "b c t h w", or "b c h w", as `_conv_forward` of PyTorch's convolutions does."""
+    packed = vars(layer).get(_PACKED)
     # Half types run in oneDNN anyway, and the compiler finds the way there by itself.
-    if input.dtype != torch.float32 or torch.compiler.is_compiling() or not _fits(layer, input):
+    if (packed is None and input.dtype != torch.float32) or torch.compiler.is_compiling():
         return type(layer)._conv_forward(layer, input, weight, bias)
-    sizes = layer.padding, layer.stride, layer.dilation
-    return torch.ops.aten.mkldnn_convolution(input, weight, bias, *sizes, layer.groups)
+    if not _fits(layer, input):
+        return type(layer)._conv_forward(layer, input, weight, bias)
+    sizes = layer.padding, layer.stride, layer.dilation, layer.groups
+    if packed is None or weight is not layer.weight:
+        return torch.ops.aten.mkldnn_convolution(input, weight, bias, *sizes)
+    return torch.ops.mkldnn._convolution_pointwise(input, packed, bias, *sizes, "none", [], "")
+
+
+def _pack(layer: nn.Conv3d) -> torch.Tensor | None:
+    """Return a convolution's weight in oneDNN's order, if it is large and on the CPU."""
+    weight = layer.weight.detach()
+    if weight.numel() < _LARGE or weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        return None
+    # The order depends little on the input's size; another one's works as well.
+    size = (1, layer.in_channels, 2 + layer.kernel_size[0], 32, 32)
+    sizes = layer.padding, layer.stride, layer.dilation, layer.groups
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv3d_weight
+    return reorder(weight.contiguous().to_mkldnn(), *sizes, size)
 
 
 def _fits(layer: Any, input: torch.Tensor) -> bool:

@@ -214,6 +214,20 @@ def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
     assert "transformer_2" in i2v.memory_plan.placements
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu():
+    """A plan for the CPU leaves all models where they are; one for a GPU can be made, and not applied."""
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="auto")
+    assert set(kinds(pipe.memory_plan)) == {"host"}
+    assert "host peak" in str(pipe.memory_plan)
+    assert pipe.memory_plan.step_seconds > 0
+    planned = accel.plan(pipe, vram="2GB")
+    with pytest.raises(ValueError, match="there is no CUDA device here"):
+        pipe.apply(planned)
+    with pytest.raises(ValueError, match=r"does not fit into 0\.00 GB of host memory"):
+        accel.plan(pipe, ram="1MB", device="cpu")
+
+
 def test_free_gives_everything_back():
     pipe = own_pipeline()
     pipe.apply(plan_in(pipe, 1e9), RecordingDevice())

@@ -79,10 +79,15 @@ class CudaDevice(Device):
 
     Args:
         device: such as "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: there is none.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
         device = torch.device(device)
+        if not torch.cuda.is_available():
+            raise ValueError(f"there is no CUDA device here, and {device} is one; plan with device='cpu'")
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
         self._copies = torch.cuda.Stream(self.torch_device)
