@@ -102,7 +102,7 @@ def test_strips_equal_the_whole(family, rows):
     "changes",
     [
         {"num_res_blocks": 3},
-        {"dim_mult": [2], "temperal_downsample": []},
+        {"dim_mult": [2], "temperal_downsample": [], "base_dim": 6, "is_residual": False},
         {"temperal_downsample": [True, True, False]},  # the last doubling doubles time, too
     ],
 )

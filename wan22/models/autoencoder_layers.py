@@ -14,18 +14,10 @@ from .layers import wide
 from .temporal_cache import TemporalCache
 
 
-def channels_innermost(weight: Tensor) -> bool:
-    """Whether a convolution's weight lies in `torch.channels_last_3d`, where `wan22.accel.vae` puts it.
-
-    It says which layout the activations take, and that sums may be rounded in another order than the official
-    one. Kernels compute in this layout and convert, around each call, what comes in another; norms read each
-    position's channels in one piece.
-    """
-    return weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
-
-
 class CausalConv3d(nn.Conv3d):
     """Convolution that looks at the present and earlier frames only; before the clip there are zeros.
+
+    Its input takes the memory format of its weight, contiguous or channels last; mostly its output follows.
 
     Args:
         in_channels: channels of the input.
@@ -38,14 +30,17 @@ class CausalConv3d(nn.Conv3d):
         t, h, w = kernel_size
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, h // 2, w // 2))
         self.history = t - 1
+        # Whether to leave out products with the zeros before a clip that goes on, which rounds sums otherwise
+        # than the official code; `wan22.accel.vae` switches it on.
+        self.skips_zeros = False
         self.cache_key = ""
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Convolve "b c t h w" to "b c t h w" with the frames before it."""
         past = None if cache is None else cache.exchange(self.cache_key, x, self.history)
-        innermost = channels_innermost(self.weight)
+        innermost = not self.weight.is_contiguous()
         layout = torch.channels_last_3d if innermost else torch.contiguous_format
-        if past is None and x.shape[2] == 1 and (cache is None or innermost):
+        if past is None and x.shape[2] == 1 and (cache is None or self.skips_zeros):
             # The clip's first frame alone: all taps but the last would read the zeros before it.
             frame = x.contiguous(memory_format=layout)[:, :, 0]
             return F.conv2d(frame, self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
