@@ -66,8 +66,8 @@ class SettledPrefix:
     """The units at the start of a chain that would only repeat themselves, and what the last of them gave.
 
     A unit whose histories come out as they went in, bit for bit, gives the same result if it gets the same
-    input again: it has settled. While a clip stands still, as the zeros after a conditioning image do, one unit
-    after the other settles and need not run any more. Of a clip that moves, only the last chunk is kept.
+    input again: it has settled. While a clip stands still, as the zeros after a conditioning image do, one
+    unit after the other settles and need not run any more. Of a clip that moves, only the last chunk is kept.
     """
 
     def __init__(self) -> None:
