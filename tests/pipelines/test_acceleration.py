@@ -10,6 +10,7 @@ import torch
 
 from tests.builders import latents_of, random_components, random_pipeline
 from tests.golden_data import relative_error
+from wan22 import WanT2VPipeline
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 
@@ -64,6 +65,16 @@ def test_quantising_both_experts():
     assert 0 < error < 0.05
     pipe.quantize("int8")  # what is quantised stays as it is
     assert relative_error(latents_of(pipe), plain) == error
+
+
+@pytest.mark.parametrize("memory", [None, "auto"])
+def test_quantised_as_it_is_loaded(memory, tmp_path):
+    random_pipeline().save_pretrained(tmp_path)
+    expected = own_pipeline()
+    expected.quantize("int8")
+    pipe = WanT2VPipeline.from_pretrained(tmp_path, quantize="int8", memory=memory)
+    pipe.set_progress_bar_config(disable=True)
+    assert relative_error(latents_of(pipe), latents_of(expected)) <= 1e-6
 
 
 def out_of_memory_below(vae, strips, monkeypatch):

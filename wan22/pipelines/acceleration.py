@@ -38,7 +38,12 @@ class AcceleratedPipeline(FilesPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *, memory: str | float | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        memory: str | float | None = None,
+        quantize: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load a pipeline as FilesPipeline.from_pretrained does, and fit it into a budget of memory.
 
@@ -46,6 +51,7 @@ class AcceleratedPipeline(FilesPipeline):
             pretrained_model_name_or_path: folder, or repository.
             memory: "auto", or what of a GPU's memory may be used, such as "12GB": the fastest way to make the
                 checkpoint's videos in it is found (`wan22.accel.plan`) and applied; anew for a larger video.
+            quantize: how to quantise the transformers, which changes the result; see `quantize`.
             **kwargs: see FilesPipeline.from_pretrained.
 
         Returns: the pipeline.
@@ -53,12 +59,15 @@ class AcceleratedPipeline(FilesPipeline):
         Raises:
             ValueError: nothing fits; said before anything is loaded.
         """
-        budget = None if memory is None else {"vram": None if memory == "auto" else memory}
-        if budget is not None:
-            cls._check_fits(pretrained_model_name_or_path, budget, kwargs)
+        if memory is None:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if quantize is not None:
+                pipe.quantize(quantize)
+            return pipe
+        budget = {"vram": None if memory == "auto" else memory, "quantize": quantize}
+        cls._check_fits(pretrained_model_name_or_path, budget, kwargs)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if budget is not None:
-            pipe.fit(**budget)
+        pipe.fit(**budget)
         return pipe
 
     # ---- compilation ----
