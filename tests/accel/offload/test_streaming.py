@@ -29,7 +29,7 @@ from tests.checkpoints.lora_writers import DIALECTS
 from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
-from wan22.accel import streaming
+from wan22.accel.offload import streaming
 from wan22.accel.offload.devices import RecordingDevice
 from wan22.accel.offload.layout import Group, Placement, device_bytes
 from wan22.accel.offload.residence import Residence
