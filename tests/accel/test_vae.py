@@ -77,6 +77,26 @@ def test_activations_have_the_layout(family, monkeypatch):
     assert all(layouts)
 
 
+def test_the_first_frame_is_not_convolved_with_the_zeros_before_it(monkeypatch):
+    vae = tiny_vae("2.1")
+    z = random_latents(vae, 1, 2, 1, 1)
+    lengths = []
+    convolve = nn.Conv3d._conv_forward
+
+    def spy(conv, x, *parameters):
+        if isinstance(conv, CausalConv3d):
+            lengths.append(x.shape[2])
+        return convolve(conv, x, *parameters)
+
+    monkeypatch.setattr(nn.Conv3d, "_conv_forward", spy)
+    next(vae.decode_stream(z))
+    assert set(lengths) == {3}
+    lengths.clear()
+    accelerate(vae)
+    next(vae.decode_stream(z))
+    assert not lengths
+
+
 @both_families
 def test_streams_strips_and_chunks_are_as_ever(family):
     vae = tiny_vae(family)
