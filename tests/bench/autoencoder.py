@@ -25,27 +25,14 @@ from tests.bench.harness import (
     watched_memory,
 )
 from wan22.accel import cpu
+from wan22.accel.planning.skeletons import VAE_22
 from wan22.accel.planning.trace import peak_bytes
 from wan22.accel.vae import accelerate
 from wan22.models.autoencoder import AutoencoderKLWan
 from wan22.models.temporal_cache import TemporalCache
 
 # What differs from the defaults, which are those of 2.1.
-CONFIGS: dict[str, dict[str, object]] = {
-    "2.1": {},
-    "2.2": {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
-}
+CONFIGS: dict[str, dict[str, object]] = {"2.1": {}, "2.2": VAE_22}
 DECODE_TARGETS = {torch.float32: 1.2, torch.bfloat16: 1.3}
 ENCODE_TARGET, CONDITION_TARGET, STRIPS_TARGET = 1.0, 2.5, 0.75
 FRAMES, CONDITION_FRAMES = 9, 81

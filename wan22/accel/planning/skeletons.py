@@ -26,7 +26,7 @@ _UMT5_XXL: dict[str, Any] = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
-_VAE_22: dict[str, Any] = {
+VAE_22: dict[str, Any] = {
     "base_dim": 160,
     "decoder_base_dim": 256,
     "z_dim": 48,
@@ -62,7 +62,7 @@ def released_models(preset: Preset) -> dict[str, Any]:
         models = {"text_encoder": text, "transformer": WanTransformer3DModel(**config)}
         if preset.boundary_ratio is not None:
             models["transformer_2"] = WanTransformer3DModel(**config)
-        vae = AutoencoderKLWan(**_VAE_22) if outputs == 48 else AutoencoderKLWan()
+        vae = AutoencoderKLWan(**VAE_22) if outputs == 48 else AutoencoderKLWan()
     for model in models.values():
         store_as(model, torch.bfloat16)
     return {**models, "vae": vae}
