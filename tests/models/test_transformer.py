@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tests.golden_data import golden, relative_error
 from tests.official_keys import transformer_config, transformer_state_dict
 from wan22 import WanTransformer3DModel
+from wan22.checkpoints.loading import align_weights
 from wan22.models import transformer as transformer_module
 from wan22.models.rope import axis_sizes, rotary_tables, rotate
 
@@ -373,6 +374,25 @@ def test_save_and_load_round_trip(tmp_path):
     }
     assert not any("to_q" in n or "ffn" in n or "text_embedder" in n for n in kept)
     assert loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("asked", [None, torch.bfloat16])
+def test_half_precision_files_are_not_expanded_where_the_layer_does_that(asked, tmp_path):
+    model, inputs = random_model(SMALL).to(torch.bfloat16), random_inputs(SMALL)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path, dtype=asked)
+    islands = {n for n, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert "patch_embedding.weight" in islands and "blocks.0.scale_shift_table" in islands
+    narrow = [n for n in dict(loaded.named_parameters()) if "time_" in n or "proj_out" in n]
+    assert len(narrow) == 8 and not islands & set(narrow)
+    with torch.no_grad():
+        align_weights(loaded)
+        got = loaded(**inputs).sample
+        for module in (loaded.condition_embedder.time_embedder, loaded.condition_embedder.time_proj):
+            module.float()
+        loaded.proj_out.float()
+        assert torch.equal(loaded(**inputs).sample, got)
 
 
 @pytest.mark.parametrize(

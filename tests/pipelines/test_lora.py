@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.builders import latents_of, random_pipeline
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
-from wan22 import FlowMatchEulerScheduler, WanTransformer3DModel
+from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.keys import TRANSFORMER
 from wan22.checkpoints.quantized import QuantizedLinear
 from wan22.pipelines import lora as lora_module
@@ -145,6 +145,20 @@ def test_differences_of_norms_biases_and_modulation(pipe, plain, tmp_path):
     close(latents_of(pipe), expected)
     pipe.delete_adapters(name)
     assert torch.equal(latents_of(pipe), plain)
+
+
+def test_changes_of_the_time_projection_are_not_rounded(tmp_path):
+    model = WanTransformer3DModel.from_pretrained(tiny_checkpoint(), subfolder="transformer")
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    slots = dict.fromkeys(SLOTS, WanTransformer3DModel.from_pretrained(tmp_path))
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint(), **slots)
+    layer = pipe.transformer.condition_embedder.time_proj
+    assert layer.weight.dtype == torch.bfloat16
+    before, delta = layer.weight.float(), torch.full_like(layer.weight, 1e-5, dtype=torch.float32)
+    pipe.load_lora_weights({"diffusion_model.time_projection.1.diff": delta})
+    assert torch.equal(layer.weight, before + delta)
+    pipe.unload_lora_weights()
+    assert torch.equal(layer.weight, before)
 
 
 def test_one_file_that_names_both_experts(pipe, tables, both, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
+from ..models.layers import Float32Linear, wide
 from .loading import listed
 from .lora import Change, Lora
 from .quantized import QuantizedLinear
@@ -53,6 +54,8 @@ class Adapters:
                 f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
+        for path in (*lora.changes, *(delta.rpartition(".")[0] for delta in lora.deltas)):
+            _widen(self.model.get_submodule(path))
         if lora.changes:
             _attach(self.model, lora, name)
         for parameter in lora.deltas.keys() - self._originals.keys():
@@ -220,6 +223,13 @@ def _innermost(layer: Any) -> Any:
     while hasattr(layer.base_layer, "base_layer"):
         layer = layer.base_layer
     return layer
+
+
+def _widen(layer: nn.Module) -> None:
+    """Give a layer that computes in float32 weights of that, so that what is added to them is not rounded."""
+    layer = _innermost(layer).base_layer if hasattr(layer, "base_layer") else layer
+    if isinstance(layer, Float32Linear):
+        layer.to(wide(layer.weight.dtype))
 
 
 def _attach(model: Any, lora: Lora, adapter: str) -> None:

@@ -13,7 +13,7 @@ from .configs import HEAD_DIM
 from .dialects import Tensors, normalize, without_prefix
 from .formats import WeightFile, read_weights
 from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, KeyTable
-from .loading import Model, fill, listed, official_names, shapes_of
+from .loading import Model, empty_weights, fill, listed, official_names, shapes_of
 from .models import AutoencoderKLWan, WanTransformer3DModel, official_settings, read_json
 from .text_encoder import COPY, EMBEDDING, UNUSED, embedding_of, named_by_transformers, text_encoder_config
 
@@ -118,7 +118,7 @@ def read_content(path: Path, config: Mapping[str, Any], head_dim: int | None = N
     elif config.get("_class_name") == cls.__name__ and "attention_head_dim" in config:
         known = {"attention_head_dim": config["attention_head_dim"]}
     bare = cls._config(file.source, shapes_of(tensors), known)
-    with torch.device("meta"):
+    with empty_weights():
         plain = model = cls(**bare)
         if config.get("_class_name") == cls.__name__:
             model = cls.from_config(dict(config))
@@ -165,7 +165,7 @@ def _text_encoder(file: WeightFile, config: Mapping[str, Any]) -> Content:
     else:
         settings = UMT5Config(**text_encoder_config(file.source, shapes_of(tensors)))
     settings.architectures = ["UMT5EncoderModel"]
-    with torch.device("meta"):
+    with empty_weights():
         model = UMT5EncoderModel(settings)
     _audit(model, file.source, tensors | {COPY: tensors[EMBEDDING]})
     official = {name: str(TEXT_ENCODER.inverse.rename(name)) for name in tensors}

@@ -85,7 +85,7 @@ class WeightFile:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read a weight file, or a folder that holds one in any number of shards.
+    """Read a weight file; or a folder that holds one, or the index of one, in any number of shards.
 
     Raises:
         FileNotFoundError: there is nothing, or a shard is missing.
@@ -95,6 +95,8 @@ def read_weights(path: Path) -> WeightFile:
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.name.endswith(".json"):
+        return _read_shards(path)
     with path.open("rb") as file:
         start = file.read(64)
     if start[8:9] == b"{" and not start.startswith(b"GGUF"):
@@ -118,9 +120,23 @@ def _read_folder(folder: Path) -> WeightFile:
         raise FileNotFoundError(
             f"{folder} must hold one safetensors file, or one index of shards; found: {found}"
         )
-    if not indices:
-        return read_weights(files[0])
-    places = json.loads(indices[0].read_text())["weight_map"]
+    return _read_shards(indices[0]) if indices else read_weights(files[0])
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Return which file holds each tensor, as the index of shards says.
+
+    Raises:
+        ValueError: the file is no such index.
+    """
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weight files: it has no weight_map") from error
+
+
+def _read_shards(index: Path) -> WeightFile:
+    places, folder = shards_of(index), index.parent
     names = sorted(set(places.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
@@ -128,7 +144,7 @@ def _read_folder(folder: Path) -> WeightFile:
         )
     shards = {name: read_weights(folder / name).tensors for name in names}
     if lost := sorted(key for key, name in places.items() if key not in shards[name]):
-        raise ValueError(f"{indices[0]} names {lost[0]}, which is not in {places[lost[0]]}")
+        raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
     return WeightFile(
         str(folder), {key: tensor for shard in shards.values() for key, tensor in shard.items()}
     )

@@ -9,7 +9,7 @@ import torch
 from .dialects import Tensors
 from .formats import read_weights
 from .keys import IMAGE_ENCODER
-from .loading import fill, listed
+from .loading import empty_weights, fill, listed
 from .quantized import expanded
 
 HEAD_DIM = 80  # of the released one, ViT-H
@@ -38,7 +38,7 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None) -> An
     file = read_weights(Path(path).expanduser())
     tensors = _renamed(file.source, {n: t for n, t in file.tensors.items() if not n.startswith(_UNUSED)})
     config = CLIPVisionConfig(**_config(file.source, tensors))
-    with torch.device("meta"):
+    with empty_weights():
         model = CLIPVisionModel(config)
     # Some releases of transformers have everything one level deeper.
     inner: Any = getattr(model, "vision_model", model)

@@ -6,9 +6,11 @@ one rule or none. Loader, converter and LoRA use the same tables, in either dire
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 Rule = tuple[str, str]
 _LINEAR = ("weight", "bias")
+_NUMBER = re.compile(r"\{\}|\d+")
 
 
 class KeyTable:
@@ -20,16 +22,19 @@ class KeyTable:
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self.rules = tuple(rules)
-        self._compiled = [(_regex(source), target) for source, target in self.rules]
+        # By the source with its numbers left out, so that a key is held against one or two rules, not all.
+        self._rules_of: dict[str, list[tuple[re.Pattern[str], str]]] = {}
+        for source, target in self.rules:
+            self._rules_of.setdefault(_outline(source), []).append((_regex(source), target))
 
-    @property
+    @cached_property
     def inverse(self) -> "KeyTable":
         """The table for the way back."""
         return KeyTable((target, source) for source, target in self.rules)
 
     def rename(self, key: str) -> str | None:
         """Return a key's other name; None if no rule knows it."""
-        for pattern, target in self._compiled:
+        for pattern, target in self._rules_of.get(_outline(key), ()):
             if match := pattern.fullmatch(key):
                 return target.format(*match.groups())
         return None
@@ -37,6 +42,11 @@ class KeyTable:
     def count(self, keys: Iterable[str]) -> int:
         """Return how many of these keys a rule knows."""
         return sum(self.rename(key) is not None for key in keys)
+
+
+def _outline(pattern: str) -> str:
+    """Return a key or a pattern with "#" for each number."""
+    return _NUMBER.sub("#", pattern)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

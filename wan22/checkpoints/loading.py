@@ -1,12 +1,15 @@
 """Fill models with the weights of files: rename, account for every one, assign; make them ready to run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
+from ..models.layers import Float32Linear
 from .dialects import Tensors
 from .keys import KeyTable
 from .quantized import QuantizedLinear, QuantizedTensor, expanded
@@ -54,7 +57,7 @@ def official_names(source: str, tensors: Tensors, table: KeyTable, ignored: Iter
     Raises:
         ValueError: tensors have no name in the table; the first few are named.
     """
-    tensors = {name: t for name, t in tensors.items() if not set(ignored) & set(name.split("."))}
+    tensors = without(tensors, ignored)
     inverse = table.inverse
     if table.count(tensors) >= inverse.count(tensors):
         names = {name: name if table.rename(name) else None for name in tensors}
@@ -63,6 +66,52 @@ def official_names(source: str, tensors: Tensors, table: KeyTable, ignored: Iter
     if unknown := [name for name, official in names.items() if official is None]:
         raise ValueError(f"{source} holds {listed(unknown)}, which this model has no place for")
     return {official: tensors[name] for name, official in names.items() if official is not None}
+
+
+def without(tensors: Tensors, ignored: Iterable[str]) -> Tensors:
+    """Leave out the tensors of modules with these names."""
+    unused = set(ignored)
+    return {name: t for name, t in tensors.items() if unused.isdisjoint(name.split("."))}
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Build models whose weights are meta tensors, and so take no memory and no time."""
+    with no_init_weights(), torch.device("meta"):
+        yield
+
+
+def account(source: str, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks weights of a model, or has some that it has no place for.
+
+    Args:
+        source: the file, for errors.
+        missing: names of parameters without a weight.
+        extra: names of weights without a parameter.
+
+    Raises:
+        ValueError: there are any; the first few are named.
+    """
+    if names := list(missing):
+        raise ValueError(f"{source} lacks {listed(names)}")
+    if names := list(extra):
+        raise ValueError(f"{source} holds {listed(names)}, which this model has no place for")
+
+
+def dtype_within_island(owner: nn.Module, stored: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """Return the dtype to keep a weight in that takes part in float32 arithmetic.
+
+    Args:
+        owner: the module that has the weight.
+        stored: its dtype in the file.
+        asked: the dtype of the model.
+
+    Returns: float32 in a half-precision model; but the stored half precision where the module widens its
+        weights as it computes, which gives the same numbers: 0.37 GB less for an expert of A14B.
+    """
+    if asked not in HALF:
+        return asked
+    return stored if stored in HALF and isinstance(owner, Float32Linear) else torch.float32
 
 
 def fill(
@@ -93,10 +142,7 @@ def fill(
     """
     expected = shapes_of(model.state_dict())
     found = shapes_of(tensors)
-    if missing := expected.keys() - found.keys():
-        raise ValueError(f"{source} lacks {listed(missing)}")
-    if extra := found.keys() - expected.keys():
-        raise ValueError(f"{source} holds {listed(extra)}, which this model has no place for")
+    account(source, expected.keys() - found.keys(), found.keys() - expected.keys())
     if wrong := [name for name, shape in found.items() if shape != expected[name]]:
         name = min(wrong)
         rule = f"{name} is {found[name]}, it must be {expected[name]}"
@@ -110,12 +156,13 @@ def fill(
             quantized.append((path, tensor))
             continue
         target = dtype or (torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype)
-        if target in HALF and kept & set(name.split(".")):
-            target = torch.float32
+        if not kept.isdisjoint(name.split(".")):
+            stored = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
+            target = dtype_within_island(owner, stored, target)
         value = expanded(tensor).to(target)
         if value is tensor and dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory
-        owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+        owner.register_parameter(attribute, nn.Parameter(value))
     for path, weight in quantized:
         parent, _, attribute = path.rpartition(".")
         linear = model.get_submodule(path)

@@ -21,9 +21,9 @@ from .configs import (
     transformer_config,
 )
 from .dialects import normalize
-from .formats import read_weights
+from .formats import read_weights, shards_of
 from .keys import TRANSFORMER, KeyTable, autoencoder_keys
-from .loading import fill, official_names, shapes_of
+from .loading import account, empty_weights, fill, official_names, shapes_of, without
 from .quantized import expanded_state
 
 
@@ -80,7 +80,7 @@ class FromFiles:
         table = cls._keys(source, tensors)
         tensors = official_names(source, tensors, table, cls._keys_to_ignore_on_load_unexpected or ())
         config = cls._config(source, shapes_of(tensors), config) | config
-        with torch.device("meta"):
+        with empty_weights():
             model: Any = cls(**config)
         ours = {str(table.rename(name)): tensor for name, tensor in tensors.items()}
         kept = cls._keep_in_fp32_modules or ()
@@ -92,8 +92,8 @@ class FromFiles:
 
         Args:
             pretrained_model_name_or_path: folder, repository or file.
-            **kwargs: in the Diffusers layout those of diffusers' `from_pretrained`; otherwise `subfolder`,
-                the hub's options, and those of `from_single_file`.
+            **kwargs: `subfolder`, the hub's options, and those of `from_single_file`; in the Diffusers layout
+                those of diffusers' `from_pretrained`, too, such as `variant` and `device_map`.
 
         Returns: the model, in evaluation mode.
 
@@ -106,7 +106,7 @@ class FromFiles:
         local = root.exists()
         if not local:
             hub.check_repository_name(source)
-            wanted = str(Path(subfolder, "config.json"))
+            wanted = [str(Path(subfolder, "config.json")), str(Path(subfolder, "*.index*.json"))]
             try:
                 root = Path(snapshot_download(source, allow_patterns=wanted, **access))
             except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
@@ -114,12 +114,50 @@ class FromFiles:
         place = root / subfolder
         config = read_json(place / "config.json")
         if config.get("_class_name") == cls.__name__:
-            return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+            files = diffusers_weights(place, kwargs.get("variant"))
+            if "quantization_config" in config or needs_diffusers(kwargs):
+                return cls._from_diffusers(source, **kwargs)
+            if not local:
+                names = [str(Path(subfolder, file.name)) for file in files]
+                snapshot_download(source, allow_patterns=names, **access)
+            if not files[0].is_file():  # not safetensors
+                return cls._from_diffusers(source, **kwargs)
+            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+            return cls._from_folder(source, config, files[0], dtype, kwargs.get("dequantize", False))
         if not local:
             wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
             snapshot_download(source, allow_patterns=wanted_files, **access)
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in hub.OPTIONS}
         return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
+
+    @classmethod
+    def _from_folder(
+        cls, source: str, config: dict[str, Any], weights: Path, dtype: torch.dtype | None, dequantize: bool
+    ) -> Any:
+        """Load a model in the Diffusers layout.
+
+        Args:
+            source: folder or repository.
+            config: the model's.
+            weights: safetensors file, or index of several.
+            dtype: of the parameters; None: as they are stored.
+            dequantize: whether to expand quantised weights.
+        """
+        file = read_weights(weights)
+        with empty_weights():
+            model: Any = cls.from_config(config)  # type: ignore[attr-defined]
+        model.register_to_config(_name_or_path=source)
+        tensors = without(normalize(file), cls._keys_to_ignore_on_load_unexpected or ())
+        return fill(model, file.source, tensors, dtype, dequantize, cls._keep_in_fp32_modules or ())
+
+    @classmethod
+    def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model in the Diffusers layout as diffusers does, but refuse what it only warns of."""
+        load = super().from_pretrained  # type: ignore[misc]
+        model, info = load(source, output_loading_info=True, **kwargs)
+        if getattr(model, "hf_quantizer", None) is None:  # those have tensors beside the parameters
+            account(source, info["missing_keys"], info["unexpected_keys"])
+        return (model, info) if output_loading_info else model
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at its parameters' names
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -166,6 +204,34 @@ class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
     @classmethod
     def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
         return autoencoder_config(source, shapes)
+
+
+# What diffusers' own loader is for: values of other arguments than these, or other values of these.
+_OWN = hub.OPTIONS | {"dtype", "torch_dtype", "dequantize", "subfolder", "variant"}
+_DEFAULTS = {"low_cpu_mem_usage": (None, True), "use_safetensors": (None, True)}
+
+
+def needs_diffusers(options: dict[str, Any]) -> bool:
+    """Return whether arguments of `from_pretrained` ask for something that only diffusers' loader does."""
+    others = {name: value for name, value in options.items() if name not in _OWN}
+    return any(
+        all(value is not default for default in _DEFAULTS.get(name, (None, False)))
+        for name, value in others.items()
+    )
+
+
+def diffusers_weights(place: Path, variant: str | None) -> list[Path]:
+    """Return the safetensors files of a folder in the Diffusers layout: one, or an index and what it lists.
+
+    Args:
+        place: the folder, of which the index must be there if it has one.
+        variant: such as "fp16", part of the files' names.
+    """
+    ending = f".{variant}" if variant else ""
+    index = place / f"diffusion_pytorch_model.safetensors.index{ending}.json"
+    if not index.is_file():
+        return [place / f"diffusion_pytorch_model{ending}.safetensors"]
+    return [index, *(place / name for name in sorted(set(shards_of(index).values())))]
 
 
 def read_json(path: Path) -> dict[str, Any]:

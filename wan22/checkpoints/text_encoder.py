@@ -9,7 +9,7 @@ from .configs import Shapes
 from .dialects import Tensors, normalize
 from .formats import WeightFile, read_weights
 from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF
-from .loading import fill, listed, shapes_of
+from .loading import empty_weights, fill, listed, shapes_of
 from .quantized import QuantizedTensor, expanded
 
 EMBEDDING, COPY = "shared.weight", "encoder.embed_tokens.weight"
@@ -38,7 +38,7 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None, dequan
     tensors = named_by_transformers(file.source, normalize(WeightFile(file.source, kept, file.metadata)))
     tensors[EMBEDDING] = tensors[COPY] = embedding_of(file.source, tensors)
     config = UMT5Config(**text_encoder_config(file.source, shapes_of(tensors)))
-    with torch.device("meta"):
+    with empty_weights():
         model = UMT5EncoderModel(config)
     in_float32 = model._keep_in_fp32_modules if dtype == torch.float16 else ()
     fill(model, file.source, tensors, dtype, dequantize, in_float32 or ())

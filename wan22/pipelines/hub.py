@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .. import __version__
 from ..checkpoints.formats import stored_dtype
 from ..checkpoints.hub import OPTIONS, check_repository_name
+from ..checkpoints.loading import empty_weights
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.quantized import expanded_state
 from ..models import autoencoder, transformer
@@ -234,7 +235,7 @@ def adopt(component: Any) -> Any:
         component, (autoencoder.AutoencoderKLWan, transformer.WanTransformer3DModel)
     ):
         return component
-    with torch.device("meta"):
+    with empty_weights():
         model = ours.from_config(component.config)
     weights = component.state_dict()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

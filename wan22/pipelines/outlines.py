@@ -11,6 +11,7 @@ from torch import nn
 from ..accel.planning.skeletons import released_models, store_as
 from ..checkpoints.formats import stored_dtype
 from ..checkpoints.hub import OPTIONS
+from ..checkpoints.loading import empty_weights
 from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..schedulers import FlowMatchUniPCScheduler
 from .files import find_official, official_preset
@@ -71,12 +72,12 @@ def _models_of(folder: Path, options: dict[str, Any]) -> dict[str, nn.Module]:
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         stored = stored_dtype(path.parent, options.get("variant"))
         models[name] = _model_of(name, json.loads(path.read_text()))
-        store_as(models[name], dtype or stored or torch.bfloat16)
+        store_as(models[name], dtype or stored or torch.bfloat16, stored)
     return models
 
 
 def _model_of(name: str, config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
+    with empty_weights():
         if name in _CLASSES:
             return _CLASSES[name].from_config(config)
         from transformers import UMT5Config, UMT5EncoderModel

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.loading import dtype_within_island, empty_weights
 from ...checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
 
@@ -57,7 +58,7 @@ def released_models(preset: Preset) -> dict[str, Any]:
     if wan21_image:
         config |= {"image_dim": 1280, "added_kv_proj_dim": preset.dim}
         config |= {"pos_embed_seq_len": 514 if preset.two_frames else None}
-    with torch.device("meta"):
+    with empty_weights():
         text = UMT5EncoderModel(UMT5Config(**_UMT5_XXL))
         models = {"text_encoder": text, "transformer": WanTransformer3DModel(**config)}
         if preset.boundary_ratio is not None:
@@ -68,16 +69,24 @@ def released_models(preset: Preset) -> dict[str, Any]:
     return {**models, "vae": vae}
 
 
-def store_as(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give a model's parameters a dtype, but those that a transformer keeps in float32."""
+def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
+    """Give a model's parameters a dtype, but those that a transformer keeps in float32.
+
+    Args:
+        model: on the meta device.
+        dtype: that is asked for.
+        stored: that of the files; None: the same.
+    """
     kept = (
         set(WanTransformer3DModel._keep_in_fp32_modules)
         if isinstance(model, WanTransformer3DModel)
         else set()
     )
     for path, parameter in model.named_parameters():
-        half = dtype in (torch.float16, torch.bfloat16)
-        parameter.data = parameter.data.to(torch.float32 if half and kept & set(path.split(".")) else dtype)
+        inside = not kept.isdisjoint(path.split("."))
+        owner = model.get_submodule(path.rpartition(".")[0])
+        own = dtype_within_island(owner, stored or dtype, dtype) if inside else dtype
+        parameter.data = parameter.data.to(own)
 
 
 def outline(components: Mapping[str, Any]) -> dict[str, Any]:
