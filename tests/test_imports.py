@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "models": set(),
     "schedulers": set(),
     "checkpoints": {"presets", "models"},
+    "video": set(),
     "accel": {"presets", "models", "checkpoints"},
-    "pipelines": {"presets", "models", "schedulers", "checkpoints", "accel"},
-    "cli": {"presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "assets"},
+    "pipelines": {"presets", "models", "schedulers", "checkpoints", "accel", "video"},
+    "cli": {"presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "assets", "video"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

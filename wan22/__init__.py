@@ -14,7 +14,8 @@ _EXPORTS = {
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
     "WanTransformer3DModel": "wan22.checkpoints.models",
-    "WanVideo": "wan22.pipelines.output",
+    "WanVideo": "wan22.video.result",
+    "read_recipe": "wan22.video.metadata",
     "tiny_checkpoint": "wan22.assets",
 }
 
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "FlowMatchUniPCScheduler",
     "FlowMatchDPMSolverScheduler",
     "FlowMatchEulerScheduler",
+    "read_recipe",
     "tiny_checkpoint",
 ]
 
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.pipelines.i2v import WanI2VPipeline
-    from wan22.pipelines.output import WanVideo
     from wan22.pipelines.t2v import WanT2VPipeline
     from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler
     from wan22.schedulers.euler import FlowMatchEulerScheduler
     from wan22.schedulers.unipc import FlowMatchUniPCScheduler
+    from wan22.video.metadata import read_recipe
+    from wan22.video.result import WanVideo
 
 
 def __getattr__(name: str) -> Any:

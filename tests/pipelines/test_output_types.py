@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests.builders import SMALL, latents_of, random_pipeline
-from wan22.pipelines.output import to_uint8
+from wan22.video.result import to_uint8
 
 
 def test_np(pipe):

@@ -26,6 +26,7 @@ class Adapters:
         self.model = model
         self.shapes = _shapes(model)
         self.strengths: dict[str, float] = {}  # of every loaded adapter; 0: not active
+        self.sources: dict[str, str] = {}  # the files that they came from
         self.enabled = True
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}  # by adapter and parameter
         self._originals: dict[str, torch.Tensor] = {}  # of the parameters that differences are added to
@@ -61,7 +62,7 @@ class Adapters:
         for parameter in lora.deltas.keys() - self._originals.keys():
             self._originals[parameter] = self._parameter(parameter).detach().clone()
         self._deltas[name] = {parameter: delta.clone() for parameter, delta in lora.deltas.items()}
-        self.strengths[name] = strength
+        self.strengths[name], self.sources[name] = strength, lora.source
         self.apply()
 
     def set(self, strengths: Mapping[str, float]) -> None:
@@ -80,7 +81,7 @@ class Adapters:
         """Take adapters out, without a trace once the last one is gone."""
         self.unfuse()
         for name in set(names) & self.strengths.keys():
-            del self.strengths[name], self._deltas[name]
+            del self.strengths[name], self.sources[name], self._deltas[name]
             for layer in lora_layers(self.model):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # that others become active: see apply

@@ -4,11 +4,13 @@ What a file is, is told from its first bytes, never from its name. Tensors stay 
 checkpoint costs no memory before its weights are used.
 """
 
+import hashlib
 import json
 import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from safetensors.torch import load_file
 
 from .quantized import GgufBlocks, QuantizedTensor
 
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".gguf")
+SAMPLES = 1000
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,6 +51,41 @@ def _read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
         raise ValueError(f"{path} is not a safetensors file: its header is not a table")
     metadata = header.pop("__metadata__", {})
     return header, metadata
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the weight files that a path names: itself, or those of the folder, in order."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_ENDINGS]
+
+
+def fingerprint(path: Path) -> str:
+    """Return what tells a weight file from others, without reading it whole.
+
+    Its size, its header with every tensor's name and shape, and some values of each tensor are hashed: a
+    fine-tuned checkpoint has the same header, but other values. Of formats other than safetensors it is the
+    beginning, and samples all over the file.
+    """
+    stat = path.stat()
+    return _fingerprint(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] == b"{":
+            header, data = read_header(path), 8 + int.from_bytes(start[:8], "little")
+            digest.update(start[8:] + file.read(data - 9))
+            places = sorted(data + entry["data_offsets"][0] for entry in header.values())
+        else:
+            places = [i * size // SAMPLES for i in range(SAMPLES)]
+        for place in places:
+            file.seek(place)
+            digest.update(file.read(256))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:

@@ -105,11 +105,13 @@ class Lora:
         changes: by layer.
         deltas: by parameter, what is added to it.
         unmatched: keys of the file that fit nothing in the transformer.
+        source: the file; "" for a table of tensors.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    source: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.deltas)

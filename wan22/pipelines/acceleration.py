@@ -16,6 +16,7 @@ from ..accel.offload.residence import Residence, free
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
 from ..accel.quantize import is_quantized, quantize
+from ..models.transformer import WanAttention
 from .experts import Expert
 from .files import FilesPipeline
 from .outlines import outline
@@ -32,6 +33,7 @@ class AcceleratedPipeline(FilesPipeline):
     transformers: list[Any]
     vae: Any
     _compiled: Compiled | None = None
+    _accelerated = False
     _residence: Residence | None = None
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
@@ -112,6 +114,7 @@ class AcceleratedPipeline(FilesPipeline):
             cpu_acceleration.accelerate(model)
         if self.transformers:
             self.set_attention_backend("auto")
+        self._accelerated = True
 
     def decelerate(self) -> None:
         """Undo `accelerate`, to the bit."""
@@ -120,6 +123,7 @@ class AcceleratedPipeline(FilesPipeline):
             cpu_acceleration.detach(model)
         for model in self.transformers:
             model.set_attention_backend("native")
+        self._accelerated = False
 
     def set_attention_backend(self, backend: str = "auto") -> str:
         """Choose the kernel that computes attention in all transformers, after trying it.
@@ -146,6 +150,22 @@ class AcceleratedPipeline(FilesPipeline):
         for model in self.transformers:
             if not is_quantized(model):
                 quantize(model, method)
+
+    def changes(self) -> dict[str, Any]:
+        """Return what moves results away from those of the plain models, by rounding or by more."""
+        modules = [module for model in self.transformers for module in model.modules()]
+        kernels = {module.backend for module in modules if isinstance(module, WanAttention)}
+        models = {
+            name: getattr(self, name, None) for name in ("text_encoder", "transformer", "transformer_2")
+        }
+        found = {
+            "attention": tuple(sorted(kernels - {"native"})),
+            "quantized": tuple(name for name, m in models.items() if m is not None and is_quantized(m)),
+            "accelerated": self._accelerated,
+            "compiled": self.compiled is not None,
+            "tiled": self.vae.use_tiling,
+        }
+        return {what: value for what, value in found.items() if value}
 
     # ---- memory ----
 

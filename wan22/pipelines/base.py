@@ -5,8 +5,9 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text 
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,17 @@ from ..checkpoints.loading import align_weights
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
+from ..video.progress import progress_bar
+from ..video.recipe import Recipe
+from ..video.result import WanStream, WanVideo, to_uint8
 from . import checks
 from .acceleration import AcceleratedPipeline
 from .conditions import Condition
+from .experts import Expert
 from .hub import adopt
 from .lora import LoraPipeline
-from .output import Recipe, WanVideo, to_uint8
 from .plan import make_plan
+from .preview import Previewer
 from .request import Plan, Prompt, Request
 from .text import TEXT_ROWS, encode_prompt, pad_rows
 from .velocity import Embeds, Velocity
@@ -82,7 +87,7 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
             transformer_2=transformer_2,
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
-        self._interrupt = False
+        self._interrupt = self._stop = False
         self._recipe: Recipe | None = None
         self._guided = False
         self._current_timestep: Any = None
@@ -149,22 +154,48 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         """Return the height and width of a call that gives none."""
         return self.preset.height, self.preset.width
 
+    def followed_area(self, request: Request) -> int | None:
+        """Return the pixels that height times width may have, where the size follows images."""
+        return None
+
     @abstractmethod
     def make_condition(self, plan: Plan) -> Condition:
         """Return what the transformer gets beside text."""
 
     @torch.no_grad()
-    def run(self, request: Request) -> WanVideo | tuple[Any]:
+    def run(self, request: Request) -> WanVideo | WanStream | tuple[Any]:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
         plan = make_plan(self, request)
+        previewer = self._previewer(plan)
         logger.info("%s", plan.recipe)
         self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames)
         with self.running():
             embeds, negative_embeds = self.encode_plan(plan)
             condition = self.make_condition(plan)
             latents = self.prepare_latents(plan)
-            latents = self.denoise(plan, latents, embeds, negative_embeds, condition)
+            latents = self.denoise(plan, latents, embeds, negative_embeds, condition, previewer)
             return self.finish(plan, latents)
+
+    def stream(self, *args: Any, **kwargs: Any) -> WanStream:
+        """Make one video whose frames are decoded as they are asked for, so that a long one needs no room.
+
+        Args:
+            *args: those of the call.
+            **kwargs: likewise, without output_type.
+
+        Returns: the frames, to go through or to save; sampling is done, decoding starts with the first.
+
+        Raises:
+            ValueError: several videos are asked for, or an argument breaks its rule.
+        """
+        return self(*args, **kwargs, output_type="stream")
+
+    def stop(self) -> None:
+        """Let a running call end with its current step: it returns the video as it would become.
+
+        For another thread, or a signal's handler; the recipe tells after how many steps.
+        """
+        self._stop = True
 
     def encode_prompt(
         self,
@@ -257,6 +288,7 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
         condition: Condition,
+        previewer: Previewer | None = None,
     ) -> torch.Tensor:
         """Run the sampling loop.
 
@@ -266,6 +298,7 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
             prompt_embeds: "b 512 d".
             negative_prompt_embeds: "b 512 d", or None if no step is guided.
             condition: what the transformer gets beside latents and text.
+            previewer: what shows the video while it is made.
 
         Returns: "b c t h w", float32.
 
@@ -275,21 +308,19 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         scheduler, times = plan.scheduler, plan.scheduler.timesteps.tolist()
         for model in self.transformers:
             align_weights(model)
-        self._recipe, self._guided, self._interrupt = plan.recipe, plan.guided, False
+        self._recipe, self._guided = plan.recipe, plan.guided
+        self._interrupt = self._stop = False
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None)
         latents = condition.hold(latents)
-        with self.progress_bar(total=len(times)) as bar:
+        with self.progress_bar(total=len(times), desc="sampling", unit="step") as bar:
             for i, t in enumerate(scheduler.timesteps):
                 self._current_timestep = t
                 expert = plan.experts.serving(times[i])
                 self.expect(plan.experts.after(times[i:]))
                 bar.set_postfix_str(expert.label)
-                step = {
-                    "step_index": i,
-                    "sigma": float(scheduler.sigmas[i]),
-                    "num_inference_steps": len(times),
-                }
+                sigma = float(scheduler.sigmas[i])
+                step = {"step_index": i, "sigma": sigma, "num_inference_steps": len(times)}
                 # Each video goes through the model by itself: it cannot depend on its neighbours, to the last
                 # bit, and a clip is long enough to fill a device.
                 velocities = []
@@ -297,18 +328,22 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
                     inputs: dict[str, Any] = condition.model_inputs(b, latents[b : b + 1], t.reshape(1))
                     inputs["attention_kwargs"] = plan.request.attention_kwargs
                     velocities.append(velocity.guided(expert, inputs, embeds, step, b))
-                latents = scheduler.step(torch.cat(velocities), t, latents, return_dict=False)[0]
-                latents = condition.hold(latents)
-                if not torch.isfinite(latents).all():
-                    where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype}"
-                    raise FloatingPointError(
-                        f"the latents are not finite after step {i + 1} of {len(times)} "
-                        f"(timestep {times[i]:g}, {where})"
+                predicted, before = torch.cat(velocities), latents
+                latents = condition.hold(scheduler.step(predicted, t, latents, return_dict=False)[0])
+                _check_finite(latents, i, times, expert)
+                if previewer is not None and previewer.due(i + 1, len(times)):
+                    previewer.step(
+                        i + 1, len(times), expert.label, condition.hold(before - sigma * predicted)
                     )
                 if plan.request.callback_on_step_end is not None:
                     latents = self._call_back(plan, i, t, latents, embeds)
                     velocity.forget()  # it may have changed anything, the LoRAs' strengths say
                 bar.update()
+                if self._stop and i + 1 < len(times):
+                    self._recipe = replace(
+                        plan.recipe, steps_done=i + 1, obstacle=f"it was stopped after step {i + 1}"
+                    )
+                    return condition.hold(before - sigma * predicted)
                 if self._interrupt:
                     break
         return latents
@@ -347,34 +382,76 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         """
         if output_type == "latent":
             return latents
-        align_weights(self.vae)
         videos = []
-        for z in latents.split(1):
-            z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)
-            frames = 1 + (z.shape[2] - 1) * self.vae.temporal_stride
-            rows, columns = (length * self.vae.spatial_stride for length in z.shape[3:])
-            video = torch.empty(3, frames, rows, columns)  # c t h w
-            done = 0
-            for chunk in self.decode_stream(z):
-                video[:, done : done + chunk.shape[2]] = chunk[0]
-                done += chunk.shape[2]
-            video.div_(2).add_(0.5).clamp_(0, 1)
-            if not torch.isfinite(video).all():
-                raise FloatingPointError(
-                    f"the VAE's frames are not finite in {self.vae.dtype}; load it in float32"
-                )
-            videos.append(video)
+        frames = 1 + (latents.shape[2] - 1) * self.vae.temporal_stride
+        rows, columns = (length * self.vae.spatial_stride for length in latents.shape[3:])
+        with self.progress_bar(total=len(latents) * frames, desc="decoding", unit="frame") as bar:
+            for z in latents.split(1):
+                video = torch.empty(3, frames, rows, columns)  # c t h w
+                done = 0
+                for chunk in self.decode_chunks(z):
+                    video[:, done : done + chunk.shape[1]] = chunk
+                    done += chunk.shape[1]
+                    bar.update(chunk.shape[1])
+                videos.append(video)
         if output_type == "pt":
             return torch.stack(videos).transpose(1, 2)  # b c t h w -> b t c h w
         arrays = np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
         return arrays if output_type == "np" else [[Image.fromarray(f) for f in v] for v in to_uint8(arrays)]
 
-    def finish(self, plan: Plan, latents: torch.Tensor) -> WanVideo | tuple[Any]:
+    def decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
+
+        Raises:
+            FloatingPointError: the VAE produced values that are not finite.
+        """
+        align_weights(self.vae)
+        z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)
+        for pixels in self.decode_stream(z):
+            chunk = pixels[0].float().cpu().div(2).add_(0.5).clamp_(0, 1)
+            if not torch.isfinite(chunk).all():
+                raise FloatingPointError(
+                    f"the VAE's frames are not finite in {self.vae.dtype}; load it in float32"
+                )
+            yield chunk
+
+    def finish(self, plan: Plan, latents: torch.Tensor) -> WanVideo | WanStream | tuple[Any]:
         """Decode and wrap the result."""
+        recipe = self._recipe or plan.recipe
+        if plan.request.output_type == "stream":
+            return WanStream(self._frames(latents), recipe.fps, recipe)
         frames = self.decode(latents, plan.request.output_type)
         if not plan.request.return_dict:
             return (frames,)
-        return WanVideo(frames=frames, fps=plan.recipe.fps, recipe=plan.recipe)
+        return WanVideo(frames=frames, fps=recipe.fps, recipe=recipe)
+
+    def _frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
+        """Decode one video's latents to frames "h w 3" in uint8, one after the other."""
+        frames = 1 + (latents.shape[2] - 1) * self.vae.temporal_stride
+        chunks = self.decode_chunks(latents)
+        with self.running(), self.progress_bar(total=frames, desc="decoding", unit="frame") as bar:
+            while True:
+                with torch.no_grad():  # not while the caller has the frame
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                for frame in to_uint8(chunk.permute(1, 2, 3, 0).numpy()):
+                    yield frame
+                    bar.update()
+
+    def _previewer(self, plan: Plan) -> Previewer | None:
+        """Return what shows the video while it is made, if that is asked for."""
+        request = plan.request
+        if request.preview is None or request.preview is False:
+            if request.preview_every is not None:
+                raise ValueError(f"preview_every={request.preview_every!r} needs preview; preview=True")
+            return None
+        return Previewer(request.preview, self.vae, plan.recipe.fps, request.preview_every)
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None, **options: Any) -> Any:
+        """Return a progress bar with the settings of `set_progress_bar_config`."""
+        settings = getattr(self, "_progress_bar_config", {})
+        return progress_bar(iterable, total, **options | settings)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -422,3 +499,12 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
     def current_timestep(self) -> Any:
         """Timestep of the running step; None outside a call."""
         return self._current_timestep
+
+
+def _check_finite(latents: torch.Tensor, i: int, times: Sequence[float], expert: Expert) -> None:
+    """Refuse latents that are not finite, naming the step and the model."""
+    if not torch.isfinite(latents).all():
+        where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {expert.model.dtype}"
+        raise FloatingPointError(
+            f"the latents are not finite after step {i + 1} of {len(times)} (timestep {times[i]:g}, {where})"
+        )

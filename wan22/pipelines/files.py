@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from ..checkpoints.contents import EXPERTS, TOKENIZERS
 from ..checkpoints.hub import OPTIONS
@@ -229,7 +230,7 @@ class FilesPipeline(HubPipeline):
         if not Path(source).expanduser().is_dir():
             snapshot_download(source, allow_patterns=list(OFFICIAL_FILES), **hub)
         options = {name: value for name, value in kwargs.items() if name not in hub}
-        pipe = cls._from_files(official_files(folder), options)
+        pipe = cls._from_files(official_files(folder), options, source)
         pipe.register_to_config(_name_or_path=source)
         return pipe
 
@@ -272,11 +273,12 @@ class FilesPipeline(HubPipeline):
             name: Path(part).expanduser() for name, part in named.items() if isinstance(part, str | Path)
         }
         models = {name: part for name, part in named.items() if name not in paths and part is not None}
-        return cls._from_files(Files(**paths), models | options)
+        place = ", ".join(str(path) for path in paths.values())
+        return cls._from_files(Files(**paths), models | options, place)
 
     @classmethod
-    def _from_files(cls, files: Files, options: dict[str, Any]) -> Any:
-        """Build a pipeline from components that are not in the Diffusers layout."""
+    def _from_files(cls, files: Files, options: dict[str, Any], place: str) -> Any:
+        """Build a pipeline from components that are not in the Diffusers layout, of a place so called."""
         names = {name for names in cls._get_signature_keys(cls) for name in names}
         known = names | {"dtype", "torch_dtype", "dequantize", "attention_head_dim"}
         if unknown := sorted(options.keys() - known):
@@ -293,4 +295,7 @@ class FilesPipeline(HubPipeline):
         )
         if parts["vae"] is None:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
-        return cls(**{name: part for name, part in parts.items() if name in names})
+        pipe: Any = cls(**{name: part for name, part in parts.items() if name in names})
+        loaded = {name: path for name, path in vars(files).items() if path is not None}
+        pipe.came_from(place, {n: p for n, p in loaded.items() if not isinstance(options.get(n), nn.Module)})
+        return pipe

@@ -29,6 +29,7 @@ from ..presets import CONVERTED_FLOW_SHIFT, Preset
 from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
 from ..schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
 from ..schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
+from .provenance import COMPONENTS, ProvenancePipeline
 from .schedule import reshifted, scheduler_shift
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ _REST = "_components_from"
 _SAVED = "_saved_class_name"  # only in memory: the pipeline that model_index.json names
 
 
-class HubPipeline(DiffusionPipeline):
+class HubPipeline(ProvenancePipeline, DiffusionPipeline):
     """Base of the pipelines: from_pretrained, save_pretrained and from_pipe with our classes.
 
     A subclass names the diffusers pipeline it stands for in `_hub_class_name`.
@@ -108,7 +109,7 @@ class HubPipeline(DiffusionPipeline):
             folder = cls.download(
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
             )
-        rest = _folder_of_rest(Path(folder), config)
+        rest, given = _folder_of_rest(Path(folder), config), dict(kwargs)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs.pop("torch_dtype", None)
             kwargs["dtype"] = _stored_dtypes([*rest, Path(folder)], kwargs.get("variant"))
@@ -118,6 +119,9 @@ class HubPipeline(DiffusionPipeline):
             kwargs |= cls._load_components(neighbour, missing, kwargs)
         pipe = cls._load(folder, **kwargs)
         pipe.register_to_config(_name_or_path=source)
+        homes = [*rest, Path(folder)]
+        found = {name: home / name for home in homes for name in COMPONENTS if (home / name).is_dir()}
+        pipe.came_from(source, {name: path for name, path in found.items() if given.get(name) is None})
         if kwargs.get("scheduler") is None and _MARK not in config:
             pipe.correct_shift()
         return pipe
@@ -148,6 +152,8 @@ class HubPipeline(DiffusionPipeline):
             )
         pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if isinstance(pipeline, ProvenancePipeline):
+            pipe._place, pipe._files_of = pipeline._place, pipeline._files_of
         return pipe
 
     @classmethod

@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading import align_weights
+from ..video.result import WanStream, WanVideo
 from . import checks
 from .base import WanPipeline
 from .conditions import ChannelCondition, Condition, FirstFrameCondition, TextCondition
@@ -23,7 +24,6 @@ from .images import (
     load_pictures,
     one_per_video,
 )
-from .output import WanVideo
 from .request import Generators, ImageRequest, Plan, Prompt
 from .text import TEXT_ROWS
 
@@ -119,7 +119,9 @@ class WanI2VPipeline(WanPipeline):
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
         recipe: str | None = None,
-    ) -> WanVideo | tuple[Any]:
+        preview: Any = None,
+        preview_every: int | None = None,
+    ) -> WanVideo | WanStream | tuple[Any]:
         """Make videos that start from images.
 
         Arguments not listed here are those of `WanT2VPipeline.__call__`.
@@ -196,6 +198,10 @@ class WanI2VPipeline(WanPipeline):
             )
         width, height = next(iter(sizes))
         return height, width
+
+    def followed_area(self, request: ImageRequest) -> int | None:  # type: ignore[override]
+        """Return the pixels that height times width may have, where the size follows the images."""
+        return self._area(request) if request.image and request.height is None else None
 
     def _area(self, request: ImageRequest) -> int:
         """Return the pixels that height times width may have."""

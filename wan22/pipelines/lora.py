@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # How pairs for the two experts are named; Lightning's are so.
 _PAIR = ("high_noise_model.safetensors", "low_noise_model.safetensors")
+TABLE = "the given table"
 # One strength for all experts, or one for each: (high, low), or by the transformer's name.
 Strength = float | Sequence[float] | Mapping[str, float]
 
@@ -245,6 +246,7 @@ class LoraPipeline:
                 f"{file.source}: no key fits {slot}; "
                 + (f"there are {listed(lora.unmatched)}" if lora.unmatched else "there is none for it")
             )
+        lora.source = "" if file.source == TABLE else str(Path(file.source).absolute())
         if lora.unmatched:
             logger.warning("%s: %s fit nothing in %s", file.source, listed(lora.unmatched), slot)
         return lora
@@ -293,7 +295,7 @@ def _by_slot(strength: Strength) -> dict[str, float]:
 def _read(source: Any, place: Place) -> WeightFile:
     """Read a LoRA's file; from a folder or a repository, the one of the name asked for, or the only one."""
     if isinstance(source, Mapping):
-        return WeightFile("the given table", dict(source))
+        return WeightFile(TABLE, dict(source))
     path = Path(source).expanduser()
     if path.is_file():
         return read_weights(path)

@@ -10,9 +10,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..presets import FEW_STEPS
 from ..schedulers import FlowMatchEulerScheduler
+from ..video.recipe import Recipe
+from ..video.result import OUTPUT_TYPES
 from . import checks
 from .experts import Experts
-from .output import OUTPUT_TYPES, Recipe
 from .request import Plan, Request
 from .schedule import scheduler_shift, set_schedule
 from .text import TEXT_ROWS
@@ -34,6 +35,8 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     checks.check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     checks.check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
     prompts, negatives = _prompts(pipe, request)
+    if request.output_type == "stream" and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} videos cannot be streamed together; ask for one at a time")
     height, width, num_frames = _size(pipe, request)
     if request.latents is not None:
         checks.check_latents(request.latents, (len(prompts), *pipe.latent_shape(num_frames, height, width)))
@@ -60,7 +63,16 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
         guidance_scale=experts.high.guidance_scale,
         guidance_scale_2=None if experts.boundary is None else experts.low.guidance_scale,
         boundary_ratio=pipe.config.boundary_ratio,
+        timesteps=_numbers(request.timesteps),
+        sigmas=_numbers(request.sigmas),
+        few_steps=request.recipe,
+        max_sequence_length=request.max_sequence_length,
+        attention_kwargs=request.attention_kwargs,
+        noise_device=generators[0].device.type,
+        max_area=pipe.followed_area(request),
+        obstacle=_obstacle(request, generators, guided),
         **request.recorded(),
+        **pipe.circumstances(),
     )
     return Plan(request, recipe, generators, scheduler, experts, guided, callback_tensors)
 
@@ -170,6 +182,26 @@ def _seeds(request: Request, generators: list[torch.Generator]) -> tuple[int | N
         return (None,) * len(generators)
     first_of_shared = isinstance(request.generator, torch.Generator)
     return tuple(None if first_of_shared and i else g.initial_seed() for i, g in enumerate(generators))
+
+
+def _obstacle(request: Request, generators: list[torch.Generator], guided: bool) -> str | None:
+    """Return why a recipe is not enough to make the videos again; None if it is."""
+    for name in ("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds"):
+        if getattr(request, name, None) is not None and (guided or name != "negative_prompt_embeds"):
+            return f"{name} were given"
+    if isinstance(request.generator, torch.Generator) and len(generators) > 1:
+        return "the videos' noise was drawn from one generator"
+    if request.generator is not None:
+        for g in generators:
+            fresh = torch.Generator(g.device).manual_seed(g.initial_seed())
+            if not torch.equal(g.get_state(), fresh.get_state()):
+                return "the generator had been drawn from before"
+    return None if request.callback_on_step_end is None else "callback_on_step_end took part"
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return a list of numbers as plain ones."""
+    return None if values is None else tuple(float(value) for value in values)
 
 
 def _callback_tensors(request: Request, allowed: Sequence[str]) -> Sequence[str]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..video.recipe import Recipe
 from .experts import Experts
 from .images import Fit, Picture
-from .output import Recipe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,6 +46,8 @@ class Request:
     timesteps: Sequence[float] | None
     noise_device: str | None
     recipe: str | None
+    preview: Any
+    preview_every: int | None
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> "Self":

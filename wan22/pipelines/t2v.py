@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from ..video.result import WanStream, WanVideo
 from .base import WanPipeline
 from .conditions import TextCondition
-from .output import WanVideo
 from .request import Generators, Plan, Prompt, Request
 from .text import TEXT_ROWS
 
@@ -60,7 +60,9 @@ class WanT2VPipeline(WanPipeline):
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
         recipe: str | None = None,
-    ) -> WanVideo | tuple[Any]:
+        preview: Any = None,
+        preview_every: int | None = None,
+    ) -> WanVideo | WanStream | tuple[Any]:
         """Make videos of prompts.
 
         Args:
@@ -78,7 +80,7 @@ class WanT2VPipeline(WanPipeline):
             latents: noise to start from, "b c t h w".
             prompt_embeds: instead of prompt, "b s d" with up to 512 rows; `encode_prompt` makes them.
             negative_prompt_embeds: instead of negative_prompt.
-            output_type: "np", "pil", "pt" or "latent"; see WanVideo.frames.
+            output_type: "np", "pil", "pt" or "latent", see WanVideo.frames; or "stream", see `stream`.
             return_dict: False returns a tuple of the frames.
             attention_kwargs: {"scale": s} multiplies the LoRAs attached to the transformers by s.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step; may return a
@@ -94,6 +96,10 @@ class WanT2VPipeline(WanPipeline):
             noise_device: where the noise is drawn; "cpu", the default, gives the same noise on every machine.
             recipe: "lightning-4", for LoRAs and checkpoints distilled to four steps: the trained timesteps,
                 Euler's method, no guidance unless guidance_scale says so.
+            preview: what shows the video while it is made, from the latents as they will be: True, in place
+                in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
+                anew each time; or a function that gets a `Preview`.
+            preview_every: steps between previews; default gives about ten of them.
 
         Returns: the videos and the recipe that made them.
 

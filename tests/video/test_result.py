@@ -1,5 +1,7 @@
 """The returned video: files that play, the contact sheet, and what happens when writing fails."""
 
+import base64
+import errno
 import logging
 import re
 import stat
@@ -9,9 +11,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from wan22 import WanVideo
-from wan22.pipelines.output import Recipe, write_mp4
+from wan22 import WanVideo, read_recipe
+from wan22.video.recipe import Recipe
+from wan22.video.result import WanStream
+from wan22.video.writers import write_mp4
 
 H, W, T, FPS = 48, 64, 9, 12
 
@@ -125,12 +130,17 @@ def test_one_frame(tmp_path):
     assert np.abs(frames.astype(int) - 200).max() <= 2
 
 
-@pytest.mark.parametrize("height_width", [(15, 16), (16, 15)])
-def test_odd_sizes_are_refused(height_width, tmp_path):
+@pytest.mark.parametrize("height_width", [(15, 16), (16, 15), (17, 33)])
+def test_of_odd_sizes_the_last_row_and_column_are_repeated(height_width, tmp_path):
     h, w = height_width
-    with pytest.raises(ValueError, match=f"{w}x{h}.*even"):
-        write_mp4(np.zeros((2, h, w, 3), np.uint8), tmp_path / "a.mp4", 8)
-    assert not list(tmp_path.iterdir())
+    shades = np.zeros((2, h, w, 3), np.uint8) + np.uint8(60)
+    shades[:, -1:, :], shades[:, :, -1:] = 200, 200
+    write_mp4(shades, tmp_path / "a.mp4", 8, crf=0)
+    information, frames = read(tmp_path / "a.mp4")
+    assert information["size"] == (w + w % 2, h + h % 2)
+    assert np.abs(frames[:, :h, :w].astype(int) - shades).max() <= 3, "nothing is rescaled"
+    assert np.abs(frames[:, h:].astype(int) - 200).max(initial=0) <= 3
+    assert np.abs(frames[:, :, w:].astype(int) - 200).max(initial=0) <= 3
 
 
 # ---- names ----
@@ -160,10 +170,29 @@ def test_of_several_names_one_exists(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip-2.mp4"]
 
 
-@pytest.mark.parametrize("name", ["clip.gif", "clip", "clip.mp4.avi"])
+@pytest.mark.parametrize("name", ["clip.mov", "clip", "clip.mp4.avi"])
 def test_another_ending(name, tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.mp4: .*\.mp4"):
+    with pytest.raises(ValueError, match=r"must end in \.mp4, \.gif, \.webp, \.png, \.npy; say .*\.mp4"):
         video().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "-y.mp4",
+        "file: colon; and 'quotes' \"both\" %03d.mp4",
+        "猫 🐈 \u00e9\u0301.mp4",
+        " .mp4",
+        "a\nb.mp4",
+        "x" * 251 + ".mp4",
+    ],
+)
+def test_any_name_that_the_system_allows(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [path.name for path in video().save(name)] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert read_recipe(name) == recipe()
 
 
 def test_a_string_path_and_a_capital_ending(tmp_path):
@@ -234,8 +263,6 @@ def test_as_uint8():
     frames = video(2).frames
     expected = np.floor(frames * np.float32(255)).astype(np.uint8)
     as_tensor = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
-    from PIL import Image
-
     as_images = [[Image.fromarray(frame) for frame in clip] for clip in expected]
     for given in (frames, as_tensor, as_tensor.double(), as_images):
         arrays = WanVideo(frames=given, fps=FPS, recipe=recipe(2)).as_uint8()
@@ -285,3 +312,148 @@ def test_an_output_is_also_a_dict_and_a_tuple():
     result = video()
     assert result["frames"] is result.frames is result[0]
     assert result.to_tuple()[1:] == (FPS, result.recipe)
+
+
+# ---- the other formats ----
+
+
+def pillow(path):
+    """Decode an animation with Pillow: (frames, milliseconds of each)."""
+    with Image.open(path) as image:
+        frames, durations = [], []
+        for i in range(image.n_frames):
+            image.seek(i)
+            frames.append(np.asarray(image.convert("RGB")))
+            durations.append(image.info["duration"])
+    return np.stack(frames), durations
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_animations(ending, tmp_path):
+    (path,) = video().save(tmp_path / f"clip.{ending}")
+    frames, durations = pillow(path)
+    assert frames.shape == (T, H, W, 3)
+    assert sum(durations) == pytest.approx(1000 * T / FPS, abs=10), "frames of 83.3 ms take turns"
+    assert np.abs(frames.astype(int) - video().as_uint8()[0]).mean() < 4
+
+
+def test_png_files(tmp_path):
+    paths = video().save(tmp_path / "clip.png")
+    assert [path.name for path in paths] == [f"clip-{i:04d}.png" for i in range(1, T + 1)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in paths]), video().as_uint8()[0])
+    with pytest.raises(FileExistsError, match=r"clip-0001\.png exists"):
+        video().save(tmp_path / "clip.png")
+    assert len(video(2).save(tmp_path / "two.png")) == 2 * T
+
+
+def test_arrays_keep_their_values(tmp_path):
+    (path,) = video().save(tmp_path / "clip.npy")
+    assert np.array_equal(np.load(path), video().frames[0])
+    assert np.load(path).dtype == np.float32
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webp", "png"])
+def test_the_recipe_travels(ending, tmp_path):
+    prompts = ('a = b; #1 \\ "c"\n二', "e" * 5000)
+    given = recipe(2, prompts=prompts, negative_prompts=("n", None), versions={"wan22": "1"})
+    files = WanVideo(frames=video(2).frames, fps=FPS, recipe=given).save(tmp_path / f"clip.{ending}")
+    renamed = files[0].rename(tmp_path / "another name")
+    assert read_recipe(renamed) == given.of(0)
+    assert read_recipe(files[-1]) == given.of(1)
+    assert read_recipe(files[-1]).prompts == ("e" * 5000,)
+
+
+def test_files_without_a_recipe(tmp_path, written):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere"):
+        read_recipe(tmp_path / "nowhere.mp4")
+    plain = [tmp_path / name for name in ("a.png", "b.gif", "c.mp4", "d.txt")]
+    for path in plain[:2]:
+        Image.new("RGB", (4, 4)).save(path)
+    write_mp4(video().as_uint8()[0], plain[2], FPS)
+    plain[3].write_text("{}")
+    for path in plain:
+        with pytest.raises(ValueError, match="carries no recipe of wan22"):
+            read_recipe(path)
+
+
+def test_quality(tmp_path):
+    noise = np.random.default_rng(0).random((1, T, H, W, 3), dtype=np.float32)
+    result = WanVideo(frames=noise, fps=FPS, recipe=recipe())
+    for ending in ("mp4", "webp"):
+        sizes = [
+            result.save(tmp_path / f"{q}.{ending}", quality=q)[0].stat().st_size for q in (10, 50, 90, 100)
+        ]
+        assert sizes == sorted(sizes) and sizes[-1] > 2 * sizes[0]
+    result.save(tmp_path / "default.mp4")
+    assert (tmp_path / "default.mp4").read_bytes() == (tmp_path / "90.mp4").read_bytes()
+    (path,) = result.save(tmp_path / "crf.mp4", crf=16)
+    assert path.read_bytes() == (tmp_path / "90.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("a.mp4", {"quality": 0}, "quality=0 must be an int from 1 to 100; say 1"),
+        ("a.webp", {"quality": 101}, "say 100"),
+        ("a.mp4", {"crf": 60}, "crf=60 must be an int from 0 to 51; say 51"),
+        ("a.mp4", {"crf": 1, "quality": 1}, "both given"),
+        ("a.gif", {"quality": 5}, r"quality=5 is for \.mp4 and \.webp; \.gif has none"),
+        ("a.webp", {"crf": 5}, r"crf=5 is for \.mp4, not \.webp"),
+    ],
+)
+def test_qualities_that_there_are_not(name, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        video().save(tmp_path / name, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "npy"])
+def test_a_full_disk(ending, tmp_path, monkeypatch):
+    (tmp_path / "clip.npy").write_text("mine")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        video().save(tmp_path / f"clip.{ending}", overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    (path,) = video().save(tmp_path / "clip.mp4")
+    (tmp_path / "made").touch()
+    assert path.stat().st_mode == (tmp_path / "made").stat().st_mode
+
+
+# ---- notebooks, streams ----
+
+
+def test_in_a_notebook_it_plays(tmp_path):
+    html = video(2)._repr_html_()
+    assert html.count("<video controls") == 2
+    (tmp_path / "in.mp4").write_bytes(base64.b64decode(re.findall(r"base64,([^\"]+)", html)[1]))
+    assert len(read(tmp_path / "in.mp4")[1]) == T
+    assert read_recipe(tmp_path / "in.mp4") == recipe(2).of(1)
+    latents = WanVideo(frames=torch.zeros(1, 16, 3, 6, 8), fps=FPS, recipe=recipe())
+    assert "<video" not in latents._repr_html_()
+
+
+def test_a_stream_is_written_as_it_comes(tmp_path):
+    frames, alive = video().as_uint8()[0], []
+
+    def source():
+        for frame in frames:
+            alive.append(len([1 for path in tmp_path.iterdir()]))
+            yield frame
+
+    stream = WanStream(source(), FPS, recipe())
+    assert len(stream) == T
+    assert stream.save(tmp_path / "clip.mp4") == [tmp_path / "clip.mp4"]
+    assert alive[0] == 0 and alive[-1] == 1, "the file is being written while frames are made"
+    assert np.abs(read(tmp_path / "clip.mp4")[1].astype(int) - frames).mean() < 4
+    with pytest.raises(ValueError, match="no frames"):
+        stream.save(tmp_path / "again.mp4")
+    with pytest.raises(FileExistsError):
+        WanStream(source(), FPS, recipe()).save(tmp_path / "clip.mp4")

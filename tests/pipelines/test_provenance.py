@@ -1,0 +1,368 @@
+"""Videos are made again from their recipes, to the bit, and never from other weights than theirs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.builders import SMALL, random_i2v_pipeline, random_pipeline
+from wan22 import (
+    FlowMatchDPMSolverScheduler,
+    FlowMatchEulerScheduler,
+    WanI2VPipeline,
+    WanT2VPipeline,
+    WanTransformer3DModel,
+    read_recipe,
+    tiny_checkpoint,
+)
+from wan22.checkpoints.formats import fingerprint
+from wan22.checkpoints.keys import TRANSFORMER
+from wan22.video.recipe import Recipe
+
+QUICK = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return WanT2VPipeline.from_pretrained(tiny_checkpoint())
+
+
+@pytest.fixture
+def pipe(tiny):
+    """The embedded checkpoint, quick to call."""
+    yield tiny
+    tiny.unload_lora_weights()
+
+
+def made_again(pipe, video, tmp_path, **changes):
+    (path, *_) = video.save(tmp_path / "clip.mp4", overwrite=True)
+    return pipe.reproduce(path, **changes).frames
+
+
+# ---- again, to the bit ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_inference_steps": 2, "flow_shift": 7.5, "guidance_scale": 2.5},
+        {"guidance_scale": 1, "negative_prompt": "blue"},
+        {"sigmas": [1.0, 0.6, 0.2], "num_inference_steps": None},
+        {"timesteps": torch.tensor([999.0, 500.0]), "num_inference_steps": None},
+        {"recipe": "lightning-4", "num_inference_steps": None},
+        {"max_sequence_length": 3, "negative_prompt": "a blue square", "attention_kwargs": {"scale": 0.5}},
+    ],
+)
+def test_every_setting(settings, pipe, tmp_path):
+    video = pipe("a red circle — “moving”", seed=3, **{**QUICK, **settings})
+    other = pipe("a red circle", seed=4, **QUICK)
+    assert not np.array_equal(video.frames, other.frames)
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+
+
+def test_one_of_several(pipe, tmp_path):
+    videos = pipe(["a", "b"], ["c", ""], seed=[5, 9], num_videos_per_prompt=1, **QUICK)
+    videos.save(tmp_path / "clip.mp4")
+    again = pipe.reproduce(tmp_path / "clip-2.mp4")
+    assert again.recipe.prompts == ("b",) and again.recipe.seeds == (9,)
+    assert np.array_equal(again.frames[0], videos.frames[1])
+    assert np.array_equal(pipe.reproduce(videos.recipe).frames, videos.frames)
+
+
+def test_a_random_seed_and_a_generator(pipe, tmp_path):
+    video = pipe("a", **QUICK)
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+    video = pipe("a", generator=torch.Generator().manual_seed(11), **QUICK)
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+
+
+@pytest.mark.parametrize("cls", [FlowMatchEulerScheduler, FlowMatchDPMSolverScheduler])
+def test_another_scheduler_is_brought(cls, pipe, tmp_path):
+    mine = pipe.scheduler
+    try:
+        pipe.scheduler = cls(shift=6.0)
+        video = pipe("a", seed=1, **QUICK)
+    finally:
+        pipe.scheduler = mine
+    assert not np.array_equal(pipe("a", seed=1, **QUICK).frames, video.frames)
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+    assert pipe.scheduler is mine
+
+
+def test_with_changes(pipe, tmp_path):
+    video = pipe("a", seed=1, **QUICK)
+    again = made_again(pipe, video, tmp_path, seed=2)
+    assert np.array_equal(again, pipe("a", seed=2, **QUICK).frames)
+
+
+@pytest.mark.parametrize("fit", [None, "pad"])
+def test_from_an_image_file(fit, tmp_path):
+    pipe = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v"))
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((70, 50))
+    picture.save(tmp_path / "a.png")
+    few = {"num_frames": 5, "num_inference_steps": 2, "fit": fit, "max_area": 48 * 48, "seed": 1}
+    video = pipe(tmp_path / "a.png", "b", **few)
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+    from_memory = pipe(picture, "b", **few)
+    assert np.array_equal(from_memory.frames, video.frames)
+    with pytest.raises(ValueError, match=r"the recipe's image was in memory; give image="):
+        pipe.reproduce(from_memory.recipe)
+    assert np.array_equal(pipe.reproduce(from_memory.recipe, image=picture).frames, video.frames)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        pipe.reproduce(video.recipe)
+
+
+def lora(pipe, path, seed=0):
+    """Write a LoRA of one layer."""
+    torch.manual_seed(seed)
+    name = "blocks.0.attn1.to_q"
+    o, i = pipe.transformer.get_submodule(name).weight.shape
+    official = str(TRANSFORMER.inverse.rename(f"{name}.weight")).removesuffix(".weight")
+    down, up = torch.randn(2, i), torch.randn(o, 2)
+    save_file(
+        {
+            f"diffusion_model.{official}.lora_A.weight": down,
+            f"diffusion_model.{official}.lora_B.weight": up,
+        },
+        path,
+    )
+    return path
+
+
+def test_with_loras(pipe, tmp_path):
+    file = lora(pipe, tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(file, strength=(0.3, 0.2), adapter_name="mine")
+    video = pipe("a", seed=1, **QUICK)
+    (used,) = video.recipe.loras
+    assert used.source == str(file)
+    assert used.strengths == {"transformer": 0.3, "transformer_2": 0.2}
+    pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match=r"has LoRAs: .*lora\.safetensors.*loaded are: none"):
+        pipe.reproduce(video.recipe)
+    moved = shutil.copy(file, tmp_path / "moved.safetensors")
+    pipe.load_lora_weights(moved, strength=(0.3, 0.2))
+    assert np.array_equal(pipe.reproduce(video.recipe).frames, video.frames)
+    pipe.set_adapters("lora_0", 0.3)
+    with pytest.raises(ValueError, match="has LoRAs"):
+        pipe.reproduce(video.recipe)
+    pipe.unload_lora_weights()
+    other = lora(pipe, tmp_path / "other.safetensors", seed=1)
+    pipe.load_lora_weights(other, strength=(0.3, 0.2))
+    with pytest.raises(ValueError, match="has LoRAs"):
+        pipe.reproduce(video.recipe)
+
+
+# ---- what is refused ----
+
+
+def test_what_cannot_be_made_again(pipe):
+    embeds, _ = pipe.encode_prompt("a")
+    drawn = torch.Generator().manual_seed(1)
+    torch.randn(3, generator=drawn)
+    few = {**QUICK, "num_inference_steps": 1, "output_type": "latent"}
+    latents = pipe("a", seed=1, **few).frames
+    for arguments, why in (
+        ({"prompt_embeds": embeds}, "prompt_embeds were given"),
+        ({"prompt": "a", "latents": latents}, "latents were given"),
+        ({"prompt": "a", "negative_prompt_embeds": embeds}, "negative_prompt_embeds were given"),
+        ({"prompt": "a", "generator": drawn}, "drawn from before"),
+        ({"prompt": "a", "callback_on_step_end": lambda *_: None}, "callback_on_step_end took part"),
+        ({"prompt": ["a", "b"], "generator": torch.Generator()}, "one generator"),
+    ):
+        recipe = pipe(**arguments, **few).recipe
+        with pytest.raises(ValueError, match=f"cannot be made again from its recipe: .*{why}"):
+            pipe.reproduce(recipe)
+
+
+def test_other_weights_are_refused(pipe, tmp_path):
+    video = pipe("a", seed=1, **QUICK)
+    tuned = shutil.copytree(tiny_checkpoint(), tmp_path / "tuned")
+    file = tuned / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = "blocks.1.ffn.net.2.weight"
+    weights[name] = weights[name] + 1
+    save_file(weights, file, {"format": "pt"})
+    other = WanT2VPipeline.from_pretrained(tuned)
+    with pytest.raises(ValueError, match=r"transformer_2/diffusion_pytorch_model\.safetensors is another"):
+        other.reproduce(video.recipe)
+    same = WanT2VPipeline.from_pretrained(shutil.copytree(tiny_checkpoint(), tmp_path / "copy"))
+    assert np.array_equal(same.reproduce(video.recipe).frames, video.frames)
+
+
+def test_a_model_put_in_later_is_not_taken_for_the_files(tmp_path):
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
+    assert pipe.origin().replaced == ()
+    pipe.transformer = WanTransformer3DModel.from_pretrained(tiny_checkpoint(), subfolder="transformer")
+    assert pipe.origin().replaced == ("transformer",)
+    assert not any(name.startswith("transformer/") for name in pipe.origin().files)
+    given = WanT2VPipeline.from_pretrained(tiny_checkpoint(), transformer=pipe.transformer)
+    assert given.origin() == pipe.origin()
+
+
+def test_another_dtype_task_or_change_is_refused(pipe):
+    recipe = pipe("a", seed=1, **QUICK).recipe
+    wide = WanT2VPipeline.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"made with dtypes \{.*bfloat16.*this pipeline has \{.*float32"):
+        wide.reproduce(recipe)
+    with pytest.raises(ValueError, match="one of WanT2VPipeline, this is a WanI2VPipeline"):
+        random_i2v_pipeline().reproduce(recipe)
+    with pytest.raises(ValueError, match="the recipe is of tiny-t2v, this is"):
+        random_pipeline().reproduce(recipe)
+    pipe.vae.enable_tiling()
+    try:
+        with pytest.raises(ValueError, match=r"changes \{\}; this pipeline has \{'tiled': True\}"):
+            pipe.reproduce(recipe)
+    finally:
+        pipe.vae.disable_tiling()
+
+
+def test_another_machine_is_told(pipe, caplog):
+    recipe = pipe("a", seed=1, **QUICK).recipe
+    other = Recipe.from_json(json.dumps({**json.loads(recipe.to_json()), "device": "abacus"}))
+    pipe.reproduce(other)
+    assert "['device'] differ from the recipe's" in caplog.text
+
+
+# ---- recipes ----
+
+
+def test_recipes_are_the_same_after_reading(pipe, tmp_path):
+    recipe = pipe(["a", "b"], seed=2, **QUICK).recipe
+    assert Recipe.from_json(recipe.to_json()) == Recipe.from_json(
+        Recipe.from_json(recipe.to_json()).to_json()
+    )
+    assert recipe.to_json().isascii() and "\n" not in recipe.to_json()
+    newer = {**json.loads(recipe.to_json()), "wan22_recipe": 99, "a_new_setting": 1}
+    assert Recipe.from_json(json.dumps(newer)).prompts == ("a", "b")
+    for text in ("", "[]", "{}", '{"wan22_recipe": 1}', "null"):
+        with pytest.raises(ValueError, match="no recipe of wan22"):
+            Recipe.from_json(text)
+
+
+def test_fingerprints(tmp_path):
+    weights = {"a": torch.zeros(300_000), "b": torch.ones(5)}
+    save_file(weights, tmp_path / "a.safetensors")
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    save_file({**weights, "a": weights["a"] + 1}, tmp_path / "c.safetensors")
+    save_file({"x": weights["a"], "b": weights["b"]}, tmp_path / "d.safetensors")
+    a, b, c, d = (fingerprint(tmp_path / f"{name}.safetensors") for name in "abcd")
+    assert a == b and len({a, c, d}) == 3
+
+
+def test_a_snapshot_tells_its_revision(tmp_path):
+    folder = tmp_path / "models--x--y" / "snapshots" / "0123abc"
+    shutil.copytree(tiny_checkpoint(), folder)
+    assert WanT2VPipeline.from_pretrained(folder).origin().revision == "0123abc"
+
+
+def test_single_files_have_an_origin(tmp_path):
+    folder = tiny_checkpoint()
+    files = {name: folder / name / "diffusion_pytorch_model.safetensors" for name in ("transformer", "vae")}
+    pipe = WanT2VPipeline.from_single_file(
+        files["transformer"], vae=files["vae"], attention_head_dim=64, boundary_ratio=None
+    )
+    assert set(pipe.origin().files) == {f"{name}/{path.name}" for name, path in files.items()}
+
+
+def test_from_pipe_keeps_the_origin():
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
+    assert WanT2VPipeline.from_pipe(pipe).origin() == pipe.origin()
+
+
+# ---- streams, stopping ----
+
+
+def test_a_stream_has_the_frames_of_a_call(pipe, tmp_path):
+    video = pipe("a", seed=1, **QUICK)
+    stream = pipe.stream("a", seed=1, **QUICK)
+    assert stream.recipe == video.recipe
+    frames = list(stream)
+    assert all(frame.dtype == np.uint8 for frame in frames)
+    assert np.array_equal(np.stack(frames), video.as_uint8()[0])
+    pipe.stream("a", seed=1, **QUICK).save(tmp_path / "a.mp4")
+    video.save(tmp_path / "b.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert read_recipe(tmp_path / "a.mp4") == video.recipe
+    with pytest.raises(ValueError, match="2 videos cannot be streamed together"):
+        pipe.stream(["a", "b"], **QUICK)
+
+
+def test_a_stream_decodes_as_it_is_asked(pipe):
+    decoded = []
+    handle = pipe.vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    try:
+        stream = iter(pipe.stream("a", seed=1, **{**QUICK, "num_frames": 17}))
+        assert not decoded
+        next(stream)
+        assert len(decoded) == 1
+        assert torch.is_grad_enabled(), "the caller's own work is not affected"
+    finally:
+        handle.remove()
+
+
+def test_stopping_gives_the_video_as_it_would_become(pipe):
+    seen = []
+
+    def look(preview):
+        seen.append(preview.step)
+        if preview.step == 2:
+            pipe.stop()
+
+    few = {**SMALL, "num_inference_steps": 4, "seed": 1}
+    video = pipe("a", **few, preview=look, preview_every=1)
+    assert seen == [1, 2]
+    assert video.recipe.steps_done == 2
+    assert np.isfinite(video.frames).all()
+    with pytest.raises(ValueError, match="stopped after step 2"):
+        pipe.reproduce(video.recipe)
+    whole = pipe("a", **few)
+    assert whole.recipe.steps_done is None, "the next call runs to its end"
+    noisy = pipe("a", **few, callback_on_step_end=lambda p, i, t, x: setattr(p, "_interrupt", i == 1))
+
+    def off(other):
+        return np.abs(other.frames - whole.frames).mean()
+
+    assert off(video) < off(noisy), "what the model predicts, not what is still noise"
+
+
+def test_previews_leave_the_video_as_it_is(pipe, tmp_path):
+    seen = []
+    plain = pipe("a", seed=1, **QUICK)
+    shown = pipe("a", seed=1, **QUICK, preview=seen.append, preview_every=2)
+    assert [preview.step for preview in seen] == [2, 3]
+    assert np.array_equal(shown.frames, plain.frames)
+    pipe("a", seed=1, **QUICK, preview=tmp_path / "now.png")
+    assert Image.open(tmp_path / "now.png").size[0] >= 256
+    with pytest.raises(ValueError, match="preview_every=2 needs preview"):
+        pipe("a", **QUICK, preview_every=2)
+    with pytest.raises(ValueError, match=r"now\.bmp"):
+        pipe("a", **QUICK, preview=tmp_path / "now.bmp")
+
+
+# ---- progress ----
+
+
+def test_the_bar_tells_the_phase_and_the_expert(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    try:
+        pipe("a", seed=1, **QUICK)
+        told = capsys.readouterr().err
+        assert "sampling" in told and "3/3" in told and "high noise" in told
+        assert "decoding" in told and "5/5" in told
+        pipe.set_progress_bar_config(disable=True)
+        pipe("a", seed=1, **QUICK)
+        assert capsys.readouterr().err == ""
+    finally:
+        pipe.set_progress_bar_config()
+
+
+def test_nothing_is_drawn_where_nobody_looks(pipe, capsys, tmp_path):
+    pipe("a", seed=1, **QUICK).save(tmp_path / "a.mp4")
+    assert capsys.readouterr().err == "", "the output is no terminal"

@@ -1,0 +1,182 @@
+"""What a pipeline call returns: the frames, their rate, and the recipe that made them.
+
+Shapes: b videos, t frames, h rows, w columns, c colours.
+"""
+
+import base64
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from . import writers
+from .progress import progress_bar
+from .recipe import Recipe
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent", "stream")
+
+
+@dataclass
+class WanVideo(BaseOutput):
+    """Generated videos. In a notebook they play where they stand.
+
+    Args:
+        frames: "np": float32 array "b t h w c" in [0, 1]; "pt": the same as a tensor "b t c h w"; "pil": a
+            list of frames per video; "latent": normalised latents, a tensor "b c t h w".
+        fps: frames per second of the checkpoint.
+        recipe: every setting of the call.
+    """
+
+    frames: Any
+    fps: int
+    recipe: Recipe
+
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        *,
+        quality: int | None = None,
+        crf: int | None = None,
+    ) -> list[Path]:
+        """Write each video to a file that plays, with the recipe in its metadata.
+
+        Args:
+            path: its ending says the format: .mp4 (H.264, plays everywhere), .gif, .webp, .png (one file per
+                frame), or .npy (the frames' values as they are, without a recipe). With several videos a
+                number is put before the ending.
+            overwrite: whether existing files are replaced.
+            quality: 1 to 100, for .mp4 and .webp; default 90.
+            crf: instead of quality, for .mp4: H.264's own scale, 0 (nothing lost) to 51.
+
+        Returns: the files.
+
+        Raises:
+            ValueError: another ending, a quality that the format does not have, or frames that are latents.
+            FileExistsError: a file exists.
+            OSError: a file could not be written; the frames are still here to be saved elsewhere.
+        """
+        path = Path(path).expanduser()
+        writers.check_quality(path, quality, crf)
+        videos = self._values() if writers.check_ending(path) == ".npy" else self.as_uint8()
+        paths = writers.numbered(path, len(videos), overwrite)
+        files = []
+        with progress_bar(total=sum(map(len, videos)), desc="saving", unit="frame", leave=False) as bar:
+            for i, (video, target) in enumerate(zip(videos, paths, strict=True)):
+                text = self.recipe.of(i).to_json()
+                count = writers.write(_counted(video, bar), target, self.fps, text, quality, crf)
+                files += writers.written_files(target, count)
+        return files
+
+    def contact_sheet(self, columns: int = 8, cell_width: int = 192) -> Image.Image:
+        """Draw one row per video: `columns` of its frames, first to last, each `cell_width` pixels wide."""
+        rows = []
+        for video in self.as_uint8():
+            _, h, w, _ = video.shape
+            size = cell_width, max(1, round(h * cell_width / w))
+            # Whole multiples keep the pixels of miniature videos crisp.
+            resample = Image.Resampling.NEAREST if cell_width % w == 0 else Image.Resampling.LANCZOS
+            picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+            cells = [np.asarray(Image.fromarray(video[i]).resize(size, resample)) for i in picks]
+            rows.append(np.concatenate([np.pad(cell, ((2, 2), (2, 2), (0, 0))) for cell in cells], axis=1))
+        return Image.fromarray(np.concatenate(rows))
+
+    def as_uint8(self) -> list[np.ndarray]:
+        """Return each video as "t h w c" in 0 to 255, truncated as in the official code.
+
+        Raises:
+            ValueError: the frames are latents.
+        """
+        return [values if values.dtype == np.uint8 else to_uint8(values) for values in self._values()]
+
+    def _values(self) -> list[np.ndarray]:
+        """Return each video as "t h w c": what was computed, or the 8 bits of PIL images."""
+        if isinstance(self.frames, list):
+            return [np.stack([np.asarray(frame) for frame in video]) for video in self.frames]
+        if isinstance(self.frames, torch.Tensor):
+            if self.frames.shape[1:3] != (self.recipe.num_frames, 3):
+                raise ValueError(
+                    "the frames are latents (output_type='latent'); decode them with pipe.decode first"
+                )
+            return list(self.frames.permute(0, 1, 3, 4, 2).float().cpu().numpy())
+        return list(self.frames)
+
+    def _repr_html_(self) -> str:
+        """Return players with the videos inside, for notebooks."""
+        try:
+            videos = self.as_uint8()
+        except ValueError:
+            return f"<p>latents of {self.recipe}</p>"
+        return "\n".join(
+            player(video, self.fps, self.recipe.of(i).to_json()) for i, video in enumerate(videos)
+        )
+
+
+class WanStream:
+    """The frames of one video, decoded as they are asked for: "h w 3" in uint8, once.
+
+    Args:
+        frames: their source.
+        fps: frames per second.
+        recipe: every setting of the call.
+    """
+
+    def __init__(self, frames: Iterator[np.ndarray], fps: int, recipe: Recipe) -> None:
+        self._frames, self.fps, self.recipe = frames, fps, recipe
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self._frames
+
+    def __len__(self) -> int:
+        return self.recipe.num_frames
+
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        *,
+        quality: int | None = None,
+        crf: int | None = None,
+    ) -> list[Path]:
+        """Write the frames as they are decoded; a .mp4 or .png never has more than a few in memory.
+
+        The arguments and errors are those of `WanVideo.save`; after one the frames are gone.
+        """
+        path = Path(path).expanduser()
+        writers.check_ending(path)
+        writers.check_quality(path, quality, crf)
+        (target,) = writers.numbered(path, 1, overwrite)
+        count = writers.write(self._frames, target, self.fps, self.recipe.to_json(), quality, crf)
+        return writers.written_files(target, count)
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Turn [0, 1] into 0 to 255, truncated. Source: Wan2.2 wan/utils/utils.py, save_video."""
+    return (frames.clip(0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def player(video: np.ndarray, fps: int, recipe: str) -> str:
+    """Return an HTML5 player with a video "t h w 3" inside."""
+    w = video.shape[2]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "clip.mp4")
+        writers.write(video, file, fps, recipe)
+        data = base64.b64encode(file.read_bytes()).decode()
+    # Miniatures are shown four times as large, with their pixels crisp.
+    width, style = (4 * w, "image-rendering: pixelated") if w <= 128 else (w, "max-width: 100%")
+    return (
+        f'<video controls loop muted autoplay width="{width}" style="{style}" '
+        f'src="data:video/mp4;base64,{data}"></video>'
+    )
+
+
+def _counted(video: np.ndarray, bar: Any) -> Iterator[np.ndarray]:
+    for frame in video:
+        yield frame
+        bar.update()

@@ -1,0 +1,281 @@
+"""Write frames to files that play: MP4, GIF, WebP, PNGs, NumPy arrays. A file is whole, or not there.
+
+Shapes: t frames, h rows, w columns.
+"""
+
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .metadata import EXIF_DESCRIPTION, PNG_KEY
+
+logger = logging.getLogger(__name__)
+
+QUALITY, BEST_CRF, WORST_CRF = 90, 0, 51
+# What one argument of a command can take on Linux.
+_LONGEST_ARGUMENT = 128 * 1024 - 16
+
+Frames = Iterable[np.ndarray]
+
+
+def write(
+    frames: Frames,
+    path: Path,
+    fps: int,
+    recipe: str | None = None,
+    quality: int | None = None,
+    crf: int | None = None,
+) -> int:
+    """Write frames in the format that the file's ending names.
+
+    Args:
+        frames: uint8 "h w 3", one after the other; for .npy "h w 3" of any dtype.
+        path: replaced if it exists; of a .png, the frames' numbers are put before the ending.
+        fps: frames per second.
+        recipe: text for the metadata.
+        quality: 1 to 100, for .mp4 and .webp; None: 90.
+        crf: instead of quality, for .mp4: H.264's own scale, 0 (nothing lost) to 51.
+
+    Returns: the number of frames.
+
+    Raises:
+        ValueError: another ending, a quality out of range or for a format that has none, or no frames.
+        OSError: the file could not be written.
+    """
+    ending = check_ending(path)
+    check_quality(path, quality, crf)
+    return WRITERS[ending](frames, path, fps, recipe, quality, crf)
+
+
+def check_ending(path: Path) -> str:
+    """Return a file's ending in small letters.
+
+    Raises:
+        ValueError: it is none of those that can be written.
+    """
+    if (ending := path.suffix.lower()) not in WRITERS:
+        raise ValueError(f"{path} must end in {', '.join(WRITERS)}; say {path.with_suffix('.mp4')}")
+    return ending
+
+
+def check_quality(path: Path, quality: int | None, crf: int | None) -> None:
+    """Refuse a quality that the format does not have.
+
+    Raises:
+        ValueError: it is out of range, or the format has none.
+    """
+    ending = path.suffix.lower()
+    if crf is not None and ending != ".mp4":
+        raise ValueError(f"crf={crf!r} is for .mp4, not {ending}")
+    if quality is not None and ending not in (".mp4", ".webp"):
+        raise ValueError(f"quality={quality!r} is for .mp4 and .webp; {ending} has none")
+    if quality is not None and crf is not None:
+        raise ValueError("quality and crf are both given; give one")
+    for name, value, low, high in (("quality", quality, 1, 100), ("crf", crf, BEST_CRF, WORST_CRF)):
+        if value is not None and not (isinstance(value, int) and low <= value <= high):
+            nearest = min(max(value, low), high) if isinstance(value, int | float) else high
+            raise ValueError(f"{name}={value!r} must be an int from {low} to {high}; say {nearest:.0f}")
+
+
+def crf_of(quality: int) -> int:
+    """Return H.264's constant rate factor for a quality of 1 to 100: 16 for 90, 12 for 100."""
+    return round(WORST_CRF - 0.39 * quality)
+
+
+def numbered(path: Path, count: int, overwrite: bool) -> list[Path]:
+    """Return one file name for each of several videos, with a number before the ending.
+
+    Raises:
+        FileExistsError: a file exists, and overwrite is False.
+    """
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    taken = [str(p) for p in paths for p in (_frame_name(p, 0) if p.suffix.lower() == ".png" else p,)]
+    taken = [name for name in taken if Path(name).exists()]
+    if taken and not overwrite:
+        raise FileExistsError(f"{', '.join(taken)} exists; overwrite=True replaces it")
+    return paths
+
+
+def written_files(path: Path, count: int) -> list[Path]:
+    """Return the files that a video of so many frames became."""
+    return [_frame_name(path, i) for i in range(count)] if path.suffix.lower() == ".png" else [path]
+
+
+# ---- the formats ----
+
+
+def write_mp4(
+    frames: Frames,
+    path: Path,
+    fps: int,
+    recipe: str | None = None,
+    quality: int | None = None,
+    crf: int | None = None,
+) -> int:
+    """Write H.264, yuv420p, with the index in front so that it plays while it loads.
+
+    A row or column of an odd size is repeated, as yuv420p has one colour for two by two pixels; nothing is
+    rescaled. See `write` for the arguments and errors.
+    """
+    import imageio_ffmpeg
+
+    first, frames = _first(frames)
+    h, w, _ = first.shape
+    # The tags say what the conversion from RGB did; players guess by size otherwise.
+    filters = [
+        "scale=out_color_matrix=bt709:out_range=tv",
+        "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
+    ]
+    options = ["-crf", str(crf_of(quality or QUALITY) if crf is None else crf), "-vf", ",".join(filters)]
+    options += ["-movflags", "+faststart", "-map_metadata", "-1"]
+    if recipe is not None and len(recipe) < _LONGEST_ARGUMENT - len("comment="):
+        options += ["-metadata", f"comment={recipe}"]
+    elif recipe is not None:
+        logger.warning("the recipe has %d bytes, too many for an MP4 file; it is left out", len(recipe))
+    count = 0
+    with _whole_file(path) as partial:
+        writer = imageio_ffmpeg.write_frames(
+            f"file:{partial}",
+            (w + w % 2, h + h % 2),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_out="yuv420p",
+            quality=None,
+            macro_block_size=1,
+            output_params=options,
+        )
+        try:
+            writer.send(None)
+            for frame in frames:
+                writer.send(np.ascontiguousarray(_even(frame)))
+                count += 1
+        finally:
+            writer.close()
+        # imageio does not tell whether ffmpeg could write to the end.
+        found = 0
+        with suppress(RuntimeError):
+            found = (
+                imageio_ffmpeg.count_frames_and_secs(f"file:{partial}")[0] if partial.stat().st_size else 0
+            )
+        if found != count:
+            raise OSError(f"{path} could not be written whole; is the disk full?")
+    return count
+
+
+def write_gif(frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any) -> int:
+    """Write an animated GIF of 256 colours a frame, at the average rate of `fps`; see `write`."""
+    # GIF counts in hundredths of a second: frames take turns so that the whole lasts as long as it should.
+    comment = {} if recipe is None else {"comment": recipe.encode()}
+    return _write_animation(frames, path, lambda i: round(100 * i / fps) * 10, format="GIF", **comment)
+
+
+def write_webp(
+    frames: Frames, path: Path, fps: int, recipe: str | None = None, quality: int | None = None, *_: Any
+) -> int:
+    """Write an animated WebP; see `write`."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    if recipe is not None:
+        exif[EXIF_DESCRIPTION] = recipe
+    return _write_animation(
+        frames, path, lambda i: round(1000 * i / fps), format="WEBP", quality=quality or QUALITY, exif=exif
+    )
+
+
+def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any) -> int:
+    """Write one PNG per frame, clip-0001.png, clip-0002.png, …, each with the recipe; see `write`."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    if recipe is not None:
+        text.add_text(PNG_KEY, recipe)
+    count = 0
+    for count, frame in enumerate(_first(frames)[1], start=1):
+        with _whole_file(_frame_name(path, count - 1)) as partial:
+            Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
+    return count
+
+
+def write_npy(frames: Frames, path: Path, *_: Any) -> int:
+    """Write one NumPy array "t h w 3" with the frames' own values; see `write`."""
+    array = np.stack(list(_first(frames)[1]))
+    with _whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
+    return len(array)
+
+
+WRITERS: dict[str, Callable[..., int]] = {
+    ".mp4": write_mp4,
+    ".gif": write_gif,
+    ".webp": write_webp,
+    ".png": write_png,
+    ".npy": write_npy,
+}
+
+
+def _write_animation(frames: Frames, path: Path, start: Callable[[int], int], **options: Any) -> int:
+    """Write an animation with Pillow; `start` tells at which millisecond a frame begins."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in _first(frames)[1]]
+    durations = [start(i + 1) - start(i) for i in range(len(images))]
+    with _whole_file(path) as partial:
+        images[0].save(
+            partial, save_all=True, append_images=images[1:], duration=durations, loop=0, **options
+        )
+    return len(images)
+
+
+def _first(frames: Frames) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Return the first frame, and all of them."""
+    iterator = iter(frames)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ValueError("there are no frames to write") from None
+    return first, itertools.chain([first], iterator)
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    """Repeat the last row and column of odd sizes."""
+    h, w, _ = frame.shape
+    return np.pad(frame, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge") if h % 2 or w % 2 else frame
+
+
+def _frame_name(path: Path, index: int) -> Path:
+    return path.with_stem(f"{path.stem}-{index + 1:04d}")
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what is there at the end gets the name that was asked for.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A short name, as long as the asked one may already be the longest that the system allows.
+    handle, name = tempfile.mkstemp(prefix=".wan22-", suffix=path.suffix.lower(), dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's are for their owner alone
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
