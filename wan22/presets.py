@@ -33,6 +33,7 @@ class Preset:
         fps: frames per second.
         negative_prompt: used where the caller's is empty.
         two_frames: whether it takes a first and a last frame's image rows (Wan 2.1 FLF).
+        gigabytes: of all weights in bfloat16, the VAE's in float32.
 
     Source: Wan2.2 wan/configs, Wan2.1 wan/configs, generate.py and its README.
     """
@@ -52,6 +53,7 @@ class Preset:
     fps: int = 16
     negative_prompt: str = NEGATIVE_PROMPT
     two_frames: bool = False
+    gigabytes: float = 0.0
 
 
 T2V_A14B = Preset(
@@ -66,6 +68,7 @@ T2V_A14B = Preset(
     guidance_scale_2=3.0,
     width=1280,
     height=720,
+    gigabytes=69.0,
 )
 I2V_A14B = Preset(
     name="Wan2.2-I2V-A14B",
@@ -79,6 +82,7 @@ I2V_A14B = Preset(
     guidance_scale_2=3.5,
     width=1280,
     height=720,
+    gigabytes=69.0,
 )
 TI2V_5B = Preset(
     name="Wan2.2-TI2V-5B",
@@ -94,6 +98,7 @@ TI2V_5B = Preset(
     height=704,
     num_frames=121,
     fps=24,
+    gigabytes=24.2,
 )
 T2V_1_3B = Preset(
     name="Wan2.1-T2V-1.3B",
@@ -107,6 +112,7 @@ T2V_1_3B = Preset(
     guidance_scale_2=None,
     width=832,
     height=480,
+    gigabytes=14.7,
 )
 T2V_14B = Preset(
     name="Wan2.1-T2V-14B",
@@ -120,6 +126,7 @@ T2V_14B = Preset(
     guidance_scale_2=None,
     width=1280,
     height=720,
+    gigabytes=40.5,
 )
 # The 480P and the 720P checkpoint have one configuration; these settings suit both.
 I2V_14B = Preset(
@@ -134,6 +141,7 @@ I2V_14B = Preset(
     guidance_scale_2=None,
     width=832,
     height=480,
+    gigabytes=46.0,
 )
 FLF_14B = Preset(
     name="Wan2.1-FLF2V-14B",
@@ -148,6 +156,7 @@ FLF_14B = Preset(
     width=1280,
     height=720,
     two_frames=True,
+    gigabytes=46.0,
 )
 TINY_T2V = Preset(
     name="tiny-t2v",
@@ -164,6 +173,7 @@ TINY_T2V = Preset(
     num_frames=17,
     fps=8,
     negative_prompt="",
+    gigabytes=0.01,
 )
 TINY_I2V = replace(TINY_T2V, name="tiny-i2v", in_channels=36, boundary_ratio=0.900)
 TINY_TI2V = replace(

@@ -1,0 +1,46 @@
+"""`wan22 reproduce`: a video is made again from the recipe in its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..presets import PRESETS
+from .options import Dtype
+from .running import LOADING, Result, ends_with_a_step, load, name_of, report, say
+
+
+def run_again(given: Mapping[str, Any]) -> None:
+    """Load what the recipe names, set it up as it was, make the video, save it."""
+    from ..video.metadata import read_recipe
+
+    recipe = read_recipe(given["file"])
+    options: dict[str, Any] = dict.fromkeys(LOADING)
+    options |= {name: given[name] for name in ("model", "dtype", "device", "memory")}
+    tiny = next((p.name for p in PRESETS if not p.repo and p.name == recipe.checkpoint), None)
+    options["model"] = given["model"] or tiny or (recipe.origin and recipe.origin.place) or recipe.checkpoint
+    if recipe.origin is not None and recipe.origin.revision is not None and given["model"] is None:
+        options["revision"] = recipe.origin.revision if "/" in str(options["model"]) else None
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    kinds = set(recipe.dtypes.values())
+    if given["dtype"] is None and len(kinds) == 1:
+        options["dtype"] = Dtype(short[kinds.pop()])
+    changes = dict(recipe.changes)
+    options["accelerate"] = bool(changes.get("accelerated"))
+    options["compile"], options["tiling"] = bool(changes.get("compiled")), bool(changes.get("tiled"))
+    pipe = load("i2v" if recipe.pipeline == "WanI2VPipeline" else "t2v", options, given["quiet"])
+    for lora in recipe.loras:
+        if lora.source is None:
+            raise ValueError("the recipe's LoRA was in memory; use pipe.reproduce")
+        places = lora.source.split(", ")
+        pair = dict(zip(("high", "low"), places, strict=True)) if len(places) == 2 else {}
+        pipe.load_lora_weights(*([] if pair else places), **pair, strength=dict(lora.strengths))
+    target = given["output"] or name_of(f"{Path(given['file']).stem} again")
+    say(f"{recipe}, to {target}", given["quiet"])
+    replaced = {name: given[name] for name in ("image", "last_image", "seed") if given[name] is not None}
+    with ends_with_a_step(pipe):
+        video = pipe.reproduce(recipe, **replaced)
+    files = video.save(target, given["overwrite"], quality=given["quality"], crf=given["crf"])
+    made = Result(
+        [str(file) for file in files], video.recipe.to_dict(), {}, video.recipe.steps_done is not None
+    )
+    report(made, given["as_json"])

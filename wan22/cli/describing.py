@@ -1,0 +1,154 @@
+"""`wan22 info` and `wan22 models`: what a file, a folder or a name stands for."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..presets import PRESETS, Preset, release_of
+
+out = Console(highlight=False, soft_wrap=True)
+VIDEOS = (".mp4", ".gif", ".webp", ".png")
+LICENCE = "Apache-2.0"
+
+
+def describe(name: str, as_json: bool) -> None:
+    """Print the recipe in a video, or what a checkpoint is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither.
+    """
+    path = Path(name).expanduser()
+    known = {preset.name.lower(): preset for preset in PRESETS}
+    known |= {preset.repo.lower(): preset for preset in PRESETS if preset.repo}
+    if not path.exists() and name.lower() in known:
+        _print(_facts(known[name.lower()]), as_json)
+    elif not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {name}, and no checkpoint that is known by it")
+    elif path.suffix.lower() in VIDEOS:
+        from ..video.metadata import read_recipe
+
+        _print(read_recipe(path).to_dict(), as_json)
+    else:
+        _print(checkpoint(path), as_json)
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a weight file or a folder is, told from its tensors.
+
+    Args:
+        path: file, model's folder, or repository in any layout.
+
+    Raises:
+        ValueError: it is no model of Wan, or holds what has no place.
+    """
+    from ..checkpoints.contents import read_source
+
+    source = read_source(path)
+    models = {slot: _model(content) for slot, content in source.models.items()}
+    transformers = [c for slot, c in source.models.items() if slot.startswith("transformer")]
+    found: dict[str, Any] = {"path": str(path), "layout": _layout(path, source)}
+    if transformers:
+        experts = 2 if source.whole and len(transformers) == 2 else 1
+        preset = release_of(transformers[0].settings, experts)
+        # One file may be either expert's, or an only transformer's: its tensors do not say.
+        found["variant"] = preset.name if source.whole else f"a transformer like {preset.name}'s"
+        found["experts"] = experts if source.whole else "one of one or two"
+    found["models"] = models
+    found["size"] = f"{sum(model['bytes'] for model in models.values()) / 1e9:.3g} GB"
+    found["loads with"] = _loader(path, source, transformers)
+    return found
+
+
+def list_models(as_json: bool) -> None:
+    """Print the checkpoints that are known by name."""
+    facts = [_facts(preset) for preset in PRESETS]
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table("name", "task", "weights in bf16", "video", "steps", "repository", "licence", box=None)
+    for fact in facts:
+        columns = ("name", "task", "weights", "video", "steps", "repository", "licence")
+        table.add_row(*(str(fact[column]) for column in columns))
+    # Wide enough for every column: a name that is cut off cannot be copied.
+    Console(highlight=False, width=max(out.width, 160)).print(table)
+
+
+def _facts(preset: Preset) -> dict[str, Any]:
+    tasks = {16: "text", 36: "image", 48: "text or image"}
+    return {
+        "name": preset.name,
+        "task": "first and last image" if preset.two_frames else tasks[preset.in_channels],
+        "transformers": 1 if preset.boundary_ratio is None else 2,
+        "weights": f"{preset.gigabytes:g} GB",
+        "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames at {preset.fps} fps",
+        "steps": preset.num_inference_steps,
+        "repository": preset.repo or "inside wan22",
+        "licence": LICENCE,
+    }
+
+
+def _model(content: Any) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    for tensor in content.tensors.values():
+        quantized = not hasattr(tensor, "dtype")
+        sizes["quantised" if quantized else str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return {
+        "kind": content.kind,
+        "tensors": len(content.tensors),
+        "bytes": sum(sizes.values()),
+        "dtypes": {dtype: f"{size / 1e9:.3g} GB" for dtype, size in sizes.most_common()},
+    }
+
+
+def _layout(path: Path, source: Any) -> str:
+    if source.index is not None:
+        return "Diffusers"
+    if source.whole:
+        return "official"
+    return "GGUF" if path.suffix == ".gguf" else "one model's weights"
+
+
+def _loader(path: Path, source: Any, transformers: list[Any]) -> str:
+    if not source.whole:
+        cls = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
+        kind = next(iter(source.models.values())).kind
+        one = f'{cls[kind]}.from_single_file("{path}")' if kind in cls else ""
+        named = {"vae": "vae=", "text_encoder": "text_encoder="}.get(kind, "")
+        many = f'WanT2VPipeline.from_single_file({named}"{path}", …)'
+        return f"{one}, or {many}" if one else many
+    channels = transformers[0].settings["in_channels"]
+    both = "WanT2VPipeline and WanI2VPipeline"
+    pipeline = {16: "WanT2VPipeline", 36: "WanI2VPipeline"}.get(channels, both)
+    return f'{pipeline}.from_pretrained("{path}")'
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if value not in (None, (), ("",), (None,), {}):
+            table.add_row(name.replace("_", " "), _plain(value))
+    out.print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_inline(inner)}" for name, inner in value.items()).replace("[", "\\[")
+    if isinstance(value, tuple | list):
+        return "\n".join(_inline(inner) for inner in value).replace("[", "\\[")
+    return _inline(value).replace("[", "\\[")
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_inline(inner)}" for name, inner in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

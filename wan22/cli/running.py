@@ -1,0 +1,302 @@
+"""Load the pipeline that a command asks for, run a call, save the result; Ctrl-C ends with a step."""
+
+import difflib
+import json
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ..presets import PRESETS
+
+# Results go to stdout, all else to stderr: what a script reads is never mixed with what a person does.
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+INTERRUPTED = 130
+LOADING = (
+    *("model", "low", "vae", "text_encoder", "tokenizer", "revision", "dtype", "device", "memory"),
+    *("quantize", "compile", "accelerate", "attention", "lora", "lora_high", "lora_low", "tiling"),
+)
+SAVING = ("output", "overwrite", "quality", "crf", "contact_sheet", "as_json", "quiet")
+
+
+@dataclass
+class Result:
+    """What a command made.
+
+    Args:
+        files: that were written.
+        recipe: as plain values.
+        seconds: that loading, making and saving took.
+        stopped: whether Ctrl-C ended it.
+    """
+
+    files: list[str]
+    recipe: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def told(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command's errors end in one line, and in its exit code: 1, or 130 after Ctrl-C."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            fail("interrupted", kwargs.get("as_json", False), INTERRUPTED)
+        except (OSError, ValueError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+            fail(line_of(error), kwargs.get("as_json", False), 1)
+
+    return run
+
+
+def line_of(error: BaseException) -> str:
+    """Return an error as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (
+        text
+        if isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+        else (text if type(error).__name__ in text else f"{type(error).__name__}: {text}")
+    )
+
+
+def fail(message: str, as_json: bool, code: int) -> None:
+    """End with a message."""
+    if as_json:
+        print(json.dumps({"error": message}))
+    err.print(f"[red]error:[/red] {_plain(message)}")
+    raise typer.Exit(code)
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """Tell a person something."""
+    if not quiet:
+        err.print(_plain(message))
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+# ---- loading ----
+
+
+def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
+    """Load a pipeline and set it up.
+
+    Args:
+        task: "t2v" or "i2v".
+        options: those named in LOADING.
+        quiet: whether to show no progress.
+
+    Returns: the pipeline.
+    """
+    import torch
+
+    from .. import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
+
+    cls: Any = {"t2v": WanT2VPipeline, "i2v": WanI2VPipeline}[task]
+    source, file = resolve(options["model"], task)
+    if source is None:
+        source = tiny_checkpoint(task)
+        say(
+            f"no --model: this is the miniature that ships with wan22 ({source.name}); it knows shapes", quiet
+        )
+    if quiet:
+        _silence_loading()
+    device = options["device"] or best_device()
+    arguments = {"dtype": _dtype(options["dtype"], options["model"], device)}
+    arguments |= {k: options[k] for k in ("revision", "quantize") if options.get(k) is not None}
+    if file:
+        parts = {name: options[name] for name in ("vae", "text_encoder", "tokenizer")}
+        if missing := [f"--{n.replace('_', '-')}" for n, part in parts.items() if part is None]:
+            raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
+        if options.get("quantize") is not None or options.get("revision") is not None:
+            raise ValueError("--quantize and --revision are for folders and repositories")
+        pipe = cls.from_single_file(source, options["low"], **parts, dtype=arguments["dtype"])
+    else:
+        if given := [n for n in ("low", "vae", "text_encoder", "tokenizer") if options.get(n) is not None]:
+            raise ValueError(f"--{given[0].replace('_', '-')} goes with a --model that is a file")
+        memory = {} if options["memory"] is None else {"memory": options["memory"]}
+        pipe = cls.from_pretrained(source, **arguments, **memory)
+    pipe.set_progress_bar_config(**{"disable": True} if quiet else {})
+    for lora in options["lora"] or ():
+        name, strength = _lora(lora)
+        pipe.load_lora_weights(name, strength=strength)
+    pair = {slot: options[f"lora_{slot}"] for slot in ("high", "low") if options[f"lora_{slot}"]}
+    if pair:
+        pipe.load_lora_weights(**pair)
+    if options["tiling"]:
+        pipe.vae.enable_tiling()
+    if options["memory"] is None:
+        pipe.to(torch.device(device))
+    if options["accelerate"]:
+        pipe.accelerate()
+    if options["attention"] is not None:
+        pipe.set_attention_backend(options["attention"])
+    if options["compile"]:
+        pipe.compile()
+    return pipe
+
+
+def resolve(model: str | None, task: str) -> tuple[Any, bool]:
+    """Return what to load for `--model`, None for the miniature, and whether it is a single file.
+
+    Raises:
+        ValueError: it is neither a known name, a path, nor a repository's name.
+    """
+    if model is None:
+        return None, False
+    path = Path(model).expanduser()
+    if path.exists():
+        return path, path.is_file()
+    names = {preset.name.lower(): preset for preset in PRESETS}
+    if (preset := names.get(model.lower())) is not None:
+        return (preset.repo, False) if preset.repo else (_tiny(preset.name), False)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model, False
+    near = difflib.get_close_matches(model.lower(), names, 1, 0.4) or list(names)[:1]
+    raise ValueError(
+        f"there is no file or folder {model}, and no checkpoint of that name; say {names[near[0]].name}, or "
+        "see `wan22 models`"
+    )
+
+
+def _tiny(name: str) -> Path:
+    from .. import tiny_checkpoint
+
+    return tiny_checkpoint(name.removeprefix("tiny-"))
+
+
+def best_device() -> str:
+    """Return the best device that there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(choice: Any, model: str | None, device: str) -> Any:
+    import torch
+
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
+    if choice is None:  # the miniature is as quick in float32 on a CPU, and exact
+        return torch.float32 if model is None and device == "cpu" else None
+    dtype = names[choice.value]
+    # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
+    return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """Split "file=0.8"."""
+    found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+    if found is None or Path(text).expanduser().exists():
+        return text, 1.0
+    return found[1], float(found[2])
+
+
+def _silence_loading() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for module in (diffusers_logging, transformers_logging):
+        module.disable_progress_bar()
+
+
+# ---- running and saving ----
+
+
+def numbers(name: str, text: str | None) -> list[float] | None:
+    """Return a list such as "1.0,0.5".
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name} {text} must be numbers with commas between: 1.0,0.5") from None
+
+
+@contextmanager
+def ends_with_a_step(pipe: Any) -> Iterator[list[bool]]:
+    """Let the first Ctrl-C end the run with its step, and the second one at once."""
+    stopped: list[bool] = []
+
+    def interrupt(*_: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+        say("\nstopping after this step, with the video as it is; Ctrl-C once more stops at once")
+        pipe.stop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, Any]) -> Result:
+    """Run a call and save what it returns.
+
+    Args:
+        pipe: the pipeline.
+        call: its arguments.
+        target: the file.
+        saving: options named in SAVING.
+    """
+    from ..video import writers
+
+    writers.check_ending(target)
+    writers.check_quality(target, saving["quality"], saving["crf"])
+    writers.numbered(target, call.get("num_videos_per_prompt") or 1, saving["overwrite"])
+    start = time.perf_counter()
+    with ends_with_a_step(pipe) as stopped:
+        video = pipe(**call)
+    made = time.perf_counter()
+    files = video.save(target, overwrite=saving["overwrite"], quality=saving["quality"], crf=saving["crf"])
+    if saving["contact_sheet"]:
+        sheet = target.with_name(f"{target.stem}-sheet.png")
+        video.contact_sheet().save(sheet)
+        files.append(sheet)
+    seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
+    return Result([str(file) for file in files], video.recipe.to_dict(), seconds, bool(stopped))
+
+
+def name_of(prompt: str, folder: Path = Path()) -> Path:
+    """Return a file name made of a prompt that is not taken yet."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60].strip("-") or "video"
+    names = (folder / f"{words}{'' if i == 1 else f'-{i}'}.mp4" for i in range(1, 10**6))
+    return next(path for path in names if not path.exists() and not path.with_stem(f"{path.stem}-1").exists())
+
+
+def report(result: Result, as_json: bool) -> None:
+    """Print what was made, for a script or for a person."""
+    if as_json:
+        print(json.dumps(vars(result)))
+    else:
+        for file in result.files:
+            print(file)
+        seeds = ", ".join(map(str, result.recipe["seeds"]))
+        spent = ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())
+        say(f"seed {seeds}; {spent}")
+    if result.stopped:
+        say(f"stopped after step {result.recipe['steps_done']} of {result.recipe['num_inference_steps']}")
+        sys.stdout.flush()
+        raise typer.Exit(INTERRUPTED)
