@@ -1,0 +1,45 @@
+"""Load the decoder of a tiny autoencoder: `taew2_1` and `taew2_2`, as .pth or .safetensors."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ..models.tiny_autoencoder import TinyDecoder
+from .dialects import normalize
+from .formats import read_weights
+from .loading import empty_weights, fill, shapes_of
+
+# The convolutions that tell the sizes: the first, those that end the steps up, the last; those in time.
+_FIRST, _UP, _LAST = "decoder.1", ("decoder.8", "decoder.14", "decoder.20"), "decoder.22"
+_FRAMES = ("decoder.7.conv", "decoder.13.conv", "decoder.19.conv")
+
+
+def load_tiny_decoder(path: str | Path, dtype: torch.dtype | None = None) -> TinyDecoder:
+    """Load a tiny decoder; its sizes are told from its tensors.
+
+    lightx2v's `lighttaew2_1` and `lighttaew2_2` have the same tensors, but take latents that are not
+    normalised: with them, previews have the wrong colours.
+
+    Args:
+        path: .pth or .safetensors; the encoder in it is left out.
+        dtype: of the parameters; None: as they are stored.
+
+    Returns: the decoder, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or holds another model, or lacks some of this one.
+    """
+    file = read_weights(Path(path).expanduser())
+    tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}
+    shapes = shapes_of(tensors)
+    names = [f"{name}.weight" for name in (_FIRST, *_UP, _LAST, *_FRAMES)]
+    if missing := [name for name in names if name not in shapes]:
+        raise ValueError(f"{file.source} is no decoder like taew2_1 or taew2_2: it has no {missing[0]}")
+    first, *ups, last = (shapes[name] for name in names[:5])
+    widths = [first[0], *(up[0] for up in ups)]
+    factors = [shapes[name][0] // width for name, width in zip(names[5:], widths, strict=False)]
+    with empty_weights():
+        model = TinyDecoder(first[1], math.isqrt(last[0] // 3), widths, factors)
+    return fill(model, file.source, tensors, dtype)
