@@ -154,8 +154,8 @@ def clean_answer(answer: str) -> str:
         raise ChatError(f"the chat model's answer holds no prompt: {answer[:300]!r}")
     if len(text) > LONGEST:
         raise ChatError(
-            f"the chat model's answer has {len(text)} characters, a prompt at most {LONGEST} (about 120 words "
-            f"were asked for): {text[:300]!r}…"
+            f"the chat model's answer has {len(text)} characters, a prompt at most {LONGEST} "
+            f"(about 120 words were asked for): {text[:300]!r}…"
         )
     return text
 
