@@ -26,6 +26,7 @@ HEAVY = {
 MAY_IMPORT = {
     "presets": set(),
     "assets": set(),
+    "prompts": {"presets"},
     "models": set(),
     "schedulers": set(),
     "checkpoints": {"presets", "models"},

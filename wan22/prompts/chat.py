@@ -1,0 +1,301 @@
+"""Chat models behind one call, messages in, text out: one that runs here, and one behind a server."""
+
+import base64
+import http.client
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Pixels of the longer side. Chat models see no more than about this, and servers limit what is sent.
+MAX_SIDE = 1024
+
+
+class ChatError(RuntimeError):
+    """A chat model gave no answer, or none that can be used; the prompt may still be used as it is."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: whose turn it is.
+        text: what is said.
+        images: what is shown before the text, RGB.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: "tuple[Image, ...]" = ()
+
+
+class ChatModel(Protocol):
+    """Anything that answers a conversation: a function, or one of the classes below."""
+
+    def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
+        """Return the answer.
+
+        Args:
+            messages: the conversation so far.
+            seed: picks one of the possible answers; None leaves the choice to the model.
+
+        Raises:
+            ChatError: there is no answer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class OpenAIChat:
+    """A chat model behind a server that speaks OpenAI's protocol: vLLM, llama.cpp, Ollama, or a service.
+
+    Args:
+        base_url: without the endpoint, such as "http://localhost:11434/v1".
+        model: the server's name for it.
+        api_key: sent as a bearer token, to this server only.
+        timeout: seconds without an answer.
+        options: more fields of the request, such as {"temperature": 0.7}.
+
+    Raises:
+        ValueError: a URL of another kind, a key that no header can hold, or a timeout that is not positive.
+    """
+
+    base_url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 120
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"base_url={self.base_url!r} must begin with http:// or https://; "
+                f"give 'http://{self.base_url.rpartition('://')[2]}', for example"
+            )
+        if self.base_url.rstrip("/").endswith("/chat/completions"):
+            nearest = self.base_url.rstrip("/").removesuffix("/chat/completions")
+            raise ValueError(f"base_url={self.base_url!r} must end before the endpoint; give {nearest!r}")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]*", self.api_key):
+            raise ValueError(
+                "api_key must be ASCII without spaces or line breaks; api_key.strip() may make it so"
+            )
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds, such as 120")
+
+    def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
+        """Return the model's answer.
+
+        Args:
+            messages: the conversation so far; images are sent as JPEG data URLs.
+            seed: passed on to the server, which may ignore it.
+
+        Raises:
+            ChatError: no connection, no answer in time, an HTTP error, or an answer of another form.
+        """
+        request: dict[str, Any] = {"model": self.model, "messages": [_openai_message(m) for m in messages]}
+        request |= {} if seed is None else {"seed": seed}
+        raw = self._post(json.dumps(request | dict(self.options)).encode())
+        try:
+            choice = json.loads(raw)["choices"][0]
+            answer, reason = choice["message"]["content"], choice.get("finish_reason")
+        except ValueError:
+            raise ChatError(
+                f"{self._url} answered with something that is not JSON: {_excerpt(raw)}"
+            ) from None
+        except (LookupError, TypeError, AttributeError):
+            raise ChatError(
+                f"{self._url} answered without choices[0].message.content: {_excerpt(raw)}"
+            ) from None
+        if not isinstance(answer, str):
+            raise ChatError(f"{self._url} answered without a text: {_excerpt(raw)}")
+        if reason == "length":
+            raise ChatError(
+                f"{self.model} was cut off before its answer's end: {answer[-80:]!r}; "
+                "options={'max_tokens': 1024} lets it write more"
+            )
+        return answer
+
+    @property
+    def _url(self) -> str:
+        return f"{self.base_url.rstrip('/')}/chat/completions"
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        try:
+            request = Request(self._url, body, headers)
+            with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+                return response.read()
+        except HTTPError as error:
+            with error:
+                said = _server_message(error.read())
+            moved = f" (moved to {error.headers['Location']})" if "Location" in error.headers else ""
+            raise ChatError(f"{self._url} answered {error.code} {error.reason}{moved}: {said}") from None
+        except (OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, TimeoutError):
+                raise ChatError(
+                    f"{self._url} did not answer within {self.timeout:g} s; a larger timeout waits longer"
+                ) from error
+            if isinstance(cause, ConnectionRefusedError):
+                raise ChatError(
+                    f"nothing listens at {self._url} (connection refused); is the server up?"
+                ) from error
+            raise ChatError(f"{self._url} could not be reached: {cause}") from error
+
+
+class TransformersChat:
+    """A chat model that runs here, by transformers.
+
+    Args:
+        model: its name on the hub or its folder, which is loaded as a text model; or a loaded model, which
+            may see images where its processor can.
+        tokenizer: of a loaded model, or its processor; by default that of `model`'s name.
+        max_new_tokens: the answer's limit, thinking included.
+        device: where a model that is loaded here runs; by default the GPU if there is one.
+        template_options: for the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_new_tokens: int = 512,
+        device: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+        if not isinstance(model, (str, Path)) and tokenizer is None:
+            raise ValueError(f"tokenizer=None must be given where the model is a loaded one ({self.name})")
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.name)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{self.name} has no chat template; give a chat model, such as one named '…-Instruct'"
+            )
+        if isinstance(model, (str, Path)):
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype="auto")
+            model = loaded.to(device)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.template_options = dict(template_options or {})
+
+    def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
+        """Return the model's answer.
+
+        Args:
+            messages: the conversation so far.
+            seed: of a random answer; None: the likeliest one. Torch's global random state is left as it is.
+
+        Raises:
+            ValueError: images for a model that sees none.
+            ChatError: the answer was cut off.
+        """
+        import torch
+
+        inputs = self.tokenizer.apply_chat_template(
+            self._conversation(messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **self.template_options,
+        ).to(self.model.device)
+        sampling: dict[str, Any] = {"do_sample": seed is not None}
+        if seed is None:
+            # A checkpoint's own settings for sampling would be warned about.
+            sampling |= {"temperature": None, "top_p": None, "top_k": None}
+        # manual_seed seeds every device.
+        own_rng = (
+            torch.random.fork_rng(range(torch.cuda.device_count())) if seed is not None else nullcontext()
+        )
+        with own_rng, torch.no_grad():
+            if seed is not None:
+                torch.manual_seed(seed)
+            ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **sampling)
+        ids = ids[0, inputs["input_ids"].shape[1] :]
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if len(ids) >= self.max_new_tokens and int(ids[-1]) not in self._ends():
+            raise ChatError(
+                f"{self.name} was cut off after {self.max_new_tokens} tokens: {answer[-80:]!r}; "
+                f"max_new_tokens={2 * self.max_new_tokens} lets it write more"
+            )
+        return answer
+
+    def _conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        if hasattr(self.tokenizer, "image_processor"):
+            return [{"role": m.role, "content": _parts(m)} for m in messages]
+        if any(message.images for message in messages):
+            raise ValueError(
+                f"{self.name} sees no images; give a model that does, with its processor as tokenizer, "
+                "or no image"
+            )
+        return [{"role": m.role, "content": m.text} for m in messages]
+
+    def _ends(self) -> set[int]:
+        """Return the tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Following them would send the key to another server, and a POST as a GET."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _parts(message: Message) -> list[dict[str, Any]]:
+    """Return a message's content as transformers' processors take it."""
+    images = [{"type": "image", "image": image} for image in message.images]
+    return [*images, {"type": "text", "text": message.text}]
+
+
+def _openai_message(message: Message) -> dict[str, Any]:
+    if not message.images:
+        return {"role": message.role, "content": message.text}
+    images = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in message.images]
+    return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
+
+
+def _data_url(image: "Image") -> str:
+    small = image.convert("RGB")
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
+    file = BytesIO()
+    small.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _server_message(body: bytes) -> str:
+    """Return what a server says about an error: OpenAI's error.message, or whatever it is."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, LookupError, TypeError):
+        return _excerpt(body)
+
+
+def _excerpt(body: bytes) -> str:
+    return repr(body.decode(errors="replace")[:300])
