@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..presets import PRESETS
-from .options import Dtype
 from .running import LOADING, Result, ends_with_a_step, load, name_of, report, say
 
 
@@ -20,10 +19,7 @@ def run_again(given: Mapping[str, Any]) -> None:
     options["model"] = given["model"] or tiny or (recipe.origin and recipe.origin.place) or recipe.checkpoint
     if recipe.origin is not None and recipe.origin.revision is not None and given["model"] is None:
         options["revision"] = recipe.origin.revision if "/" in str(options["model"]) else None
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    kinds = set(recipe.dtypes.values())
-    if given["dtype"] is None and len(kinds) == 1:
-        options["dtype"] = Dtype(short[kinds.pop()])
+    options["dtype"] = given["dtype"] or dict(recipe.dtypes)
     changes = dict(recipe.changes)
     options["accelerate"] = bool(changes.get("accelerated"))
     options["compile"], options["tiling"] = bool(changes.get("compiled")), bool(changes.get("tiled"))
@@ -40,7 +36,6 @@ def run_again(given: Mapping[str, Any]) -> None:
     with ends_with_a_step(pipe):
         video = pipe.reproduce(recipe, **replaced)
     files = video.save(target, given["overwrite"], quality=given["quality"], crf=given["crf"])
-    made = Result(
-        [str(file) for file in files], video.recipe.to_dict(), {}, video.recipe.steps_done is not None
-    )
+    stopped = video.recipe.steps_done is not None
+    made = Result([str(file) for file in files], video.recipe.to_dict(), stopped=stopped)
     report(made, given["as_json"])

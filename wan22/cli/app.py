@@ -77,6 +77,7 @@ def t2v(
     contact_sheet: o.ContactSheet = False,
     preview: o.PreviewOption = None,
     preview_every: o.PreviewEvery = None,
+    preview_decoder: o.PreviewDecoder = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -136,6 +137,7 @@ def i2v(
     contact_sheet: o.ContactSheet = False,
     preview: o.PreviewOption = None,
     preview_every: o.PreviewEvery = None,
+    preview_decoder: o.PreviewDecoder = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -284,8 +286,9 @@ def _generate(task: str, given: Mapping[str, Any]) -> None:
     call |= {name: numbers(name, given[name]) for name in ("sigmas", "timesteps")}
     if call.get("fit") is not None:
         call["fit"] = call["fit"].value
-    if given.get("preview_every") is not None and given["preview"] is None:
-        raise ValueError("--preview-every needs --preview FILE")
+    for name in ("preview_every", "preview_decoder"):
+        if given[name] is not None and given["preview"] is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --preview FILE")
     if call.get("image") is not None and not call["image"].startswith(("http://", "https://")):
         _check_file(call["image"])
     pipe = load(task, given, given["quiet"])

@@ -165,6 +165,10 @@ PreviewOption = Annotated[
     Option("--preview", help="File that shows the video meanwhile: .png, .gif.", rich_help_panel=OUTPUT),
 ]
 PreviewEvery = Annotated[int | None, Option(help="Steps between previews.", rich_help_panel=OUTPUT)]
+PreviewDecoder = Annotated[
+    Path | None,
+    Option(help="Tiny autoencoder for finer previews: taew2_1, taew2_2.", rich_help_panel=OUTPUT),
+]
 Json = Annotated[
     bool, Option("--json", help="Print the result as JSON, and nothing else.", rich_help_panel=OUTPUT)
 ]

@@ -56,6 +56,8 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             fail("interrupted", kwargs.get("as_json", False), INTERRUPTED)
+        except typer.Exit:  # a RuntimeError, too
+            raise
         except (OSError, ValueError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
             fail(line_of(error), kwargs.get("as_json", False), 1)
 
@@ -111,12 +113,10 @@ def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
     source, file = resolve(options["model"], task)
     if source is None:
         source = tiny_checkpoint(task)
-        say(
-            f"no --model: this is the miniature that ships with wan22 ({source.name}); it knows shapes", quiet
-        )
+        say(f"no --model given: this is tiny-{task}, the miniature inside wan22, of coloured shapes", quiet)
     if quiet:
         _silence_loading()
-    device = options["device"] or best_device()
+    device = check_device(options["device"] or best_device())
     arguments = {"dtype": _dtype(options["dtype"], options["model"], device)}
     arguments |= {k: options[k] for k in ("revision", "quantize") if options.get(k) is not None}
     if file:
@@ -189,12 +189,29 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(name: str) -> str:
+    """Refuse a device that is not there, and return it otherwise.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} is not there; {best_device()} is") from error
+    return name
+
+
 def _dtype(choice: Any, model: str | None, device: str) -> Any:
     import torch
 
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
     if choice is None:  # the miniature is as quick in float32 on a CPU, and exact
         return torch.float32 if model is None and device == "cpu" else None
+    if isinstance(choice, Mapping):  # of a recipe, by component
+        return {name: getattr(torch, dtype) for name, dtype in choice.items()}
     dtype = names[choice.value]
     # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
@@ -234,7 +251,7 @@ def numbers(name: str, text: str | None) -> list[float] | None:
 
 
 @contextmanager
-def ends_with_a_step(pipe: Any) -> Iterator[list[bool]]:
+def ends_with_a_step(pipe: Any) -> Iterator[None]:
     """Let the first Ctrl-C end the run with its step, and the second one at once."""
     stopped: list[bool] = []
 
@@ -247,7 +264,7 @@ def ends_with_a_step(pipe: Any) -> Iterator[list[bool]]:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield stopped
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -267,7 +284,7 @@ def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, 
     writers.check_quality(target, saving["quality"], saving["crf"])
     writers.numbered(target, call.get("num_videos_per_prompt") or 1, saving["overwrite"])
     start = time.perf_counter()
-    with ends_with_a_step(pipe) as stopped:
+    with ends_with_a_step(pipe):
         video = pipe(**call)
     made = time.perf_counter()
     files = video.save(target, overwrite=saving["overwrite"], quality=saving["quality"], crf=saving["crf"])
@@ -276,7 +293,8 @@ def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, 
         video.contact_sheet().save(sheet)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
-    return Result([str(file) for file in files], video.recipe.to_dict(), seconds, bool(stopped))
+    stopped = video.recipe.steps_done is not None
+    return Result([str(file) for file in files], video.recipe.to_dict(), seconds, stopped)
 
 
 def name_of(prompt: str, folder: Path = Path()) -> Path:
@@ -295,7 +313,7 @@ def report(result: Result, as_json: bool) -> None:
             print(file)
         seeds = ", ".join(map(str, result.recipe["seeds"]))
         spent = ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())
-        say(f"seed {seeds}; {spent}")
+        say("; ".join(filter(None, (f"seed {seeds}", spent))))
     if result.stopped:
         say(f"stopped after step {result.recipe['steps_done']} of {result.recipe['num_inference_steps']}")
         sys.stdout.flush()

@@ -443,10 +443,12 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         """Return what shows the video while it is made, if that is asked for."""
         request = plan.request
         if request.preview is None or request.preview is False:
-            if request.preview_every is not None:
-                raise ValueError(f"preview_every={request.preview_every!r} needs preview; preview=True")
+            for name in ("preview_every", "preview_decoder"):
+                if getattr(request, name) is not None:
+                    raise ValueError(f"{name}={getattr(request, name)!r} needs preview; preview=True")
             return None
-        return Previewer(request.preview, self.vae, plan.recipe.fps, request.preview_every)
+        every, decoder = request.preview_every, request.preview_decoder
+        return Previewer(request.preview, self.vae, plan.recipe.fps, every, decoder)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None, **options: Any) -> Any:
         """Return a progress bar with the settings of `set_progress_bar_config`."""

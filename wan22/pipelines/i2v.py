@@ -121,6 +121,7 @@ class WanI2VPipeline(WanPipeline):
         recipe: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,
+        preview_decoder: Any = None,
     ) -> WanVideo | WanStream | tuple[Any]:
         """Make videos that start from images.
 

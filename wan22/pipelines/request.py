@@ -48,6 +48,7 @@ class Request:
     recipe: str | None
     preview: Any
     preview_every: int | None
+    preview_decoder: Any
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> "Self":

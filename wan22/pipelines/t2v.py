@@ -62,6 +62,7 @@ class WanT2VPipeline(WanPipeline):
         recipe: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,
+        preview_decoder: Any = None,
     ) -> WanVideo | WanStream | tuple[Any]:
         """Make videos of prompts.
 
@@ -100,6 +101,7 @@ class WanT2VPipeline(WanPipeline):
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.
             preview_every: steps between previews; default gives about ten of them.
+            preview_decoder: for finer previews, a tiny autoencoder's file (taew2_1, taew2_2) or TinyDecoder.
 
         Returns: the videos and the recipe that made them.
 

@@ -154,7 +154,11 @@ def write_mp4(
         try:
             writer.send(None)
             for frame in frames:
-                writer.send(np.ascontiguousarray(_even(frame)))
+                array = np.ascontiguousarray(_even(frame))
+                try:
+                    writer.send(array)
+                except OSError as error:  # with all that ffmpeg ever said
+                    raise OSError(f"{path} could not be written whole; is the disk full?") from error
                 count += 1
         finally:
             writer.close()
@@ -209,7 +213,10 @@ def write_npy(frames: Frames, path: Path, *_: Any) -> int:
     """Write one NumPy array "t h w 3" with the frames' own values; see `write`."""
     array = np.stack(list(_first(frames)[1]))
     with _whole_file(path) as partial, partial.open("wb") as file:
-        np.save(file, array)
+        try:
+            np.save(file, array)
+        except OSError as error:  # NumPy says which element it was, not why
+            raise OSError(error.errno, f"{path} could not be written whole; is the disk full?") from error
     return len(array)
 
 

@@ -1,0 +1,401 @@
+"""The command line as a person and as a script use it: files, exit codes, one clear line for each mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tests.pipelines.test_provenance import lora
+from tests.video.test_result import read
+from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
+from wan22.cli.app import app
+from wan22.cli.running import _lora, name_of
+from wan22.pipelines.preview import Previewer
+
+QUICK = ["--steps", "2", "--frames", "5"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    """Run a command; return what it wrote to stdout, and to stderr as one line without frames."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout, " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+def picture(path, size=(64, 64)):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size).save(path)
+    return path
+
+
+# ---- making videos ----
+
+
+def test_a_prompt(here):
+    out, err = run("t2v", "A red circle, moving!", "--seed", 4, *QUICK)
+    assert out == "a-red-circle-moving.mp4\n"
+    assert "no --model given: this is tiny-t2v" in err and "seed 4" in err
+    assert len(read(here / "a-red-circle-moving.mp4")[1]) == 5
+    recipe = read_recipe(here / "a-red-circle-moving.mp4")
+    assert recipe.prompts == ("A red circle, moving!",) and recipe.seeds == (4,)
+    out, _ = run("t2v", "A red circle, moving!", *QUICK, "-q")
+    assert out == "a-red-circle-moving-2.mp4\n", "nothing is replaced unless it is said"
+
+
+def test_every_option_reaches_the_call(here):
+    file = lora(WanT2VPipeline.from_pretrained(tiny_checkpoint()), here / "lora.safetensors")
+    options = {
+        "--negative-prompt": "blue",
+        "--height": 32,
+        "--width": 48,
+        "--num-videos": 2,
+        "--guidance-scale": 2.5,
+        "--guidance-scale-2": 1.5,
+        "--flow-shift": 6,
+        "--max-sequence-length": 9,
+        "--noise-device": "cpu",
+        "--dtype": "bf16",
+        "--lora": f"{file}=0.5",
+        "--preview": "now.png",
+        "--preview-every": 1,
+        "--output": "out.webp",
+        "--quality": 50,
+        "--seed": 3,
+    }
+    flat = [str(part) for pair in options.items() for part in pair]
+    out, _ = run("t2v", "a", *QUICK, *flat, "--tiling", "--accelerate", "--contact-sheet", "--json", "-q")
+    result = json.loads(out)
+    assert result["files"] == ["out-1.webp", "out-2.webp", "out-sheet.png"]
+    recipe = read_recipe("out-2.webp")
+    assert (recipe.height, recipe.width, recipe.num_frames, recipe.num_inference_steps) == (32, 48, 5, 2)
+    assert (recipe.guidance_scale, recipe.guidance_scale_2, recipe.flow_shift) == (2.5, 1.5, 6.0)
+    assert recipe.negative_prompts == ("blue",) and recipe.seeds == (4,)
+    assert recipe.max_sequence_length == 9 and recipe.noise_device == "cpu"
+    assert recipe.dtypes["transformer"] == "bfloat16" and recipe.dtypes["vae"] == "float32"
+    assert recipe.loras[0].strengths == {"transformer": 0.5, "transformer_2": 0.5}
+    assert recipe.changes["tiled"] and recipe.changes["accelerated"]
+    assert Image.open("now.png").size[0] >= 256 and Image.open("out-sheet.png").size[0] > 256
+    assert result["recipe"]["seeds"] == [3, 4] and not result["stopped"]
+    run("t2v", "a", "--sigmas", "1,0.5", "--frames", 5, "-o", "b.mp4", "-q")
+    assert read_recipe("b.mp4").sigmas == (1.0, 0.5)
+
+
+def test_an_image(here):
+    picture("a.png", (96, 64))
+    run("i2v", "a.png", "it moves", "--max-area", 64 * 64, *QUICK, "-o", "a.mp4", "--fit", "pad", "-q")
+    recipe = read_recipe("a.mp4")
+    assert recipe.images == ("a.png",) and recipe.fit == "pad"
+    assert (recipe.width, recipe.height) == (64, 48)
+    run("i2v", "a.png", "b", "--last-image", "a.png", "--model", "tiny-i2v", *QUICK, "-o", "b.mp4", "-q")
+    assert read_recipe("b.mp4").last_images == ("a.png",)
+
+
+def test_models_of_every_kind(here):
+    folder = tiny_checkpoint()
+    run("t2v", "a", "--model", folder, *QUICK, "-o", "a.mp4", "-q", "--seed", 1)
+    run("t2v", "a", "--model", "Tiny-T2V", *QUICK, "-o", "b.mp4", "-q", "--seed", 1)
+    assert (here / "a.mp4").read_bytes() == (here / "b.mp4").read_bytes()
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    _, err = run("t2v", "a", "--model", file, code=1)
+    assert "is one file; --vae, --text-encoder, --tokenizer must be given, too" in err
+    _, err = run("t2v", "a", "--model", folder, "--low", file, code=1)
+    assert "--low goes with a --model that is a file" in err
+
+
+def test_made_again(here):
+    run("t2v", "a", *QUICK, "--seed", 7, "-o", "a.mp4", "-q", "--dtype", "bf16")
+    out, _ = run("reproduce", "a.mp4", "-q")
+    assert out == "a-again.mp4\n"
+    assert np.array_equal(read("a.mp4")[1], read("a-again.mp4")[1])
+    _, err = run("reproduce", "a.mp4", "--model", "tiny-ti2v", "-q", code=1)
+    assert "is another file" in err
+
+
+def test_json_is_all_that_scripts_read(here):
+    command = [sys.executable, "-m", "wan22.cli", "t2v", "a", *QUICK, "--json", "-o", "a.mp4"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == ["a.mp4"]
+    out, err = run("t2v", "a", "--json", "-o", "a.mp4", code=1)
+    assert json.loads(out) == {"error": "a.mp4 exists; overwrite=True replaces it"}
+    assert "error: a.mp4 exists" in err
+
+
+# ---- Ctrl-C ----
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Sends Ctrl-C from the preview after a step, as often as asked."""
+    times = []
+    step = Previewer.step
+
+    def pressed(self, i, *rest):
+        step(self, i, *rest)
+        for _ in range(times[0] if i == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Previewer, "step", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    yield times
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_ends_with_the_step_and_keeps_what_there_is(interrupted, here):
+    interrupted.append(1)
+    slow = ["--steps", 4, "--frames", 5, "--preview", "p.png", "--preview-every", 1]
+    out, err = run("t2v", "a", *slow, "-o", "a.mp4", code=130)
+    assert out == "a.mp4\n" and "stopped after step 1 of 4" in err
+    assert len(read(here / "a.mp4")[1]) == 5
+    assert read_recipe("a.mp4").steps_done == 1
+
+
+def test_a_second_ctrl_c_ends_at_once(interrupted, here):
+    interrupted.append(2)
+    slow = ["--steps", 4, "--frames", 5, "--preview", "p.png", "--preview-every", 1]
+    _, err = run("t2v", "a", *slow, "-o", "a.mp4", code=130)
+    assert "error: interrupted" in err
+    assert not (here / "a.mp4").exists()
+
+
+# ---- many ----
+
+
+def items(here, *lines):
+    (here / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return here / "list.jsonl"
+
+
+def records(here):
+    return [json.loads(line) for line in (here / "out" / "results.jsonl").read_text().splitlines()]
+
+
+SHORT = {"num_inference_steps": 2, "num_frames": 5}
+
+
+def test_a_batch(here):
+    file = items(
+        here,
+        {"prompt": "a red circle", "seed": 1, **SHORT},
+        {"prompt": "bad", "height": 50, "width": 64, **SHORT},
+        {"prompt": "three", "name": "drei 🐈", **SHORT},
+        {"prompt": "a red circle", "seed": 1, **SHORT},
+    )
+    out, err = run("batch", file, "-o", "out", "--json", code=1)
+    assert json.loads(out) == {"done": 3, "failed": 1, "results": "out/results.jsonl"}
+    assert "failed: height=50" in err and "4 items, 0 of them done already" in err
+    assert sorted(p.name for p in (here / "out").iterdir()) == [
+        "a-red-circle-2.mp4",
+        "a-red-circle.mp4",
+        "drei 🐈.mp4",
+        "results.jsonl",
+    ]
+    assert [r["status"] for r in records(here)] == ["done", "failed", "done", "done"]
+    assert "height=50" in records(here)[1]["error"]
+    times = {p: p.stat().st_mtime_ns for p in (here / "out").glob("*.mp4")}
+    _, err = run("batch", file, "-o", "out", code=1)
+    assert "4 items, 3 of them done already" in err, "only what failed is tried again"
+    assert times == {p: p.stat().st_mtime_ns for p in (here / "out").glob("*.mp4")}
+    (here / "out" / "a-red-circle.mp4").unlink()
+    file = items(here, {"prompt": "a red circle", "seed": 1, **SHORT})
+    out, _ = run("batch", file, "-o", "out")
+    assert out == "1 done, 0 failed: out\n"
+    assert (here / "out" / "a-red-circle.mp4").exists(), "a video that is gone is made again"
+    assert read_recipe(here / "out" / "a-red-circle.mp4").seeds == (1,)
+    with (here / "out" / "results.jsonl").open("a") as file_of_records:
+        file_of_records.write('{"key": "cut of')  # a run that was killed
+    run("batch", file, "-o", "out")
+
+
+def test_a_batch_of_plain_prompts(here):
+    (here / "list.txt").write_text("\ufeffred\n\nblue – 蓝\n", encoding="utf-8")
+    run("batch", "list.txt", "-o", "out", "--ending", ".gif", "-q")
+    assert [r["item"]["prompt"] for r in records(here)] == ["red", "blue – 蓝"]
+    assert len(list((here / "out").glob("*.gif"))) == 2
+
+
+def test_a_batch_with_images(here):
+    (here / "lists").mkdir()
+    picture(here / "lists" / "a.png")
+    (here / "lists" / "list.jsonl").write_text(json.dumps({"prompt": "it moves", "image": "a.png", **SHORT}))
+    run("batch", "lists/list.jsonl", "-o", "out", "-q")
+    assert read_recipe(next((here / "out").glob("*.mp4"))).images == ("lists/a.png",)
+
+
+def test_a_batch_goes_on_after_ctrl_c(here, monkeypatch):
+    file = items(here, {"prompt": "one", **SHORT}, {"prompt": "two", **SHORT})
+    with monkeypatch.context() as patch:
+        patch.setattr(WanT2VPipeline, "expect", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        _, err = run("batch", file, "-o", "out", code=130)
+    assert "the same command goes on from here" in err
+    assert [r["status"] for r in records(here)] == ["stopped"]
+    out, _ = run("batch", file, "-o", "out", "-q")
+    assert out.startswith("2 done, 0 failed")
+    assert [r["status"] for r in records(here)] == ["stopped", "done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", 'line 2: an item is {"prompt"'),
+        ('{"prompt": 5}', 'line 2: an item is {"prompt"'),
+        ('{"prompt": "a", "stepz": 5}', "line 2: there is no argument 'stepz'"),
+        ('{"prompt": "a", "name": "../x"}', "line 2: name='../x' must be a file's name"),
+        ('{"prompt": "a", "name": "first"}', "line 2: the name 'first' is line 1's, too"),
+    ],
+)
+def test_lines_that_are_no_items(line, message, here):
+    (here / "list.jsonl").write_text('{"prompt": "a", "name": "first"}\n' + line)
+    _, err = run("batch", "list.jsonl", "-o", "out", code=1)
+    assert message in err
+    assert not (here / "out").exists()
+
+
+# ---- telling ----
+
+
+def test_the_recipe_of_a_video(here):
+    run("t2v", "a [bold] cat", *QUICK, "--seed", 5, "-o", "a.mp4", "-q")
+    out, _ = run("info", "a.mp4")
+    assert re.search(r"prompts\s+a \[bold\] cat", out) and re.search(r"seeds\s+5", out)
+    assert json.loads(run("info", "a.mp4", "--json")[0])["prompts"] == ["a [bold] cat"]
+
+
+def test_what_a_checkpoint_is(here):
+    found = json.loads(run("info", tiny_checkpoint(), "--json")[0])
+    assert (found["layout"], found["variant"], found["experts"]) == ("Diffusers", "tiny-t2v", 2)
+    assert found["loads with"].startswith("WanT2VPipeline.from_pretrained(")
+    assert set(found["models"]) == {"transformer", "transformer_2", "vae", "text_encoder"}
+    assert next(iter(found["models"]["transformer"]["dtypes"])) == "bfloat16"
+    file = tiny_checkpoint() / "vae" / "diffusion_pytorch_model.safetensors"
+    found = json.loads(run("info", file, "--json")[0])
+    assert found["models"]["vae"]["kind"] == "vae"
+    assert found["loads with"].startswith("AutoencoderKLWan.from_single_file(")
+    assert "tiny-t2v" in run("info", tiny_checkpoint())[0]
+    broken = load_file(file)
+    broken["mystery.weight"] = broken.pop("post_quant_conv.weight")
+    save_file(broken, here / "broken.safetensors")
+    _, err = run("info", "broken.safetensors", code=1)
+    assert "mystery.weight" in err
+
+
+def test_names(here):
+    assert json.loads(run("info", "Wan2.2-T2V-A14B", "--json")[0])["transformers"] == 2
+    out, _ = run("models")
+    assert "Wan-AI/Wan2.2-TI2V-5B-Diffusers" in out and "Apache-2.0" in out and "tiny-i2v" in out
+    assert {m["name"] for m in json.loads(run("models", "--json")[0])} >= {"Wan2.2-T2V-A14B", "tiny-t2v"}
+
+
+def test_converting(here):
+    heads = ["--attention-head-dim", 64]
+    out, _ = run("convert", tiny_checkpoint(), "out", "--to", "official", "--dry-run", *heads)
+    assert "GB, in" in out and not (here / "out").exists()
+    run("convert", tiny_checkpoint(), "out", "--to", "official", *heads)
+    assert (here / "out" / "high_noise_model").is_dir()
+    _, err = run("convert", tiny_checkpoint(), "out", "--to", "official", code=1)
+    assert "out" in err
+    _, err = run("convert", tiny_checkpoint(), "o", "--to", "disk", code=1)
+    assert "'disk'" in err
+
+
+def test_help_has_examples():
+    for command in ("t2v", "i2v", "batch", "reproduce", "convert", "info", "models"):
+        assert f"wan22 {command}" in run(command, "--help")[0].split("Usage", 1)[1].split("\n", 1)[1]
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version")[0])
+
+
+# ---- what a person mistypes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["t2v", "x", "--steps", "0"], "num_inference_steps=0 must be an int, at least 1"),
+        (
+            ["t2v", "x", "--frames", "80"],
+            "num_frames=80 must be an int, 1 + a multiple of 4",
+        ),
+        (["t2v", "x", "--height", "50"], "height=50 must be an int, a positive multiple of 16"),
+        (
+            ["t2v", "x", "--model", "tiny-ti2v", "--height", "720", "--width", "1280"],
+            "height=720 must be an int, a positive multiple of 32; the nearest are 704 and 736",
+        ),
+        (["t2v", "x", "--model", "Wan2.2-T2V-14B"], "say Wan2.2-T2V-A14B, or see `wan22 models`"),
+        (["t2v", "x", "--model", "/gone/away"], "there is no file or folder /gone/away"),
+        (["t2v", "x", "--model", "tiny-i2v"], "use WanI2VPipeline"),
+        (["t2v", "x", "-o", "x.mov"], "must end in .mp4, .gif"),
+        (["t2v", "x", "--quality", "500"], "quality=500 must be an int from 1 to 100"),
+        (["t2v", "x", "--sigmas", "1;2"], "--sigmas 1;2 must be numbers with commas between"),
+        (["t2v", "x", "--quantize", "q4"], "q4"),
+        (["t2v", "x", "--lora", "gone.safetensors"], "no file gone.safetensors"),
+        (["t2v", "x", "--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["t2v", "x", "--preview", "x.bmp"], "x.bmp must end in .png, .gif, .webp"),
+        (["t2v", "x", "--preview-every", "2"], "--preview-every needs --preview FILE"),
+        (["t2v", "x", "--recipe", "fast"], "'fast' must be one of 'lightning-4'"),
+        (["t2v", "x", "--attention", "flash9"], "flash9"),
+        (["i2v", "gone.png", "x"], "there is no file gone.png"),
+        (["i2v", "text.png", "x"], "text.png"),
+        (["info", "gone.mp4"], "there is no file or folder gone.mp4"),
+        (["info", "text.png"], "carries no recipe of wan22"),
+        (["reproduce", "gone.mp4"], "there is no file gone.mp4"),
+        (["batch", "gone.jsonl", "-o", "out"], "there is no file gone.jsonl"),
+        (["batch", "text.png", "-o", "out"], "line 1: not JSON"),
+    ],
+)
+def test_one_clear_line(arguments, message, here):
+    (here / "text.png").write_text("no picture")
+    _, err = run(*arguments, code=1)
+    line = err[err.index("error: ") :]
+    assert message in line
+    assert "Traceback" not in err
+    assert sorted(p.name for p in here.iterdir()) == ["text.png"], "nothing is left half done"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
+@pytest.mark.parametrize("ending", ["mp4", "gif", "npy"])
+def test_no_room_on_the_disk(ending, here):
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        "from wan22.cli import main; main(sys.argv[1:])"
+    )
+    command = ["t2v", "a", "--steps", "1", "--frames", "17", "-o", f"a.{ending}", "-q"]
+    done = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "disk full" in line or "File too large" in line
+    assert "Traceback" not in done.stderr and not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["t2v"], ["t2v", "x", "--steps", "a"], ["t2v", "x", "--nope"], ["nope"]]
+)
+def test_usage_errors(arguments):
+    _, err = run(*arguments, code=2)
+    assert "Usage: " in err
+
+
+def test_small_things(here):
+    assert _lora("a=b.safetensors=0.5") == ("a=b.safetensors", 0.5)
+    assert _lora("a.safetensors") == ("a.safetensors", 1.0)
+    (here / "odd=2").touch()
+    assert _lora("odd=2") == ("odd=2", 1.0)
+    assert name_of("!!!").name == "video.mp4"
+    assert len(name_of("x" * 500).name) <= 64
+    assert name_of("两只猫 🐈 box").name == "两只猫-box.mp4"
