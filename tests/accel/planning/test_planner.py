@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.accel.offload.recording import RecordingDevice
 from tests.builders import SMALL, latents_of, random_components, random_i2v_pipeline, random_pipeline
 from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
-from wan22.accel.offload.devices import RecordingDevice
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.planning.costs import forward_flops
 from wan22.accel.planning.machine import CONTEXT, parse_bytes
