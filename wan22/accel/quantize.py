@@ -54,19 +54,37 @@ def quantize(model: Any, method: Any, block: int | None = None) -> Any:
             LoRAs, or is offloaded piece by piece.
         ImportError: torchao is not installed, and the configuration is its own.
     """
+    layers = check(model, method, block)
     inner = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
-    layers = _layers_to_quantize(inner)
     if isinstance(method, str):
-        _check_method(method, block, layers)
         for name in list(layers):
             # Taken out of the table, so that no two weights are there twice.
             _put(inner, name, _quantized(layers.pop(name), method, block))
-    elif block is not None:
-        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     else:
         _quantize_by_torchao(inner, method, set(layers))
     _maybe_remove_and_reapply_group_offloading(inner)  # so that the new layers are offloaded, too
     return model
+
+
+def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Linear]:
+    """Refuse what `quantize` refuses, and change nothing.
+
+    Args:
+        model: see `quantize`.
+        method: see `quantize`.
+        block: see `quantize`.
+
+    Returns: the layers that would be quantised, by name.
+
+    Raises:
+        ValueError: see `quantize`.
+    """
+    layers = _layers_to_quantize(getattr(model, "_orig_mod", model))
+    if isinstance(method, str):
+        _check_method(method, block, layers)
+    elif block is not None:
+        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
+    return layers
 
 
 def dequantize(model: Any) -> Any:
