@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.accel.offload.recording import RecordingDevice
-from tests.accel.planning.test_planner import SIZE, own_pipeline, plan_in
+from tests.accel.planning.test_planner import SIZE, SLOTS, own_pipeline, plan_in
 from tests.builders import latents_of, random_i2v_pipeline, random_pipeline
 from tests.golden_data import relative_error
 from tests.pipelines.test_acceleration import out_of_memory_below
@@ -128,10 +128,15 @@ def test_to_while_a_plan_moves_the_models(fitted):
     assert fitted.to("cpu") is fitted
 
 
-def test_quantised_weights_take_the_place_of_the_others(fitted):
-    latents_of(fitted)
-    old = [weakref.ref(block.ffn.net[2].weight) for block in fitted.transformer.blocks]
-    fitted.quantize("int8")
+@pytest.mark.parametrize("home", ["mapped", "pinned"])
+def test_quantised_weights_take_the_place_of_the_others(home):
+    pipe = own_pipeline()
+    plan = plan_in(pipe, 1e9)
+    placements = plan.placements | dict.fromkeys(SLOTS, Placement("visiting", home=home))
+    pipe.apply(replace(plan, placements=placements), RecordingDevice())
+    latents_of(pipe)
+    old = [weakref.ref(block.ffn.net[2].weight) for block in pipe.transformer.blocks]
+    pipe.quantize("int8")
     gc.collect()
     assert [weight() for weight in old] == [None] * len(old)
 

@@ -400,7 +400,8 @@ def test_weights_that_were_replaced_are_let_go(placement):
     residence.settle()
     old = [weakref.ref(block.ffn.net[2].weight) for block in pipe.transformer.blocks]
     quantize(pipe.transformer, "int8")
-    residence.settle()
+    if placement.home == "pinned":  # others are let go at once
+        residence.settle()
     gc.collect()
     assert [weight() for weight in old] == [None] * len(old)
     video(pipe)

@@ -165,6 +165,14 @@ def test_quantised_transformers_are_planned_and_made():
     assert plan_in(pipe, 1e9, quantize="int8").device_peak == plan.device_peak
 
 
+def test_quantised_weights_are_in_no_file():
+    """So the host's memory holds them; 1.4 billion parameters."""
+    options = {"height": 480, "width": 832, "vram": "24GB", "ram": "64GB"}
+    plain, quantised = (accel.plan(presets.T2V_1_3B, quantize=q, **options) for q in (None, "int8"))
+    assert 1.4e9 < quantised.host - plain.host < 1.6e9
+    assert plain.mapped - quantised.mapped > 2.8e9
+
+
 @pytest.mark.parametrize("room", [True, False])
 def test_the_expert_that_comes_next_is_fetched_if_there_is_room(room):
     pipe, here = own_pipeline(), []
@@ -281,6 +289,7 @@ def test_what_is_in_memory_and_in_no_file(tmp_path):
     pipe = load_pipeline(tmp_path)
     names = [name for name in MODELS if getattr(pipe, name) is not None]
     held, _ = _held(pipe, names)
+    assert held["vae"] < bytes_of(pipe.vae) / 10
     pipe.transformer.to(torch.float64)
     after, _ = _held(pipe, names)
     assert after["transformer"] == bytes_of(pipe.transformer) > held["transformer"]
