@@ -7,12 +7,12 @@ from itertools import combinations
 import pytest
 import torch
 
+from tests.accel.offload.recording import RecordingDevice
 from tests.builders import SMALL, random_i2v_pipeline, random_pipeline, random_ti2v_pipeline
 from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora, save
 from wan22 import accel
 from wan22.accel import cpu
-from wan22.accel.offload.devices import RecordingDevice
 from wan22.accel.offload.layout import Placement
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")

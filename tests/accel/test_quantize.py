@@ -18,7 +18,8 @@ from tests.builders import latents_of, random_components, random_pipeline, rando
 from tests.checkpoints.lora_writers import in_diffusers
 from tests.pipelines.test_lora import make_lora, save
 from wan22.accel import quantize as module
-from wan22.accel.quantize import DynamicFloat8Linear, bytes_of, dequantize, quantize, report
+from wan22.accel.offload.layout import bytes_of
+from wan22.accel.quantize import DynamicFloat8Linear, dequantize, quantize, report
 from wan22.checkpoints import quantized as stored
 from wan22.checkpoints.quantized import QuantizedLinear, ScaledNumbers
 

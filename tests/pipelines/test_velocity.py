@@ -59,6 +59,27 @@ def test_what_is_kept_changes_nothing_beyond_rounding(run, request):
     assert relative_error(kept, run()) <= 2e-6
 
 
+def test_videos_of_one_prompt_share_what_is_kept(monkeypatch):
+    """And are what they are alone; videos of other images do not share."""
+    made, prepare = [], Velocity._prepare
+    monkeypatch.setattr(Velocity, "_prepare", lambda *a: made.append(1) or prepare(*a))
+    together = latents_of(random_pipeline(), ["a", "b"], num_videos_per_prompt=2)
+    assert len(made) == 2 * (2 + 1)  # of each expert, two prompts and the negative one
+    assert torch.equal(together[3:], latents_of(random_pipeline(), "b", seed=10))
+    made.clear()
+    torch.manual_seed(0)
+    images = [torch.rand(3, 32, 32) for _ in range(2)]
+    arguments = {**SMALL, "seed": 7, "output_type": "latent"}
+    del arguments["guidance_scale_2"]
+    pipe = random_i2v_pipeline(1)
+    together = pipe(images, "a", **arguments).frames
+    assert len(made) == 4
+    assert torch.equal(together[1:], pipe(images[1], "a", **arguments | {"seed": 8}).frames)
+    made.clear()
+    pipe(images[0], "a", **arguments, num_videos_per_prompt=2)
+    assert len(made) == 2
+
+
 def test_keeping_alone_changes_nothing(run, monkeypatch):
     kept = run()
     monkeypatch.setattr("wan22.pipelines.base.Velocity", forgets)

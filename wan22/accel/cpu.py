@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from ..models.layers import GELU
@@ -30,7 +31,8 @@ def accelerate(model: nn.Module) -> None:
     bfloat16 only the GELU in the feed-forward rounds once less: it moves by less than 2e-3, no more than
     bfloat16 is off anyway.
 
-    The weights of large convolutions are kept in oneDNN's own order as well, in as much memory again.
+    The weights of large convolutions are kept in oneDNN's own order as well, in as much memory again, if the
+    model runs on the CPU now.
 
     Args:
         model: its weights loaded; changed in place. Quantised layers stay as they are.
@@ -38,10 +40,11 @@ def accelerate(model: nn.Module) -> None:
     detach(model)
     if not torch.backends.mkldnn.is_available():
         return
+    on_cpu = get_module_execution_device(model).type == "cpu"
     for module, name, function in _replacements(model):
         # Past nn.Module's own attributes: these are no parameters, modules or buffers.
         vars(module)[name] = MethodType(function, module)
-        if isinstance(module, nn.Conv3d) and (packed := _pack(module)) is not None:
+        if on_cpu and isinstance(module, nn.Conv3d) and (packed := _pack(module)) is not None:
             vars(module)[_PACKED] = packed
 
 
@@ -51,6 +54,12 @@ def detach(model: nn.Module) -> None:
         if getattr(vars(module).get(name), "__func__", None) is function:
             del vars(module)[name]
             vars(module).pop(_PACKED, None)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights that `accelerate` keeps in oneDNN's order as well."""
+    packed = [vars(module)[_PACKED] for module in model.modules() if _PACKED in vars(module)]
+    return sum(weight.numel() * weight.element_size() for weight in packed)
 
 
 def _replacements(model: nn.Module) -> Iterable[tuple[nn.Module, str, Callable[..., torch.Tensor]]]:

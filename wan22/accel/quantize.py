@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checkpoints.adapters import adapters_of, has_adapters
 from ..checkpoints.quantized import QuantizedLinear, QuantizedTensor, ScaledNumbers
+from .offload.layout import blocks_of, bytes_of
 
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -54,19 +55,37 @@ def quantize(model: Any, method: Any, block: int | None = None) -> Any:
             LoRAs, or is offloaded piece by piece.
         ImportError: torchao is not installed, and the configuration is its own.
     """
+    layers = check(model, method, block)
     inner = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
-    layers = _layers_to_quantize(inner)
     if isinstance(method, str):
-        _check_method(method, block, layers)
         for name in list(layers):
             # Taken out of the table, so that no two weights are there twice.
             _put(inner, name, _quantized(layers.pop(name), method, block))
-    elif block is not None:
-        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     else:
         _quantize_by_torchao(inner, method, set(layers))
     _maybe_remove_and_reapply_group_offloading(inner)  # so that the new layers are offloaded, too
     return model
+
+
+def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Linear]:
+    """Refuse what `quantize` refuses, and change nothing.
+
+    Args:
+        model: see `quantize`.
+        method: see `quantize`.
+        block: see `quantize`.
+
+    Returns: the layers that would be quantised, by name.
+
+    Raises:
+        ValueError: see `quantize`.
+    """
+    layers = _layers_to_quantize(getattr(model, "_orig_mod", model))
+    if isinstance(method, str):
+        _check_method(method, block, layers)
+    elif block is not None:
+        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
+    return layers
 
 
 def dequantize(model: Any) -> Any:
@@ -203,28 +222,20 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 # ---- which layers ----
 
 
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a model's blocks.
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers of a model's blocks, by their names in the model.
 
     Raises:
-        ValueError: it is neither a Wan transformer nor umT5.
+        ValueError: it has no blocks.
     """
-    for name in ("blocks", "encoder.block"):
-        try:
-            blocks = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(blocks, nn.ModuleList):
-            return name, blocks
-    raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers of a model's blocks, by their names in the model."""
-    prefix, blocks = blocks_of(model)
-    for name, module in blocks.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear):
-            yield name, module
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
+    for path, block in model.named_modules():
+        if any(block is one for one in blocks):
+            for name, module in block.named_modules(prefix=path):
+                if isinstance(module, nn.Linear):
+                    yield name, module
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -370,17 +381,6 @@ def report(
     return found
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Return how many bytes a model's parameters and buffers take."""
-    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _bytes(tensor: Any) -> int:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-
-
 def _values(layer: nn.Linear) -> torch.Tensor:
     """Return a layer's weight in float32, whatever it is stored in."""
     if isinstance(layer, QuantizedLinear):
@@ -397,7 +397,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a model; return the outputs of its first block and of itself."""
     device, seen = get_module_execution_device(model), []
-    hook = blocks_of(model)[1][0].register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = blocks_of(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         out = model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()})[0]
     finally:

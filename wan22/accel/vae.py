@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
@@ -70,8 +71,9 @@ def accelerate(vae: AutoencoderKLWan) -> None:
             module.resample = nn.Sequential(nn.Identity(), SubpixelConv2d(plain))
         elif isinstance(module, CausalConv3d):
             module.skips_zeros = True
+    on_cpu = get_module_execution_device(vae).type == "cpu"
     for conv in _convolutions(vae):
-        if not _faster_contiguous(conv.weight):
+        if not (on_cpu and _faster_contiguous(conv.weight)):
             layout = torch.channels_last_3d if conv.weight.ndim == 5 else torch.channels_last
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
 
@@ -108,4 +110,4 @@ def _convolutions(vae: AutoencoderKLWan) -> Iterator[nn.Conv3d | nn.Conv2d]:
 
 def _faster_contiguous(weight: Tensor) -> bool:
     """Whether oneDNN convolves faster with channels outermost: wide layers in float32, by 5 to 25 %."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and max(weight.shape[:2]) >= 256
+    return weight.dtype == torch.float32 and max(weight.shape[:2]) >= 256

@@ -15,7 +15,8 @@ from ..accel.offload.devices import CudaDevice, Device
 from ..accel.offload.residence import Residence, free
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
-from ..accel.quantize import is_quantized, quantize
+from ..accel.quantize import check, is_quantized, quantize
+from ..checkpoints.adapters import adapters_of, has_adapters
 from ..models.transformer import WanAttention
 from .experts import Expert
 from .files import FilesPipeline
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # More save no memory: what the layers remember of earlier frames is then the larger part.
 MOST_STRIPS = 4
+# Of what a plan is made for, what each call has of its own.
+_OF_A_CALL = ("height", "width", "num_frames", "prompts", "videos")
 
 
 class AcceleratedPipeline(FilesPipeline):
@@ -37,6 +40,7 @@ class AcceleratedPipeline(FilesPipeline):
     _residence: Residence | None = None
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
+    _strips_before: int | None = None  # the plan
 
     @classmethod
     def from_pretrained(
@@ -59,7 +63,7 @@ class AcceleratedPipeline(FilesPipeline):
         Returns: the pipeline.
 
         Raises:
-            ValueError: nothing fits; said before anything is loaded.
+            ValueError: nothing fits, or there is no GPU; said before anything is loaded.
         """
         if memory is None:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -68,6 +72,14 @@ class AcceleratedPipeline(FilesPipeline):
             return pipe
         budget = {"vram": None if memory == "auto" else memory, "quantize": quantize}
         cls._check_fits(pretrained_model_name_or_path, budget, kwargs)
+        if memory != "auto":
+            try:
+                CudaDevice()
+            except ValueError as error:
+                raise ValueError(
+                    f"memory={memory!r} is a GPU's, and there is no CUDA device here; memory='auto' plans "
+                    "for the CPU"
+                ) from error
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.fit(**budget)
         return pipe
@@ -107,8 +119,10 @@ class AcceleratedPipeline(FilesPipeline):
         """Compute the same faster: results move by rounding, see `accel.vae` and `accel.cpu` for the bounds.
 
         The VAE works with channels innermost in memory; products and convolutions on the CPU are oneDNN's;
-        the attention kernel is the fastest exact one. Weights that are loaded later need it again.
+        the attention kernel is the fastest exact one. Weights that are loaded later need it again, and so do
+        models that run elsewhere later: on a GPU in place of the CPU.
         """
+        self.settle()
         vae_acceleration.accelerate(self.vae)
         for model in (self.vae, *self.transformers):
             cpu_acceleration.accelerate(model)
@@ -118,6 +132,7 @@ class AcceleratedPipeline(FilesPipeline):
 
     def decelerate(self) -> None:
         """Undo `accelerate`, to the bit."""
+        self.settle()
         vae_acceleration.detach(self.vae)
         for model in (self.vae, *self.transformers):
             cpu_acceleration.detach(model)
@@ -146,10 +161,13 @@ class AcceleratedPipeline(FilesPipeline):
             method: "fp8", "int8", "fp8_dynamic", or a configuration of torchao's; see
                 `wan22.accel.quantize.quantize`. What is quantised already stays as it is.
         """
+        models = [model for model in self.transformers if not is_quantized(model)]
+        for model in models:
+            check(model, method)
         self.settle()
-        for model in self.transformers:
-            if not is_quantized(model):
-                quantize(model, method)
+        for model in models:
+            quantize(model, method)
+        self.settle()  # lets go of the weights that were replaced
 
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""
@@ -179,6 +197,8 @@ class AcceleratedPipeline(FilesPipeline):
     ) -> MemoryPlan:
         """Find the fastest way to make videos in a budget, apply it, and do so anew for larger videos.
 
+        Where nothing fits, the plan that was applied before stays.
+
         Args:
             vram: memory of the device, such as "12GB"; default is what is free.
             ram: memory of the host; default is what is free.
@@ -191,10 +211,9 @@ class AcceleratedPipeline(FilesPipeline):
         """
         from ..accel.planning.planner import plan
 
-        self.release()
         found = plan(self, vram=vram, ram=ram, **options)
         self.apply(found)
-        fixed = {n: v for n, v in options.items() if n not in ("height", "width", "num_frames")}
+        fixed = {name: value for name, value in options.items() if name not in _OF_A_CALL}
         self._budget = {"vram": vram, "ram": ram, **fixed}
         return found
 
@@ -206,31 +225,62 @@ class AcceleratedPipeline(FilesPipeline):
             device: where the models run; default is the plan's.
 
         Raises:
-            ValueError: the models are offloaded by somebody else.
+            ValueError: the plan is for another pipeline, it is for a device that is not here, or the models
+                are offloaded by somebody else. Nothing is changed but that no plan is applied any more.
         """
-        self.release()
-        if plan.quantize is not None:
-            self.quantize(plan.quantize)
-        if plan.strips is None:
-            self.vae.disable_strips()
-        else:
-            self.vae.enable_strips(plan.strips)
+        models = {name: getattr(self, name) for name in MODELS if getattr(self, name, None) is not None}
+        if missing := [name for name in models if name not in plan.placements]:
+            raise ValueError(
+                f"the plan for {plan.name} does not say where to keep {missing[0]}; make one for this "
+                "pipeline: wan22.accel.plan(pipe)"
+            )
+        if plan.strips is not None and self.vae.use_tiling:
+            raise ValueError(
+                f"the plan decodes in {plan.strips} strips, and tiling is enabled; call "
+                "pipe.vae.disable_tiling() first"
+            )
         if device is None and plan.machine.has_device:
             device = CudaDevice(plan.machine.device)
+        self.release()
+        residence = None
         if device is not None:
-            names = [name for name in MODELS if getattr(self, name, None) is not None]
-            placed = {name: (getattr(self, name), plan.placements[name]) for name in names}
-            self._residence = Residence(placed, device)
-            self._residence.attach()
-        self._memory_plan, self._budget = plan, None
+            placed = {name: (model, plan.placements[name]) for name, model in models.items()}
+            residence = Residence(placed, device)
+        if plan.quantize is not None:
+            self.quantize(plan.quantize)
+        self._strips_before = self.vae.num_strips if self.vae.use_strips else None
+        self._decode_in(plan.strips)
+        if residence is not None:
+            residence.attach()
+        self._residence, self._memory_plan, self._budget = residence, plan, None
 
     def release(self) -> None:
         """Let go of a plan: all models are on the CPU, as they were before `apply`, to the bit."""
         if self._residence is not None:
             self._residence.detach()
-        if self._memory_plan is not None and self._memory_plan.strips is not None:
-            self.vae.disable_strips()
+        if self._memory_plan is not None:
+            self._decode_in(self._strips_before)
         self._residence, self._memory_plan, self._budget = None, None, None
+
+    def _decode_in(self, strips: int | None) -> None:
+        """Let videos be decoded in strips; None: in whole frames."""
+        if strips is None:
+            self.vae.disable_strips()
+        else:
+            self.vae.enable_strips(strips)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast all models, as DiffusionPipeline.to does.
+
+        Raises:
+            ValueError: a device is given, and a plan moves the models.
+        """
+        devices = [a for a in (*args, kwargs.get("device")) if not isinstance(a, torch.dtype | None)]
+        if self._in_residence:
+            if devices:
+                raise ValueError(f"to({devices[0]!r}): the plan moves the models; call pipe.release() first")
+            self.settle()
+        return super().to(*args, **kwargs)
 
     def settle(self) -> None:
         """Let all models go home before their weights are changed."""
@@ -241,14 +291,26 @@ class AcceleratedPipeline(FilesPipeline):
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
         self.release()
         self.uncompile()
+        self.decelerate()
+        for model in self.transformers:
+            if has_adapters(model):
+                adapters_of(model).remove(list(adapters_of(model).strengths))
         free(module for module in self.components.values() if isinstance(module, torch.nn.Module))
 
     def maybe_free_model_hooks(self) -> None:
         """Leave the device as it is to be between calls."""
-        if self._residence is not None:
+        super().maybe_free_model_hooks()  # resets step caches, too
+        if self._residence is not None and self._in_residence:
             self._residence.leave_all()
-        else:
-            super().maybe_free_model_hooks()
+
+    @property
+    def _in_residence(self) -> bool:
+        """Whether a plan moves the models; diffusers may have taken its hooks away."""
+        return self._residence is not None and self._residence.attached
+
+    def at_home(self, name: str) -> list[torch.Tensor]:
+        """Return the weights of a model where a plan keeps them on the host; none where it does not."""
+        return [] if self._residence is None else self._residence.homes(name)
 
     # ---- what a call asks ----
 
@@ -257,16 +319,32 @@ class AcceleratedPipeline(FilesPipeline):
         """Whether there is room for the prompts' keys and values from step to step."""
         return self._memory_plan is None or self._memory_plan.keep
 
-    def make_room(self, height: int, width: int, num_frames: int) -> None:
-        """Plan anew for a larger video than was planned for; without a budget, say that it may not fit."""
+    def make_room(self, height: int, width: int, num_frames: int, prompts: int = 1, videos: int = 1) -> None:
+        """Plan anew for more than was planned for; without a budget, say that it may not fit.
+
+        Args:
+            height: pixels. Larger frames take more to decode, however few they are.
+            width: likewise.
+            num_frames: of each video.
+            prompts: whose keys and values are kept.
+            videos: to be made at once.
+
+        Raises:
+            ValueError: it does not fit into the budget; the plan that there was stays.
+        """
         plan = self._memory_plan
-        if plan is None or height * width * num_frames <= plan.pixels:
+        if plan is None or (self._residence is not None and not self._in_residence):
+            return
+        columns, rows, _ = plan.size
+        larger = height * width * num_frames > plan.pixels or height * width > columns * rows
+        if not larger and prompts <= plan.prompts and videos <= plan.videos:
             return
         size = {"height": height, "width": width, "num_frames": num_frames}
         if self._budget is not None:
-            self.fit(**self._budget, **size)
+            self.fit(**self._budget, **size, prompts=prompts, videos=videos)
         else:
-            logger.warning("the plan is for %dx%d, %d frames; this video takes more memory", *plan.size)
+            message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
+            logger.warning(message, *plan.size, plan.videos)
 
     def expect(self, expert: Expert | None) -> None:
         """Start to bring the expert of the next step to the device, if the plan has room for both."""

@@ -18,7 +18,7 @@ from PIL import Image
 from ..checkpoints.loading import align_weights
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
-from ..presets import Preset, closest_preset, find_preset
+from ..presets import TEXT_ROWS, Preset, closest_preset, find_preset
 from ..video.progress import progress_bar
 from ..video.recipe import Recipe
 from ..video.result import WanStream, WanVideo, to_uint8
@@ -31,7 +31,7 @@ from .lora import LoraPipeline
 from .plan import make_plan
 from .preview import Previewer
 from .request import Plan, Prompt, Request
-from .text import TEXT_ROWS, encode_prompt, pad_rows
+from .text import encode_prompt, pad_rows
 from .velocity import Embeds, Velocity
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,9 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         plan = make_plan(self, request)
         previewer = self._previewer(plan)
         logger.info("%s", plan.recipe)
-        self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames)
+        videos = len(plan.generators)
+        prompts = videos // request.num_videos_per_prompt
+        self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames, prompts, videos)
         with self.running():
             embeds, negative_embeds = self.encode_plan(plan)
             condition = self.make_condition(plan)

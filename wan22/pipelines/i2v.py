@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading import align_weights
+from ..presets import TEXT_ROWS
 from ..video.result import WanStream, WanVideo
 from . import checks
 from .base import WanPipeline
@@ -25,7 +26,6 @@ from .images import (
     one_per_video,
 )
 from .request import Generators, ImageRequest, Plan, Prompt
-from .text import TEXT_ROWS
 
 
 class WanI2VPipeline(WanPipeline):

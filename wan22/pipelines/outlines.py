@@ -21,6 +21,7 @@ _CLASSES = {
     "transformer_2": WanTransformer3DModel,
     "vae": AutoencoderKLWan,
 }
+_ENCODERS = ("text_encoder", "image_encoder")
 
 
 def outline(pipeline: Any, source: Any, options: dict[str, Any]) -> Any:
@@ -40,8 +41,10 @@ def outline(pipeline: Any, source: Any, options: dict[str, Any]) -> Any:
         found = {} if preset is None else released_models(preset)
     else:
         found = _models_of(_configs(str(source), hub), options)
-    given = {name: options[name] for name in (*_CLASSES, "text_encoder") if name in options}
+    given = {name: options[name] for name in (*_CLASSES, *_ENCODERS) if name in options}
     models = found | given
+    if "image_encoder" not in pipeline._optional_components:  # a checkpoint for images, and text alone
+        models.pop("image_encoder", None)
     if models.get("vae") is None or models.get("transformer") is None:
         return None
     two = models.get("transformer_2") is not None
@@ -65,7 +68,7 @@ def _models_of(folder: Path, options: dict[str, Any]) -> dict[str, nn.Module]:
     """Return the models that a folder in the Diffusers layout has configurations of, on the meta device."""
     dtypes = options.get("dtype") or options.get("torch_dtype")
     models: dict[str, nn.Module] = {}
-    for name in (*_CLASSES, "text_encoder"):
+    for name in (*_CLASSES, *_ENCODERS):
         path = folder / name / "config.json"
         if not path.is_file():
             continue
@@ -80,6 +83,8 @@ def _model_of(name: str, config: dict[str, Any]) -> Any:
     with empty_weights():
         if name in _CLASSES:
             return _CLASSES[name].from_config(config)
-        from transformers import UMT5Config, UMT5EncoderModel
+        from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+        if name == "image_encoder":
+            return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
         return UMT5EncoderModel(UMT5Config.from_dict(config))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..presets import FEW_STEPS
+from ..models.sizes import check_num_frames, check_size
+from ..presets import FEW_STEPS, TEXT_ROWS
 from ..schedulers import FlowMatchEulerScheduler
 from ..video.recipe import Recipe
 from ..video.result import OUTPUT_TYPES
@@ -16,7 +17,6 @@ from . import checks
 from .experts import Experts
 from .request import Plan, Request
 from .schedule import scheduler_shift, set_schedule
-from .text import TEXT_ROWS
 
 if TYPE_CHECKING:
     from .base import WanPipeline
@@ -136,9 +136,9 @@ def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
         height = default_height if height is None else height
         width = default_width if width is None else width
     num_frames = pipe.preset.num_frames if request.num_frames is None else checks.as_int(request.num_frames)
-    checks.check_size("height", height, pipe.vae.spatial_stride * patch[1])
-    checks.check_size("width", width, pipe.vae.spatial_stride * patch[2])
-    checks.check_num_frames(num_frames, pipe.vae.temporal_stride)
+    check_size("height", height, pipe.vae.spatial_stride * patch[1])
+    check_size("width", width, pipe.vae.spatial_stride * patch[2])
+    check_num_frames(num_frames, pipe.vae.temporal_stride)
     return height, width, num_frames
 
 

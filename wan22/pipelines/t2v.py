@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from ..presets import TEXT_ROWS
 from ..video.result import WanStream, WanVideo
 from .base import WanPipeline
 from .conditions import TextCondition
 from .request import Generators, Plan, Prompt, Request
-from .text import TEXT_ROWS
 
 
 class WanT2VPipeline(WanPipeline):

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import get_module_execution_device
 
-logger = logging.getLogger(__name__)
+from ..presets import TEXT_ROWS
 
-# Rows that the transformer attends to. It is trained on exactly this many, zero past the prompt: fewer rows
-# or masked ones change the result (relative errors of 5e-2 and 0.47).
-TEXT_ROWS = 512
+logger = logging.getLogger(__name__)
 
 
 def clean_prompt(text: str) -> str:

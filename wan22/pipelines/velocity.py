@@ -4,6 +4,7 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,28 @@ from .experts import Expert
 Embeds = dict[str, torch.Tensor | None]
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What is known of one video's prompt.
+
+    Args:
+        embeds: of all videos, "b 512 d", that it was taken from.
+        row: of this one, "1 512 d".
+        image: the image encoder's rows that the transformer gets as well.
+        arguments: the transformer's about it.
+    """
+
+    embeds: torch.Tensor
+    row: torch.Tensor
+    image: torch.Tensor | None
+    arguments: dict[str, Any]
+
+
 class Velocity:
     """Predicts velocities in one run, computing once what the run's calls have in common.
 
-    Of one transformer at a time, it keeps each prompt's keys and values in the cross-attentions, the rotary
-    tables and the step's modulation. Once weights may have changed, `forget` them.
+    Of one transformer at a time, it keeps each prompt's keys and values in the cross-attentions, once for all
+    videos of it, the rotary tables and the step's modulation. Once weights may have changed, `forget` them.
 
     Args:
         keep: whether to keep anything; the result is the same.
@@ -31,7 +49,7 @@ class Velocity:
         self.keep, self.merge = keep, merge
         self._expert: Expert | None = None
         self._shared = TransformerCache()
-        self._prompts: dict[tuple[str, int], tuple[torch.Tensor, dict[str, Any]]] = {}
+        self._prompts: dict[tuple[str, int], _Prompt] = {}
 
     def forget(self) -> None:
         """Drop what is kept: weights, or what they are multiplied by, may have changed."""
@@ -77,12 +95,15 @@ class Velocity:
         step: dict[str, Any],
         video: int,
     ) -> torch.Tensor:
-        known, text = self._prompts.get((name, video), (None, {}))
-        if known is not embeds:
-            text = self._prepare(expert, embeds[video : video + 1])
-            self._prompts[name, video] = embeds, text
+        prompt = self._prompts.get((name, video))
+        if prompt is None or prompt.embeds is not embeds:
+            image, row = inputs.get("encoder_hidden_states_image"), embeds[video : video + 1]
+            twins = (p for (n, _), p in self._prompts.items() if n == name and p.embeds is embeds)
+            twin = next((p for p in twins if _equal(p.row, row) and _equal(p.image, image)), None)
+            arguments = self._prepare(expert, row) if twin is None else twin.arguments
+            prompt = self._prompts[name, video] = _Prompt(embeds, row, image, arguments)
         with expert.model.cache_context(name + (f"-{video}" if video else ""), **step):
-            return expert.model(return_dict=False, **text, **inputs)[0].float()
+            return expert.model(return_dict=False, **prompt.arguments, **inputs)[0].float()
 
     def _prepare(self, expert: Expert, embeds: torch.Tensor) -> dict[str, Any]:
         """Return the transformer's arguments about one prompt "1 512 d"."""
@@ -95,6 +116,10 @@ class Velocity:
         if self.keep and not isinstance(expert.model, OptimizedModule):
             arguments["cache"] = PromptCache(self._shared)
         return arguments
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def merge_zero_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from transformers import UMT5EncoderModel
 
+from tests.accel.offload.recording import RecordingDevice
 from tests.builders import SMALL, random_i2v_pipeline, random_pipeline, random_ti2v_pipeline
 from wan22 import WanTransformer3DModel
-from wan22.accel.offload.devices import CudaDevice, RecordingDevice
+from wan22.accel.offload.devices import CudaDevice
 from wan22.accel.offload.layout import Placement
 from wan22.accel.offload.residence import Residence
 

@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
+from tests.accel.offload.recording import RecordingDevice
 from tests.accel.offload.residences import DEVICES, make_device
-from wan22.accel.offload.devices import CudaDevice, RecordingDevice
+from wan22.accel.offload.devices import CudaDevice
 
 
 @pytest.mark.parametrize("kind", DEVICES)

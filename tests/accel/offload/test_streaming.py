@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.accel.offload.recording import RecordingDevice
 from tests.accel.offload.residences import (
     CHUNK,
     DEVICES,
@@ -30,7 +31,6 @@ from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
 from wan22.accel.offload import streaming
-from wan22.accel.offload.devices import RecordingDevice
 from wan22.accel.offload.layout import Group, Placement, device_bytes
 from wan22.accel.offload.residence import Residence
 from wan22.checkpoints.keys import TRANSFORMER

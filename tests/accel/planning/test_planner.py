@@ -10,13 +10,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.builders import SMALL, latents_of, random_components, random_i2v_pipeline, random_pipeline
+from tests.accel.offload.recording import RecordingDevice
+from tests.builders import (
+    SMALL,
+    latents_of,
+    load_pipeline,
+    random_components,
+    random_i2v_pipeline,
+    random_pipeline,
+)
 from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
-from wan22.accel.offload.devices import RecordingDevice
+from wan22.accel import cpu
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
-from wan22.accel.planning.costs import forward_flops
-from wan22.accel.planning.machine import CONTEXT, parse_bytes
+from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
+from wan22.accel.planning.costs import Task, forward_flops
+from wan22.accel.planning.machine import CONTEXT, Machine, parse_bytes
+from wan22.accel.planning.planner import HOST_WORKSPACE, _held, _planned
 from wan22.accel.planning.skeletons import outline, released_models
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
@@ -155,6 +165,14 @@ def test_quantised_transformers_are_planned_and_made():
     assert plan_in(pipe, 1e9, quantize="int8").device_peak == plan.device_peak
 
 
+def test_quantised_weights_are_in_no_file():
+    """So the host's memory holds them; 1.4 billion parameters."""
+    options = {"height": 480, "width": 832, "vram": "24GB", "ram": "64GB"}
+    plain, quantised = (accel.plan(presets.T2V_1_3B, quantize=q, **options) for q in (None, "int8"))
+    assert 1.4e9 < quantised.host - plain.host < 1.6e9
+    assert plain.mapped - quantised.mapped > 2.8e9
+
+
 @pytest.mark.parametrize("room", [True, False])
 def test_the_expert_that_comes_next_is_fetched_if_there_is_room(room):
     pipe, here = own_pipeline(), []
@@ -179,7 +197,7 @@ def test_room_for_the_next_expert_is_planned(pipe):
 
 def test_a_larger_video_is_planned_anew_within_its_budget(monkeypatch):
     pipe = own_pipeline()
-    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda device: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda *_: RecordingDevice())
     first = pipe.fit("2GB", "8GB", **SIZE)
     latents_of(pipe, height=32, width=32, num_frames=5)
     assert pipe.memory_plan is first
@@ -204,7 +222,7 @@ def test_a_budget_is_checked_before_weights_are_loaded(tmp_path):
 
 
 def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
-    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda device: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda *_: RecordingDevice())
     plain = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="2GB")
     assert pipe.memory_plan.fits
@@ -234,6 +252,124 @@ def test_free_gives_everything_back():
     latents_of(pipe)
     pipe.free()
     assert all(p.is_meta for name in MODELS for p in getattr(pipe, name).parameters())
+
+
+# ---- what is counted ----
+
+
+def host_of(task, placements, **amounts):
+    machine = Machine(torch.device("cuda"), 1e12, 1e12)
+    found = _planned(replace(task, _known={}, **amounts), machine, placements, None, True)
+    return found.host, found.mapped
+
+
+def test_what_the_host_holds(pipe):
+    """Weights that are pinned, run there, or are in no file; the rest is in files, and passes through."""
+    task = Task("a", outline(pipe.components), (32, 32, 5), None, True)
+    sizes = {name: task.bytes_of(name) for name in MODELS}
+    visiting = dict.fromkeys(MODELS, Placement("visiting"))
+    staging, videos = CHUNKS * CHUNK_BYTES, 2 * 3 * 32 * 32 * 5 * 4
+    assert host_of(task, visiting) == (staging + videos, sum(sizes.values()))
+    assert host_of(task, visiting, videos=3)[0] == staging + 3 * videos
+    in_memory = staging + videos + 5000, sum(sizes.values()) - 5000
+    assert host_of(task, visiting, anonymous={"vae": 5000}) == in_memory
+    pinned = visiting | {"transformer": Placement("visiting", home="pinned")}
+    expected = in_memory[0] + sizes["transformer"], in_memory[1] - sizes["transformer"]
+    assert host_of(task, pinned, anonymous={"vae": 5000, "transformer": 10**9}) == expected
+    encoding = task.text(["text_encoder"]) + HOST_WORKSPACE
+    there = visiting | {"text_encoder": Placement("host")}
+    assert host_of(task, there)[0] == staging + sizes["text_encoder"] + encoding
+    everywhere = dict.fromkeys(MODELS, Placement("resident", home="pinned"))
+    assert host_of(task, everywhere) == (sum(sizes.values()) + videos, 0)
+
+
+def test_what_is_in_memory_and_in_no_file(tmp_path):
+    """It is counted once: as what the plan takes, of what is free and what the weights take already."""
+    random_pipeline().save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path)
+    names = [name for name in MODELS if getattr(pipe, name) is not None]
+    held, _ = _held(pipe, names)
+    assert held["vae"] < bytes_of(pipe.vae) / 10
+    pipe.transformer.to(torch.float64)
+    after, _ = _held(pipe, names)
+    assert after["transformer"] == bytes_of(pipe.transformer) > held["transformer"]
+    assert {n: after[n] for n in names if n != "transformer"} == {
+        n: held[n] for n in names if n != "transformer"
+    }
+    pipe.apply(moved(plan_in(pipe, 1e9), "resident"), RecordingDevice())
+    latents_of(pipe)
+    on_device = sum(bytes_of(getattr(pipe, name)) for name in SLOTS)  # which is memory of the host here
+    assert _held(pipe, names)[0]["transformer"] >= after["transformer"]
+    assert sum(_held(pipe, names)[0].values()) >= on_device
+
+
+def test_keys_and_values_of_all_prompts_are_planned(pipe):
+    """They take as much for each: of two passes, in each of the layers, 512 rows."""
+    one, three = (plan_in(pipe, 1e9, prompts=n).phases[1].activations for n in (1, 3))
+    config = pipe.transformer.config
+    rows = 512 * config.num_attention_heads * config.attention_head_dim * 4
+    assert three - one >= 2 * 2 * config.num_layers * 2 * rows
+    many = plan_in(pipe, 1e9, videos=4).phases[1].activations
+    latents = 12 * 16 * 2 * 4 * 4 * 4
+    assert many - one == 3 * latents
+
+
+def test_whole_frames_are_measured_whole():
+    pipe = own_pipeline()
+    size = {"height": 512, "width": 512}
+    plain = plan_in(pipe, 1e9, **size)
+    for portions in (pipe.vae.enable_strips, pipe.vae.enable_tiling):
+        portions()
+        assert plan_in(pipe, 1e9, **size).phases == plain.phases
+        pipe.vae.disable_strips()
+        assert not pipe.vae.use_strips
+
+
+def test_less_memory_on_a_cpu(pipe):
+    """Then keys and values are not kept, or videos are decoded in strips."""
+    size = {"height": 256, "width": 256, "num_frames": 9, "device": "cpu"}
+    first = accel.plan(pipe, ram="8GB", **size)
+    assert (first.strips, first.keep) == (None, True)
+    second = accel.plan(pipe, ram=first.host - 1, **size)
+    assert second.host < first.host
+    assert (second.strips, second.keep) != (None, True)
+
+
+def test_packed_weights_are_planned(monkeypatch):
+    monkeypatch.setattr(cpu, "_LARGE", 0)
+    pipe = own_pipeline()
+    plain = accel.plan(pipe, **SIZE, ram="8GB", device="cpu")
+    cpu.accelerate(pipe.vae)
+    packed = cpu.packed_bytes(pipe.vae)
+    weights = sum(m.weight.nbytes for m in pipe.vae.modules() if isinstance(m, torch.nn.Conv3d))
+    assert packed >= weights > 0
+    assert accel.plan(pipe, **SIZE, ram="8GB", device="cpu").host == plain.host + packed
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            {"height": 485},
+            "height=485 must be .* a positive multiple of 16; the nearest are 480 and 496",
+        ),
+        ({"width": 40}, "width=40 must be an int, a positive multiple of 16; the nearest are 32 and 48"),
+        ({"num_frames": 80}, "num_frames=80 must be an int, 1 . a multiple of 4; the nearest are 77 and 81"),
+    ],
+)
+def test_sizes_that_no_video_has(pipe, size, message):
+    with pytest.raises(ValueError, match=message):
+        plan_in(pipe, 1e9, **size)
+
+
+def test_a_stream_from_files_where_pinned_memory_has_no_room_beside_the_text_encoder():
+    """A model that runs on the host takes its share of the host's memory."""
+    options = {"vram": "8GB", "height": 480, "width": 480, "num_frames": 17}
+    roomy = accel.plan(presets.T2V_A14B, ram="100GB", **options)
+    assert roomy.placements["transformer"].home == "pinned"
+    tight = accel.plan(presets.T2V_A14B, ram=roomy.host - 1, **options)
+    assert tight.fits
+    assert tight.host < roomy.host
 
 
 # ---- numbers ----

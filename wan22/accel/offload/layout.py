@@ -231,8 +231,8 @@ def streamed_blocks(placement: Placement, count: int, name: str = "model") -> li
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Return the bytes of a model's weights; tied ones count once."""
-    return sum(piece.nbytes for group in groups_of(model) for piece in group.pieces)
+    """Return the bytes of a model's weights, torchao's among them; tied ones count once."""
+    return sum(map(_bytes, {_identity(tensor): tensor for tensor in _tensors(model)}.values()))
 
 
 def device_bytes(model: nn.Module, placement: Placement) -> int:
@@ -267,8 +267,14 @@ def _tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[t
             yield from _tensors(child, without)
 
 
+def _bytes(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
 def _identity(tensor: torch.Tensor) -> Any:
     """Return what tied tensors have in common."""
-    if tensor.is_meta or not tensor.numel():
+    if tensor.is_meta or not tensor.numel() or hasattr(tensor, "__tensor_flatten__"):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

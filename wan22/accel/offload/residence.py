@@ -67,6 +67,10 @@ class Residence:
         """Whether models come when they are called."""
         return bool(self._turns)
 
+    def homes(self, name: str) -> list[torch.Tensor]:
+        """Return the weights of a model on the host, as far as it has been on the device."""
+        return self._stays[name].homes if name in self._stays else []
+
     def attach(self) -> None:
         """Let models come when they are called.
 
@@ -89,6 +93,7 @@ class Residence:
             if not turn.had_forward:
                 vars(model).pop("forward", None)  # accelerate leaves a bound method in the place of its own
         self._loader.close()
+        self.device.trim()
 
     def enter(self, name: str) -> None:
         """Bring a model to the device, after those that leave for it.
@@ -120,6 +125,8 @@ class Residence:
 
         Returns: whether it is on its way, or there.
         """
+        if name not in self._turns:  # diffusers may have taken the hooks away
+            return False
         stay = self._stays.get(name)
         if stay is None or stay.here:
             return True
@@ -139,10 +146,13 @@ class Residence:
         self.device.trim()
 
     def settle(self) -> None:
-        """Let all models leave, so that their weights can be edited; what becomes of them comes next."""
+        """Let all models leave, so that their weights can be edited; what becomes of them comes next.
+
+        Afterwards, it lets go of those that were replaced.
+        """
         self._active = None
-        for stay in self._stays.values():
-            stay.settle()
+        for name in self._stays.keys() & self._turns.keys():
+            self._stays[name].settle()
         self.device.trim()
 
     def _leave(self, names: Iterable[str]) -> None:

@@ -134,6 +134,7 @@ class Stay:
         self._ring: Ring | None = None
         self._handles: list[Any] = []
         self._scan()
+        self._groups = []  # that was to check them; kept, they would outlive their quantisation
 
     @property
     def streams(self) -> bool:
@@ -144,6 +145,11 @@ class Stay:
     def nbytes(self) -> int:
         """What the stay takes on the device."""
         return device_bytes(self.model, self.placement)
+
+    @property
+    def homes(self) -> list[torch.Tensor]:
+        """The weights on the host, as far as they are known."""
+        return [piece.home for group in self._groups for piece in group.pieces]
 
     def install(self) -> None:
         """Put hooks on the blocks."""
@@ -163,8 +169,10 @@ class Stay:
         self._groups = []
 
     def settle(self) -> None:
-        """Leave, and count what is at home now as the weights, whatever becomes of it."""
+        """Leave, count what is at home now as the weights, and hold none that the model no longer has."""
         self.leave()
+        self._scan()
+        self._groups = [group for group in self._groups if group.slab is not None]
         for group in self._groups:
             for piece in group.pieces:
                 piece.mapped = None
@@ -221,7 +229,8 @@ class Stay:
             if piece.home.device.type != "cpu":
                 where = piece.home.device
                 raise ValueError(
-                    f"{self.name} has weights on {where}; they must be on the CPU to be moved from"
+                    f"{self.name} has weights on {where}; they must be on the CPU to be moved from: call "
+                    "pipe.to('cpu') first"
                 )
         known = {group.name: group for group in self._groups}
         for i, group in enumerate(groups):

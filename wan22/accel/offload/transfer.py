@@ -1,5 +1,6 @@
 """Bringing slabs of weights from the host to the device, without letting the caller wait."""
 
+import logging
 import sys
 from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,8 @@ from .layout import Group, Home
 
 # Of the pinned buffer through which mapped weights pass: enough for copies to run at full speed.
 CHUNK_BYTES, CHUNKS = 2**25, 4
+
+logger = logging.getLogger(__name__)
 
 
 class Delivery:
@@ -30,11 +33,7 @@ class Delivery:
         self.queued: Future[Mark] = Future()
 
     def mark(self) -> Mark:
-        """Return the copy's mark, once it is queued.
-
-        Raises:
-            MemoryError: the system has no pinned memory for it.
-        """
+        """Return the copy's mark, once it is queued."""
         return self.queued.result()
 
     def drop(self, device: Device) -> None:
@@ -47,6 +46,8 @@ class Delivery:
 class Loader:
     """Copies slabs to a device: from pinned memory at once, from elsewhere by a thread.
 
+    Where the system pins no more, the rest stays where it is and comes part by part.
+
     Args:
         device: to copy to.
         chunk_bytes: size of each part of the pinned buffer that mapped weights pass through.
@@ -57,6 +58,7 @@ class Loader:
         self.chunk_bytes = chunk_bytes
         self._thread: ThreadPoolExecutor | None = None
         self._chunks: list[tuple[torch.Tensor, Mark]] = []  # oldest copy first
+        self._pins = True  # whether the system has pinned all that was asked for
 
     def send(self, group: Group, buffer: torch.Tensor, home: Home) -> Delivery:
         """Start to fill a buffer.
@@ -88,9 +90,8 @@ class Loader:
         if not delivery.queued.set_running_or_notify_cancel():
             return
         try:
-            mark = (
-                self._copy(delivery, self._pin(delivery.group)) if home == "pinned" else self._stage(delivery)
-            )
+            slab = self._pinned(delivery.group) if home == "pinned" else None
+            mark = self._stage(delivery) if slab is None else self._copy(delivery, slab)
         except BaseException as error:
             delivery.queued.set_exception(error)
         else:
@@ -101,13 +102,18 @@ class Loader:
         assert buffer is not None, "a delivery is dropped after it was queued"
         return self.device.copy(buffer[: group.nbytes], slab, delivery.after, group.name)
 
-    def _pin(self, group: Group) -> torch.Tensor:
-        """Give a group a home in pinned memory; where it was before is free again, if it was no file."""
+    def _pinned(self, group: Group) -> torch.Tensor | None:
+        """Give a group a home in pinned memory; where it was before is free again, if it was no file.
+
+        Returns: it; None if the system does not pin so much.
+        """
         if group.slab is not None:  # an earlier delivery, given up since, had it done
             return group.slab
-        slab = self.device.allocate_host(group.nbytes)
+        slab = self._allocate_host(group.nbytes) if self._pins else None
+        if slab is None:
+            return None
         group.read(slab, 0)
-        mapped = _Mappings()
+        mapped = FileMappings()
         for piece in group.pieces:
             piece.mapped = piece.home if piece.home in mapped else None
             piece.home = piece.within(slab)
@@ -130,13 +136,25 @@ class Loader:
     def _free_chunk(self) -> torch.Tensor:
         """Return a part of the pinned buffer that no copy reads any more."""
         if len(self._chunks) < CHUNKS:
-            return self.device.allocate_host(self.chunk_bytes)
+            chunk = self._allocate_host(self.chunk_bytes)
+            # Copies from memory that is not pinned are as right, but make the thread wait.
+            return torch.empty(self.chunk_bytes, dtype=torch.uint8) if chunk is None else chunk
         chunk, mark = self._chunks.pop(0)
         self.device.finish(mark)
         return chunk
 
+    def _allocate_host(self, nbytes: int) -> torch.Tensor | None:
+        """Return pinned memory; None, with a warning the first time, if the system does not pin so much."""
+        try:
+            return self.device.allocate_host(nbytes)
+        except MemoryError as error:
+            if self._pins:
+                logger.warning("%s; copies are slower now; planning with a smaller ram= avoids it", error)
+            self._pins = False
+            return None
 
-class _Mappings:
+
+class FileMappings:
     """The parts of this process's memory that are files; none are known where the system does not tell."""
 
     def __init__(self) -> None:

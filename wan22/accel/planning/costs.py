@@ -6,8 +6,8 @@ Shapes: c channels, t h w latent frames, rows and columns, l video tokens, d mod
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ...models.reuse import PromptCache, TransformerCache
+from ...presets import TEXT_ROWS
+from ..cpu import packed_bytes
 from ..offload.layout import Placement, bytes_of, device_bytes
-from .skeletons import TEXT_ROWS
 from .trace import on_meta, peak_bytes
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -35,6 +36,9 @@ class Task:
         size: width, height, frames.
         quantize: how the transformers are quantised.
         guided: whether steps have two passes.
+        prompts: that a call gets; the keys and values of each may be kept.
+        videos: that it makes.
+        anonymous: bytes of each model's weights that are in the host's memory and in no file.
     """
 
     name: str
@@ -42,6 +46,9 @@ class Task:
     size: tuple[int, int, int]
     quantize: str | None
     guided: bool
+    prompts: int = 1
+    videos: int = 1
+    anonymous: Mapping[str, int] = field(default_factory=dict)
     _known: dict[Any, int] = field(default_factory=dict)
 
     def bytes_of(self, name: str) -> int:
@@ -84,25 +91,30 @@ class Task:
 
     def resized(self, size: tuple[int, int, int]) -> "Task":
         """Return the same for another width, height and number of frames."""
-        return Task(self.name, self.models, size, self.quantize, self.guided)
+        return replace(self, size=size, _known={})
 
     @property
     def pixels(self) -> int:
-        """Bytes of the video in float32, which the host holds twice at the end."""
+        """Bytes of the videos in float32, which the host holds twice at the end."""
         width, height, frames = self.size
-        return 3 * width * height * frames * 4
+        return self.videos * 3 * width * height * frames * 4
 
-    def text(self) -> int:
-        """Bytes of encoding the longest prompt, beside weights."""
-        return max(
-            (self._once(name, partial(_encode, self.models[name])) for name in self.encoders), default=0
-        )
+    @property
+    def packed(self) -> int:
+        """Bytes of the weights that the CPU's kernels keep in their own order as well."""
+        return sum(packed_bytes(model) for model in self.models.values())
+
+    def text(self, names: Iterable[str]) -> int:
+        """Bytes of encoding the longest prompt, or an image, with these encoders, beside weights."""
+        return max((self._once(name, partial(_encode, self.models[name])) for name in names), default=0)
 
     def denoise(self, keep: bool) -> int:
         """Bytes of a step, beside weights."""
-        name = self.experts[0]
-        latents = LATENT_COPIES * self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
-        return latents + self._once(("denoise", keep), lambda: self._step(self.models[name], keep))
+        latent = self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
+        one = self._step(keep, 1)
+        # What is kept of every further prompt is what the second one adds.
+        further = (self.prompts - 1) * (self._step(keep, 2) - one) if keep and self.prompts > 1 else 0
+        return self.videos * LATENT_COPIES * latent + one + further
 
     def decode(self, strips: int | None) -> int:
         """Bytes of decoding, beside weights."""
@@ -113,12 +125,17 @@ class Task:
             self._known[key] = measure()
         return self._known[key]
 
-    def _step(self, model: Any, keep: bool) -> int:
+    def _step(self, keep: bool, prompts: int) -> int:
         """Measure two and three blocks; every further one adds what the third added: what is kept."""
-        two, three = (peak_bytes(self._passes, _shortened(model, n), keep) for n in (2, 3))
-        return two + (len(model.blocks) - 2) * (three - two)
+        model = self.models[self.experts[0]]
 
-    def _passes(self, model: Any, keep: bool) -> Any:
+        def measure() -> int:
+            two, three = (peak_bytes(self._passes, _shortened(model, n), keep, prompts) for n in (2, 3))
+            return two + (len(model.blocks) - 2) * (three - two)
+
+        return self._once(("denoise", keep, prompts), measure)
+
+    def _passes(self, model: Any, keep: bool, prompts: int) -> Any:
         call, shared, outputs = on_meta(model), TransformerCache(), []
         config = model.config
         dtype = model.condition_embedder.text_embedder.linear_1.bias.dtype
@@ -128,7 +145,7 @@ class Task:
         if config.image_dim is not None:
             shape = (1, config.pos_embed_seq_len or 257, config.image_dim)
             image = torch.empty(shape, device="meta", dtype=dtype)
-        for _ in range(1 + self.guided):
+        for _ in range(prompts * (1 + self.guided)):
             rows = torch.empty(1, TEXT_ROWS, config.text_dim, device="meta", dtype=dtype)
             cache = PromptCache(shared) if keep else None
             arguments = {"encoder_hidden_states_image": image, "cache": cache, "return_dict": False}
@@ -138,6 +155,9 @@ class Task:
     def _decode(self, strips: int | None) -> int:
         """Measure as many latent frames as there are different steps: the first, the second and the rest."""
         vae, (t, h, w) = self.models["vae"], self.latent_shape
+        # A copy, which may have those of a plan before, or tiles, which only take less.
+        vae.disable_tiling()
+        vae.disable_strips()
         if strips is not None:
             vae.enable_strips(strips)
         dtype = next(vae.parameters()).dtype
@@ -147,10 +167,7 @@ class Task:
             for chunk in vae.decode_stream(z):
                 chunk[0].float()
 
-        try:
-            return peak_bytes(stream)
-        finally:
-            vae.disable_strips()
+        return peak_bytes(stream)
 
     def step_flops(self) -> float:
         """Floating-point operations of a step."""

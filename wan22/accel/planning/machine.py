@@ -2,12 +2,16 @@
 
 import re
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from ..offload.devices import CudaDevice
 
 GB = 1e9
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -37,7 +41,14 @@ class Machine:
     disk: float | None = None
 
     @classmethod
-    def of(cls, vram: Any = None, ram: Any = None, disk: Any = None, device: Any = None) -> "Machine":
+    def of(
+        cls,
+        vram: Any = None,
+        ram: Any = None,
+        disk: Any = None,
+        device: Any = None,
+        taken: Mapping[str, int] | None = None,
+    ) -> "Machine":
         """Take a budget, and the rest from this machine.
 
         Args:
@@ -45,22 +56,32 @@ class Machine:
             ram: memory of the host.
             disk: a second from files.
             device: default is "cuda" if there is one or vram is given, or else "cpu".
+            taken: bytes by type of device that are to be planned anew, and count as free therefore.
+
+        Raises:
+            ValueError: an amount is none, or vram is given for a CPU, or there is no such device.
         """
         here = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if here or vram is not None else "cpu"))
-        host = float(psutil.virtual_memory().available) if ram is None else parse_bytes(ram)
+        if device.type == "cpu" and vram is not None:
+            raise ValueError(f"vram={vram!r} is a GPU's, and device='cpu' has none; give ram={vram!r}")
+        taken = taken or {}
+        host = available_ram() + taken.get("cpu", 0) if ram is None else parse_bytes(ram)
         speed = None if disk is None else parse_bytes(disk)
         if device.type == "cpu":
             return cls(device, host, host, measured_flops("cpu"), None, speed)
         if vram is None:
             if not here:
                 raise ValueError("there is no CUDA device here; give vram, such as '12GB', to plan for one")
-            room = float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device))
+            # What PyTorch has reserved and nothing takes is free, too.
+            spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            room = float(torch.cuda.mem_get_info(device)[0] + spare + taken.get(device.type, 0))
         else:
             room = parse_bytes(vram) - CONTEXT
-        flops, bandwidth = (
-            (measured_flops(str(device)), measured_bandwidth(str(device))) if here else (None,) * 2
-        )
+        flops, bandwidth = None, None
+        if here:
+            flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
+            torch.cuda.empty_cache()  # of what measuring took
         return cls(device, room, host, flops, bandwidth, speed)
 
     @property
@@ -94,6 +115,39 @@ def parse_bytes(amount: str | float) -> float:
     return value
 
 
+def available_ram() -> float:
+    """Return the bytes of host memory that there are for this process, whoever set a limit to it."""
+    groups = Path("/proc/self/cgroup")
+    limits = _left_in_groups(groups.read_text(), Path("/sys/fs/cgroup")) if groups.is_file() else ()
+    return float(min((psutil.virtual_memory().available, *limits)))
+
+
+def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
+    """Yield what is left of each limit of the control groups that a process is in, a container's among them.
+
+    Args:
+        groups: what /proc/self/cgroup holds.
+        root: where they are mounted.
+    """
+    for line in groups.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
+            base, names, cached = root, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_inactive_file"
+        else:
+            continue
+        inner = base / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(base) or not (folder / names[0]).is_file():
+                continue
+            limit, used = ((folder / name).read_text().strip() for name in names)
+            stat = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
+            if limit.isdigit():  # "max" is none
+                yield int(limit) - int(used) + int(stat.get(cached, 0))
+
+
 @cache
 def measured_flops(device: str) -> float:
     """Return the floating-point operations a second of a large matrix product in bfloat16."""
@@ -103,10 +157,14 @@ def measured_flops(device: str) -> float:
 
 
 @cache
-def measured_bandwidth(device: str) -> float:
-    """Return the bytes a second of copies from pinned memory."""
-    source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=device)
+def measured_bandwidth(device: str) -> float | None:
+    """Return the bytes a second of copies from pinned memory; None if the system pins none."""
+    card = CudaDevice(device)
+    try:
+        source = card.allocate_host(2**28)  # not PyTorch's own, which never goes back to the system
+    except MemoryError:
+        return None
+    target = card.allocate(source.nbytes)
     return source.nbytes / _best_seconds(lambda: target.copy_(source, non_blocking=True), 5, device)
 
 

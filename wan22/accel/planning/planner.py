@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from ...models.sizes import check_num_frames, check_size
 from ...presets import Preset
-from ..offload.layout import Placement, blocks_of
+from ..offload.layout import Home, Placement, blocks_of, bytes_of
+from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings
 from ..quantize import is_quantized
 from ..quantize import quantize as quantize_model
 from .costs import Task
@@ -33,6 +36,8 @@ def plan(
     ram: str | float | None = None,
     disk: str | float | None = None,
     *,
+    prompts: int = 1,
+    videos: int = 1,
     quantize: str | None = None,
     guided: bool = True,
     device: str | torch.device | None = None,
@@ -41,12 +46,14 @@ def plan(
 
     Args:
         target: a pipeline, or a preset of `wan22.presets` (its bf16 checkpoint then).
-        height: pixels; default is the checkpoint's own.
+        height: pixels, a multiple of 16 (TI2V-5B: 32); default is the checkpoint's own.
         width: likewise.
-        num_frames: likewise.
+        num_frames: 1 + a multiple of 4; likewise.
         vram: memory of the device, "12GB" (1e9 bytes each), "11.5GiB", or bytes; default is what is free.
         ram: memory of the host, likewise.
         disk: bytes a second that weights are read with where the host's memory is short of them.
+        prompts: that a call gets.
+        videos: that it makes, of all prompts.
         quantize: "fp8", "int8" or "fp8_dynamic", to plan for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is "cuda" if there is one or vram is given, or else "cpu".
@@ -54,28 +61,56 @@ def plan(
     Returns: the plan; print it.
 
     Raises:
-        ValueError: nothing fits; the message says what would.
+        ValueError: nothing fits, and the message says what would; or a size breaks its rule.
     """
     preset = target if isinstance(target, Preset) else target.preset
     models = released_models(preset) if isinstance(target, Preset) else outline(target.components)
     size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)
     name = preset.name if isinstance(target, Preset) else target.checkpoint_name
-    machine = Machine.of(vram, ram, disk, device)
-    task = Task(name, models, size, quantize, guided)
+    held, on_device = ({}, 0) if isinstance(target, Preset) else _held(target, models)
+    task = Task(name, models, size, quantize, guided, prompts, videos, held)
+    for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
+        check_size(axis, value, multiple)
+    check_num_frames(size[2], models["vae"].temporal_stride)
+    taken = {"cpu": sum(held.values()) + task.packed, "cuda": on_device}
+    machine = Machine.of(vram, ram, disk, device, taken)
     if quantize:
         for slot in task.experts:
             if not is_quantized(task.models[slot]):
                 quantize_model(task.models[slot], quantize)
+                held[slot] = bytes_of(task.models[slot])
     for found in _candidates(task, machine):
         if found.fits:
             return found
     raise ValueError(_what_would_fit(task, machine))
 
 
+def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """Return the bytes of each model's weights that are on the host and in no file, and of all on devices.
+
+    Args:
+        pipe: the pipeline.
+        models: those that it has, by name.
+    """
+    files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
+    for name in models:
+        model = getattr(pipe, name)
+        weights = [*model.parameters(), *model.buffers(), *pipe.at_home(name)]
+        plain = [weight for weight in weights if type(weight) in (nn.Parameter, torch.Tensor)]
+        for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
+            if weight.device.type != "cpu":
+                on_device += weight.nbytes
+            elif weight not in files:
+                held[name] += weight.nbytes
+    return held, on_device
+
+
 def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
-    """Yield ways to make the video, fastest first; of those that cannot fit, only the smallest."""
+    """Yield ways to make the video, fastest first."""
     if not machine.has_device:
-        yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), None, True)
+        for keep in (True, False):
+            for strips in STRIPS:
+                yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips, keep)
         return
     resident = dict.fromkeys(task.models, Placement("resident"))
     visiting = dict.fromkeys(task.models, Placement("visiting"))
@@ -108,13 +143,13 @@ def _streaming(task: Task, machine: Machine, keep: bool) -> Iterator[dict[str, P
     """Yield the placement of the transformers with the most resident blocks that fit, from faster homes."""
     first = task.experts[0]
     room = machine.vram - task.denoise(keep) - WORKSPACE
-    pinned = sum(task.bytes_of(name) for name in task.experts)
-    home = "pinned" if pinned + 2 * task.pixels <= machine.ram else "mapped"
-    for resident in range(len(blocks_of(task.models[first])), -1, -1):
-        placement = Placement("streamed", resident_blocks=resident, home=home)  # type: ignore[arg-type]
-        if task.device_bytes(first, placement) <= room or not resident:
-            yield dict.fromkeys(task.experts, placement)
-            return
+    homes: tuple[Home, ...] = ("pinned", "mapped")
+    for home in homes:
+        for resident in range(len(blocks_of(task.models[first])), -1, -1):
+            placement = Placement("streamed", resident_blocks=resident, home=home)
+            if task.device_bytes(first, placement) <= room or not resident:
+                yield dict.fromkeys(task.experts, placement)
+                break
 
 
 def _planned(
@@ -130,8 +165,7 @@ def _planned(
         """Bytes on the device while some models run, one after another: what is resident, and the largest."""
         return always + max((held[name] for name in active if name not in stay), default=0)
 
-    on_host = {name for name in task.encoders if placements[name].kind == "host" and machine.has_device}
-    text = 0 if on_host == set(task.encoders) else task.text()
+    text = task.text(n for n in task.encoders if placements[n].kind != "host" or not machine.has_device)
     workspace = WORKSPACE if machine.has_device else HOST_WORKSPACE
     step = task.denoise(keep) + workspace
     coming = sum(held[name] for name in task.experts if placements[name].kind == "visiting")
@@ -141,12 +175,15 @@ def _planned(
         Phase("denoise", always + coming if prefetch else weights(task.experts), step),
         Phase("decode", weights(["vae"]), task.decode(strips) + workspace),
     )
-    pinned = sum(task.bytes_of(name) for name, p in placements.items() if p.home == "pinned")
     everything = sum(map(task.bytes_of, task.models))
-    host = pinned + 2 * task.pixels
+    weights_on_host = sum(_on_host(task, name, placement) for name, placement in placements.items())
+    host = weights_on_host + task.packed + _passing(task, placements)
     if not machine.has_device:
         # Everything lies in the host's memory once it has been used; what is in files comes and goes.
-        phases = tuple(Phase(p.name, everything, p.activations) for p in phases)
+        extra = {"decode": task.pixels}
+        phases = tuple(
+            Phase(p.name, everything + task.packed, p.activations + extra.get(p.name, 0)) for p in phases
+        )
         host = max(phase.total for phase in phases)
     return Plan(
         name=task.name,
@@ -159,9 +196,26 @@ def _planned(
         quantize=task.quantize,
         phases=phases,
         host=host,
-        mapped=everything - pinned,
+        mapped=everything - weights_on_host,
         step_seconds=_step_seconds(task, machine, placements),
+        prompts=task.prompts,
+        videos=task.videos,
     )
+
+
+def _on_host(task: Task, name: str, placement: Placement) -> int:
+    """Return the bytes of a model's weights that the host's memory holds, whatever else it is short of."""
+    # Where a model runs on the host, those of a file may be copied: its kernels want other addresses.
+    whole = placement.home == "pinned" or placement.kind == "host"
+    return task.bytes_of(name) if whole else min(task.anonymous.get(name, 0), task.bytes_of(name))
+
+
+def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
+    """Return the bytes of the host that come and go beside a device: buffers, videos, what encoders make."""
+    staged = any(p.kind != "host" and p.home == "mapped" for p in placements.values())
+    encoders = [name for name in task.encoders if placements[name].kind == "host"]
+    encoding = task.text(encoders) + HOST_WORKSPACE if encoders else 0
+    return staged * CHUNKS * CHUNK_BYTES + max(2 * task.pixels, encoding)
 
 
 def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:

@@ -41,9 +41,12 @@ class Plan:
         prefetch: whether the second expert comes while the first one still runs.
         quantize: how the transformers are quantised; None: they are not.
         phases: of a call, in order.
-        host: bytes of the host's memory that are taken, for good as long as the pipeline runs.
+        host: bytes of the host's memory that are taken: weights that are in no file, or run there, and what
+            the device's weights and the videos pass through.
         mapped: bytes of weights at home in files; the system drops their pages when it needs the room.
         step_seconds: of one step, both guidance passes; None where no rates are known.
+        prompts: that a call gets.
+        videos: that it makes.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Plan:
     host: int
     mapped: int
     step_seconds: float | None = None
+    prompts: int = 1
+    videos: int = 1
 
     @property
     def device_peak(self) -> int:
@@ -66,7 +71,7 @@ class Plan:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the video, in all frames."""
+        """Pixels of a video, in all frames."""
         width, height, frames = self.size
         return width * height * frames
 
@@ -77,7 +82,8 @@ class Plan:
 
     def __str__(self) -> str:
         width, height, frames = self.size
-        lines = [f"{self.name}, {width}x{height}, {frames} frames, on {self.machine}", ""]
+        many = f", {self.videos} videos" if self.videos > 1 else ""
+        lines = [f"{self.name}, {width}x{height}, {frames} frames{many}, on {self.machine}", ""]
         lines += [f"  {name:14} {_described(p)}" for name, p in self.placements.items()]
         decoding = "whole frames" if self.strips is None else f"{self.strips} strips, exact"
         lines += [f"  {'decoding':14} {decoding}"]

@@ -13,7 +13,6 @@ from ...checkpoints.loading import dtype_within_island, empty_weights
 from ...checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
 
-TEXT_ROWS = 512
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
 
 # Layers and the feed-forward's size of the released transformers, by model size.
@@ -26,6 +25,15 @@ _UMT5_XXL: dict[str, Any] = {
     "num_layers": 24,
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
+}
+_CLIP_VIT_H: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
 }
 VAE_22: dict[str, Any] = {
     "base_dim": 160,
@@ -43,7 +51,7 @@ VAE_22: dict[str, Any] = {
 
 def released_models(preset: Preset) -> dict[str, Any]:
     """Return a released checkpoint's models as its repository stores them: bf16, the VAE in float32."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     layers, ffn_dim = _DEPTHS[preset.dim]
     outputs = 48 if preset.in_channels == 48 else 16
@@ -63,6 +71,8 @@ def released_models(preset: Preset) -> dict[str, Any]:
         models = {"text_encoder": text, "transformer": WanTransformer3DModel(**config)}
         if preset.boundary_ratio is not None:
             models["transformer_2"] = WanTransformer3DModel(**config)
+        if wan21_image:
+            models["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**_CLIP_VIT_H))
         vae = AutoencoderKLWan(**VAE_22) if outputs == 48 else AutoencoderKLWan()
     for model in models.values():
         store_as(model, torch.bfloat16)
