@@ -3,7 +3,6 @@
 import json
 import time
 
-import pytest
 import torch
 
 from tests.bench import budgets, gpu, harness
@@ -87,26 +86,12 @@ def test_memory_that_is_given_back_counts_at_its_peak():
     assert memory.after <= memory.peak
 
 
-@pytest.mark.parametrize(
-    ("video", "widths", "total", "self_attention", "linears"),
-    [
-        # In TFLOP, one call of the transformer.
-        (gpu.VIDEOS[0], (5120, 13824, 40), 1678, 879, 785),
-        (gpu.VIDEOS[1], (5120, 13824, 40), 6523, 4682, 1810),
-        (gpu.VIDEOS[2], (3072, 14336, 30), 517, 274, 237),
-    ],
-)
-def test_flops(video, widths, total, self_attention, linears):
-    flops = gpu.Flops.of(video.tokens, *widths)
-    counted = (flops.total, flops.self_attention, flops.linears)
-    assert [round(count / gpu.TERA) for count in counted] == [total, self_attention, linears]
-
-
 def test_tokens():
     assert [video.tokens for video in gpu.VIDEOS] == [32760, 75600, 27280]
 
 
-def test_gpu_benchmark_runs_small_on_the_cpu():
+def test_gpu_benchmark_runs_small_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(gpu, "peaks", lambda calls, device: {"note": "peaks; "})
     rows = gpu.run(Settings(rounds=1), device="cpu", tiny=True)
     assert [row["name"].partition(" ")[2] for row in rows] == ["step", "step, compiled"] * 2 + ["decode"] * 4
     for row in rows:
@@ -114,7 +99,8 @@ def test_gpu_benchmark_runs_small_on_the_cpu():
         assert row["diffusers_s"] > 0
         # bf16 here has a float32 residual stream, diffusers' has a bf16 one.
         assert row["difference"] <= (1e-5 if row["dtype"] == "fp32" else 5e-2)
-    assert "kernel" in rows[0]["note"]
+    assert rows[0]["note"].startswith("peaks; ")
+    assert all("kernel" in row["note"] for row in rows[:2])
     assert 0 < rows[0]["share_of_floor"] < 10
 
 

@@ -1,5 +1,6 @@
 """Attention kernels: each equals the formula, a wrong one is found out, names and reasons are told."""
 
+import importlib
 import importlib.machinery
 import logging
 import sys
@@ -112,7 +113,8 @@ def test_reasons_are_told():
 def test_what_a_gpu_is_told(capability, dtype, head_dim, name, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for module in ("flash_attn_interface", "sageattention"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"attention backend '{name}' cannot be used on cuda.*{reason}"):
         select(name, "cuda", dtype, head_dim)
 
@@ -128,6 +130,26 @@ def test_auto_takes_the_fastest_for_the_card(capability, chosen, monkeypatch):
     monkeypatch.setattr(accel, "_failure", lambda *arguments: None)
     assert select("auto", "cuda") == chosen
     assert chosen in registry._kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "running", "chosen"),
+    [
+        ((9, 0), "flash", "cudnn"),
+        ((10, 0), "flash", "cudnn"),
+        ((9, 0), "cudnn", "native"),
+        ((8, 9), "flash", "native"),
+    ],
+)
+def test_auto_takes_cudnns_kernel_where_pytorch_passes_it_over(capability, running, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(accel, "running_kernel", lambda device: running)
+    monkeypatch.setattr(accel, "_failure", lambda *arguments: None)
+    for module in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert select("auto", "cuda") == chosen
+    assert select("auto", "cuda", torch.float32) == "native"
 
 
 def test_an_unknown_name_lists_those_that_there_are():
@@ -167,6 +189,23 @@ def test_a_kernel_that_fails_is_dropped(function, message, caplog):
         select("fake", "cpu", torch.float32)
     with pytest.raises(ValueError, match="not registered"):
         attention(*make_inputs(), backend="fake")
+
+
+def test_a_check_without_memory_is_made_again(caplog):
+    full = [True]
+
+    def kernel(query, key, value):
+        if full:
+            raise torch.OutOfMemoryError("none is left")
+        return native(query, key, value)
+
+    add(Backend("fake", lambda: kernel, anywhere, preferred=lambda device: True))
+    with pytest.raises(ValueError, match="no memory to check it: none is left"):
+        select("fake", "cpu", torch.float32)
+    assert select("auto", "cpu", torch.float32) == "native"
+    assert "no memory to check it" in caplog.text
+    full.clear()
+    assert select("auto", "cpu", torch.float32) == "fake"
 
 
 def test_a_bias_that_is_ignored_is_found_out():
@@ -241,12 +280,31 @@ def test_a_library_behind_an_operator(name, module, monkeypatch):
     assert error(compiled(*inputs), inputs) <= 2e-6
 
 
-def test_a_library_that_does_not_import(monkeypatch):
+def test_a_library_that_does_not_import(monkeypatch, caplog):
     install(monkeypatch, "flash_attn_interface", None)
     delattr(sys.modules["flash_attn_interface"], "flash_attn_func")
     add(Backend("fake", accel._backends["flash_attn_3"].load, anywhere, preferred=lambda device: True))
     assert "no attribute 'flash_attn_func'" in available("cpu")["fake"]
     assert select("auto", "cpu") == "native"
+    assert "'fake' is left out on cpu" in caplog.text
+    assert "no attribute 'flash_attn_func'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("missing", "installed"),
+    [("flash_attn", False), ("flash_attn.cute", False), ("cutlass", True), ("flash_attn.cute.ops", True)],
+)
+def test_a_library_that_is_not_there_is_no_news(missing, installed, monkeypatch, caplog):
+    """Nor is another library of the same package; one that lacks what it needs is."""
+
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    add(Backend("fake", accel._backends["flash_attn_4"].load, anywhere, preferred=lambda device: True))
+    assert select("auto", "cpu") == "native"
+    assert ("left out" in caplog.text) == installed
+    assert ("flash-attn-4 is not installed" in available("cpu")["fake"]) != installed
 
 
 # ---- models ----

@@ -1,11 +1,14 @@
 """Compiled blocks and chunks: the same result, compiled no more often than needed."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import diffusers
 import pytest
 import torch
+from torch._dynamo.callback import callback_handler
 
 from tests.builders import (
     latents_of,
@@ -15,6 +18,7 @@ from tests.builders import (
     random_ti2v_pipeline,
 )
 from tests.golden_data import relative_error
+from tests.models.vaes import tiny_vae
 from tests.pipelines.test_lora import make_lora, save
 from wan22.accel.compile import Compiled
 from wan22.models.rope import rotary_tables
@@ -132,3 +136,65 @@ def test_compiling_twice_is_compiling_anew(pipe):
     pipe.compile(backend=Counting())
     pipe.uncompile()
     assert "decode_chunk" not in vars(pipe.vae)
+
+
+def test_a_step_cache_that_came_later_is_not_lost(pipe):
+    plain = latents_of(pipe)
+    pipe.compile(backend=Counting())
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    cached = pipe.transformer.blocks[0].forward
+    with pytest.raises(
+        ValueError, match=r"WanTransformerBlock\.forward has been replaced.*disable_cache\(\)"
+    ):
+        pipe.uncompile()
+    assert pipe.transformer.blocks[0].forward is cached
+    assert "decode_chunk" in vars(pipe.vae)
+    pipe.transformer.disable_cache()
+    pipe.uncompile()
+    assert torch.equal(latents_of(pipe), plain)
+
+
+def test_nothing_of_it_outlives_the_models():
+    before = len(callback_handler.start_callbacks)
+    model = tiny_vae("2.1")
+    Compiled([], model, backend="eager")
+    attached = Compiled([], tiny_vae("2.1"), backend="eager")
+    gc.collect()
+    assert len(callback_handler.start_callbacks) == len(callback_handler.end_callbacks) == before + 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    torch._dynamo.reset()
+    attached.detach()
+    attached.detach()
+    assert not callback_handler.start_callbacks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"backend": "cudagraphs"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
+    ids=str,
+)
+def test_cuda_graphs_are_refused(pipe, options):
+    with pytest.raises(ValueError, match=r"CUDA graphs.*mode='max-autotune-no-cudagraphs'"):
+        pipe.compile(**options)
+    assert "decode_chunk" not in vars(pipe.vae)
+    Compiled([pipe.transformer], mode="max-autotune-no-cudagraphs").detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu(pipe):
+    pipe.to("cuda")
+    plain = latents_of(pipe)
+    pipe.compile()
+    assert relative_error(latents_of(pipe).cpu(), plain.cpu()) <= 1e-4
+    assert pipe.compiled.seconds > 0
+    pipe.uncompile()
+    assert torch.equal(latents_of(pipe), plain)

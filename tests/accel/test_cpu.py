@@ -2,8 +2,11 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from torch import nn
 
 from tests.builders import latents_of, random_components, random_i2v_pipeline, random_pipeline
 from tests.builders import random_ti2v_pipeline as ti2v
@@ -137,3 +140,102 @@ def test_with_a_lora_that_comes_later(tmp_path):
     pipe.unload_lora_weights()
     pipe.decelerate()
     assert torch.equal(latents_of(pipe), plain)
+
+
+def in_groups(model):
+    device = torch.device("cpu")
+    apply_group_offloading(model, device, offload_type="leaf_level", offload_device=device)
+
+
+HOOKS = {
+    "groups": in_groups,
+    "casts": lambda model: apply_layerwise_casting(
+        model, torch.bfloat16, torch.float32, skip_modules_pattern=()
+    ),
+    "pieces": lambda model: accelerate.cpu_offload(model, "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_others_stay(block, name):
+    given = inputs(torch.float32)
+    with torch.no_grad():
+        HOOKS[name](block)
+        plain = block(*given)
+        before = {module: module.forward for module in block.modules() if "forward" in vars(module)}
+        assert before
+        cpu.accelerate(block)
+        assert all(module.forward is forward for module, forward in before.items())
+        assert relative_error(block(*given), plain) <= 1e-6
+        cpu.detach(block)
+        assert torch.equal(block(*given), plain)
+        assert not any("_onednn" in vars(module) for module in block.modules())
+
+
+@pytest.mark.parametrize("name", ["groups", "pieces"])
+def test_detached_inside_of_hooks_that_came_later(block, name, monkeypatch):
+    given = inputs(torch.float32)
+    calls = []
+    products = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or products(*a))
+    with torch.no_grad():
+        plain = block(*given)
+        cpu.accelerate(block)
+        HOOKS[name](block)
+        for _ in range(2):  # the second call keeps what is inside
+            calls.clear()
+            assert relative_error(block(*given), plain) <= 1e-6
+            assert calls
+            cpu.accelerate(block)
+        cpu.detach(block)
+        calls.clear()
+        assert torch.equal(block(*given), plain)
+        assert not calls
+
+
+def test_elsewhere_nothing_is_changed(block):
+    block.to("meta")
+    cpu.accelerate(block)
+    assert not any("forward" in vars(module) for module in block.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["load", "assign", "write", "cast"])
+def test_a_weight_that_has_changed_since_counts(change, dtype):
+    def changed(conv):
+        state = {key: value * 2 for key, value in conv.state_dict().items()}
+        if change == "write":
+            with torch.no_grad():
+                conv.weight.mul_(2)
+                conv.bias.mul_(2)
+        elif change == "cast":
+            conv.double().to(dtype)
+        else:
+            conv.load_state_dict(state, assign=change == "assign")
+        return conv
+
+    torch.manual_seed(0)
+    x, plain = torch.randn(1, 4, 3, 5, 6, dtype=dtype), nn.Conv3d(4, 8, 3, dtype=dtype)
+    conv = copy.deepcopy(plain)
+    with torch.no_grad():
+        cpu.accelerate(conv)
+        assert vars(conv)["_onednn"].serves(conv.weight)
+        changed(conv)
+        assert not vars(conv)["_onednn"].serves(conv.weight)
+        bound = 1e-6 if dtype == torch.float32 else 5e-3
+        assert relative_error(conv(x), changed(plain)(x)) <= bound
+        cpu.accelerate(conv)
+        assert vars(conv)["_onednn"].serves(conv.weight)
+        assert relative_error(conv(x), plain(x)) <= bound
+
+
+def test_a_copy_has_weights_of_its_own():
+    conv, x = nn.Conv3d(4, 8, 3), torch.randn(1, 4, 3, 5, 6)
+    with torch.no_grad():
+        expected = conv(x)
+        cpu.accelerate(conv)
+        other = copy.deepcopy(conv)
+        conv.weight.zero_()
+        assert relative_error(other(x), expected) <= 1e-6
+        cpu.detach(other)
+        assert torch.equal(other(x), expected)

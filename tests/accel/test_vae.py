@@ -1,10 +1,13 @@
 """The accelerated autoencoder beside the plain one."""
 
+import accelerate as hf_accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
 from tests.models.vaes import FAMILIES, PeakMemory, random_latents, random_video, relative_error, tiny_vae
+from wan22.accel import vae as module
 from wan22.accel.vae import SubpixelConv2d, accelerate, detach
 from wan22.models.autoencoder import AutoencoderKLWan
 from wan22.models.autoencoder_layers import CausalConv3d
@@ -175,3 +178,90 @@ def test_other_models_are_refused():
     for function in (accelerate, detach):
         with pytest.raises(TypeError, match=r"vae is a Linear.*wan22 AutoencoderKLWan"):
             function(nn.Linear(1, 1))
+
+
+def _in_groups(vae):
+    apply_group_offloading(vae, torch.device("cpu"), torch.device("cpu"), "leaf_level")
+
+
+HOOKS = {
+    "groups": _in_groups,
+    "casts": lambda vae: apply_layerwise_casting(vae, torch.bfloat16, torch.float32, skip_modules_pattern=()),
+    "pieces": lambda vae: hf_accelerate.cpu_offload(vae, "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_layers_with_hooks_of_others_are_refused(name):
+    vae = tiny_vae("2.1")
+    HOOKS[name](vae)
+    with pytest.raises(ValueError, match=r"vae\.\S+ has another's hook"):
+        accelerate(vae)
+    detach(vae)
+    assert not any(isinstance(layer, SubpixelConv2d) for layer in vae.modules())
+    vae = tiny_vae("2.1")
+    accelerate(vae)
+    HOOKS[name](vae)
+    with pytest.raises(ValueError, match="has another's hook"):
+        detach(vae)
+
+
+@pytest.mark.parametrize("name", ["groups", "pieces"])
+def test_hooks_that_came_later_keep_the_result(name):
+    vae = tiny_vae("2.1")
+    z = random_latents(vae, 1, 2, 2, 2)
+    accelerate(vae)
+    sample = vae.decode(z).sample
+    HOOKS[name](vae)
+    assert relative_error(vae.decode(z).sample, sample) <= 1e-5
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_have_changed_since_count(assign):
+    vae = tiny_vae("2.1")
+    z = random_latents(vae, 1, 2, 2, 2)
+    other = {key: value * 1.1 for key, value in vae.state_dict().items()}
+    accelerate(vae)
+    vae.load_state_dict(other, assign=assign)
+    sample = vae.decode(z).sample
+    accelerate(vae)
+    assert relative_error(vae.decode(z).sample, sample) <= 1e-5
+    detach(vae)
+    assert relative_error(vae.decode(z).sample, sample) <= 1e-5
+
+
+def test_sums_move_with_the_weights():
+    vae = tiny_vae("2.1")
+    accelerate(vae)
+    z = random_latents(vae, 1, 2, 2, 2)
+    sample = vae.decode(z).sample
+    for parameter in vae.parameters():  # as offloads do
+        parameter.data = parameter.data.clone()
+    vae.double().float()
+    assert torch.equal(vae.decode(z).sample, sample)
+
+
+def test_layouts_are_for_where_it_runs_not_where_the_weights_are(monkeypatch):
+    vae = tiny_vae("2.1", base_dim=64)
+    monkeypatch.setattr(module, "get_module_execution_device", lambda vae: torch.device("cuda"))
+    accelerate(vae)
+    assert not any(w.is_contiguous() for w in vae.parameters() if w.ndim == 5 and w.shape[2:].numel() > 1)
+    monkeypatch.undo()
+    accelerate(vae)
+    assert any(w.is_contiguous() for w in vae.parameters() if w.ndim == 5 and w.shape[2:].numel() > 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@both_families
+def test_on_a_gpu(family, monkeypatch):
+    """In float32 proper; TF32, PyTorch's default for convolutions, is off by more than the bound."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = tiny_vae(family).cuda()
+    x, z = random_video(vae, 1, 3, 3, 2).cuda(), random_latents(vae, 1, 3, 3, 2).cuda()
+    plain = _results(vae, x, z)
+    accelerate(vae)
+    for fast, reference in zip(_results(vae, x, z), plain, strict=True):
+        assert relative_error(fast.cpu(), reference.cpu()) <= 1e-5
+    detach(vae)
+    assert all(torch.equal(a, b) for a, b in zip(_results(vae, x, z), plain, strict=True))

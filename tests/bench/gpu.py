@@ -29,6 +29,7 @@ from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE, fill, random_weights
 from wan22 import AutoencoderKLWan, WanTransformer3DModel
 from wan22.accel.attention import describe
 from wan22.accel.compile import Compiled
+from wan22.accel.planning.costs import forward_flops
 from wan22.accel.planning.machine import measured_flops
 from wan22.accel.planning.skeletons import released_models
 from wan22.models.reuse import PromptCache
@@ -80,36 +81,6 @@ class Video:
 VIDEOS = (Video(T2V_A14B, 832, 480, 81), Video(T2V_A14B, 1280, 720, 81), Video(TI2V_5B, 1280, 704, 121))
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one call of a transformer's blocks; what is around them is under 0.02 %.
-
-    Args:
-        self_attention: of all layers.
-        cross_attention: likewise.
-        linears: likewise, the text's keys and values included.
-    """
-
-    self_attention: float
-    cross_attention: float
-    linears: float
-
-    @classmethod
-    def of(cls, tokens: int, dim: int, ffn_dim: int, layers: int) -> "Flops":
-        """Count a multiplication and an addition as two."""
-        text = 2 * TEXT_ROWS * 2 * dim**2
-        return cls(
-            self_attention=layers * 4.0 * tokens**2 * dim,
-            cross_attention=layers * 4.0 * tokens * TEXT_ROWS * dim,
-            linears=layers * (2.0 * tokens * (6 * dim**2 + 2 * dim * ffn_dim) + text),
-        )
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.self_attention + self.cross_attention + self.linears
-
-
 @cache
 def released_configs(preset: Preset) -> dict[str, dict[str, Any]]:
     """Return the configurations of a released checkpoint's transformer and VAE."""
@@ -158,7 +129,6 @@ def steps(video: Video, settings: Settings, device: str, tiny: bool) -> list[Row
     """Compare one call of the transformer, ours as it is and compiled, with theirs."""
     config = released_configs(video.preset)["transformer"] | (TINY if tiny else {})
     d = config["num_attention_heads"] * config["attention_head_dim"]
-    flops = Flops.of(video.tokens, d, config["ffn_dim"], config["num_layers"])
     facts = {"dtype": "bf16", "shape": f"{video}, {video.tokens} tokens"}
     name = f"{video.preset.name} step"
     # Ten float32 streams cover what a block holds at once.
@@ -169,6 +139,7 @@ def steps(video: Video, settings: Settings, device: str, tiny: bool) -> list[Row
     calls = step_calls(ours, theirs, video, device)
     kernel = describe("native", device, torch.bfloat16, ours.head_dim, video.tokens)
     error = relative_error(*(call().cpu() for call in calls))
+    flops = forward_flops(ours.config, video.tokens)
     rows = [compare(name, *calls, settings, **facts, **peaks(calls, device))]
     compiled = Compiled([ours], backend="eager" if tiny else "inductor")
     rows.append(compare(f"{name}, compiled", *calls, settings, **facts))
@@ -176,19 +147,19 @@ def steps(video: Video, settings: Settings, device: str, tiny: bool) -> list[Row
     compiled.detach()
     for row in rows:
         row |= roofline(flops, row["ours_s"], device) | {"kernel": kernel, "difference": error}
-        row["note"] = (
+        row["note"] = row.get("note", "") + (
             f"{row['tflop']:.4g} TFLOP, floor {row['floor_s']:.3g} s at {row['matmul_tflops']:.3g} TFLOP/s: "
             f"{row['share_of_floor']:.0%} of it; {kernel}; difference {error:.1e}"
         )
     return rows
 
 
-def roofline(flops: Flops, seconds: float, device: str) -> Row:
+def roofline(flops: float, seconds: float, device: str) -> Row:
     """Return how near a time is to that of the matrix products alone."""
     rate = measured_flops(device)
-    floor = flops.total / rate
+    floor = flops / rate
     return {
-        "tflop": flops.total / TERA,
+        "tflop": flops / TERA,
         "matmul_tflops": rate / TERA,
         "floor_s": floor,
         "share_of_floor": floor / seconds,

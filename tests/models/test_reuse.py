@@ -40,6 +40,20 @@ def test_keys_and_values_are_computed_once_and_the_time_once_a_step():
     assert {name: calls.count(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_timestep_that_is_written_to_is_another(inference):
+    """Where PyTorch counts what is written; tensors made in inference mode do not tell."""
+    model, inputs = random_model(SMALL), random_inputs(SMALL)
+    cache = PromptCache()
+    with torch.inference_mode(inference):
+        time = inputs["timestep"] = torch.tensor([900.0])
+        model(**inputs, cache=cache)
+        if not inference:
+            time.fill_(100.0)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, cache=cache).sample, model(**inputs).sample)
+
+
 def test_another_size_gets_its_own_rotary_tables():
     model, inputs = random_model(SMALL), random_inputs(SMALL)
     cache = PromptCache()

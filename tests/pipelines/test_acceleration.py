@@ -55,6 +55,16 @@ def test_attention_backends():
     assert torch.equal(latents_of(pipe), plain)
     with pytest.raises(ValueError, match="attention backend 'fast' cannot be used"):
         pipe.set_attention_backend("fast")
+    pipe.set_attention_backend("math")
+    pipe.transformer.reset_attention_backend()
+    assert {m.backend for m in pipe.transformer.modules() if hasattr(m, "backend")} == {"native"}
+
+
+def test_without_a_transformer_there_is_no_attention():
+    pipe = own_pipeline()
+    pipe.transformer = pipe.transformer_2 = None
+    with pytest.raises(ValueError, match="neither transformer nor transformer_2 is loaded"):
+        pipe.set_attention_backend()
 
 
 def test_quantising_both_experts():
@@ -65,6 +75,8 @@ def test_quantising_both_experts():
     assert 0 < error < 0.05
     pipe.quantize("int8")  # what is quantised stays as it is
     assert relative_error(latents_of(pipe), plain) == error
+    with pytest.raises(ValueError, match="method 'int9' must be fp8, fp8_dynamic, int8 or"):
+        pipe.quantize("int9")
 
 
 @pytest.mark.parametrize("memory", [None, "auto"])

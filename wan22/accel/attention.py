@@ -6,7 +6,6 @@ Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 """
 
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,13 +33,18 @@ LOSSY_BOUND = 0.1
 LENGTHS = ((128, 128), (131, 77))
 
 
+class NotInstalledError(ImportError):
+    """A kernel's library is not there; any other error while loading it says that it is broken."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A kernel that can be chosen by name.
 
     Args:
         name: of the kernel.
-        load: imports what it needs and returns the function for `wan22.models.attention.Kernel`.
+        load: imports what it needs and returns the function for `wan22.models.attention.Kernel`; raises
+            NotInstalledError where its library is not there.
         refuses: says of a device, dtype and head size why it cannot run there; None if it can.
         takes_bias: whether the function takes a bias.
         exact: whether it computes in the dtype of its operands; others are taken only by name.
@@ -84,13 +88,13 @@ def select(
 
     Args:
         name: of a kernel; "auto" takes the fastest exact one: FlashAttention 3 on compute capability 9.x and
-            FlashAttention 4 on 10.x, if installed, else PyTorch's own choice.
+            FlashAttention 4 on 10.x, if installed, else cuDNN's there; elsewhere PyTorch's own choice.
         device: to run on.
         dtype: of queries, keys and values.
         head_dim: channels of one head.
 
     Returns: the name for `attention` and `set_attention_backend`. Where "auto" finds that a kernel fails its
-    check it warns and goes on.
+    check, or that its library is broken, it warns and goes on.
 
     Raises:
         ValueError: there is no kernel of that name, it cannot run here, or it fails its check.
@@ -182,7 +186,9 @@ def describe(
 def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the first of the preferred kernels that is installed and right, or "native"."""
     for name, backend in _backends.items():
-        if not backend.exact or not backend.preferred(device) or _unfit(backend, device, dtype, head_dim):
+        if not backend.exact or not backend.preferred(device):
+            continue
+        if backend.refuses(device, dtype, head_dim) is not None or not _is_installed(backend):
             continue
         reason = _problem(backend, device, dtype, head_dim)
         if reason is None:
@@ -209,11 +215,25 @@ def _unfit(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim:
     return None
 
 
+def _is_installed(backend: Backend) -> bool:
+    """Whether a kernel's library is there, broken or not."""
+    try:
+        _function(backend)
+    except NotInstalledError:
+        return False
+    except Exception:  # which `_unfit` tells
+        return True
+    return True
+
+
 def _problem(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Say why a kernel cannot be used, or register it."""
     reason = _unfit(backend, device, dtype, head_dim)
     if reason is None and backend.name != "native":  # which is what the others are measured by
-        reason = _failure(backend, device, dtype, head_dim)
+        try:
+            reason = _failure(backend, device, dtype, head_dim)
+        except torch.OutOfMemoryError as error:  # which is not the kernel's fault; the next call tries again
+            reason = f"there is no memory to check it: {error}"
     if reason is None:
         register(backend.name, Kernel(_function(backend), backend.takes_bias))
     return reason
@@ -227,7 +247,11 @@ def _function(backend: Backend) -> Callable[..., torch.Tensor]:
 @cache
 @torch.no_grad()
 def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a kernel on small random tensors, and say how it fails; None if it does not."""
+    """Run a kernel on small random tensors, and say how it fails; None if it does not.
+
+    Raises:
+        torch.OutOfMemoryError: it cannot be told now.
+    """
     bound = BOUNDS.get(dtype, 0.0) if backend.exact else LOSSY_BOUND
     function, generator = _function(backend), torch.Generator().manual_seed(0)
     for l, s in LENGTHS:  # noqa: E741
@@ -238,6 +262,8 @@ def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
         expected = native(*(x.float() for x in given))
         try:
             found = function(*(x.to(device) for x in given)).cpu().float()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return f"it raises {type(error).__name__}: {error}"
         if found.shape != expected.shape:
@@ -343,9 +369,13 @@ def _library(name: str, module: str, function: str, package: str, **options: Any
     """
 
     def load() -> Callable[..., torch.Tensor]:
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            raise ImportError(f"{package} is not installed")
-        return opaque(name, getattr(importlib.import_module(module), function), **options)
+        try:
+            library = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if f"{module}.".startswith(f"{error.name}."):  # and not something that it needs
+                raise NotInstalledError(f"{package} is not installed") from error
+            raise
+        return opaque(name, getattr(library, function), **options)
 
     return load
 
@@ -382,11 +412,16 @@ def _is_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
+def _is_slower_by_choice(device: torch.device) -> bool:
+    """Whether PyTorch has cuDNN's kernel run after its FlashAttention 2, as versions 2.6 to 2.9 do."""
+    return (_is_hopper(device) or _is_blackwell(device)) and running_kernel(device) != "cudnn"
+
+
+# Those that "auto" prefers, in the order in which it tries them.
 _backends: dict[str, Backend] = {}
 for _backend in (
     Backend("native", lambda: native, lambda device, dtype, head_dim: None, takes_bias=True),
     Backend("flash", lambda: _flash, _flash_refuses),
-    Backend("cudnn", lambda: _cudnn, _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8)),
     Backend("efficient", lambda: _efficient, _rules(multiple=8)),
     Backend("math", lambda: _math, lambda device, dtype, head_dim: None, takes_bias=True),
     Backend(
@@ -405,6 +440,12 @@ for _backend in (
         _library("flash_attn_4", "flash_attn.cute", "flash_attn_func", "flash-attn-4"),
         _rules(capability=((9, 0), (99, 0)), dtypes=HALF),
         preferred=_is_blackwell,
+    ),
+    Backend(
+        "cudnn",
+        lambda: _cudnn,
+        _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8),
+        preferred=_is_slower_by_choice,
     ),
     Backend(
         "sage",

@@ -5,7 +5,9 @@ What is compiled lies inside of what hooks on the blocks do, so that offloading 
 
 import logging
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -15,11 +17,14 @@ from torch._dynamo.callback import callback_handler
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformerBlock
+from .methods import is_own, put
 
 logger = logging.getLogger(__name__)
 
 # Methods of the VAE that are compiled: one step through a clip.
 _CHUNKS = ("encode_chunk", "decode_chunk")
+# Modes of torch.compile that record CUDA graphs.
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class Compiled:
@@ -27,7 +32,9 @@ class Compiled:
 
     A function is compiled at its first call, and once more for its first call with filled caches; then for
     another size of video, and with variable sizes for a third; and when a LoRA's strength first changes.
-    Other prompts and the other expert use what there is. `seconds` tells how long compiling took.
+    Other prompts and the other expert use what there is. Decoding in strips, and those chunks of an image's
+    condition that leave out what would repeat itself, run as they are. `seconds` tells how long compiling
+    took.
 
     Args:
         transformers: whose blocks are compiled, all by one function.
@@ -35,14 +42,14 @@ class Compiled:
         **options: of torch.compile.
 
     Raises:
-        ValueError: a block's forward is replaced already, by a step cache say.
+        ValueError: the options ask for CUDA graphs, or a block's forward is replaced already, by a step
+            cache say.
     """
 
     def __init__(
         self, transformers: Iterable[nn.Module], vae: AutoencoderKLWan | None = None, **options: Any
     ) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
+        _refuse_graphs(options)
         options = {"fullgraph": True} | options
         blocks = [
             module
@@ -53,30 +60,61 @@ class Compiled:
         places: list[tuple[Any, str]] = [(block, "forward") for block in blocks]
         places += [(vae, name) for name in _CHUNKS if vae is not None]
         for owner, name in places:
-            if not _is_own(owner, name):
+            if not is_own(owner, name):
                 raise ValueError(
                     f"{type(owner).__name__}.{name} is replaced already, by a step cache, an offload or "
                     "another compilation; compile first, or take that away"
                 )
         functions: dict[Any, Any] = {}
+        self._methods: list[tuple[Any, str, MethodType]] = []
         for owner, name in places:
             function = getattr(type(owner), name)
             if function not in functions:
                 functions[function] = torch.compile(function, **options)
-            # Past nn.Module's own attributes: this is no parameter, module or buffer.
-            vars(owner)[name] = MethodType(functions[function], owner)
-        self._places = places
+            self._methods.append((owner, name, put(owner, name, functions[function])))
+        self._clock = _Clock()
+        self._stop = weakref.finalize(self, self._clock.stop)
+        self._stop.atexit = False
+
+    @property
+    def seconds(self) -> float:
+        """The time that compiling took so far."""
+        return self._clock.seconds
+
+    def detach(self) -> None:
+        """Run as before; what is compiled is dropped.
+
+        Raises:
+            ValueError: a method has been replaced since, by a step cache say, which would be lost.
+        """
+        for owner, name, method in self._methods:
+            if vars(owner).get(name) is not method and not is_own(owner, name):
+                raise ValueError(
+                    f"{type(owner).__name__}.{name} has been replaced since it was compiled, by a step cache "
+                    "or an offload; take that away first: disable_cache() does a step cache"
+                )
+        for owner, name, method in self._methods:
+            if vars(owner).get(name) is method:
+                del vars(owner)[name]
+        self._methods = []
+        self._stop()
+
+
+class _Clock:
+    """Adds up the time that this process compiles; it knows no models, so it keeps none alive."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
 
-    def detach(self) -> None:
-        """Run as before; what is compiled is dropped."""
-        for owner, name in self._places:
-            vars(owner).pop(name, None)
-        if self._places:
+    def stop(self) -> None:
+        """Count no more."""
+        with suppress(ValueError):  # torch._dynamo.reset() drops all callbacks
             callback_handler.remove_start_callback(self._start)
+        with suppress(ValueError):
             callback_handler.remove_end_callback(self._end)
-        self._places = []
 
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -87,7 +125,17 @@ class Compiled:
         logger.info("compiled in %.1f s; %.1f s in all", seconds, self.seconds)
 
 
-def _is_own(owner: Any, name: str) -> bool:
-    """Whether an object's method is its class's; what took it away may have left that on the object."""
-    found = vars(owner).get(name)
-    return found is None or getattr(found, "__func__", None) is getattr(type(owner), name)
+def _refuse_graphs(options: Mapping[str, Any]) -> None:
+    """Refuse CUDA graphs: each call would write over what the one before returned, the next block's input.
+
+    Raises:
+        ValueError: the options ask for them.
+    """
+    asked = [f"mode={mode!r}" for mode in _GRAPH_MODES if options.get("mode") == mode]
+    asked += ["backend='cudagraphs'"] if options.get("backend") == "cudagraphs" else []
+    asked += ["'triton.cudagraphs'"] if (options.get("options") or {}).get("triton.cudagraphs") else []
+    if asked:
+        raise ValueError(
+            f"{asked[0]} records CUDA graphs, which cannot run block by block, as each call writes over the "
+            "result of the one before; mode='max-autotune-no-cudagraphs' does the rest"
+        )

@@ -82,7 +82,8 @@ def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Lin
     """
     layers = _layers_to_quantize(getattr(model, "_orig_mod", model))
     if isinstance(method, str):
-        _check_method(method, block, layers)
+        check_method(method)
+        _check_fit(method, block, layers)
     elif block is not None:
         raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     return layers
@@ -279,10 +280,18 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
-def _check_method(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse methods that are unknown or do not fit a layer, before any is changed."""
-    if method not in KINDS:
+def check_method(method: Any) -> None:
+    """Refuse the name of a method that there is none of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(method, str) and method not in KINDS:
         raise ValueError(f"method {method!r} must be {', '.join(KINDS)} or a configuration of torchao")
+
+
+def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse a method that does not fit a layer, before any is changed."""
     if block is not None and method == "fp8_dynamic":
         raise ValueError("fp8_dynamic has one scale for all inputs of an output; leave block out")
     for name, layer in layers.items():
@@ -316,8 +325,8 @@ class Report:
         layers: error of each layer's weight.
         block: error of the first block's output.
         output: error of the model's output.
-        bytes_before: of all parameters.
-        bytes_after: of all parameters.
+        bytes_before: of all parameters and buffers.
+        bytes_after: of all parameters and buffers.
     """
 
     layers: Mapping[str, float]

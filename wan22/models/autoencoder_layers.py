@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
 from .layers import wide
 from .temporal_cache import TemporalCache
 
@@ -114,11 +115,11 @@ class AttentionBlock(nn.Module):
         """Map "b c t h w" to "b c t h w"; frames do not see each other, so the cache is not needed."""
         b, c, t, h, w = x.shape
         frames = _fold_time(x)  # (b t) c h w
-        qkv = self.to_qkv(self.norm(frames)).reshape(b * t, 1, 3 * c, h * w)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2)  # (b t) 3c (h w)
         # Attention kernels want each position's vector in one piece.
-        q, k, v = qkv.transpose(2, 3).contiguous().chunk(3, dim=-1)  # (b t) 1 (h w) c
-        y = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(y.transpose(2, 3).reshape(b * t, c, h, w))
+        q, k, v = qkv.transpose(1, 2).contiguous().unsqueeze(2).chunk(3, dim=-1)  # (b t) (h w) 1 c
+        y = attention(q, k, v).flatten(2)
+        y = self.proj(y.transpose(1, 2).reshape(b * t, c, h, w))
         return _unfold_time(y, b) + x
 
 

@@ -71,3 +71,12 @@ def recall(cache: TransformerCache | None, what: str, key: object, compute: Call
         if cache is not None:
             cache.kept[what] = key, value
     return cast(Value, value)
+
+
+def identity(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Return what changes when a tensor is another one, or is written to; keep the tensor beside it.
+
+    Tensors made in torch.inference_mode do not count what is written to them, and compiled code cannot ask.
+    """
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return id(tensor), None if unknown else tensor._version

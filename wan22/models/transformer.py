@@ -31,7 +31,7 @@ from .layers import (
     modulate,
     wide,
 )
-from .reuse import KeyValue, LayerCache, PromptCache, recall
+from .reuse import KeyValue, LayerCache, PromptCache, identity, recall
 from .rope import rotary_tables, rotate
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
@@ -262,7 +262,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             encoder_attention_bias: "b s", added to the cross-attention logits of each text row: log(c) for
                 a row that stands for c identical ones.
             cache: what calls with the same text and image rows have in common; without it, all is computed.
-                Calls with the same timestep tensor (that very object) share its embedding.
+                Calls with the same timestep tensor (that very object, unchanged) share its embedding.
 
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
 
@@ -288,7 +288,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         _, temb, modulation = recall(
             shared,
             "time",
-            (id(timestep), island),
+            (identity(timestep), island),
             lambda: (timestep, *self.condition_embedder.embed_time(timestep, island)),
         )
         text, image = self._embed_rows(encoder_hidden_states, encoder_hidden_states_image, cache)
@@ -315,6 +315,10 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         for module in self.modules():
             if isinstance(module, WanAttention):
                 module.backend = backend
+
+    def reset_attention_backend(self) -> None:
+        """Let PyTorch's own kernel compute attention again."""
+        self.set_attention_backend("native")
 
     def _embed_rows(
         self, text: torch.Tensor, image: torch.Tensor | None, cache: PromptCache | None

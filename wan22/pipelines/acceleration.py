@@ -15,7 +15,7 @@ from ..accel.offload.devices import CudaDevice, Device
 from ..accel.offload.residence import Residence, free
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
-from ..accel.quantize import check, is_quantized, quantize
+from ..accel.quantize import check, check_method, is_quantized, quantize
 from ..checkpoints.adapters import adapters_of, has_adapters
 from ..models.transformer import WanAttention
 from .experts import Expert
@@ -34,6 +34,7 @@ class AcceleratedPipeline(FilesPipeline):
     """Compilation, quantisation, attention kernels and the place of a pipeline's models."""
 
     transformers: list[Any]
+    any_transformer: Any
     vae: Any
     _compiled: Compiled | None = None
     _accelerated = False
@@ -95,20 +96,26 @@ class AcceleratedPipeline(FilesPipeline):
         """Compile the transformers' repeated block, once for all layers and experts, and the VAE's chunks.
 
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
-        changes; calls with another prompt and the other expert use what there is.
+        changes; calls with another prompt and the other expert use what there is. Decoding in strips, and the
+        chunks of an image's condition that leave out what would repeat itself, run as they are.
 
         Args:
             vae: whether to compile the VAE, too.
-            **options: of torch.compile, such as `mode` or `backend`.
+            **options: of torch.compile, such as `mode="max-autotune-no-cudagraphs"` or `backend`. CUDA graphs
+                cannot run block by block.
 
         Raises:
-            ValueError: something else has replaced a block's forward already.
+            ValueError: the options ask for CUDA graphs, or something else has replaced a block's forward.
         """
         self.uncompile()
         self._compiled = Compiled(self.transformers, self.vae if vae else None, **options)
 
     def uncompile(self) -> None:
-        """Run as before `compile`, to the bit."""
+        """Run as before `compile`, to the bit.
+
+        Raises:
+            ValueError: a block's forward has been replaced since, by a step cache say.
+        """
         if self._compiled is not None:
             self._compiled.detach()
             self._compiled = None
@@ -150,9 +157,10 @@ class AcceleratedPipeline(FilesPipeline):
         Returns: the name of the one that is used.
 
         Raises:
-            ValueError: it is not available here, or its results are wrong.
+            ValueError: it is not available here, or its results are wrong; or there is no transformer.
         """
-        return [attention.use(model, backend) for model in self.transformers][-1]
+        models = self.transformers or [self.any_transformer]  # which says that there is none
+        return [attention.use(model, backend) for model in models][-1]
 
     def quantize(self, method: Any) -> None:
         """Quantise the transformers' large linear layers, in place; that changes the result.
@@ -160,7 +168,11 @@ class AcceleratedPipeline(FilesPipeline):
         Args:
             method: "fp8", "int8", "fp8_dynamic", or a configuration of torchao's; see
                 `wan22.accel.quantize.quantize`. What is quantised already stays as it is.
+
+        Raises:
+            ValueError: the method is unknown, or a model cannot be quantised as it is.
         """
+        check_method(method)
         models = [model for model in self.transformers if not is_quantized(model)]
         for model in models:
             check(model, method)
