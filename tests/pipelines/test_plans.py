@@ -15,7 +15,8 @@ from tests.golden_data import relative_error
 from tests.pipelines.test_acceleration import out_of_memory_below
 from wan22 import WanT2VPipeline, accel, presets
 from wan22.accel import cpu, vae
-from wan22.accel.offload.layout import Placement
+from wan22.accel.offload.layout import Placement, bytes_of
+from wan22.accel.planning.skeletons import released_models
 from wan22.checkpoints.adapters import adapters_of
 
 
@@ -196,15 +197,21 @@ def test_a_gpus_memory_without_a_gpu(tmp_path):
 def test_decoding_is_as_before_once_a_plan_is_released(before, monkeypatch):
     """Also where memory ran out on the way, and more strips were taken."""
     pipe = own_pipeline()
+    plan = plan_in(pipe, 1e9)
     if before:
         pipe.vae.enable_strips(before)
-    pipe.apply(plan_in(pipe, 1e9), RecordingDevice())
+    pipe.apply(plan, RecordingDevice())
     assert strips_of(pipe) is None
     out_of_memory_below(pipe.vae, 2, monkeypatch)
     latents_of(pipe, output_type="pt", num_frames=9)
     assert strips_of(pipe) == 2
     pipe.release()
     assert strips_of(pipe) == before
+    pipe.apply(plan, RecordingDevice())
+    pipe.vae.disable_strips()
+    pipe.vae.enable_tiling()
+    pipe.release()  # what was asked for since stays
+    assert pipe.vae.use_tiling
 
 
 def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path, monkeypatch):
@@ -228,8 +235,9 @@ def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path, monkeypatch):
 
 def test_wan_21_for_images_has_an_image_encoder():
     """632 million parameters, in bf16."""
-    plan = accel.plan(presets.I2V_14B, vram="24GB", ram="64GB")
-    assert plan.placements["image_encoder"].kind in ("visiting", "streamed", "host")
+    for preset in (presets.I2V_14B, presets.FLF_14B):
+        assert bytes_of(released_models(preset)["image_encoder"]) == pytest.approx(1.264e9, rel=0.01)
+    assert accel.plan(presets.I2V_14B, vram="24GB", ram="64GB").placements["image_encoder"].kind == "visiting"
     assert "image_encoder" not in accel.plan(presets.I2V_A14B, vram="24GB", ram="80GB").placements
 
 

@@ -41,7 +41,7 @@ class AcceleratedPipeline(FilesPipeline):
     _residence: Residence | None = None
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
-    _strips_before: int | None = None  # the plan
+    _strips_before: int | None = None  # that the VAE decoded in when the plan was applied
 
     @classmethod
     def from_pretrained(
@@ -270,7 +270,7 @@ class AcceleratedPipeline(FilesPipeline):
         """Let go of a plan: all models are on the CPU, as they were before `apply`, to the bit."""
         if self._residence is not None:
             self._residence.detach()
-        if self._memory_plan is not None:
+        if self._memory_plan is not None and not self.vae.use_tiling:  # or somebody has decided otherwise
             self._decode_in(self._strips_before)
         self._residence, self._memory_plan, self._budget = None, None, None
 

@@ -100,7 +100,7 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
         for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
             if weight.device.type != "cpu":
                 on_device += weight.nbytes
-            elif weight not in files:
+            elif files.ranges and weight not in files:  # none are known where the system does not tell
                 held[name] += weight.nbytes
     return held, on_device
 
