@@ -94,7 +94,7 @@ def read_items(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
-    from .. import WanI2VPipeline
+    from ..pipelines.i2v import WanI2VPipeline
 
     where = f"{file}, line {number}"
     try:

@@ -107,7 +107,9 @@ def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
     """
     import torch
 
-    from .. import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
+    from ..assets import tiny_checkpoint
+    from ..pipelines.i2v import WanI2VPipeline
+    from ..pipelines.t2v import WanT2VPipeline
 
     cls: Any = {"t2v": WanT2VPipeline, "i2v": WanI2VPipeline}[task]
     source, file = resolve(options["model"], task)
@@ -175,7 +177,7 @@ def resolve(model: str | None, task: str) -> tuple[Any, bool]:
 
 
 def _tiny(name: str) -> Path:
-    from .. import tiny_checkpoint
+    from ..assets import tiny_checkpoint
 
     return tiny_checkpoint(name.removeprefix("tiny-"))
 
