@@ -40,5 +40,5 @@ for file in files:
     recipe = read_recipe(file)
     print(f"video:         {file}")
     print(f"recipe:        seed {recipe.seeds[0]}, {recipe.prompts[0]}")
-# pipe.rerun(file) makes a file's video again.
+# pipe.reproduce(file) makes a file's video again.
 print(f"time:          {seconds:.1f} s for {len(files)} videos, loading included")

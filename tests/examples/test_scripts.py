@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wan22 import read_recipe
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -18,7 +20,6 @@ def run(script, *options, folder):
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, *options], cwd=folder, capture_output=True, text=True, check=True
     )
-    assert "100%" in done.stderr  # the progress bar
     names = (re.search(rf"^{name}: +(.+)$", done.stdout, re.M)[1] for name in ("video", "contact sheet"))
     return done.stdout, *(folder / name for name in names)
 
@@ -54,6 +55,57 @@ def test_image_to_video(tmp_path):
     check_video(clip, sheet)
     assert (tmp_path / "mine.mp4").exists()
     assert "mine.jpg" in printed
+
+
+def test_low_memory(tmp_path):
+    printed, clip, sheet = run("low_memory.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert "host peak" in printed
+    assert read_recipe(clip).changes == {"quantized": ("transformer", "transformer_2")}
+
+
+def test_lora(tmp_path):
+    """At full strength the red circle is purple."""
+    run("lora.py", folder=tmp_path)
+    colours = {}
+    for name in ("off", "full"):
+        clip = tmp_path / f"outputs/lora-{name}.mp4"
+        check_video(clip, clip.with_suffix(".png"))
+        reader = imageio_ffmpeg.read_frames(str(clip))
+        next(reader)
+        frame = np.frombuffer(next(reader), np.uint8).reshape(64, 64, 3).astype(int)
+        disc = frame[frame[..., 0] > 120]
+        colours[name] = disc.mean(axis=0)
+    assert colours["full"][2] > colours["off"][2] + 80, "more blue in it"
+    assert read_recipe(tmp_path / "outputs/lora-full.mp4").loras
+
+
+def test_few_steps(tmp_path):
+    _, clip, sheet = run("few_steps.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert read_recipe(clip).few_steps == "lightning-4"
+
+
+def test_batch(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle grows\na blue square moves up\n")
+    command = [sys.executable, EXAMPLES / "batch.py", "prompts.txt", "--seeds", "5"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    files = sorted((tmp_path / "outputs/batch").glob("*.mp4"))
+    assert [read_recipe(file).seeds for file in files] == [(5,), (5,)]
+
+
+def test_first_last_frame(tmp_path):
+    _, clip, sheet = run("first_last_frame.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert len(read_recipe(clip).last_images) == 1
+
+
+def test_preview(tmp_path):
+    _, clip, sheet = run("preview.py", folder=tmp_path)
+    check_video(clip, sheet)
+    assert Image.open(tmp_path / "outputs/preview-now.gif").n_frames == 5
+    assert Image.open(tmp_path / "outputs/preview-step20.png").width >= 256
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..presets import PRESETS
 from .running import LOADING, Result, ends_with_a_step, load, name_of, report, say
 
 
@@ -15,8 +14,7 @@ def run_again(given: Mapping[str, Any]) -> None:
     recipe = read_recipe(given["file"])
     options: dict[str, Any] = dict.fromkeys(LOADING)
     options |= {name: given[name] for name in ("model", "dtype", "device", "memory")}
-    tiny = next((p.name for p in PRESETS if not p.repo and p.name == recipe.checkpoint), None)
-    options["model"] = given["model"] or tiny or (recipe.origin and recipe.origin.place) or recipe.checkpoint
+    options["model"] = given["model"] or (recipe.origin and recipe.origin.place) or recipe.checkpoint
     if recipe.origin is not None and recipe.origin.revision is not None and given["model"] is None:
         options["revision"] = recipe.origin.revision if "/" in str(options["model"]) else None
     options["dtype"] = given["dtype"] or dict(recipe.dtypes)

@@ -246,7 +246,7 @@ class LoraPipeline:
                 f"{file.source}: no key fits {slot}; "
                 + (f"there are {listed(lora.unmatched)}" if lora.unmatched else "there is none for it")
             )
-        lora.source = "" if file.source == TABLE else str(Path(file.source).absolute())
+        lora.source = "" if file.source == TABLE else file.source
         if lora.unmatched:
             logger.warning("%s: %s fit nothing in %s", file.source, listed(lora.unmatched), slot)
         return lora

@@ -5,7 +5,6 @@ Shapes: b videos, c latent channels, t h w frames, rows, columns.
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from ..checkpoints.tiny_autoencoder import load_tiny_decoder
 from ..models.latent_rgb import latent_rgb_of, to_bytes
 from ..models.tiny_autoencoder import TinyDecoder
+from ..video.progress import in_notebook
 
 logger = logging.getLogger(__name__)
 
@@ -202,13 +202,6 @@ class Display:
             self.handle = display(preview.image, display_id=True)
         else:
             self.handle.update(preview.image)
-
-
-def in_notebook() -> bool:
-    """Whether this code runs in a notebook's kernel, not in a script or IPython's terminal."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def write(preview: Preview, path: Path) -> None:

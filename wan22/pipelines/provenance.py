@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
 PACKAGES = ("torch", "diffusers", "transformers")
-IN_MEMORY = "the given table"
+ASSETS = Path(__file__).parents[1].absolute() / "assets"
 
 
 class ProvenancePipeline:
@@ -37,7 +37,9 @@ class ProvenancePipeline:
             place: folder, repository or files, as the caller gave them.
             parts: file or folder of each component that was loaded.
         """
-        self._place = str(place)
+        folder = Path(str(place)).absolute()
+        # The miniatures' folder is another one on every machine; their name is not.
+        self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
         # By the model itself: one that is put in its place later is of other files.
         self._files_of = {
             name: (weakref.ref(getattr(self, name)), path)

@@ -1,5 +1,6 @@
 """The progress bars: one form for sampling, decoding, saving, loading."""
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,7 +14,14 @@ def progress_bar(iterable: Any = None, total: int | None = None, **options: Any)
         total: how many there are.
         **options: tqdm's; `disable` decides whether it is drawn at all.
     """
-    in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     # tqdm's None means: not where the output goes to a file, as in CI.
-    defaults: dict[str, Any] = {"disable": False if in_notebook else None, "dynamic_ncols": not in_notebook}
+    notebook = in_notebook()
+    defaults: dict[str, Any] = {"disable": False if notebook else None, "dynamic_ncols": not notebook}
     return tqdm(iterable, total=total, **defaults | options)
+
+
+def in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel, not in a script or IPython's terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None

@@ -22,7 +22,7 @@ from .recipe import Recipe
 OUTPUT_TYPES = ("np", "pil", "pt", "latent", "stream")
 
 
-@dataclass
+@dataclass(repr=False)
 class WanVideo(BaseOutput):
     """Generated videos. In a notebook they play where they stand.
 
@@ -106,6 +106,9 @@ class WanVideo(BaseOutput):
                 )
             return list(self.frames.permute(0, 1, 3, 4, 2).float().cpu().numpy())
         return list(self.frames)
+
+    def __repr__(self) -> str:
+        return f"WanVideo({self.recipe})"
 
     def _repr_html_(self) -> str:
         """Return players with the videos inside, for notebooks."""

@@ -1,0 +1,62 @@
+"""The notebooks run, and what they are kept with is what they show."""
+
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def outputs(notebook):
+    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+
+
+def texts(notebook):
+    """What a notebook prints, without what a run brings by chance: addresses and times."""
+    told = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stdout"]
+    told += [o.data.get("text/plain", "") for o in outputs(notebook) if "data" in o]
+    return [re.sub(r"0x[0-9a-f]+|\d[\d.e-]* s a step", "", text).strip() for text in told]
+
+
+def pictures(notebook):
+    return [o.data["image/png"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
+
+
+def players(notebook):
+    return [
+        o.data["text/html"] for o in outputs(notebook) if "<video" in o.get("data", {}).get("text/html", "")
+    ]
+
+
+def test_there_are_some():
+    assert {"first_video", "image_to_video", "previews_and_recipes"} <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_and_shows_what_it_is_kept_with(path, tmp_path):
+    kept = nbformat.read(path, as_version=4)
+    fresh = nbformat.from_dict(kept)
+    for cell in fresh.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    client = NotebookClient(fresh, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()  # an error in a cell is raised
+    assert texts(fresh) == texts(kept)
+    assert len(pictures(fresh)) == len(pictures(kept)) > 0
+    assert len(players(fresh)) == len(players(kept)) > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_kept_small_and_tells_nothing_of_where_it_was_made(path):
+    kept = nbformat.read(path, as_version=4)
+    assert path.stat().st_size < 400_000
+    inside = [
+        base64.b64decode(data) for html in players(kept) for data in re.findall(r"base64,([^\"]+)", html)
+    ]
+    inside += [path.read_bytes(), *map(base64.b64decode, pictures(kept))]
+    for home in (b"/home/", b"/root", b"/tmp/", b"/work", b"site-packages"):
+        assert not any(home in data for data in inside)
