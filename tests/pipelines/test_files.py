@@ -376,3 +376,11 @@ def test_models_of_cached_repositories(tmp_path):
         WanTransformer3DModel.from_pretrained("./nowhere")
     with pytest.raises(FileNotFoundError, match="must hold one safetensors file"):
         WanTransformer3DModel.from_pretrained(folder, subfolder="google")
+
+
+def test_loading_shows_how_far_it_is(form, monkeypatch, capsys):
+    folder, *_, pipeline, _, _ = form
+    monkeypatch.setattr("wan22.video.progress.in_notebook", lambda: True)  # where bars are drawn
+    pipeline.from_pretrained(folder)
+    told = capsys.readouterr().err
+    assert "loading: 100%" in told and "tokenizer" in told

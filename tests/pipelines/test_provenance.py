@@ -271,6 +271,14 @@ def test_single_files_have_an_origin(tmp_path):
     assert set(pipe.origin().files) == {f"{name}/{path.name}" for name, path in files.items()}
 
 
+def test_the_miniatures_are_told_by_their_names():
+    """Their folder is another one on every machine, and nothing of it goes into a file."""
+    for name, cls in (("t2v", WanT2VPipeline), ("i2v", WanI2VPipeline)):
+        pipe = cls.from_pretrained(tiny_checkpoint(name))
+        assert pipe.origin().place == f"tiny-{name}"
+        assert len(pipe.origin().files) == 4
+
+
 def test_from_pipe_keeps_the_origin():
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
     assert WanT2VPipeline.from_pipe(pipe).origin() == pipe.origin()

@@ -17,6 +17,7 @@ from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
 from ..checkpoints.text_encoder import load_text_encoder
 from ..presets import Preset, find_preset, has_timestep_per_token, release_of
 from ..schedulers import FlowMatchUniPCScheduler
+from ..video.progress import progress_bar
 from .hub import HubPipeline
 
 TOKENIZER = TOKENIZERS[0]
@@ -170,9 +171,10 @@ def load_components(
         "image_encoder": lambda name, path: load_image_encoder(path, dtype_of(name)),
     }
     parts = {name: None for name in loaders} | dict(given)
-    for name, path in vars(files).items():
-        if name not in given and path is not None:
-            parts[name] = loaders[name](name, path)
+    wanted = {n: path for n, path in vars(files).items() if n not in given and path is not None}
+    for name, path in (bar := progress_bar(wanted.items(), desc="loading", unit="component")):
+        bar.set_postfix_str(name)
+        parts[name] = loaders[name](name, path)
     if files.image_encoder is not None:
         parts.setdefault("image_processor", load_image_processor())
     models = [parts[name] for name in ("transformer", "transformer_2") if parts[name] is not None]
