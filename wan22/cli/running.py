@@ -142,7 +142,7 @@ def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
         pipe.load_lora_weights(**pair)
     if options["tiling"]:
         pipe.vae.enable_tiling()
-    if options["memory"] is None:
+    if options["memory"] is None and device != "cpu":
         pipe.to(torch.device(device))
     if options["accelerate"]:
         pipe.accelerate()
