@@ -29,7 +29,7 @@ if args.high or args.low:
     pipe.load_lora_weights(high=args.high, low=args.low)
 else:
     print(
-        "note:          no LoRA is given; a checkpoint that is not distilled makes poor videos in four steps"
+        "note:          no LoRA is given; what is not distilled to four steps makes poorer videos in them"
     )
 start = time.perf_counter()
 video = pipe(args.prompt, seed=args.seed, recipe="lightning-4")
