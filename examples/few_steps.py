@@ -28,9 +28,7 @@ pipe = WanT2VPipeline.from_pretrained(args.checkpoint, dtype=dtype).to(device)
 if args.high or args.low:
     pipe.load_lora_weights(high=args.high, low=args.low)
 else:
-    print(
-        "note:          no LoRA is given; what is not distilled to four steps makes poorer videos in them"
-    )
+    print("note:          no LoRA is given; what is not distilled to four steps makes poorer videos in them")
 start = time.perf_counter()
 video = pipe(args.prompt, seed=args.seed, recipe="lightning-4")
 seconds = time.perf_counter() - start
