@@ -16,8 +16,13 @@ def outputs(notebook):
 
 
 def texts(notebook):
-    """What a notebook prints, without what a run brings by chance: addresses and times."""
-    told = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stdout"]
+    """What a notebook prints, cell by cell, without what a run brings by chance: addresses and times."""
+    # A kernel sends what is printed in as many pieces as its timer makes of it.
+    told = [
+        "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
     told += [o.data.get("text/plain", "") for o in outputs(notebook) if "data" in o]
     return [re.sub(r"0x[0-9a-f]+|\d[\d.e-]* s a step", "", text).strip() for text in told]
 
