@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from tests.builders import random_transformer
 from tests.models.test_attention import error, make_inputs
 from wan22.accel import attention as accel
-from wan22.accel.attention import Backend, add, available, describe, running_kernel, select, use
+from wan22.accel import attention_kernels
+from wan22.accel.attention import add, available, describe, select, use
+from wan22.accel.attention_kernels import Backend, running_kernel
 from wan22.models import attention as registry
 from wan22.models.attention import attention, native
 
@@ -144,7 +146,7 @@ def test_auto_takes_the_fastest_for_the_card(capability, chosen, monkeypatch):
 def test_auto_takes_cudnns_kernel_where_pytorch_passes_it_over(capability, running, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(accel, "running_kernel", lambda device: running)
+    monkeypatch.setattr(attention_kernels, "running_kernel", lambda device: running)
     monkeypatch.setattr(accel, "_failure", lambda *arguments: None)
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)

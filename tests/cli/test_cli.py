@@ -72,6 +72,7 @@ def test_every_option_reaches_the_call(here):
         "--noise-device": "cpu",
         "--dtype": "bf16",
         "--lora": f"{file}=0.5",
+        "--attention-kwargs": '{"scale": 0.5}',
         "--preview": "now.png",
         "--preview-every": 1,
         "--output": "out.webp",
@@ -224,10 +225,25 @@ def test_a_batch(here):
 
 
 def test_a_batch_of_plain_prompts(here):
-    (here / "list.txt").write_text("\ufeffred\n\nblue – 蓝\n", encoding="utf-8")
+    (here / "list.txt").write_text("\ufeffred\n\nblue – 蓝\nred\n", encoding="utf-8")
     run("batch", "list.txt", "-o", "out", "--ending", ".gif", "-q")
-    assert [r["item"]["prompt"] for r in records(here)] == ["red", "blue – 蓝"]
-    assert len(list((here / "out").glob("*.gif"))) == 2
+    assert [r["item"]["prompt"] for r in records(here)] == ["red", "blue – 蓝", "red"]
+    assert sorted(p.name for p in (here / "out").glob("*.gif")) == ["blue-蓝.gif", "red-2.gif", "red.gif"]
+
+
+def test_a_batch_is_known_by_its_folder_from_anywhere(here, monkeypatch):
+    file = items(here, {"prompt": "one", **SHORT})
+    run("batch", file, "-o", "out", "-q")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    _, err = run("batch", file, "-o", "../out")
+    assert "1 items, 1 of them done already" in err
+
+
+def test_a_batchs_ending_is_refused_before_anything_is_made(here):
+    file = items(here, {"prompt": "one", **SHORT})
+    _, err = run("batch", file, "-o", "out", "--ending", ".avi", code=1)
+    assert "video.avi must end in .mp4" in err and not (here / "out").exists()
 
 
 def test_a_batch_with_images(here):
@@ -389,6 +405,24 @@ def test_no_room_on_the_disk(ending, here):
 def test_usage_errors(arguments):
     _, err = run(*arguments, code=2)
     assert "Usage: " in err
+
+
+def test_an_existing_contact_sheet_is_kept(here):
+    (here / "a-sheet.png").write_text("mine")
+    _, err = run("t2v", "x", *QUICK, "-o", "a.mp4", "--contact-sheet", code=1)
+    assert "a-sheet.png exists" in err and (here / "a-sheet.png").read_text() == "mine"
+    assert not (here / "a.mp4").exists()
+    run("t2v", "x", *QUICK, "-o", "a.mp4", "--contact-sheet", "--overwrite")
+    assert Image.open(here / "a-sheet.png").size[0] > 64
+
+
+def test_a_name_is_free_in_its_format(here):
+    (here / "a.mp4").touch()
+    (here / "b-0001.png").touch()
+    (here / "c-1.gif").touch()
+    assert name_of("a").name == "a-2.mp4" and name_of("a", ending=".gif").name == "a.gif"
+    assert name_of("b", ending=".png").name == "b-2.png"
+    assert name_of("c", ending=".gif").name == "c-2.gif", "several videos have the name"
 
 
 def test_small_things(here):

@@ -411,6 +411,19 @@ def test_latents_that_cannot_be_decoded(shape):
             decode(torch.zeros(shape))
 
 
+def test_another_dtype_than_the_models():
+    vae, x, z = tiny_vae("2.1").bfloat16(), torch.zeros(1, 3, 5, 16, 16), torch.zeros(1, 16, 2, 2, 2)
+    for call, given, what in ((vae.encode, x, "video"), (vae.decode, z, "latents")):
+        with pytest.raises(
+            ValueError, match=rf"{what}: dtype is torch\.float32; .*{what}\.to\(torch\.bfloat16\)"
+        ):
+            call(given)
+    with pytest.raises(ValueError, match=r"latents\.to\(torch\.bfloat16\)"):
+        vae.decode_stream(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vae.decode(z).sample.shape == (1, 3, 5, 16, 16)
+
+
 def test_chunks_of_nothing_are_refused():
     vae = tiny_vae("2.1")
     with pytest.raises(ValueError, match=r"chunk_latents is 0.*at least 1"):

@@ -1,6 +1,5 @@
 """Previews: when they come, what they show, the files and the notebook, and what must not end a run."""
 
-import logging
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -157,15 +156,14 @@ def test_other_ways_to_show(show):
         Previewer(show, VAE, FPS)
 
 
-def test_outside_a_notebook_true_is_a_file_in_the_working_folder(tmp_path, monkeypatch, caplog):
+def test_outside_a_notebook_true_is_a_file_in_the_working_folder(tmp_path, monkeypatch):
     """The folder of the start, wherever the run goes meanwhile; IPython's terminal is no notebook."""
     monkeypatch.setitem(sys.modules, "IPython", fake_ipython([], kernel=False))
     monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.INFO, module.__name__):
-        previewer = Previewer(True, VAE, FPS)
-        monkeypatch.chdir("/")
-        shown(previewer, 3)
-    assert caplog.messages == [f"previews are written to {tmp_path / 'preview.png'}"]
+    previewer = Previewer(True, VAE, FPS)
+    monkeypatch.chdir("/")
+    shown(previewer, 3)
+    assert previewer.place == "preview.png"
     assert Image.open(tmp_path / "preview.png").size == (258, 172)
 
 

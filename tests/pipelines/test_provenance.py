@@ -340,6 +340,13 @@ def test_stopping_gives_the_video_as_it_would_become(pipe):
     assert off(video) < off(noisy), "what the model predicts, not what is still noise"
 
 
+def test_a_stop_while_the_prompt_is_encoded_counts(pipe, monkeypatch):
+    encode = pipe.encode_plan
+    monkeypatch.setattr(pipe, "encode_plan", lambda plan: (pipe.stop(), encode(plan))[1])
+    video = pipe("a", **{**SMALL, "num_inference_steps": 4, "seed": 1})
+    assert video.recipe.steps_done == 1
+
+
 def test_previews_leave_the_video_as_it_is(pipe, tmp_path):
     seen = []
     plain = pipe("a", seed=1, **QUICK)
@@ -357,13 +364,16 @@ def test_previews_leave_the_video_as_it_is(pipe, tmp_path):
 # ---- progress ----
 
 
-def test_the_bar_tells_the_phase_and_the_expert(pipe, capsys):
+def test_the_bar_tells_the_phase_and_the_expert(pipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_NCOLS", "500")
     pipe.set_progress_bar_config(disable=False)
     try:
         pipe("a", seed=1, **QUICK)
         told = capsys.readouterr().err
         assert "sampling" in told and "3/3" in told and "high noise" in told
         assert "decoding" in told and "5/5" in told
+        pipe("a", seed=1, **QUICK, preview=tmp_path / "now.gif")
+        assert f"high noise, {tmp_path / 'now.gif'}" in capsys.readouterr().err, "where to look"
         pipe.set_progress_bar_config(disable=True)
         pipe("a", seed=1, **QUICK)
         assert capsys.readouterr().err == ""

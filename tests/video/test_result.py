@@ -341,9 +341,23 @@ def test_png_files(tmp_path):
     paths = video().save(tmp_path / "clip.png")
     assert [path.name for path in paths] == [f"clip-{i:04d}.png" for i in range(1, T + 1)]
     assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in paths]), video().as_uint8()[0])
-    with pytest.raises(FileExistsError, match=r"clip-0001\.png exists"):
+    with pytest.raises(FileExistsError, match=rf"clip-0001\.png and {T - 1} more exist"):
         video().save(tmp_path / "clip.png")
     assert len(video(2).save(tmp_path / "two.png")) == 2 * T
+
+
+def test_png_files_of_an_earlier_video(tmp_path, caplog):
+    (tmp_path / "clip-sheet.png").touch()
+    video().save(tmp_path / "clip.png")
+    assert not caplog.records
+    later = [(tmp_path / f"clip-{i:04d}.png") for i in (T + 1, T + 2)]
+    (tmp_path / "clip-0001.png").rename(later[0])
+    (tmp_path / "clip-0002.png").rename(later[1])
+    with pytest.raises(FileExistsError, match=rf"clip-0003\.png and {T - 1} more exist"):
+        video().save(tmp_path / "clip.png")
+    video().save(tmp_path / "clip.png", overwrite=True)
+    assert f"clip-{T + 1:04d}.png and what follows it is not of this video" in caplog.text
+    assert all(path.exists() for path in later), "nothing is removed"
 
 
 def test_arrays_keep_their_values(tmp_path):

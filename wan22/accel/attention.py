@@ -1,27 +1,22 @@
-"""Attention kernels by name: PyTorch's one by one, and those of flash-attn and SageAttention if installed.
+"""Attention kernels by name, or the fastest exact one.
 
 A kernel is checked against float32 attention before its first use on a device in a dtype; see `select`.
 
 Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 """
 
-import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
-from torch.nn.attention import SDPBackend
 
-from ..models.attention import Kernel, mask_of, native, register
+from ..models.attention import Kernel, native, register
+from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 
 logger = logging.getLogger(__name__)
-aten = torch.ops.aten
-
-HALF = (torch.float16, torch.bfloat16)
 
 # How far an exact kernel may be from float32 attention, relative in the L2 norm. Rounding to the dtype alone
 # gives 1e-6, 4e-4 and 3e-3; a wrong scale, layout or padding gives 0.1 and more.
@@ -32,31 +27,7 @@ LOSSY_BOUND = 0.1
 # Query and key tokens of the self-test: self-attention, and cross-attention with no round number.
 LENGTHS = ((128, 128), (131, 77))
 
-
-class NotInstalledError(ImportError):
-    """A kernel's library is not there; any other error while loading it says that it is broken."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kernel that can be chosen by name.
-
-    Args:
-        name: of the kernel.
-        load: imports what it needs and returns the function for `wan22.models.attention.Kernel`; raises
-            NotInstalledError where its library is not there.
-        refuses: says of a device, dtype and head size why it cannot run there; None if it can.
-        takes_bias: whether the function takes a bias.
-        exact: whether it computes in the dtype of its operands; others are taken only by name.
-        preferred: whether "auto" tries it on a device, before PyTorch's own choice.
-    """
-
-    name: str
-    load: Callable[[], Callable[..., torch.Tensor]]
-    refuses: Callable[[torch.device, torch.dtype, int], str | None]
-    takes_bias: bool = False
-    exact: bool = True
-    preferred: Callable[[torch.device], bool] = lambda device: False
+_backends = {backend.name: backend for backend in BACKENDS}
 
 
 def add(backend: Backend) -> None:
@@ -138,33 +109,6 @@ def use(
     model.set_attention_backend(chosen)
     logger.info("attention on %s: %s", device, describe(chosen, device, dtype, model.head_dim))
     return chosen
-
-
-def running_kernel(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    queries: int = 4096,
-    keys: int | None = None,
-    bias: bool = False,
-) -> str:
-    """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math".
-
-    The question is put to the function that scaled_dot_product_attention itself asks.
-
-    Args:
-        device: to run on.
-        dtype: of queries, keys and values.
-        head_dim: channels of one head.
-        queries: number of tokens.
-        keys: number of tokens; None: as many.
-        bias: whether the keys have one.
-    """
-    keys = keys or queries
-    q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
-    mask = torch.empty(1, 1, 1, keys, dtype=dtype, device=device) if bias else None
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, k, mask))
-    return choice.name.removesuffix("_ATTENTION").lower()
 
 
 def describe(
@@ -275,183 +219,3 @@ def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
                 f"{bound:g} is allowed"
             )
     return None
-
-
-def _rules(
-    device: str = "cuda",
-    capability: tuple[tuple[int, int], tuple[int, int]] | None = None,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    multiple: int = 1,
-) -> Callable[[torch.device, torch.dtype, int], str | None]:
-    """Return what a kernel refuses.
-
-    Args:
-        device: type that it needs.
-        capability: the lowest and the highest of the GPU.
-        dtypes: that it can compute in; None: any.
-        multiple: that the head size must be one of.
-    """
-
-    def refuses(where: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if where.type != device:
-            return f"it runs on {device} only"
-        if device == "cuda" and not torch.cuda.is_available():
-            return "there is no GPU"
-        if capability is not None:
-            low, high = capability
-            found = torch.cuda.get_device_capability(where)
-            if not low <= found <= high:
-                name, span = ".".join(map(str, found)), f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
-                return f"it runs on compute capability {span}, and this GPU has {name}"
-        if dtypes is not None and dtype not in dtypes:
-            return f"it computes in {' and '.join(map(str, dtypes))} only"
-        if head_dim % multiple:
-            return f"its head size must be a multiple of {multiple}"
-        return None
-
-    return refuses
-
-
-# ---- PyTorch's kernels ----
-# Each is called by itself: torch.nn.attention.sdpa_kernel sets flags of the whole process, and where two
-# threads enter and leave it in turns, the restriction of one stays behind.
-
-
-def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(x.transpose(1, 2) for x in tensors)  # b l n d -> b n l d
-
-
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    q, k, v = _heads_first(query, key, value)
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2)
-    return aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2)
-
-
-def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    q, k, v = _heads_first(query, key, value)
-    trained = query.requires_grad or key.requires_grad or value.requires_grad
-    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, trained)[0].transpose(1, 2)
-
-
-def _efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    q, k, v = _heads_first(query, key, value)
-    trained = query.requires_grad or key.requires_grad or value.requires_grad
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, trained)[0].transpose(1, 2)
-
-
-def _math(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    q, k, v = _heads_first(query, key, value)
-    mask = None if bias is None else mask_of(bias, query.dtype)
-    return aten._scaled_dot_product_attention_math(q, k, v, mask)[0].transpose(1, 2)
-
-
-def _flash_refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type == "cpu":
-        return None
-    return _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8)(device, dtype, head_dim)
-
-
-# ---- kernels of other libraries ----
-
-
-def _library(name: str, module: str, function: str, package: str, **options: Any) -> Callable[..., Any]:
-    """Return what loads a kernel of a library that has "b l n d" tensors, too.
-
-    Args:
-        name: of the backend.
-        module: that holds the function.
-        function: its name.
-        package: to install, for the error.
-        **options: more arguments.
-    """
-
-    def load() -> Callable[..., torch.Tensor]:
-        try:
-            library = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if f"{module}.".startswith(f"{error.name}."):  # and not something that it needs
-                raise NotInstalledError(f"{package} is not installed") from error
-            raise
-        return opaque(name, getattr(library, function), **options)
-
-    return load
-
-
-def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., torch.Tensor]:
-    """Hide a kernel behind an operator of PyTorch, which torch.compile does not look into.
-
-    Gradients are not defined for it: these kernels are for inference.
-
-    Args:
-        name: of the operator, in wan22's namespace.
-        function: of query, key and value, "b l n d"; returns the result or a tuple that begins with it.
-        **options: more arguments.
-    """
-
-    def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = function(query, key, value, **options)
-        # Some versions return the logarithm of the sums, too. The layout is what `shape` promises.
-        return (out[0] if isinstance(out, tuple) else out).contiguous()
-
-    def shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return query.new_empty(query.shape)
-
-    operator = torch.library.custom_op(f"wan22::{name}", compute, mutates_args=())
-    operator.register_fake(shape)
-    return operator
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
-
-
-def _is_slower_by_choice(device: torch.device) -> bool:
-    """Whether PyTorch has cuDNN's kernel run after its FlashAttention 2, as versions 2.6 to 2.9 do."""
-    return (_is_hopper(device) or _is_blackwell(device)) and running_kernel(device) != "cudnn"
-
-
-# Those that "auto" prefers, in the order in which it tries them.
-_backends: dict[str, Backend] = {}
-for _backend in (
-    Backend("native", lambda: native, lambda device, dtype, head_dim: None, takes_bias=True),
-    Backend("flash", lambda: _flash, _flash_refuses),
-    Backend("efficient", lambda: _efficient, _rules(multiple=8)),
-    Backend("math", lambda: _math, lambda device, dtype, head_dim: None, takes_bias=True),
-    Backend(
-        "flash_attn_2",
-        _library("flash_attn_2", "flash_attn.flash_attn_interface", "flash_attn_func", "flash-attn"),
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF),
-    ),
-    Backend(
-        "flash_attn_3",
-        _library("flash_attn_3", "flash_attn_interface", "flash_attn_func", "flash-attn-3"),
-        _rules(capability=((8, 0), (9, 9)), dtypes=HALF),
-        preferred=_is_hopper,
-    ),
-    Backend(
-        "flash_attn_4",
-        _library("flash_attn_4", "flash_attn.cute", "flash_attn_func", "flash-attn-4"),
-        _rules(capability=((9, 0), (99, 0)), dtypes=HALF),
-        preferred=_is_blackwell,
-    ),
-    Backend(
-        "cudnn",
-        lambda: _cudnn,
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8),
-        preferred=_is_slower_by_choice,
-    ),
-    Backend(
-        "sage",
-        _library("sage", "sageattention", "sageattn", "sageattention", tensor_layout="NHD"),
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF),
-        exact=False,
-    ),
-):
-    add(_backend)

@@ -19,6 +19,8 @@ def run_again(given: Mapping[str, Any]) -> None:
         options["revision"] = recipe.origin.revision if "/" in str(options["model"]) else None
     options["dtype"] = given["dtype"] or dict(recipe.dtypes)
     changes = dict(recipe.changes)
+    kernels = changes.get("attention", ())
+    options["attention"] = kernels[0] if len(kernels) == 1 else None
     options["accelerate"] = bool(changes.get("accelerated"))
     options["compile"], options["tiling"] = bool(changes.get("compiled")), bool(changes.get("tiled"))
     pipe = load("i2v" if recipe.pipeline == "WanI2VPipeline" else "t2v", options, given["quiet"])

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from . import options as o
-from .running import LOADING, SAVING, load, make, name_of, numbers, report, say, told
+from .running import LOADING, SAVING, json_object, load, make, name_of, numbers, report, say, told
 
 app = typer.Typer(
     help="Make videos with Wan 2.1 and 2.2.",
@@ -69,6 +69,7 @@ def t2v(
     timesteps: o.Timesteps = None,
     recipe: o.Recipe = None,
     max_sequence_length: o.MaxSequenceLength = 512,
+    attention_kwargs: o.AttentionKwargs = None,
     noise_device: o.NoiseDevice = None,
     output: o.Output = None,
     overwrite: o.Overwrite = False,
@@ -129,6 +130,7 @@ def i2v(
     timesteps: o.Timesteps = None,
     recipe: o.Recipe = None,
     max_sequence_length: o.MaxSequenceLength = 512,
+    attention_kwargs: o.AttentionKwargs = None,
     noise_device: o.NoiseDevice = None,
     output: o.Output = None,
     overwrite: o.Overwrite = False,
@@ -284,6 +286,7 @@ def _generate(task: str, given: Mapping[str, Any]) -> None:
     skipped = {*LOADING, *SAVING}
     call = {_CALL.get(name, name): value for name, value in given.items() if name not in skipped}
     call |= {name: numbers(name, given[name]) for name in ("sigmas", "timesteps")}
+    call["attention_kwargs"] = json_object("attention-kwargs", given["attention_kwargs"])
     if call.get("fit") is not None:
         call["fit"] = call["fit"].value
     for name in ("preview_every", "preview_decoder"):

@@ -25,8 +25,12 @@ def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any])
         options: those named in LOADING and the ones about saving.
 
     Raises:
-        ValueError: a line is no item.
+        ValueError: a line is no item, or the ending is none of a video's.
     """
+    from ..video.writers import check_ending, check_quality
+
+    check_ending(folder / f"video{ending}")
+    check_quality(folder / f"video{ending}", options.get("quality"), options.get("crf"))
     items = read_items(file)
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder)
@@ -48,7 +52,7 @@ def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any])
             target = (
                 folder / f"{item['name']}{ending}"
                 if "name" in item
-                else name_of(item["prompt"], folder).with_suffix(ending)
+                else name_of(item["prompt"], folder, ending)
             )
             result = make(pipe, call, target, {**saving, "overwrite": "name" in item})
             stopped = result.stopped
@@ -122,7 +126,9 @@ def _done(folder: Path) -> set[str]:
             record = json.loads(line)
         except ValueError:  # the run ended while it wrote this
             continue
-        if record["status"] == "done" and all(Path(path).exists() for path in record["files"]):
+        # By their names: the folder may be called otherwise from here.
+        files = [folder / Path(path).name for path in record.get("files", ())]
+        if record["status"] == "done" and all(file.exists() for file in files):
             done.add(record["key"])
     return done
 

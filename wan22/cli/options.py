@@ -140,6 +140,10 @@ Recipe = Annotated[
 MaxSequenceLength = Annotated[
     int, Option(help="Tokens at which a prompt is cut.", rich_help_panel=SAMPLING, min=1, max=512)
 ]
+AttentionKwargs = Annotated[
+    str | None,
+    Option(help='JSON: {"scale": 0.5} multiplies all LoRAs by it.', rich_help_panel=SAMPLING),
+]
 NoiseDevice = Annotated[
     str | None, Option(help="Where the noise is drawn; cpu is the same everywhere.", rich_help_panel=SAMPLING)
 ]

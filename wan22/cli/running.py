@@ -1,6 +1,7 @@
 """Load the pipeline that a command asks for, run a call, save the result; Ctrl-C ends with a step."""
 
 import difflib
+import itertools
 import json
 import logging
 import re
@@ -238,6 +239,23 @@ def _silence_loading() -> None:
 # ---- running and saving ----
 
 
+def json_object(name: str, text: str | None) -> dict[str, Any] | None:
+    """Return an object such as '{"scale": 0.5}'.
+
+    Raises:
+        ValueError: it is no such object.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--{name} {text} must be a JSON object, such as '{{\"scale\": 0.5}}'")
+    return found
+
+
 def numbers(name: str, text: str | None) -> list[float] | None:
     """Return a list such as "1.0,0.5".
 
@@ -285,13 +303,15 @@ def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, 
     writers.check_ending(target)
     writers.check_quality(target, saving["quality"], saving["crf"])
     writers.numbered(target, call.get("num_videos_per_prompt") or 1, saving["overwrite"])
+    sheet = target.with_name(f"{target.stem}-sheet.png")
+    if saving["contact_sheet"] and sheet.exists() and not saving["overwrite"]:
+        raise FileExistsError(f"{sheet} exists; overwrite=True replaces it")
     start = time.perf_counter()
     with ends_with_a_step(pipe):
         video = pipe(**call)
     made = time.perf_counter()
     files = video.save(target, overwrite=saving["overwrite"], quality=saving["quality"], crf=saving["crf"])
     if saving["contact_sheet"]:
-        sheet = target.with_name(f"{target.stem}-sheet.png")
         video.contact_sheet().save(sheet)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
@@ -299,11 +319,13 @@ def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, 
     return Result([str(file) for file in files], video.recipe.to_dict(), seconds, stopped)
 
 
-def name_of(prompt: str, folder: Path = Path()) -> Path:
-    """Return a file name made of a prompt that is not taken yet."""
+def name_of(prompt: str, folder: Path = Path(), ending: str = ".mp4") -> Path:
+    """Return a file name made of a prompt that is not taken yet, by one video or by several."""
+    from ..video.writers import existing_files, numbered_name
+
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60].strip("-") or "video"
-    names = (folder / f"{words}{'' if i == 1 else f'-{i}'}.mp4" for i in range(1, 10**6))
-    return next(path for path in names if not path.exists() and not path.with_stem(f"{path.stem}-1").exists())
+    names = (folder / f"{words}{'' if i == 1 else f'-{i}'}{ending}" for i in itertools.count(1))
+    return next(path for path in names if not any(map(existing_files, (path, numbered_name(path, 0)))))
 
 
 def report(result: Result, as_json: bool) -> None:

@@ -311,6 +311,7 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         channels = self.config.in_channels // self.patch_size**2
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
+        self._check_dtype("video", x)
         check_multiple("video height", x.shape[3], self.spatial_stride)
         check_multiple("video width", x.shape[4], self.spatial_stride)
 
@@ -328,6 +329,12 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         channels = self.config.z_dim
         if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}; it must be (b, {channels}, t, h, w)")
+        self._check_dtype("latents", z)
+
+    def _check_dtype(self, what: str, x: Tensor) -> None:
+        """Raise ValueError unless x has the dtype that the model computes in."""
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{what}: dtype is {x.dtype}; it must be the model's: {what}.to({self.dtype})")
 
     def _check_chunk_latents(self, chunk_latents: int | None) -> None:
         """Raise ValueError unless a chunk has at least one latent frame."""

@@ -1,4 +1,4 @@
-"""What every Wan pipeline shares: components, defaults, the course of a call, noise, the loop, decoding.
+"""What every Wan pipeline shares: components, defaults, the course of a call, noise, the sampling loop.
 
 Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text rows, d their width.
 """
@@ -10,21 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.utils.torch_utils import get_module_execution_device
-from PIL import Image
 
 from ..checkpoints.loading import align_weights
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
 from ..presets import TEXT_ROWS, Preset, closest_preset, find_preset
-from ..video.progress import progress_bar
-from ..video.recipe import Recipe
-from ..video.result import WanStream, WanVideo, to_uint8
+from ..video.result import WanStream, WanVideo
 from . import checks
-from .acceleration import AcceleratedPipeline
+from .compatibility import CompatiblePipeline
 from .conditions import Condition
+from .decoding import DecodingPipeline
 from .experts import Expert
 from .hub import adopt
 from .lora import LoraPipeline
@@ -37,7 +33,7 @@ from .velocity import Embeds, Velocity
 logger = logging.getLogger(__name__)
 
 
-class WanPipeline(AcceleratedPipeline, LoraPipeline):
+class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
     """Base of WanT2VPipeline and WanI2VPipeline.
 
     Args:
@@ -87,10 +83,7 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
             transformer_2=transformer_2,
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
-        self._interrupt = self._stop = False
-        self._recipe: Recipe | None = None
-        self._guided = False
-        self._current_timestep: Any = None
+        self._stop = False
         self.check_components()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -166,6 +159,8 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
     def run(self, request: Request) -> WanVideo | WanStream | tuple[Any]:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
         plan = make_plan(self, request)
+        self._recipe, self._guided = plan.recipe, plan.guided
+        self._interrupt = self._stop = False
         previewer = self._previewer(plan)
         logger.info("%s", plan.recipe)
         videos = len(plan.generators)
@@ -310,8 +305,6 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         scheduler, times = plan.scheduler, plan.scheduler.timesteps.tolist()
         for model in self.transformers:
             align_weights(model)
-        self._recipe, self._guided = plan.recipe, plan.guided
-        self._interrupt = self._stop = False
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None)
         latents = condition.hold(latents)
@@ -320,7 +313,8 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
                 self._current_timestep = t
                 expert = plan.experts.serving(times[i])
                 self.expect(plan.experts.after(times[i:]))
-                bar.set_postfix_str(expert.label)
+                place = previewer.place if previewer is not None else ""
+                bar.set_postfix_str(", ".join(filter(None, (expert.label, place))))
                 sigma = float(scheduler.sigmas[i])
                 step = {"step_index": i, "sigma": sigma, "num_inference_steps": len(times)}
                 # Each video goes through the model by itself: it cannot depend on its neighbours, to the last
@@ -369,77 +363,15 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         checks.check_latents(replacement, tuple(latents.shape))
         return replacement.to(latents)
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, output_type: str = "np") -> Any:
-        """Decode normalised latents, video by video and chunk by chunk.
-
-        Args:
-            latents: "b c t h w".
-            output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
-
-        Returns: the frames.
-
-        Raises:
-            FloatingPointError: the VAE produced values that are not finite.
-        """
-        if output_type == "latent":
-            return latents
-        videos = []
-        frames = 1 + (latents.shape[2] - 1) * self.vae.temporal_stride
-        rows, columns = (length * self.vae.spatial_stride for length in latents.shape[3:])
-        with self.progress_bar(total=len(latents) * frames, desc="decoding", unit="frame") as bar:
-            for z in latents.split(1):
-                video = torch.empty(3, frames, rows, columns)  # c t h w
-                done = 0
-                for chunk in self.decode_chunks(z):
-                    video[:, done : done + chunk.shape[1]] = chunk
-                    done += chunk.shape[1]
-                    bar.update(chunk.shape[1])
-                videos.append(video)
-        if output_type == "pt":
-            return torch.stack(videos).transpose(1, 2)  # b c t h w -> b t c h w
-        arrays = np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
-        return arrays if output_type == "np" else [[Image.fromarray(f) for f in v] for v in to_uint8(arrays)]
-
-    def decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
-
-        Raises:
-            FloatingPointError: the VAE produced values that are not finite.
-        """
-        align_weights(self.vae)
-        z = self.vae.denormalize_latents(z).to(get_module_execution_device(self.vae), self.vae.dtype)
-        for pixels in self.decode_stream(z):
-            chunk = pixels[0].float().cpu().div(2).add_(0.5).clamp_(0, 1)
-            if not torch.isfinite(chunk).all():
-                raise FloatingPointError(
-                    f"the VAE's frames are not finite in {self.vae.dtype}; load it in float32"
-                )
-            yield chunk
-
     def finish(self, plan: Plan, latents: torch.Tensor) -> WanVideo | WanStream | tuple[Any]:
         """Decode and wrap the result."""
         recipe = self._recipe or plan.recipe
         if plan.request.output_type == "stream":
-            return WanStream(self._frames(latents), recipe.fps, recipe)
+            return WanStream(self.frames(latents), recipe.fps, recipe)
         frames = self.decode(latents, plan.request.output_type)
         if not plan.request.return_dict:
             return (frames,)
         return WanVideo(frames=frames, fps=recipe.fps, recipe=recipe)
-
-    def _frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        """Decode one video's latents to frames "h w 3" in uint8, one after the other."""
-        frames = 1 + (latents.shape[2] - 1) * self.vae.temporal_stride
-        chunks = self.decode_chunks(latents)
-        with self.running(), self.progress_bar(total=frames, desc="decoding", unit="frame") as bar:
-            while True:
-                with torch.no_grad():  # not while the caller has the frame
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                for frame in to_uint8(chunk.permute(1, 2, 3, 0).numpy()):
-                    yield frame
-                    bar.update()
 
     def _previewer(self, plan: Plan) -> Previewer | None:
         """Return what shows the video while it is made, if that is asked for."""
@@ -452,11 +384,6 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
         every, decoder = request.preview_every, request.preview_decoder
         return Previewer(request.preview, self.vae, plan.recipe.fps, every, decoder)
 
-    def progress_bar(self, iterable: Any = None, total: int | None = None, **options: Any) -> Any:
-        """Return a progress bar with the settings of `set_progress_bar_config`."""
-        settings = getattr(self, "_progress_bar_config", {})
-        return progress_bar(iterable, total, **options | settings)
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """Leave the pipeline ready for the next call, however this one ends: Ctrl-C included."""
@@ -466,43 +393,6 @@ class WanPipeline(AcceleratedPipeline, LoraPipeline):
             self._current_timestep = None
             self.restore_strengths()
             self.maybe_free_model_hooks()
-
-    # ---- what scripts and callbacks written for diffusers read ----
-
-    @property
-    def vae_scale_factor_temporal(self) -> int:
-        """Frames per latent frame."""
-        return self.vae.temporal_stride
-
-    @property
-    def vae_scale_factor_spatial(self) -> int:
-        """Pixels per latent row and column."""
-        return self.vae.spatial_stride
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """Guidance of the running or last call, of the high-noise expert."""
-        return self._recipe.guidance_scale if self._recipe else None
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether any step of the running or last call is guided."""
-        return self._guided
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by setting `pipe._interrupt = True`."""
-        return self._interrupt
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the running or last call."""
-        return self._recipe.num_inference_steps if self._recipe else 0
-
-    @property
-    def current_timestep(self) -> Any:
-        """Timestep of the running step; None outside a call."""
-        return self._current_timestep
 
 
 def _check_finite(latents: torch.Tensor, i: int, times: Sequence[float], expert: Expert) -> None:

@@ -1,6 +1,5 @@
 """Checks of a call's arguments. Each error names the value, the rule and the nearest valid value."""
 
-import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -13,20 +12,6 @@ from ..presets import TEXT_ROWS
 def as_int(value: Any) -> Any:
     """Return whole numbers of any library as int, and anything else as it is."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-
-
-def check_positive_int(name: str, value: Any, most: int | None = None) -> None:
-    """Refuse a count that is not an int from 1 to `most`."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < 1
-        or (most is not None and value > most)
-    ):
-        rule = "at least 1" if most is None else f"1 to {most}"
-        nearest = round(value) if isinstance(value, (int, float)) and math.isfinite(value) else 1
-        nearest = max(1, nearest if most is None else min(nearest, most))
-        raise ValueError(f"{name}={value!r} must be an int, {rule}; the nearest is {nearest}")
 
 
 def check_guidance(name: str, value: float) -> None:

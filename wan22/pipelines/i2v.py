@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading import align_weights
+from ..models.sizes import check_positive_int
 from ..presets import TEXT_ROWS
 from ..video.result import WanStream, WanVideo
 from . import checks
@@ -216,7 +217,7 @@ class WanI2VPipeline(WanPipeline):
         if (request.height is None) != (request.width is None):
             raise ValueError("give height and width, or neither: then the image's aspect decides")
         if request.max_area is not None:
-            checks.check_positive_int("max_area", request.max_area)
+            check_positive_int("max_area", request.max_area)
             if request.height is not None:
                 raise ValueError("max_area and height and width are given; give one or the other")
         first, last = len(request.image), len(request.last_image)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..models.sizes import check_num_frames, check_size
+from ..models.sizes import check_num_frames, check_positive_int, check_size
 from ..presets import FEW_STEPS, TEXT_ROWS
 from ..schedulers import FlowMatchEulerScheduler
 from ..video.recipe import Recipe
@@ -32,8 +32,8 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     pipe.check_components()  # one may have been replaced since
     request = _with_recipe(request)
     checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
-    checks.check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
-    checks.check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
+    check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
+    check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
     prompts, negatives = _prompts(pipe, request)
     if request.output_type == "stream" and len(prompts) > 1:
         raise ValueError(f"{len(prompts)} videos cannot be streamed together; ask for one at a time")
@@ -220,7 +220,7 @@ def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
     if steps is None and request.sigmas is None and request.timesteps is None:
         steps = pipe.preset.num_inference_steps
     if steps is not None:
-        checks.check_positive_int("num_inference_steps", steps)
+        check_positive_int("num_inference_steps", steps)
     device = pipe._execution_device
     scheduler = FlowMatchEulerScheduler() if request.recipe else pipe.scheduler
     return set_schedule(scheduler, device, steps, request.flow_shift, request.sigmas, request.timesteps)

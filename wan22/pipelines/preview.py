@@ -97,7 +97,7 @@ class Previewer:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every is {every!r}; it must be a whole number of steps, at least 1, or None")
         self.vae, self.fps, self.every = vae, fps, every
-        self.show = _shower(show)
+        self.show, self.place = _shower(show)  # the function, and the file that it writes, "" if none
         self._decoder = None if decoder is None else _check_decoder(decoder, vae)
         self._follows = self._decoder is not decoder  # a decoder of the caller's stays where it is
         self._colours = None if self._decoder else latent_rgb_of(vae)
@@ -127,7 +127,7 @@ class Previewer:
         try:
             self.show(Preview(step, num_steps, label, frames.cpu().numpy(), fps))
         except NotWrittenError as error:
-            self._stopped = True
+            self._stopped, self.place = True, ""
             logger.warning("%s; the run goes on without previews", error)
 
     def _frames(self, z: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -157,24 +157,23 @@ class NotWrittenError(Exception):
     """A preview's file could not be written."""
 
 
-def _shower(show: Show) -> Callable[[Preview], Any]:
-    """Return the function that shows previews as asked for."""
+def _shower(show: Show) -> tuple[Callable[[Preview], Any], str]:
+    """Return the function that shows previews as asked for, and the file that it writes, if any."""
     if callable(show):
-        return show
+        return show, ""
     if isinstance(show, str | os.PathLike):
         path = Path(show).expanduser().absolute()  # wherever the working folder is by then
         if path.suffix.lower() not in ENDINGS:
             nearest = ", ".join(path.with_suffix(ending).name for ending in ENDINGS)
             raise ValueError(f"{path.name} must end in {', '.join(ENDINGS)}, as {nearest}")
-        return lambda preview: write(preview, path)
+        return lambda preview: write(preview, path), str(show)
     if show is not True:
         rule = f"True, a function of a Preview, or a file ending in {', '.join(ENDINGS)}"
         raise ValueError(f"a preview cannot be shown by {show!r}; it must be {rule}")
     if in_notebook():
-        return Display()
+        return Display(), ""
     path = Path(FILE).absolute()
-    logger.info("previews are written to %s", path)
-    return lambda preview: write(preview, path)
+    return lambda preview: write(preview, path), FILE
 
 
 def _check_decoder(decoder: TinyDecoder | str | Path, vae: Any) -> TinyDecoder:

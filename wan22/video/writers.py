@@ -6,6 +6,7 @@ Shapes: t frames, h rows, w columns.
 import itertools
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,12 +96,27 @@ def numbered(path: Path, count: int, overwrite: bool) -> list[Path]:
     Raises:
         FileExistsError: a file exists, and overwrite is False.
     """
-    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
-    taken = [str(p) for p in paths for p in (_frame_name(p, 0) if p.suffix.lower() == ".png" else p,)]
-    taken = [name for name in taken if Path(name).exists()]
+    paths = [path] if count == 1 else [numbered_name(path, i) for i in range(count)]
+    taken = [file for name in paths for file in existing_files(name)]
     if taken and not overwrite:
-        raise FileExistsError(f"{', '.join(taken)} exists; overwrite=True replaces it")
+        if len(taken) == 1:
+            raise FileExistsError(f"{taken[0]} exists; overwrite=True replaces it")
+        raise FileExistsError(f"{taken[0]} and {len(taken) - 1} more exist; overwrite=True replaces them")
     return paths
+
+
+def numbered_name(path: Path, index: int) -> Path:
+    """Return the file name of one of several videos."""
+    return path.with_stem(f"{path.stem}-{index + 1}")
+
+
+def existing_files(path: Path) -> list[Path]:
+    """Return the files that a video of this name would replace: of a .png, the frames of the one before."""
+    if path.suffix.lower() != ".png":
+        return [path] if path.exists() else []
+    frame = re.compile(rf"{re.escape(path.stem)}-\d{{4,}}{re.escape(path.suffix)}")
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(file for file in found if frame.fullmatch(file.name))
 
 
 def written_files(path: Path, count: int) -> list[Path]:
@@ -206,6 +222,9 @@ def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *
     for count, frame in enumerate(_first(frames)[1], start=1):
         with _whole_file(_frame_name(path, count - 1)) as partial:
             Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
+    if longer := sorted(set(existing_files(path)).difference(written_files(path, count))):
+        # Not removed: they may be somebody's pictures.
+        logger.warning("%s and what follows it is not of this video, which has %d frames", longer[0], count)
     return count
 
 

@@ -73,6 +73,13 @@ def test_nothing_fits(pipe):
     assert "32x32 with 5 frames does not fit into" in message
     assert "it takes at least 0.07 GB of the device" in message
     assert "GB of weights" in message
+    assert message.endswith(("a smaller size takes less", "would fit")), "quantising does not help decoding"
+
+
+@pytest.mark.parametrize("name", ["prompts", "videos"])
+def test_counts_below_one(pipe, name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be an int, at least 1; the nearest is 1"):
+        plan_in(pipe, 1e9, **{name: 0})
 
 
 def deeper(layers):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.sizes import check_num_frames, check_size
+from ...models.sizes import check_num_frames, check_positive_int, check_size
 from ...presets import Preset
 from ..offload.layout import Home, Placement, blocks_of, bytes_of
 from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings
@@ -61,8 +61,10 @@ def plan(
     Returns: the plan; print it.
 
     Raises:
-        ValueError: nothing fits, and the message says what would; or a size breaks its rule.
+        ValueError: nothing fits, and the message says what would; or a size or a count breaks its rule.
     """
+    check_positive_int("prompts", prompts)
+    check_positive_int("videos", videos)
     preset = target if isinstance(target, Preset) else target.preset
     models = released_models(preset) if isinstance(target, Preset) else outline(target.components)
     size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)
@@ -252,9 +254,8 @@ def _what_would_fit(task: Task, machine: Machine) -> str:
     fitting = [size for size in _smaller_sizes(task) if _fits(task.resized(size), machine)]
     if fitting:
         return message + "; " + " or ".join(f"{w}x{h} with {f} frames" for w, h, f in fitting) + " would fit"
-    return message + (
-        '; quantize="fp8" takes less' if task.quantize is None else "; a smaller size takes less"
-    )
+    helps = task.quantize is None and worst.name == "denoise"
+    return message + ('; quantize="fp8" takes less' if helps else "; a smaller size takes less")
 
 
 def _fits(task: Task, machine: Machine) -> bool:
