@@ -89,11 +89,14 @@ def test_seeds(model, tokenizer):
     assert chat(ASKED) == chat(ASKED)
 
 
-def test_a_checkpoints_sampling_does_not_count(model, tokenizer):
-    """Without a seed the answer is the likeliest, whatever the checkpoint's settings."""
+def test_a_checkpoints_sampling_does_not_count(model, tokenizer, monkeypatch):
+    """Without a seed the answer is the likeliest, whatever the checkpoint's settings; and no warning."""
+    generate, given = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **o: (given.append(o), generate(**o))[1])
     plain = TransformersChat(model, tokenizer, max_new_tokens=12)(ASKED)
     model.generation_config.update(temperature=5.0, top_p=0.5, do_sample=True)
     assert TransformersChat(model, tokenizer, max_new_tokens=12)(ASKED) == plain
+    assert all(given[-1][name] is None for name in ("temperature", "top_p", "top_k"))
 
 
 def test_an_answer_that_was_cut_off(model, tokenizer):
@@ -125,6 +128,8 @@ def test_from_a_folder(model, tokenizer, tmp_path):
         chat = TransformersChat(name, max_new_tokens=6, device="cpu")
         assert chat(ASKED) == TransformersChat(model, tokenizer, max_new_tokens=6)(ASKED)
         assert chat.name == str(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert TransformersChat(tmp_path, device="cpu").model.dtype == torch.bfloat16, "as it is stored"
 
 
 def test_refused(model, tokenizer, tmp_path):

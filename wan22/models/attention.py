@@ -77,6 +77,11 @@ def register(name: str, kernel: Kernel) -> None:
     _kernels[name] = kernel
 
 
+def unregister(name: str) -> None:
+    """Forget the kernel of a name."""
+    _kernels.pop(name, None)
+
+
 def check_backend(backend: str) -> None:
     """Refuse names that no kernel is registered under.
 

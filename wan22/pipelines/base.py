@@ -4,6 +4,7 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text 
 """
 
 import logging
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,6 +194,10 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         For another thread, or a signal's handler; the recipe tells after how many steps.
         """
         self._stop = True
+
+    def draw_seed(self) -> int:
+        """Draw the seed of a call that gives none."""
+        return secrets.randbelow(2**32)
 
     def encode_prompt(
         self,

@@ -1,6 +1,5 @@
 """Checks a request and completes it with the checkpoint's official settings, before any work."""
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     height, width, num_frames = _size(pipe, request)
     if request.latents is not None:
         checks.check_latents(request.latents, (len(prompts), *pipe.latent_shape(num_frames, height, width)))
-    generators = _generators(request, len(prompts))
+    generators = _generators(pipe, request, len(prompts))
     callback_tensors = _callback_tensors(request, pipe._callback_tensor_inputs)
     scheduler = _scheduler(pipe, request)
     experts = _experts(pipe, request, scheduler)
@@ -142,7 +141,7 @@ def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
     return height, width, num_frames
 
 
-def _generators(request: Request, count: int) -> list[torch.Generator]:
+def _generators(pipe: "WanPipeline", request: Request, count: int) -> list[torch.Generator]:
     """Return one generator per video; a single seed s gives the videos s, s + 1, …"""
     if request.generator is not None:
         if request.seed is not None:
@@ -158,7 +157,7 @@ def _generators(request: Request, count: int) -> list[torch.Generator]:
         if len(generators) != count:
             raise ValueError(f"{len(generators)} generators for {count} videos; give {count}, or one")
         return generators
-    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    seed = pipe.draw_seed() if request.seed is None else request.seed
     given_seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
     given_seeds = [checks.as_int(value) for value in given_seeds]
     for value in given_seeds:

@@ -1,0 +1,40 @@
+"""Runs a function on several ranks, processes of this machine that talk by gloo."""
+
+import importlib
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+
+def on_ranks(count, function, *arguments):
+    """Call a module's function as each of `count` ranks, and return what each returned.
+
+    Raises:
+        AssertionError: a rank failed; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"{function.__module__}:{function.__qualname__}"
+        try:
+            spawn(_be, (count, folder, name, arguments), nprocs=count)
+        except Exception as error:
+            told = [file.read_text() for file in Path(folder).glob("*.error")]
+            raise AssertionError("\n".join(told) or str(error)) from None
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
+
+
+def _be(rank, count, folder, name, arguments):
+    torch.set_num_threads(1)
+    module, _, function = name.partition(":")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    try:
+        result = getattr(importlib.import_module(module), function)(rank, *arguments)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()

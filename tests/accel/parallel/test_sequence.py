@@ -1,0 +1,191 @@
+"""Tokens shared among ranks: what one rank computes, in every layout; and nothing remains of it."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.accel.parallel.ranks import on_ranks
+from tests.builders import (
+    SMALL,
+    random_i2v_pipeline,
+    random_pipeline,
+    random_ti2v_pipeline,
+    random_transformer,
+)
+from wan22.accel.parallel import Layout, parallelize
+from wan22.accel.parallel.mesh import suggest
+from wan22.models.reuse import PromptCache, TransformerCache
+
+LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
+BOUND = 1e-5
+
+
+def inputs(grid=(3, 6, 10), channels=16, times=None, seed=0):
+    """Arguments of a transformer: 45 tokens, which neither 2 nor 4 ranks share equally."""
+    g = torch.Generator().manual_seed(seed)
+    t, h, w = grid
+    length = {None: 1, "frames": t, "tokens": t * (h // 2) * (w // 2)}[times]
+    return {
+        "hidden_states": torch.randn(1, channels, *grid, generator=g),
+        "timestep": torch.rand(1, length, generator=g) * 1000,
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=g),
+    }
+
+
+def cases():
+    """Models with what they are given, by what is particular about it."""
+    plain, image = random_transformer(0), random_transformer(1, image_dim=12, added_kv_proj_dim=48)
+    bias = torch.zeros(1, 7)
+    bias[:, -1] = 2.0
+    rows = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(1))
+    return {
+        "one time": (plain, inputs()),
+        "a time per frame": (plain, inputs(times="frames")),
+        "a time per token": (plain, inputs(times="tokens")),
+        "a text bias": (plain, inputs() | {"encoder_attention_bias": bias}),
+        "image rows": (image, inputs() | {"encoder_hidden_states_image": rows}),
+        "fewer tokens than ranks": (plain, inputs(grid=(1, 2, 6))),
+    }
+
+
+def run(model, given):
+    with torch.no_grad():
+        return model(**given, return_dict=False)[0]
+
+
+class Pipe:
+    """What `parallelize` wants of a pipeline, around one transformer."""
+
+    def __init__(self, model):
+        self.transformers, self.any_transformer = [model], model
+        self._execution_device = torch.device("cpu")
+
+    def draw_seed(self):
+        return 0
+
+
+def differences(rank, layouts):
+    """Differences from one rank, by layout and case; and whether a detached model computes the same bits."""
+    found = {}
+    for name, (model, given) in cases().items():
+        plain = run(model, given)
+        cache = given | {"cache": PromptCache(TransformerCache())}
+        for ring, ulysses in layouts:
+            parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses)
+            found[ring, ulysses, name] = (run(model, given) - plain).abs().max().item()
+            for i in range(2):
+                found[ring, ulysses, name, "cache", i] = (run(model, cache) - plain).abs().max().item()
+            parallel.detach()
+            found[ring, ulysses, name, "detached"] = 0.0 if torch.equal(run(model, given), plain) else 1.0
+    return found
+
+
+@pytest.mark.parametrize("count", LAYOUTS)
+def test_a_transformer(count):
+    for rank, found in enumerate(on_ranks(count, differences, LAYOUTS[count])):
+        off = {case: value for case, value in found.items() if not value <= BOUND}
+        assert not off, (rank, off)
+        assert len(found) == len(LAYOUTS[count]) * 4 * len(cases())
+
+
+def pipelines(rank):
+    """Latents of whole runs, alone and together, and a seed that nobody gave."""
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, pipe, call in (
+        ("t2v", random_pipeline(), {}),
+        ("i2v", random_i2v_pipeline(), {"image": image}),
+        ("ti2v", random_ti2v_pipeline(), {"image": image}),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        call |= SMALL | {"prompt": "a red kite", "output_type": "latent"}
+        call |= {"guidance_scale_2": None} if name == "ti2v" else {}
+        alone = pipe(**call, seed=1).frames
+        parallel = parallelize(pipe)
+        together = pipe(**call, seed=1).frames
+        found[name] = (together - alone).abs().max().item()
+        found[name, "seed"] = pipe(**call).recipe.seeds
+        parallel.detach()
+        assert torch.equal(pipe(**call, seed=1).frames, alone)
+    return found
+
+
+def test_pipelines():
+    first, second = on_ranks(2, pipelines)
+    for name in ("t2v", "i2v", "ti2v"):
+        assert first[name] <= BOUND and second[name] <= BOUND
+        assert first[name, "seed"] == second[name, "seed"], "one noise for all, whoever drew it"
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that collectives send to other ranks."""
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.bytes = ranks, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).split(".")[1] if "c10d_functional" in str(func) else ""
+        if name in ("all_to_all_single", "all_gather_into_tensor"):
+            # All but a rank's own part of an exchange; what it gives to be gathered goes to each other one.
+            share = (self.ranks - 1) / self.ranks if name == "all_to_all_single" else self.ranks - 1
+            self.bytes[name] = self.bytes.get(name, 0) + args[0].nbytes * share
+        return func(*args, **(kwargs or {}))
+
+
+def volume(rank, ring, ulysses):
+    model, given = random_transformer(0), inputs(grid=(3, 8, 8))
+    parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses)
+    with Sent(ring * ulysses) as sent:
+        run(model, given)
+    parallel.detach()
+    return sent.bytes
+
+
+def test_what_is_sent():
+    """Per block: Ulysses sends each rank's share of queries, keys, values and results once."""
+    tokens, dim, layers, size = 48, 48, 2, 4
+    for bytes_of in on_ranks(2, volume, 1, 2):
+        assert bytes_of["all_to_all_single"] == layers * 4 * (tokens // 2) * dim * size / 2
+        assert bytes_of["all_gather_into_tensor"] == tokens // 2 * dim * size
+
+
+def refusals(rank):
+    model = random_transformer(0)
+    messages = []
+    for layout in ({"ring": 3, "ulysses": 1}, {"ulysses": 0}, {"ring": 2, "ulysses": 2.0}):
+        with pytest.raises(ValueError, match="; say ") as error:
+            parallelize(Pipe(model), **layout)
+        messages.append(str(error.value))
+    parallel = parallelize(Pipe(model))
+    model.set_attention_backend("native")
+    with pytest.raises(ValueError, match="set to 'native' since the tokens are shared"):
+        run(model, inputs())
+    parallel.detach()
+    run(model, inputs())
+    return messages
+
+
+def test_what_cannot_be():
+    for messages in on_ranks(2, refusals):
+        assert "ring=3 x ulysses=1 is 3 ranks, and there are 2; say ring=1, ulysses=2" in messages[0]
+        assert "ulysses=0 must be an int, at least 1" in messages[1] and "ulysses=2.0" in messages[2]
+
+
+def test_heads_that_cannot_be_shared():
+    with pytest.raises(ValueError, match="ulysses=4 cannot share 2 heads equally; say ring=2, ulysses=2"):
+        Layout(1, 4).check(4, 2)
+
+
+def test_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="start it with torchrun --nproc-per-node=2"):
+        parallelize(Pipe(random_transformer(0)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "layout"),
+    [(8, 40, (1, 8)), (7, 40, (7, 1)), (8, 24, (1, 8)), (16, 24, (2, 8)), (6, 40, (3, 2)), (1, 12, (1, 1))],
+)
+def test_the_layout_that_moves_the_least(ranks, heads, layout):
+    assert suggest(ranks, heads) == Layout(*layout)
