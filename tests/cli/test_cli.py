@@ -88,6 +88,7 @@ def test_every_option_reaches_the_call(here):
     assert (recipe.guidance_scale, recipe.guidance_scale_2, recipe.flow_shift) == (2.5, 1.5, 6.0)
     assert recipe.negative_prompts == ("blue",) and recipe.seeds == (4,)
     assert recipe.max_sequence_length == 9 and recipe.noise_device == "cpu"
+    assert recipe.attention_kwargs == {"scale": 0.5}
     assert recipe.dtypes["transformer"] == "bfloat16" and recipe.dtypes["vae"] == "float32"
     assert recipe.loras[0].strengths == {"transformer": 0.5, "transformer_2": 0.5}
     assert recipe.changes["tiled"] and recipe.changes["accelerated"]
@@ -126,6 +127,9 @@ def test_made_again(here):
     assert np.array_equal(read("a.mp4")[1], read("a-again.mp4")[1])
     _, err = run("reproduce", "a.mp4", "--model", "tiny-ti2v", "-q", code=1)
     assert "is another file" in err
+    run("t2v", "a", *QUICK, "--seed", 7, "-o", "b.mp4", "-q", "--attention", "math")
+    run("reproduce", "b.mp4", "-q")
+    assert np.array_equal(read("b.mp4")[1], read("b-again.mp4")[1]), "by the same kernel"
 
 
 def test_json_is_all_that_scripts_read(here):
@@ -359,6 +363,7 @@ def test_help_has_examples():
         (["t2v", "x", "-o", "x.mov"], "must end in .mp4, .gif"),
         (["t2v", "x", "--quality", "500"], "quality=500 must be an int from 1 to 100"),
         (["t2v", "x", "--sigmas", "1;2"], "--sigmas 1;2 must be numbers with commas between"),
+        (["t2v", "x", "--attention-kwargs", "0.5"], "--attention-kwargs 0.5 must be a JSON object"),
         (["t2v", "x", "--quantize", "q4"], "q4"),
         (["t2v", "x", "--lora", "gone.safetensors"], "no file gone.safetensors"),
         (["t2v", "x", "--device", "cuda:99"], "--device cuda:99 is not there"),
