@@ -29,7 +29,7 @@ from .plan import make_plan
 from .preview import Previewer
 from .request import Plan, Prompt, Request
 from .text import encode_prompt, pad_rows
-from .velocity import Embeds, Velocity
+from .velocity import Embeds, Pass, Velocity, one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,10 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         """
         self._stop = True
 
+    def run_passes(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """Run the passes of a step, with and without the prompt, and return what each predicts."""
+        return one_by_one(passes)
+
     def draw_seed(self) -> int:
         """Draw the seed of a call that gives none."""
         return secrets.randbelow(2**32)
@@ -311,7 +315,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         for model in self.transformers:
             align_weights(model)
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None)
+        velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None, run=self.run_passes)
         latents = condition.hold(latents)
         with self.progress_bar(total=len(times), desc="sampling", unit="step") as bar:
             for i, t in enumerate(scheduler.timesteps):

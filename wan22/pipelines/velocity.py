@@ -4,7 +4,9 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, s text 
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,12 @@ from ..models.reuse import PromptCache, TransformerCache
 from .experts import Expert
 
 Embeds = dict[str, torch.Tensor | None]
+Pass = Callable[[], torch.Tensor]
+
+
+def one_by_one(passes: Sequence[Pass]) -> list[torch.Tensor]:
+    """Run the passes of a step, with and without the prompt, and return what each predicts."""
+    return [run() for run in passes]
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,16 @@ class Velocity:
         keep: whether to keep anything; the result is the same.
         merge: whether one text row may stand for many on the CPU; False where every number of rows would be
             compiled for.
+        run: runs a step's passes, one or two, and returns what each predicts.
     """
 
-    def __init__(self, keep: bool = True, merge: bool = True) -> None:
-        self.keep, self.merge = keep, merge
+    def __init__(
+        self,
+        keep: bool = True,
+        merge: bool = True,
+        run: Callable[[Sequence[Pass]], list[torch.Tensor]] = one_by_one,
+    ) -> None:
+        self.keep, self.merge, self._run = keep, merge, run
         self._expert: Expert | None = None
         self._shared = TransformerCache()
         self._prompts: dict[tuple[str, int], _Prompt] = {}
@@ -80,10 +94,11 @@ class Velocity:
             self._expert = expert
         positive, negative = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
         assert positive is not None, "a call always has prompt embeddings"
-        conditional = self._predict(expert, inputs, "cond", positive, step, video)
+        passes = [partial(self._predict, expert, inputs, "cond", positive, step, video)]
         if expert.guidance_scale == 1 or negative is None:
-            return conditional
-        unconditional = self._predict(expert, inputs, "uncond", negative, step, video)
+            return self._run(passes)[0]
+        passes.append(partial(self._predict, expert, inputs, "uncond", negative, step, video))
+        conditional, unconditional = self._run(passes)
         return unconditional + expert.guidance_scale * (conditional - unconditional)
 
     def _predict(

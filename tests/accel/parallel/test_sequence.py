@@ -5,13 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accel.parallel.ranks import on_ranks
-from tests.builders import (
-    SMALL,
-    random_i2v_pipeline,
-    random_pipeline,
-    random_ti2v_pipeline,
-    random_transformer,
-)
+from tests.builders import random_transformer
 from wan22.accel.parallel import Layout, parallelize
 from wan22.accel.parallel.mesh import suggest
 from wan22.models.reuse import PromptCache, TransformerCache
@@ -71,7 +65,7 @@ def differences(rank, layouts):
         plain = run(model, given)
         cache = given | {"cache": PromptCache(TransformerCache())}
         for ring, ulysses in layouts:
-            parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses)
+            parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses, vae=False)
             found[ring, ulysses, name] = (run(model, given) - plain).abs().max().item()
             for i in range(2):
                 found[ring, ulysses, name, "cache", i] = (run(model, cache) - plain).abs().max().item()
@@ -88,76 +82,36 @@ def test_a_transformer(count):
         assert len(found) == len(LAYOUTS[count]) * 4 * len(cases())
 
 
-def pipelines(rank):
-    """Latents of whole runs, alone and together, and a seed that nobody gave."""
-    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for name, pipe, call in (
-        ("t2v", random_pipeline(), {}),
-        ("i2v", random_i2v_pipeline(), {"image": image}),
-        ("ti2v", random_ti2v_pipeline(), {"image": image}),
-    ):
-        pipe.set_progress_bar_config(disable=True)
-        call |= SMALL | {"prompt": "a red kite", "output_type": "latent"}
-        call |= {"guidance_scale_2": None} if name == "ti2v" else {}
-        alone = pipe(**call, seed=1).frames
-        parallel = parallelize(pipe)
-        together = pipe(**call, seed=1).frames
-        found[name] = (together - alone).abs().max().item()
-        found[name, "seed"] = pipe(**call).recipe.seeds
-        parallel.detach()
-        assert torch.equal(pipe(**call, seed=1).frames, alone)
-    return found
-
-
-def test_pipelines():
-    first, second = on_ranks(2, pipelines)
-    for name in ("t2v", "i2v", "ti2v"):
-        assert first[name] <= BOUND and second[name] <= BOUND
-        assert first[name, "seed"] == second[name, "seed"], "one noise for all, whoever drew it"
-
-
 class Sent(TorchDispatchMode):
-    """Counts the bytes that collectives send to other ranks."""
+    """Counts the bytes that exchanges send to other ranks."""
 
     def __init__(self, ranks):
         super().__init__()
-        self.ranks, self.bytes = ranks, {}
+        self.ranks, self.bytes = ranks, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).split(".")[1] if "c10d_functional" in str(func) else ""
-        if name in ("all_to_all_single", "all_gather_into_tensor"):
-            # All but a rank's own part of an exchange; what it gives to be gathered goes to each other one.
-            share = (self.ranks - 1) / self.ranks if name == "all_to_all_single" else self.ranks - 1
-            self.bytes[name] = self.bytes.get(name, 0) + args[0].nbytes * share
+        if "all_to_all_single" in str(func):  # all but a rank's own part goes to others
+            self.bytes += args[0].nbytes * (self.ranks - 1) / self.ranks
         return func(*args, **(kwargs or {}))
 
 
 def volume(rank, ring, ulysses):
     model, given = random_transformer(0), inputs(grid=(3, 8, 8))
-    parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses)
+    parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses, vae=False)
     with Sent(ring * ulysses) as sent:
         run(model, given)
     parallel.detach()
     return sent.bytes
 
 
-def test_what_is_sent():
-    """Per block: Ulysses sends each rank's share of queries, keys, values and results once."""
-    tokens, dim, layers, size = 48, 48, 2, 4
-    for bytes_of in on_ranks(2, volume, 1, 2):
-        assert bytes_of["all_to_all_single"] == layers * 4 * (tokens // 2) * dim * size / 2
-        assert bytes_of["all_gather_into_tensor"] == tokens // 2 * dim * size
-
-
 def refusals(rank):
     model = random_transformer(0)
     messages = []
-    for layout in ({"ring": 3, "ulysses": 1}, {"ulysses": 0}, {"ring": 2, "ulysses": 2.0}):
-        with pytest.raises(ValueError, match="; say ") as error:
-            parallelize(Pipe(model), **layout)
+    for layout in ({"ring": 3}, {"ulysses": 0}, {"ring": 2, "ulysses": 2.0}, {"cfg": 3}):
+        with pytest.raises(ValueError, match=r"; say |nearest is") as error:
+            parallelize(Pipe(model), **layout, vae=False)
         messages.append(str(error.value))
-    parallel = parallelize(Pipe(model))
+    parallel = parallelize(Pipe(model), ulysses=2, vae=False)
     model.set_attention_backend("native")
     with pytest.raises(ValueError, match="set to 'native' since the tokens are shared"):
         run(model, inputs())
@@ -166,14 +120,23 @@ def refusals(rank):
     return messages
 
 
-def test_what_cannot_be():
-    for messages in on_ranks(2, refusals):
-        assert "ring=3 x ulysses=1 is 3 ranks, and there are 2; say ring=1, ulysses=2" in messages[0]
+def others(rank):
+    return volume(rank, 1, 2), refusals(rank)
+
+
+def test_what_is_sent_and_what_is_refused():
+    """Per block, Ulysses sends each rank's share of queries, keys, values and results once."""
+    tokens, dim, layers, size = 48, 48, 2, 4
+    for sent, messages in on_ranks(2, others):
+        assert sent == layers * 4 * (tokens // 2) * dim * size / 2
+        assert messages[0].endswith("is 3 ranks, and there are 2; say ring=1, ulysses=2, cfg=1")
         assert "ulysses=0 must be an int, at least 1" in messages[1] and "ulysses=2.0" in messages[2]
+        assert "cfg=3 must be an int, 1 to 2; the nearest is 2" in messages[3]
 
 
 def test_heads_that_cannot_be_shared():
-    with pytest.raises(ValueError, match="ulysses=4 cannot share 2 heads equally; say ring=2, ulysses=2"):
+    message = "ulysses=4 cannot share 2 heads equally; say ring=2, ulysses=2, cfg=1"
+    with pytest.raises(ValueError, match=message):
         Layout(1, 4).check(4, 2)
 
 
@@ -184,8 +147,17 @@ def test_one_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "heads", "layout"),
-    [(8, 40, (1, 8)), (7, 40, (7, 1)), (8, 24, (1, 8)), (16, 24, (2, 8)), (6, 40, (3, 2)), (1, 12, (1, 1))],
+    ("ranks", "heads", "guided", "layout"),
+    [
+        (8, 40, True, (1, 4, 2)),
+        (8, 40, False, (1, 8, 1)),
+        (7, 40, True, (7, 1, 1)),
+        (8, 24, False, (1, 8, 1)),
+        (16, 24, False, (2, 8, 1)),
+        (6, 40, True, (3, 1, 2)),
+        (2, 40, True, (1, 1, 2)),
+        (1, 12, True, (1, 1, 1)),
+    ],
 )
-def test_the_layout_that_moves_the_least(ranks, heads, layout):
-    assert suggest(ranks, heads) == Layout(*layout)
+def test_the_layout_that_moves_the_least(ranks, heads, guided, layout):
+    assert suggest(ranks, heads, guided) == Layout(*layout)

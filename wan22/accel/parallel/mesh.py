@@ -1,4 +1,4 @@
-"""Which rank does what: processes in a mesh of rings and Ulysses groups.
+"""Which rank does what: processes in a mesh of guidance passes, rings and Ulysses groups.
 
 Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size.
 """
@@ -6,8 +6,11 @@ Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from ...models.sizes import check_positive_int
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,17 @@ class Layout:
     Args:
         ring: ranks that pass keys and values around; any number.
         ulysses: ranks that exchange tokens for heads; it divides the heads.
+        cfg: 2 where the two passes of guidance run at once, each on half of the ranks; 1 where they do not.
     """
 
     ring: int = 1
     ulysses: int = 1
+    cfg: int = 1
 
     @property
     def ranks(self) -> int:
-        """The number of ranks, each of which has its part of the tokens."""
-        return self.ring * self.ulysses
+        """The number of ranks."""
+        return self.ring * self.ulysses * self.cfg
 
     def check(self, ranks: int, heads: int) -> None:
         """Refuse a layout that does not suit.
@@ -37,23 +42,33 @@ class Layout:
         Raises:
             ValueError: it is for another number of ranks, or the heads cannot be shared so.
         """
-        for name in ("ring", "ulysses"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an int, at least 1; say 1")
-        nearest = suggest(ranks, heads)
-        advice = f"say ring={nearest.ring}, ulysses={nearest.ulysses}"
+        check_positive_int("ring", self.ring)
+        check_positive_int("ulysses", self.ulysses)
+        check_positive_int("cfg", self.cfg, most=2)
+        nearest = suggest(ranks, heads, guided=self.cfg == 2)
+        advice = f"say ring={nearest.ring}, ulysses={nearest.ulysses}, cfg={nearest.cfg}"
         if self.ranks != ranks:
-            asked = f"ring={self.ring} x ulysses={self.ulysses} is {self.ranks} ranks"
+            asked = f"ring={self.ring} x ulysses={self.ulysses} x cfg={self.cfg} is {self.ranks} ranks"
             raise ValueError(f"{asked}, and there are {ranks}; {advice}")
         if heads % self.ulysses:
             raise ValueError(f"ulysses={self.ulysses} cannot share {heads} heads equally; {advice}")
 
 
-def suggest(ranks: int, heads: int) -> Layout:
-    """Return the layout that moves the least: Ulysses as far as the heads go, rings for the rest."""
-    ulysses = max(u for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0)
-    return Layout(ranks // ulysses, ulysses)
+def suggest(ranks: int, heads: int, guided: bool = False) -> Layout:
+    """Return the layout that moves the least.
+
+    Args:
+        ranks: that there are.
+        heads: of the transformer.
+        guided: whether steps have two passes.
+
+    Returns: the passes on half of the ranks each, if there are halves; within them Ulysses as far as the
+        heads go, and rings for the rest.
+    """
+    cfg = 2 if guided and ranks % 2 == 0 else 1
+    each = ranks // cfg
+    ulysses = max(u for u in range(1, each + 1) if each % u == 0 and heads % u == 0)
+    return Layout(each // ulysses, ulysses, cfg)
 
 
 @dataclass(frozen=True)
@@ -63,23 +78,39 @@ class Groups:
     Args:
         ring: its ring.
         ulysses: its Ulysses group.
-        sequence: both: all ranks, in the order of their tokens.
+        sequence: both: all that share a pass, in the order of their tokens.
+        guidance: those that have the same tokens in the other pass.
+        all: all ranks.
     """
 
     ring: Any
     ulysses: Any
     sequence: Any
+    guidance: Any
+    all: Any
 
     @classmethod
     def of(cls, layout: Layout, device_type: str) -> "Groups":
         """Make the groups; a collective call, which all ranks make."""
         # The ranks of a Ulysses group are neighbours: their tokens, put together, are a run of the video's.
-        mesh = init_device_mesh(
-            device_type, (layout.ring, layout.ulysses), mesh_dim_names=("ring", "ulysses")
+        sizes = layout.cfg, layout.ring, layout.ulysses
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
+        return cls(
+            ring=mesh["ring"].get_group(),
+            ulysses=mesh["ulysses"].get_group(),
+            sequence=mesh["ring", "ulysses"]._flatten("sequence").get_group(),
+            guidance=mesh["cfg"].get_group(),
+            all=mesh._flatten("all").get_group(),
         )
-        return cls(mesh["ring"].get_group(), mesh["ulysses"].get_group(), mesh._flatten().get_group())
 
     @property
     def rank(self) -> int:
         """This process's place in the order of the tokens."""
         return dist.get_rank(self.sequence)
+
+
+def gathered(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    """Return a tensor of each rank of a group, in their order."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts

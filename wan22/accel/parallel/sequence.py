@@ -20,7 +20,7 @@ from torch import nn
 
 from ...models.attention import Kernel, attention, register, unregister
 from ..offload.layout import blocks_of
-from .mesh import Groups
+from .mesh import Groups, gathered
 
 aten = torch.ops.aten
 _numbers = itertools.count()
@@ -86,8 +86,7 @@ class SequenceParallel:
     def _after(self, block: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
         """Put the tokens of all ranks together behind the last block."""
         self._shared = ()
-        whole = collectives.all_gather_tensor(x.contiguous(), 1, self.groups.sequence)
-        return collectives.wait_tensor(whole)[:, : self.tokens]
+        return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
     @property
     def _run(self) -> int:

@@ -1,0 +1,74 @@
+"""Rows of an autoencoder shared among ranks: what one rank decodes."""
+
+import pytest
+import torch
+
+from tests.accel.parallel.ranks import on_ranks
+from tests.builders import random_vae
+from wan22.accel import vae as acceleration
+from wan22.accel.parallel.rows import RowParallel
+
+BOUND = 1e-5
+# Rows of latents: as many as 4 ranks share equally, and not; and fewer than they are.
+ROWS = (8, 7, 3)
+
+
+def off(found, expected):
+    """Return the L2 norm of the difference over that of what is expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def errors(rank):
+    """How far frames are off those of one rank; and whether a detached model decodes the same bits."""
+    found = {}
+    group = torch.distributed.group.WORLD
+    for channels in (16, 48):
+        vae = random_vae(0, channels)
+        for accelerated in (False, True):
+            if accelerated:
+                acceleration.accelerate(vae)
+            for rows in ROWS[accelerated : 2 if accelerated else None]:
+                z = torch.randn(1, channels, 3, rows, 5, generator=torch.Generator().manual_seed(1))
+                alone = torch.cat(list(vae.decode_stream(z)), dim=2)
+                shared = RowParallel(vae, group)
+                stream = torch.cat(list(vae.decode_stream(z)), dim=2)
+                with torch.no_grad():
+                    whole = vae.decode(z, chunk_latents=None).sample
+                shared.detach()
+                found[channels, accelerated, rows] = off(stream, alone)
+                found[channels, accelerated, rows, "whole"] = off(whole, alone)
+                again = torch.cat(list(vae.decode_stream(z)), dim=2)
+                found[channels, accelerated, rows, "detached"] = float(not torch.equal(again, alone))
+        # Accelerated while shared: what sees beyond its rows must go on to.
+        acceleration.detach(vae)
+        shared = RowParallel(vae, group)
+        acceleration.accelerate(vae)
+        found[channels, "later"] = off(torch.cat(list(vae.decode_stream(z)), dim=2), alone)
+        shared.detach()
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_decoding(count):
+    for found in on_ranks(count, errors):
+        assert len(found) == 2 * (3 * (len(ROWS) + 1) + 1)
+        wrong = {case: value for case, value in found.items() if not value <= BOUND}
+        assert not wrong
+
+
+def strips_and_tiles(rank):
+    vae, z = random_vae(0), torch.randn(1, 16, 2, 40, 4, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat(list(vae.decode_stream(z)), dim=2)
+    shared = RowParallel(vae, torch.distributed.group.WORLD)
+    vae.enable_strips(2)
+    found = [off(torch.cat(list(vae.decode_stream(z)), dim=2), alone)]
+    vae.disable_strips()
+    with pytest.raises(ValueError, match="compiled, or shared already"):
+        RowParallel(vae, torch.distributed.group.WORLD)
+    shared.detach()
+    return found
+
+
+def test_strips_are_each_ranks_own():
+    for found in on_ranks(2, strips_and_tiles):
+        assert max(found) <= BOUND
