@@ -1,6 +1,8 @@
 """Runs a function on several ranks, processes of this machine that talk by gloo."""
 
 import importlib
+import os
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -28,6 +30,8 @@ def on_ranks(count, function, *arguments):
 
 def _be(rank, count, folder, name, arguments):
     torch.set_num_threads(1)
+    # Whatever this machine's name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     module, _, function = name.partition(":")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     try:
