@@ -1,7 +1,9 @@
 """Models from files: every format gives the weights that its writer meant, or one clear error."""
 
+import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -323,3 +325,15 @@ def assert_same_config(model, expected):
     for name in ("latents_mean", "latents_std"):
         torch.testing.assert_close(torch.tensor(found.pop(name, 0)), torch.tensor(wanted.pop(name, 0)))
     assert found == wanted
+
+
+@pytest.mark.parametrize("name", ["encode", "decode", "encode_stream", "decode_stream"])
+def test_an_offloaded_autoencoder_comes_to_its_device(name):
+    """accelerate's hook is called by whatever is called of it, not by `forward` alone."""
+    vae, came = copy.deepcopy(golden_vae("vae21")), []
+    vae._hf_hook = SimpleNamespace(pre_forward=came.append)
+    given = {"encode": torch.zeros(1, 3, 1, 16, 16), "encode_stream": []}
+    z = torch.zeros(1, vae.config.z_dim, 1, 2, 2)
+    with torch.no_grad():
+        getattr(vae, name)(given.get(name, z))
+    assert came == [vae]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 
 from ..models import autoencoder, transformer
@@ -193,6 +194,12 @@ class WanTransformer3DModel(FromFiles, transformer.WanTransformer3DModel):
 
 class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
     """`wan22.models.autoencoder.AutoencoderKLWan`, loadable from any file."""
+
+    # What brings an offloaded model to its device, accelerate's hook, knows only of `forward` otherwise.
+    encode = apply_forward_hook(autoencoder.AutoencoderKLWan.encode)
+    decode = apply_forward_hook(autoencoder.AutoencoderKLWan.decode)
+    encode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.encode_stream)
+    decode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.decode_stream)
 
     _official_files = ("*VAE.pth",)
 

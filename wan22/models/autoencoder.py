@@ -14,7 +14,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .autoencoder_coders import Decoder3d, Encoder3d
@@ -129,7 +128,6 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
 
     # Clips.
 
-    @apply_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -151,7 +149,6 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
     ) -> DecoderOutput | tuple[Tensor]:
@@ -171,7 +168,6 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         sample = blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    @apply_forward_hook
     def encode_stream(
         self, frames: Iterable[Tensor], chunk_latents: int = 1
     ) -> Iterator[DiagonalGaussianDistribution]:
@@ -187,7 +183,6 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         self._check_chunk_latents(chunk_latents)
         return self._encode_stream(frames, chunk_latents)
 
-    @apply_forward_hook
     def decode_stream(self, z: Tensor, chunk_latents: int = 1) -> Iterator[Tensor]:
         """Decode a clip piece by piece, in the memory of one chunk and without gradients.
 

@@ -63,7 +63,7 @@ def strips_and_tiles(rank):
     vae.enable_strips(2)
     found = [off(torch.cat(list(vae.decode_stream(z)), dim=2), alone)]
     vae.disable_strips()
-    with pytest.raises(ValueError, match="compiled, or shared already"):
+    with pytest.raises(ValueError, match="compiled, or its rows are shared already"):
         RowParallel(vae, torch.distributed.group.WORLD)
     shared.detach()
     return found

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accel.parallel.ranks import on_ranks
@@ -116,7 +117,13 @@ def refusals(rank):
     with pytest.raises(ValueError, match="set to 'native' since the tokens are shared"):
         run(model, inputs())
     parallel.detach()
-    run(model, inputs())
+    plain = run(model, inputs())
+    pipe, cached = Pipe(model), random_transformer(0)
+    cached.enable_cache(FirstBlockCacheConfig())
+    pipe.transformers.append(cached)
+    with pytest.raises(ValueError, match="a step cache is enabled"):
+        parallelize(pipe, ulysses=2, vae=False)
+    assert torch.equal(run(model, inputs()), plain), "nothing is shared by halves"
     return messages
 
 

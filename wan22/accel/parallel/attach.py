@@ -32,10 +32,15 @@ class Parallel:
         self.pipe, self.layout = pipe, layout
         self.groups = Groups.of(layout, pipe._execution_device.type)
         self._attached: list[SequenceParallel | RowParallel] = []
-        if layout.ring * layout.ulysses > 1:
-            self._attached += [SequenceParallel(model, self.groups) for model in pipe.transformers]
-        if vae:
-            self._attached.append(RowParallel(pipe.vae, self.groups.all))
+        try:
+            if vae:
+                self._attached.append(RowParallel(pipe.vae, self.groups.all))
+            for model in pipe.transformers if layout.ring * layout.ulysses > 1 else ():
+                self._attached.append(SequenceParallel(model, self.groups))
+        except ValueError:  # all, or nothing
+            for attached in self._attached:
+                attached.detach()
+            raise
         self._settings = getattr(pipe, "_progress_bar_config", {})
         if not self.first:
             pipe._progress_bar_config = {**self._settings, "disable": True}

@@ -38,7 +38,9 @@ class RowParallel:
 
     def __init__(self, vae: Any, group: Any) -> None:
         if not is_own(vae, "decode_chunk"):
-            raise ValueError("the VAE is compiled, or shared already; share its rows first, then compile it")
+            raise ValueError(
+                "the VAE is compiled, or its rows are shared already; pipe.compile(vae=False) leaves it alone"
+            )
         self.vae, self.group = vae, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._shares: tuple[int, ...] = ()  # rows of each rank, of the latents that are being decoded
