@@ -19,6 +19,7 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..checkpoints.adapters import adapters_of, has_adapters
 from ..checkpoints.quantized import QuantizedLinear, QuantizedTensor, ScaledNumbers
@@ -248,7 +249,9 @@ def _is_quantized(module: nn.Module) -> bool:
     """Return whether a layer is one of ours, or has a weight of torchao's or another such kind."""
     if isinstance(module, QuantizedLinear):
         return True
-    return isinstance(module, nn.Linear) and hasattr(module.weight, "__tensor_flatten__")
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    # Divided among ranks it is a tensor of another class, too, but of the same values.
+    return hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
 
 
 def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:

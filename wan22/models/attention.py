@@ -18,10 +18,12 @@ class Kernel:
         function: of query "b l n d", key and value "b s n d", and bias "b s" if there is one and it takes
             one; returns "b l n d".
         takes_bias: whether it takes one; kernels without masks, the fastest ones, do not.
+        inner: of a kernel that leaves the computing to another one, that one's name.
     """
 
     function: Callable[..., torch.Tensor]
     takes_bias: bool = False
+    inner: str | None = None
 
 
 def attention(
@@ -80,6 +82,12 @@ def register(name: str, kernel: Kernel) -> None:
 def unregister(name: str) -> None:
     """Forget the kernel of a name."""
     _kernels.pop(name, None)
+
+
+def computing_backend(backend: str) -> str:
+    """Return the name of the kernel that computes where this one is asked to."""
+    kernel = _kernels.get(backend)
+    return backend if kernel is None or kernel.inner is None else kernel.inner
 
 
 def check_backend(backend: str) -> None:

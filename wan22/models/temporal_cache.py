@@ -99,10 +99,14 @@ class SettledPrefix:
             before = cache.snapshot()
             x = unit(x, cache)
             # Its next input is this one again, for all units before it have settled.
-            settling = settling and all(same_bits(*pair) for pair in cache.exchanged_since(before))
+            settling = settling and self.has_settled(cache.exchanged_since(before))
             if settling:
                 self._length, self._output = self._length + 1, x
         return x
+
+    def has_settled(self, histories: Sequence[tuple[Tensor | None, Tensor]]) -> bool:
+        """Whether a unit's histories came out as they went in, given each before and after."""
+        return all(same_bits(*pair) for pair in histories)
 
 
 def same_bits(a: Tensor | None, b: Tensor) -> bool:

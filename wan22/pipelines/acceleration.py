@@ -1,7 +1,8 @@
 """What makes a pipeline faster or smaller, switched on and off by one line each."""
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,10 +14,12 @@ from ..accel import vae as vae_acceleration
 from ..accel.compile import Compiled
 from ..accel.offload.devices import CudaDevice, Device
 from ..accel.offload.residence import Residence, free
+from ..accel.parallel import Parallel, parallelize, processes
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
 from ..accel.quantize import check, check_method, is_quantized, quantize
 from ..checkpoints.adapters import adapters_of, has_adapters
+from ..models.attention import computing_backend
 from ..models.transformer import WanAttention
 from .experts import Expert
 from .files import FilesPipeline
@@ -41,6 +44,7 @@ class AcceleratedPipeline(FilesPipeline):
     _residence: Residence | None = None
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
+    _parallel: Parallel | None = None
     _strips_before: int | None = None  # that the VAE decoded in when the plan was applied
 
     @classmethod
@@ -50,22 +54,40 @@ class AcceleratedPipeline(FilesPipeline):
         *,
         memory: str | float | None = None,
         quantize: str | None = None,
+        parallel: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a pipeline as FilesPipeline.from_pretrained does, and fit it into a budget of memory.
+        """Load a pipeline as FilesPipeline.from_pretrained does, for the memory and the GPUs that there are.
 
         Args:
             pretrained_model_name_or_path: folder, or repository.
             memory: "auto", or what of a GPU's memory may be used, such as "12GB": the fastest way to make the
                 checkpoint's videos in it is found (`wan22.accel.plan`) and applied; anew for a larger video.
             quantize: how to quantise the transformers, which changes the result; see `quantize`.
+            parallel: "auto": under torchrun all ranks make one video together, each on its own GPU, in the
+                layout that moves the least, with divided weights where whole ones would not fit; started as
+                one process, it goes to its GPU. Or arguments of `wan22.accel.parallel.parallelize`.
             **kwargs: see FilesPipeline.from_pretrained.
 
         Returns: the pipeline.
 
         Raises:
-            ValueError: nothing fits, or there is no GPU; said before anything is loaded.
+            ValueError: nothing fits, there is no GPU, or `parallel` says something else; said before anything
+                is loaded. Or the work cannot be shared as asked.
         """
+        if parallel is not None:
+            together = _shares(parallel)
+            if processes.launched():
+                processes.join()
+                processes.keep_silent()
+            pipe = cls.from_pretrained(
+                pretrained_model_name_or_path, memory=memory, quantize=quantize, **kwargs
+            )
+            if processes.launched():
+                parallelize(pipe, **together)
+            elif pipe.memory_plan is None:
+                pipe.to(processes.own_device())
+            return pipe
         if memory is None:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             if quantize is not None:
@@ -84,6 +106,15 @@ class AcceleratedPipeline(FilesPipeline):
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.fit(**budget)
         return pipe
+
+    @property
+    def parallel(self) -> Parallel | None:
+        """The ranks that share this pipeline's work, see `wan22.accel.parallel.parallelize`."""
+        return self._parallel
+
+    def computed_on(self) -> str:
+        """Return what computes, for recipes: the device, and the ranks."""
+        return ", ".join([super().computed_on(), *([str(self._parallel)] if self._parallel else [])])
 
     # ---- compilation ----
 
@@ -184,7 +215,7 @@ class AcceleratedPipeline(FilesPipeline):
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""
         modules = [module for model in self.transformers for module in model.modules()]
-        kernels = {module.backend for module in modules if isinstance(module, WanAttention)}
+        kernels = {computing_backend(m.backend) for m in modules if isinstance(m, WanAttention)}
         models = {
             name: getattr(self, name, None) for name in ("text_encoder", "transformer", "transformer_2")
         }
@@ -301,6 +332,8 @@ class AcceleratedPipeline(FilesPipeline):
 
     def free(self) -> None:
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
+        if self._parallel is not None:
+            self._parallel.detach()
         self.release()
         self.uncompile()
         self.decelerate()
@@ -402,3 +435,17 @@ class AcceleratedPipeline(FilesPipeline):
         outlined = outline(cls, source, options)
         if outlined is not None:
             plan(outlined, **budget)
+
+
+def _shares(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `parallelize` that from_pretrained's parallel stands for.
+
+    Raises:
+        ValueError: it is neither "auto" nor some of them.
+    """
+    if parallel == "auto":
+        return {}
+    known = list(inspect.signature(parallelize).parameters)[1:]
+    if not isinstance(parallel, Mapping) or (set(parallel) - set(known)):
+        raise ValueError(f"parallel={parallel!r} must be 'auto', or a dict with some of {', '.join(known)}")
+    return dict(parallel)

@@ -162,7 +162,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         plan = make_plan(self, request)
         self._recipe, self._guided = plan.recipe, plan.guided
         self._interrupt = self._stop = False
-        previewer = self._previewer(plan)
+        previewer = self.make_previewer(plan)
         logger.info("%s", plan.recipe)
         videos = len(plan.generators)
         prompts = videos // request.num_videos_per_prompt
@@ -194,6 +194,10 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         For another thread, or a signal's handler; the recipe tells after how many steps.
         """
         self._stop = True
+
+    def is_asked_to_end(self) -> tuple[bool, bool]:
+        """Whether the running call is to end with this step: by `stop`, and by a callback's `_interrupt`."""
+        return self._stop, self._interrupt
 
     def run_passes(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """Run the passes of a step, with and without the prompt, and return what each predicts."""
@@ -344,12 +348,13 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
                     latents = self._call_back(plan, i, t, latents, embeds)
                     velocity.forget()  # it may have changed anything, the LoRAs' strengths say
                 bar.update()
-                if self._stop and i + 1 < len(times):
+                stop, interrupt = self.is_asked_to_end()
+                if stop and i + 1 < len(times):
                     self._recipe = replace(
                         plan.recipe, steps_done=i + 1, obstacle=f"it was stopped after step {i + 1}"
                     )
                     return condition.hold(before - sigma * predicted)
-                if self._interrupt:
+                if interrupt:
                     break
         return latents
 
@@ -382,7 +387,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
             return (frames,)
         return WanVideo(frames=frames, fps=recipe.fps, recipe=recipe)
 
-    def _previewer(self, plan: Plan) -> Previewer | None:
+    def make_previewer(self, plan: Plan) -> Previewer | None:
         """Return what shows the video while it is made, if that is asked for."""
         request = plan.request
         if request.preview is None or request.preview is False:

@@ -97,9 +97,13 @@ class ProvenancePipeline:
             "loras": self.used_loras(),
             "dtypes": {name: str(getattr(self, name).dtype).removeprefix("torch.") for name in names},
             "changes": self.changes(),
-            "device": device_name(self._execution_device),  # type: ignore[attr-defined]
+            "device": self.computed_on(),
             "versions": {"wan22": __version__, **{name: _version(name) for name in PACKAGES}},
         }
+
+    def computed_on(self) -> str:
+        """Return what computes, for recipes."""
+        return device_name(self._execution_device)  # type: ignore[attr-defined]
 
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""

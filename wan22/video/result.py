@@ -5,6 +5,7 @@ Shapes: b videos, t frames, h rows, w columns, c colours.
 
 import base64
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class WanVideo(BaseOutput):
     frames: Any
     fps: int
     recipe: Recipe
+    # No field: of several ranks that make a video together, one writes its files.
+    writes = True
 
     def save(
         self,
@@ -55,7 +58,7 @@ class WanVideo(BaseOutput):
             quality: 1 to 100, for .mp4 and .webp; default 90.
             crf: instead of quality, for .mp4: H.264's own scale, 0 (nothing lost) to 51.
 
-        Returns: the files.
+        Returns: the files; none on all but the first of several ranks, which leave the writing to it.
 
         Raises:
             ValueError: another ending, a quality that the format does not have, or frames that are latents.
@@ -64,7 +67,10 @@ class WanVideo(BaseOutput):
         """
         path = Path(path).expanduser()
         writers.check_quality(path, quality, crf)
-        videos = self._values() if writers.check_ending(path) == ".npy" else self.as_uint8()
+        ending = writers.check_ending(path)
+        if not self.writes:
+            return []
+        videos = self._values() if ending == ".npy" else self.as_uint8()
         paths = writers.numbered(path, len(videos), overwrite)
         files = []
         with progress_bar(total=sum(map(len, videos)), desc="saving", unit="frame", leave=False) as bar:
@@ -124,11 +130,16 @@ class WanVideo(BaseOutput):
 class WanStream:
     """The frames of one video, decoded as they are asked for: "h w 3" in uint8, once.
 
+    Of several ranks that make it together the first one has them; the others must go through them, too, and
+    have none.
+
     Args:
         frames: their source.
         fps: frames per second.
         recipe: every setting of the call.
     """
+
+    writes = True
 
     def __init__(self, frames: Iterator[np.ndarray], fps: int, recipe: Recipe) -> None:
         self._frames, self.fps, self.recipe = frames, fps, recipe
@@ -154,6 +165,9 @@ class WanStream:
         path = Path(path).expanduser()
         writers.check_ending(path)
         writers.check_quality(path, quality, crf)
+        if not self.writes:
+            deque(self._frames, maxlen=0)  # decodes this rank's part
+            return []
         (target,) = writers.numbered(path, 1, overwrite)
         count = writers.write(self._frames, target, self.fps, self.recipe.to_json(), quality, crf)
         return writers.written_files(target, count)

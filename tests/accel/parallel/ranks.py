@@ -37,8 +37,12 @@ def _be(rank, count, folder, name, arguments):
     try:
         result = getattr(importlib.import_module(module), function)(rank, *arguments)
         torch.save(result, Path(folder, f"{rank}.pt"))
+        dist.barrier()  # nobody leaves while others wait for what it sent
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
-    finally:
-        dist.destroy_process_group()
+    # Not as Python ends otherwise: Gloo's threads may hold the last tensors still, and abort the process if
+    # they let go of them while it is on its way out.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

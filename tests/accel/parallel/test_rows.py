@@ -1,4 +1,4 @@
-"""Rows of an autoencoder shared among ranks: what one rank decodes."""
+"""Rows of an autoencoder shared among ranks: what one rank encodes and decodes."""
 
 import pytest
 import torch
@@ -52,6 +52,60 @@ def errors(rank):
 def test_decoding(count):
     for found in on_ranks(count, errors):
         assert len(found) == 2 * (3 * (len(ROWS) + 1) + 1)
+        wrong = {case: value for case, value in found.items() if not value <= BOUND}
+        assert not wrong
+
+
+def clips(stride, rows):
+    """A moving clip; and one that stands still after a first frame that only the uppermost rank sees."""
+    shape = 1, 3, 21, rows * stride, 3 * stride
+    moving = torch.rand(shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    still = moving.clone()
+    still[:, :, 1:] = 0
+    still[:, :, 0, stride // 2 :] = 0
+    return {"moving": moving, "still": still}
+
+
+def encoded(vae, x):
+    with torch.no_grad():
+        return vae.encode(x, return_dict=False)[0].parameters
+
+
+def encoding_errors(rank):
+    """How far moments are off those of one rank, and whether as many chunks were encoded whole."""
+    found = {}
+    group = torch.distributed.group.WORLD
+    for channels in (16, 48):
+        vae = random_vae(0, channels)
+        for accelerated in (False, True):
+            if accelerated:
+                acceleration.accelerate(vae)
+            for rows in ROWS[accelerated : 2 if accelerated else None]:
+                for name, x in clips(vae.spatial_stride, rows).items():
+                    alone = encoded(vae, x)
+                    case = channels, accelerated, rows, name
+                    shared = RowParallel(vae, group)
+                    ran = []
+                    handle = vae.encoder.conv_in.register_forward_hook(lambda *_: ran.append(1))  # noqa: B023
+                    found[case] = off(encoded(vae, x), alone)
+                    handle.remove()
+                    # Of six chunks the first, zeros, and zeros again once its first layer has seen no other.
+                    found[case, "ran"] = float(len(ran) != {"moving": 6, "still": 3}[name])
+                    stream = torch.cat([p.parameters for p in vae.encode_stream(x.split(3, 2))], 2)
+                    found[case, "stream"] = off(stream, alone)
+                    with torch.no_grad():
+                        whole = vae.encode(x, return_dict=False, chunk_latents=None)[0].parameters
+                    found[case, "whole"] = off(whole, alone)
+                    shared.detach()
+                    found[case, "detached"] = float(not torch.equal(encoded(vae, x), alone))
+        acceleration.detach(vae)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_encoding(count):
+    for found in on_ranks(count, encoding_errors):
+        assert len(found) == 2 * 2 * 5 * (len(ROWS) + 1)
         wrong = {case: value for case, value in found.items() if not value <= BOUND}
         assert not wrong
 

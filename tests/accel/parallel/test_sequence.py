@@ -9,6 +9,7 @@ from tests.accel.parallel.ranks import on_ranks
 from tests.builders import random_transformer
 from wan22.accel.parallel import Layout, parallelize
 from wan22.accel.parallel.mesh import suggest
+from wan22.models.attention import Kernel, native, register, unregister
 from wan22.models.reuse import PromptCache, TransformerCache
 
 LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
@@ -54,6 +55,7 @@ class Pipe:
     def __init__(self, model):
         self.transformers, self.any_transformer = [model], model
         self._execution_device = torch.device("cpu")
+        self.parallel = self.memory_plan = None
 
     def draw_seed(self):
         return 0
@@ -112,12 +114,18 @@ def refusals(rank):
         with pytest.raises(ValueError, match=r"; say |nearest is") as error:
             parallelize(Pipe(model), **layout, vae=False)
         messages.append(str(error.value))
-    parallel = parallelize(Pipe(model), ulysses=2, vae=False)
-    model.set_attention_backend("native")
-    with pytest.raises(ValueError, match="set to 'native' since the tokens are shared"):
-        run(model, inputs())
-    parallel.detach()
     plain = run(model, inputs())
+    parallel = parallelize(Pipe(model), ulysses=2, vae=False)
+    calls = []
+    other = Kernel(lambda q, k, v: calls.append(q.shape) or native(q, k, v))
+    register("another kernel", other)
+    model.set_attention_backend("another kernel")
+    messages.append((run(model, inputs()) - plain).abs().max().item())
+    assert [tuple(shape[1:3]) for shape in calls] == [(46, 1), (23, 2)] * 2
+    parallel.detach()
+    assert {block.attn1.backend for block in model.blocks} == {"another kernel"}
+    model.set_attention_backend("native")
+    unregister("another kernel")
     pipe, cached = Pipe(model), random_transformer(0)
     cached.enable_cache(FirstBlockCacheConfig())
     pipe.transformers.append(cached)
@@ -139,6 +147,7 @@ def test_what_is_sent_and_what_is_refused():
         assert messages[0].endswith("is 3 ranks, and there are 2; say ring=1, ulysses=2, cfg=1")
         assert "ulysses=0 must be an int, at least 1" in messages[1] and "ulysses=2.0" in messages[2]
         assert "cfg=3 must be an int, 1 to 2; the nearest is 2" in messages[3]
+        assert messages[4] <= BOUND, "a kernel that was chosen since"
 
 
 def test_heads_that_cannot_be_shared():

@@ -172,7 +172,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             blocks = list(module)
-            if all(type(block).__name__ in names for block in blocks):
+            # fully_shard gives a block a class of its own, derived from the one that it had.
+            if all(any(base.__name__ in names for base in type(block).__mro__) for block in blocks):
                 return blocks
     return []
 

@@ -1,72 +1,147 @@
 """Let a pipeline's ranks make its videos together."""
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from ..offload.layout import bytes_of
+from . import processes
 from .mesh import Groups, Layout, gathered, suggest
 from .rows import RowParallel
 from .sequence import SequenceParallel
+from .sharded import check, sharded
+
+# Those whose weights fully_shard divides: all that is large.
+DIVIDED = ("text_encoder", "transformer", "transformer_2")
+# Beyond this share of a GPU's memory, whole weights leave too little for what is computed with them.
+MOST_WEIGHTS = 0.7
+_CHANGE_WEIGHTS = ("settle", "to", "apply", "save_pretrained")
 
 
 class Parallel:
     """A pipeline whose work is shared among ranks, until detached.
 
-    All ranks make the same calls, and each gets the whole result; the first one shows progress, and may save
-    the video: `if parallel.first:`.
+    All ranks make the same calls, and each gets the video; the frames of `pipe.stream` go to the first one
+    alone, though all must go through them. The first rank shows progress and previews, and writes what is
+    saved; the others are silent, and their `save` writes nothing.
 
     Args:
         pipe: the pipeline; each rank has its own, of the same weights.
         layout: how many ranks share what.
-        vae: whether they share the VAE's rows in decoding, too.
+        vae: whether they share the VAE's rows, too.
+        fsdp: whether each rank keeps only its part of the transformers' and the text encoder's weights.
 
     Raises:
-        ValueError: the layout does not suit, a step cache is enabled, or the VAE is compiled.
+        ValueError: the layout does not suit, a step cache is enabled, the VAE is compiled, or weights cannot
+            be divided.
     """
 
-    def __init__(self, pipe: Any, layout: Layout, vae: bool = True) -> None:
+    def __init__(self, pipe: Any, layout: Layout, vae: bool = True, fsdp: bool = False) -> None:
         layout.check(dist.get_world_size(), pipe.any_transformer.config.num_attention_heads)
-        self.pipe, self.layout = pipe, layout
-        self.groups = Groups.of(layout, pipe._execution_device.type)
+        if pipe.parallel is not None:
+            raise ValueError("the pipeline's work is shared already; call pipe.parallel.detach() first")
+        whole = {n: model for n in DIVIDED if fsdp and (model := getattr(pipe, n, None)) is not None}
+        for model in whole.values():
+            check(model)
+        if whole and pipe.memory_plan is not None:
+            raise ValueError("fsdp=True, and a plan moves the models; call pipe.release() first")
+        self.pipe, self.layout, self.fsdp = pipe, layout, fsdp
+        device = processes.own_device()
+        self.device = device if fsdp else pipe._execution_device
+        self.groups = Groups.of(layout, self.device.type)
         self._attached: list[SequenceParallel | RowParallel] = []
+        self._rows: RowParallel | None = None
+        self._whole: dict[str, Any] = {}
         try:
             if vae:
-                self._attached.append(RowParallel(pipe.vae, self.groups.all))
+                self._rows = RowParallel(pipe.vae, self.groups.all)
+                self._attached.append(self._rows)
+            if whole:
+                mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+                for name, model in whole.items():
+                    self._whole[name] = model
+                    setattr(pipe, name, sharded(model, mesh))
+                for name, model in pipe.components.items():
+                    if isinstance(model, torch.nn.Module) and name not in whole:
+                        model.to(device)
             for model in pipe.transformers if layout.ring * layout.ulysses > 1 else ():
                 self._attached.append(SequenceParallel(model, self.groups))
         except ValueError:  # all, or nothing
-            for attached in self._attached:
-                attached.detach()
+            self._let_go()
             raise
         self._settings = getattr(pipe, "_progress_bar_config", {})
-        if not self.first:
-            pipe._progress_bar_config = {**self._settings, "disable": True}
-        pipe.draw_seed = self._draw_seed
-        if layout.cfg == 2:
-            pipe.run_passes = self._run_passes
+        self._put()
 
     def detach(self) -> None:
-        """Let each rank make videos of its own, as before."""
-        for attached in self._attached:
-            attached.detach()
-        self._attached = []
-        self.pipe._progress_bar_config = self._settings
-        for name in ("draw_seed", "run_passes"):
+        """Let each rank make videos of its own, as before; weights that were divided are on the CPU again."""
+        if self.pipe is None:
+            return
+        for name in self._methods:
             vars(self.pipe).pop(name, None)
+        self.pipe._progress_bar_config = self._settings
+        self.pipe._parallel = None
+        self._let_go()
+        self.pipe = None
 
     @property
     def first(self) -> bool:
         """Whether this is the first rank."""
         return dist.get_rank(self.groups.all) == 0
 
+    def __str__(self) -> str:
+        shares = {"cfg": self.layout.cfg, "ring": self.layout.ring, "ulysses": self.layout.ulysses}
+        told = [f"{name} {count}" for name, count in shares.items() if count > 1]
+        told += [what for what, is_so in (("VAE rows", self._rows), ("FSDP", self.fsdp)) if is_so]
+        return f"{self.layout.ranks} ranks: {', '.join(told) or 'nothing shared'}"
+
+    def _let_go(self) -> None:
+        for attached in self._attached:
+            attached.detach()
+        for name, model in self._whole.items():
+            setattr(self.pipe, name, model)
+        if self._whole:
+            for model in self.pipe.components.values():
+                if isinstance(model, torch.nn.Module):
+                    model.to("cpu")
+        self._attached, self._whole = [], {}
+
+    # ---- what the pipeline does otherwise ----
+
+    def _put(self) -> None:
+        """Put functions in the place of the pipeline's methods."""
+        self._methods: dict[str, Callable[..., Any]] = {
+            "draw_seed": self._draw_seed,
+            "is_asked_to_end": self._is_asked_to_end,
+            "frames": self._frames,
+            "finish": self._finish,
+        }
+        if self.layout.cfg == 2:
+            self._methods["run_passes"] = self._run_passes
+        if self._rows is not None:  # a rank by itself cannot try again in other pieces
+            self._methods["decode_stream"] = self.pipe.vae.decode_stream
+        if self.fsdp:
+            self._methods |= dict.fromkeys(_CHANGE_WEIGHTS, self._refuse)
+        if not self.first:
+            self._methods["make_previewer"] = lambda plan: None
+            self.pipe._progress_bar_config = {**self._settings, "disable": True}
+        vars(self.pipe).update(self._methods)
+        self.pipe._parallel = self
+
     def _draw_seed(self) -> int:
         """Draw a seed on the first rank, for all."""
-        drawn = [type(self.pipe).draw_seed(self.pipe)]
-        dist.broadcast_object_list(drawn, group=self.groups.all, group_src=0)
-        return drawn[0]
+        return processes.shared(type(self.pipe).draw_seed(self.pipe))
+
+    def _is_asked_to_end(self) -> tuple[bool, bool]:
+        """Whether any rank is asked to end its call with this step; see WanPipeline."""
+        asked = torch.tensor(
+            type(self.pipe).is_asked_to_end(self.pipe), device=self.device, dtype=torch.int32
+        )
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self.groups.all)
+        stop, interrupt = asked.bool().tolist()
+        return stop, interrupt
 
     def _run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         """Run one of the two passes of a step, and get the other from the ranks that ran it."""
@@ -75,6 +150,33 @@ class Parallel:
         own = passes[dist.get_rank(self.groups.guidance)]()
         return gathered(own, self.groups.guidance)
 
+    def _frames(self, latents: torch.Tensor) -> Iterator[Any]:
+        """Decode a stream's frames for the first rank; the others do their part, and have none."""
+        frames = type(self.pipe).frames(self.pipe, latents)
+        if self._rows is None or self.pipe.vae.use_tiling:
+            yield from frames if self.first else ()
+            return
+        while True:
+            with self._rows.to_first():  # not while the caller has the frame
+                frame = next(frames, None)
+            if frame is None:
+                return
+            if self.first:
+                yield frame
+
+    def _finish(self, plan: Any, latents: torch.Tensor) -> Any:
+        """Decode and wrap the result, which the first rank's `save` writes alone."""
+        result = type(self.pipe).finish(self.pipe, plan, latents)
+        if hasattr(result, "writes"):
+            result.writes = self.first
+        return result
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            "each rank has only its part of the weights (fsdp=True): neither can they be moved or saved, nor "
+            "changed by LoRAs or acceleration; do that before, or call pipe.parallel.detach() first"
+        )
+
 
 def parallelize(
     pipe: Any,
@@ -82,35 +184,50 @@ def parallelize(
     ring: int | None = None,
     ulysses: int | None = None,
     cfg: int | None = None,
+    fsdp: bool | None = None,
     vae: bool = True,
 ) -> Parallel:
     """Let the ranks of torchrun make a pipeline's videos together.
 
+    Load LoRAs, quantise and accelerate before. A pipeline on the CPU goes to this rank's GPU, if there is
+    one; so will what it computes.
+
     Args:
-        pipe: the pipeline, on this rank's device.
+        pipe: the pipeline.
         ring: ranks that pass keys and values around.
         ulysses: ranks that exchange tokens for heads, a divisor of the heads.
         cfg: 2: each pass of guidance runs on half of the ranks; 1: both run on all. Where none of the three
             is given it is the layout that moves the least, see `suggest`; where some are, the others are 1.
-        vae: whether the ranks share the VAE's rows in decoding, too.
+        fsdp: True: each rank keeps its part of the transformers' and the text encoder's weights, reads no
+            more than that from their files, and a block's come together while it computes; False: all of
+            them. None: True where a rank's GPU would be filled by more than 70 %.
+        vae: whether the ranks share the VAE's rows, too.
 
-    Returns: the ranks; `detach()` undoes it.
+    Returns: the ranks, `pipe.parallel`; `detach()` undoes it.
 
     Raises:
-        ValueError: this is no rank of several, or they cannot be shared out so; the message says how.
+        ValueError: this is no rank of several, they cannot be shared out so, or the weights cannot be
+            divided; the message says how.
     """
-    ranks = _join()
+    ranks = processes.join()
     if ring is ulysses is cfg is None:
         guided = pipe.preset.guidance_scale > 1
-        return Parallel(pipe, suggest(ranks, pipe.any_transformer.config.num_attention_heads, guided), vae)
-    given = {"ring": ring, "ulysses": ulysses, "cfg": cfg}
-    return Parallel(pipe, Layout(**{name: value for name, value in given.items() if value is not None}), vae)
+        layout = suggest(ranks, pipe.any_transformer.config.num_attention_heads, guided)
+    else:
+        given = {"ring": ring, "ulysses": ulysses, "cfg": cfg}
+        layout = Layout(**{name: value for name, value in given.items() if value is not None})
+    device = processes.own_device()
+    on_the_way = device.type == "cuda" and pipe._execution_device.type == "cpu" and pipe.memory_plan is None
+    if fsdp is None:
+        # One decides for all: their GPUs may have more or less room.
+        fsdp = processes.shared(on_the_way and _fills(pipe, device))
+    if on_the_way and not fsdp:
+        layout.check(ranks, pipe.any_transformer.config.num_attention_heads)
+        pipe.to(device)
+    return Parallel(pipe, layout, vae, fsdp)
 
 
-def _join() -> int:
-    """Join the other ranks, if that has not been done, and return how many there are."""
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            raise ValueError("this is one process; start it with torchrun --nproc-per-node=2, for two GPUs")
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_world_size()
+def _fills(pipe: Any, device: torch.device) -> bool:
+    """Whether a pipeline's weights would leave too little of a GPU."""
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    return sum(map(bytes_of, models)) > MOST_WEIGHTS * torch.cuda.mem_get_info(device)[0]

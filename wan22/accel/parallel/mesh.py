@@ -109,8 +109,21 @@ class Groups:
         return dist.get_rank(self.sequence)
 
 
-def gathered(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
-    """Return a tensor of each rank of a group, in their order."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
+def gathered(x: torch.Tensor, group: Any, to_first: bool = False) -> list[torch.Tensor]:
+    """Return a tensor of each rank of a group, in their order.
+
+    Args:
+        x: of this rank; they all have the same shape.
+        group: the ranks.
+        to_first: whether only the first of them gets anything.
+
+    Returns: the tensors; none on a rank that gets nothing.
+    """
+    x = x.contiguous()
+    gets = not to_first or dist.get_rank(group) == 0
+    parts = [torch.empty_like(x) for _ in range(group.size())] if gets else []
+    if to_first:
+        dist.gather(x, parts or None, group=group, group_dst=0)
+    else:
+        dist.all_gather(parts, x, group=group)
     return parts

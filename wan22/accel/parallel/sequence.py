@@ -50,10 +50,7 @@ class SequenceParallel:
         blocks = blocks_of(model)
         self._first = blocks[0]
         self._attentions: list[Any] = [block.attn1 for block in blocks]
-        self._backends: list[str] = [own.backend for own in self._attentions]
-        register(self.name, Kernel(self._kernel(self._backends[0])))
-        for own in self._attentions:
-            own.backend = self.name
+        self._compute_by(self._attentions[0].backend)
         self._handles = [block.register_forward_pre_hook(self._before) for block in blocks]
         self._handles.append(blocks[-1].register_forward_hook(self._after))
 
@@ -61,22 +58,26 @@ class SequenceParallel:
         """Compute alone, as before."""
         for handle in self._handles:
             handle.remove()
-        for own, backend in zip(self._attentions, self._backends, strict=True):
+        for own in self._attentions:
             if own.backend == self.name:  # or somebody chose another since
-                own.backend = backend
+                own.backend = self.backend
         unregister(self.name)
         self._handles = []
+
+    def _compute_by(self, backend: str) -> None:
+        """Let a kernel compute what the ranks exchange tokens for."""
+        self.backend = backend
+        register(self.name, Kernel(self._kernel(backend), inner=backend))
+        for own in self._attentions:
+            own.backend = self.name
 
     # ---- around the blocks ----
 
     def _before(self, block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give a block this rank's part of what goes by tokens."""
         x, text, time, rotary, *rest = arguments
-        if block.attn1.backend != self.name:
-            raise ValueError(
-                f"the attention kernel was set to {block.attn1.backend!r} since the tokens are shared; first "
-                "set it, then share them"
-            )
+        if block.attn1.backend != self.name:  # somebody chose another since
+            self._compute_by(block.attn1.backend)
         if block is self._first:
             self.tokens = x.shape[1]
             self._shared = self._rows(time), tuple(map(self._part, rotary))

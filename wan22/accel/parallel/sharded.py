@@ -1,0 +1,63 @@
+"""A model's weights divided among ranks; block by block they come together for as long as it computes."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from ..offload.layout import blocks_of
+from ..quantize import is_quantized
+
+
+def check(model: Any) -> None:
+    """Refuse a model that cannot be divided.
+
+    Raises:
+        ValueError: it is quantised, or not on the CPU.
+    """
+    name = type(model).__name__
+    if is_quantized(model):
+        raise ValueError(
+            f"fsdp=True cannot divide the quantised weights of {name}; fsdp=False leaves them whole"
+        )
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise ValueError(
+            f"fsdp=True divides weights on their way from the CPU, and those of {name} have left it; call it "
+            "before pipe.to"
+        )
+
+
+def sharded(model: Any, mesh: Any) -> Any:
+    """Return a copy of a model of which each rank has a part, by PyTorch's fully_shard.
+
+    Each weight is cut along its first axis, and of one that is mapped from a file a rank reads its part
+    alone. The model itself stays as it is.
+
+    Args:
+        model: a transformer or text encoder, on the CPU.
+        mesh: of the ranks, with one axis; its device is where they compute.
+
+    Returns: the copy, without gradients.
+
+    Raises:
+        ValueError: the model is quantised, or not on the CPU.
+    """
+    check(model)
+    places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+    part = copy.deepcopy(model, places)
+    for block in blocks_of(part):
+        fully_shard(block, mesh=mesh)
+    fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    cuda = mesh.device_type == "cuda"
+    part.to_empty(device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    with torch.no_grad():
+        for own, whole in zip(part.parameters(), model.parameters(), strict=True):
+            pieces = whole.chunk(ranks)
+            if rank < len(pieces):
+                own.to_local().copy_(pieces[rank])
+        for mine, whole in zip(part.buffers(), model.buffers(), strict=True):
+            mine.copy_(whole)
+    return part
