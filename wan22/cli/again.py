@@ -23,13 +23,15 @@ def run_again(given: Mapping[str, Any]) -> None:
     options["attention"] = kernels[0] if len(kernels) == 1 else None
     options["accelerate"] = bool(changes.get("accelerated"))
     options["compile"], options["tiling"] = bool(changes.get("compiled")), bool(changes.get("tiled"))
-    pipe = load("i2v" if recipe.pipeline == "WanI2VPipeline" else "t2v", options, given["quiet"])
+    loras = []
     for lora in recipe.loras:
         if lora.source is None:
             raise ValueError("the recipe's LoRA was in memory; use pipe.reproduce")
         places = lora.source.split(", ")
-        pair = dict(zip(("high", "low"), places, strict=True)) if len(places) == 2 else {}
-        pipe.load_lora_weights(*([] if pair else places), **pair, strength=dict(lora.strengths))
+        pair = dict(zip(("high", "low"), places, strict=True)) if len(places) == 2 else {"lora": places[0]}
+        loras.append({**pair, "strength": dict(lora.strengths)})
+    task = "i2v" if recipe.pipeline == "WanI2VPipeline" else "t2v"
+    pipe = load(task, options, given["quiet"], loras)
     target = given["output"] or name_of(f"{Path(given['file']).stem} again")
     say(f"{recipe}, to {target}", given["quiet"])
     replaced = {name: given[name] for name in ("image", "last_image", "seed") if given[name] is not None}

@@ -61,6 +61,7 @@ def t2v(
     lora_high: o.LoraHigh = None,
     lora_low: o.LoraLow = None,
     tiling: o.Tiling = False,
+    parallel: o.ParallelOption = None,
     steps: o.Steps = None,
     guidance_scale: o.Guidance = None,
     guidance_scale_2: o.Guidance2 = None,
@@ -87,6 +88,8 @@ def t2v(
     wan22 t2v "a red circle moves to the right on a blue background"
 
     wan22 t2v "two cats box on a stage" --model Wan2.2-T2V-A14B --memory 24GB -o cats.mp4
+
+    torchrun --nproc-per-node=4 -m wan22.cli t2v "two cats box on a stage" --model Wan2.2-T2V-A14B
     """
     _generate("t2v", locals())
 
@@ -122,6 +125,7 @@ def i2v(
     lora_high: o.LoraHigh = None,
     lora_low: o.LoraLow = None,
     tiling: o.Tiling = False,
+    parallel: o.ParallelOption = None,
     steps: o.Steps = None,
     guidance_scale: o.Guidance = None,
     guidance_scale_2: o.Guidance2 = None,
@@ -177,6 +181,7 @@ def batch(
     lora_high: o.LoraHigh = None,
     lora_low: o.LoraLow = None,
     tiling: o.Tiling = False,
+    parallel: o.ParallelOption = None,
     quality: o.Quality = None,
     crf: o.Crf = None,
     contact_sheet: o.ContactSheet = False,

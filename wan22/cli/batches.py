@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from .running import INTERRUPTED, LOADING, line_of, load, make, name_of, say
+from ..accel.parallel.environment import is_first, launched
+from .running import INTERRUPTED, LOADING, fail, line_of, load, make, name_of, say
 
 RECORD = "results.jsonl"
 IMAGES = ("image", "last_image")
@@ -35,6 +36,11 @@ def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder)
     todo = [(key, item) for key, item in items if key not in done]
+    if launched():
+        from ..accel.parallel import processes
+
+        processes.join()
+        todo = processes.shared(todo)  # the others may see another folder, or see it later
     quiet, as_json = options["quiet"], options["as_json"]
     say(f"{len(items)} items, {len(items) - len(todo)} of them done already", quiet)
     saving = {name: options.get(name) for name in ("quality", "crf", "contact_sheet")}
@@ -45,7 +51,7 @@ def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any])
         say(f"{number} of {len(todo)}: {item['prompt']}", quiet)
         start = time.perf_counter()
         record: dict[str, Any] = {"key": key, "item": item}
-        stopped = False
+        stopped = fatal = False
         try:
             call = {name: value for name, value in item.items() if name != "name"}
             call |= {n: _beside(file, call[n]) for n in IMAGES if call.get(n) is not None}
@@ -58,15 +64,22 @@ def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any])
             stopped = result.stopped
             record |= {"status": "stopped" if stopped else "done", "files": result.files}
         except (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
+            # What is wrong with an item, all ranks find; what may be wrong with one of them ends them all.
+            fatal = launched() and not isinstance(error, ValueError | TypeError | FloatingPointError)
             record |= {"status": "failed", "error": line_of(error)}
             failed.append(record)
             say(f"failed: {record['error']}")
         record["seconds"] = round(time.perf_counter() - start, 2)
-        with (folder / RECORD).open("a") as records:
-            records.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if is_first():
+            with (folder / RECORD).open("a") as records:
+                records.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if fatal:
+            fail(f"item {number} of {len(todo)}: {record['error']}", as_json, 1)
         if stopped:
             say("stopped; the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
+    if not is_first():
+        raise typer.Exit(1 if failed else 0)
     summary = {"done": len(items) - len(failed), "failed": len(failed), "results": str(folder / RECORD)}
     print(json.dumps(summary) if as_json else f"{summary['done']} done, {summary['failed']} failed: {folder}")
     if failed:

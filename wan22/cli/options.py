@@ -110,6 +110,14 @@ LoraOption = Annotated[
 ]
 LoraHigh = Annotated[str | None, Option(help="LoRA of the high-noise expert.", rich_help_panel=LOADING)]
 LoraLow = Annotated[str | None, Option(help="LoRA of the low-noise expert.", rich_help_panel=LOADING)]
+ParallelOption = Annotated[
+    str | None,
+    Option(
+        "--parallel",
+        help='Under torchrun: "auto", which is the default, or such as "cfg=2,ulysses=4,fsdp=true".',
+        rich_help_panel=LOADING,
+    ),
+]
 Tiling = Annotated[
     bool, Option("--tiling", help="VAE in blended tiles: changes the result.", rich_help_panel=LOADING)
 ]

@@ -4,11 +4,12 @@ import difflib
 import itertools
 import json
 import logging
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,14 +19,19 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from ..accel.parallel.environment import is_first, launched, rank
 from ..presets import PRESETS
 
 # Results go to stdout, all else to stderr: what a script reads is never mixed with what a person does.
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 INTERRUPTED = 130
+# What ranks beside the first wait before they tell of an error: if the first has it, too, or caused it, its
+# end ends them in this time.
+GRACE_SECONDS = 2.0
 LOADING = (
     *("model", "low", "vae", "text_encoder", "tokenizer", "revision", "dtype", "device", "memory"),
     *("quantize", "compile", "accelerate", "attention", "lora", "lora_high", "lora_low", "tiling"),
+    "parallel",
 )
 SAVING = ("output", "overwrite", "quality", "crf", "contact_sheet", "as_json", "quiet")
 
@@ -76,16 +82,21 @@ def line_of(error: BaseException) -> str:
 
 
 def fail(message: str, as_json: bool, code: int) -> None:
-    """End with a message."""
-    if as_json:
+    """End with a message; a rank at once, whatever it shares with others."""
+    if not is_first():
+        time.sleep(GRACE_SECONDS)
+    if as_json and is_first():
         print(json.dumps({"error": message}))
-    err.print(f"[red]error:[/red] {_plain(message)}")
+    err.print(f"[red]error{'' if is_first() else f' of rank {rank()}'}:[/red] {_plain(message)}")
+    if launched():
+        sys.stdout.flush()
+        os._exit(code)
     raise typer.Exit(code)
 
 
 def say(message: str, quiet: bool = False) -> None:
-    """Tell a person something."""
-    if not quiet:
+    """Tell a person something, on the first rank."""
+    if not quiet and is_first():
         err.print(_plain(message))
 
 
@@ -96,18 +107,20 @@ def _plain(text: str) -> str:
 # ---- loading ----
 
 
-def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
-    """Load a pipeline and set it up.
+def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """Load a pipeline and set it up; as several ranks, they share its work.
 
     Args:
         task: "t2v" or "i2v".
         options: those named in LOADING.
         quiet: whether to show no progress.
+        loras: arguments of load_lora_weights, beside those of the options.
 
     Returns: the pipeline.
     """
     import torch
 
+    from ..accel.parallel import parallelize, processes
     from ..assets import tiny_checkpoint
     from ..pipelines.i2v import WanI2VPipeline
     from ..pipelines.t2v import WanT2VPipeline
@@ -119,7 +132,15 @@ def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
         say(f"no --model given: this is tiny-{task}, the miniature inside wan22, of coloured shapes", quiet)
     if quiet:
         _silence_loading()
-    device = check_device(options["device"] or best_device())
+    shares = sharing(options.get("parallel"))
+    if launched():
+        if options["device"] is not None:
+            raise ValueError(f"--device {options['device']}: each rank has a device of its own; leave it out")
+        processes.join()
+        processes.keep_silent()
+        device = str(processes.own_device())
+    else:
+        device = check_device(options["device"] or best_device())
     arguments = {"dtype": _dtype(options["dtype"], options["model"], device)}
     arguments |= {k: options[k] for k in ("revision", "quantize") if options.get(k) is not None}
     if file:
@@ -135,15 +156,13 @@ def load(task: str, options: Mapping[str, Any], quiet: bool) -> Any:
         memory = {} if options["memory"] is None else {"memory": options["memory"]}
         pipe = cls.from_pretrained(source, **arguments, **memory)
     pipe.set_progress_bar_config(**{"disable": True} if quiet else {})
-    for lora in options["lora"] or ():
-        name, strength = _lora(lora)
-        pipe.load_lora_weights(name, strength=strength)
-    pair = {slot: options[f"lora_{slot}"] for slot in ("high", "low") if options[f"lora_{slot}"]}
-    if pair:
-        pipe.load_lora_weights(**pair)
+    for lora in (*_loras(options), *loras):
+        pipe.load_lora_weights(**lora)
     if options["tiling"]:
         pipe.vae.enable_tiling()
-    if options["memory"] is None and device != "cpu":
+    if launched():
+        parallelize(pipe, **shares)
+    elif options["memory"] is None and device != "cpu":
         pipe.to(torch.device(device))
     if options["accelerate"]:
         pipe.accelerate()
@@ -220,12 +239,41 @@ def _dtype(choice: Any, model: str | None, device: str) -> Any:
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
 
 
-def _lora(text: str) -> tuple[str, float]:
-    """Split "file=0.8"."""
-    found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
-    if found is None or Path(text).expanduser().exists():
-        return text, 1.0
-    return found[1], float(found[2])
+def _loras(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of load_lora_weights for each LoRA, such as "file=0.8"."""
+    for text in options["lora"] or ():
+        found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+        if found is None or Path(text).expanduser().exists():
+            yield {"lora": text}
+        else:
+            yield {"lora": found[1], "strength": float(found[2])}
+    if pair := {slot: lora for slot in ("high", "low") if (lora := options[f"lora_{slot}"])}:
+        yield pair
+
+
+def sharing(text: str | None) -> dict[str, Any]:
+    """Return the arguments of `parallelize` for "auto", None, or one such as "cfg=2,ulysses=4,fsdp=true".
+
+    Raises:
+        ValueError: it is none of these, or this process is alone.
+    """
+    if text is None:
+        return {}
+    if not launched():
+        raise ValueError(
+            f"--parallel {text} is for several ranks: torchrun --nproc-per-node=2 -m wan22.cli …"
+        )
+    values = {"true": True, "false": False} | {str(n): n for n in range(1, 1025)}
+    shares = {}
+    for part in text.split(",") if text != "auto" else ():
+        name, _, value = part.partition("=")
+        kind = {"cfg": int, "ulysses": int, "ring": int, "fsdp": bool, "vae": bool}.get(name)
+        if kind is None or type(values.get(value)) is not kind:
+            raise ValueError(
+                f'--parallel {text} must be "auto", or some of cfg=2,ulysses=4,ring=2,fsdp=true,vae=false'
+            )
+        shares[name] = values[value]
+    return shares
 
 
 def _silence_loading() -> None:
@@ -272,7 +320,10 @@ def numbers(name: str, text: str | None) -> list[float] | None:
 
 @contextmanager
 def ends_with_a_step(pipe: Any) -> Iterator[None]:
-    """Let the first Ctrl-C end the run with its step, and the second one at once."""
+    """Let the first Ctrl-C end the run with its step, and the second one at once; ranks end at the first."""
+    if launched():
+        yield
+        return
     stopped: list[bool] = []
 
     def interrupt(*_: Any) -> None:
@@ -302,16 +353,17 @@ def make(pipe: Any, call: Mapping[str, Any], target: Path, saving: Mapping[str, 
 
     writers.check_ending(target)
     writers.check_quality(target, saving["quality"], saving["crf"])
-    writers.numbered(target, call.get("num_videos_per_prompt") or 1, saving["overwrite"])
     sheet = target.with_name(f"{target.stem}-sheet.png")
-    if saving["contact_sheet"] and sheet.exists() and not saving["overwrite"]:
-        raise FileExistsError(f"{sheet} exists; overwrite=True replaces it")
+    if is_first():
+        writers.numbered(target, call.get("num_videos_per_prompt") or 1, saving["overwrite"])
+        if saving["contact_sheet"] and sheet.exists() and not saving["overwrite"]:
+            raise FileExistsError(f"{sheet} exists; overwrite=True replaces it")
     start = time.perf_counter()
     with ends_with_a_step(pipe):
         video = pipe(**call)
     made = time.perf_counter()
     files = video.save(target, overwrite=saving["overwrite"], quality=saving["quality"], crf=saving["crf"])
-    if saving["contact_sheet"]:
+    if saving["contact_sheet"] and is_first():
         video.contact_sheet().save(sheet)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
@@ -329,8 +381,10 @@ def name_of(prompt: str, folder: Path = Path(), ending: str = ".mp4") -> Path:
 
 
 def report(result: Result, as_json: bool) -> None:
-    """Print what was made, for a script or for a person."""
-    if as_json:
+    """Print what was made, for a script or for a person, on the first rank."""
+    if not is_first():
+        pass
+    elif as_json:
         print(json.dumps(vars(result)))
     else:
         for file in result.files:

@@ -15,6 +15,7 @@ from ..accel.compile import Compiled
 from ..accel.offload.devices import CudaDevice, Device
 from ..accel.offload.residence import Residence, free
 from ..accel.parallel import Parallel, parallelize, processes
+from ..accel.parallel.environment import launched
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
 from ..accel.quantize import check, check_method, is_quantized, quantize
@@ -77,13 +78,13 @@ class AcceleratedPipeline(FilesPipeline):
         """
         if parallel is not None:
             together = _shares(parallel)
-            if processes.launched():
+            if launched():
                 processes.join()
                 processes.keep_silent()
             pipe = cls.from_pretrained(
                 pretrained_model_name_or_path, memory=memory, quantize=quantize, **kwargs
             )
-            if processes.launched():
+            if launched():
                 parallelize(pipe, **together)
             elif pipe.memory_plan is None:
                 pipe.to(processes.own_device())
@@ -128,7 +129,8 @@ class AcceleratedPipeline(FilesPipeline):
 
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
         changes; calls with another prompt and the other expert use what there is. Decoding in strips, and the
-        chunks of an image's condition that leave out what would repeat itself, run as they are.
+        chunks of an image's condition that leave out what would repeat itself, run as they are; so does a VAE
+        whose rows are shared among ranks.
 
         Args:
             vae: whether to compile the VAE, too.
@@ -139,6 +141,7 @@ class AcceleratedPipeline(FilesPipeline):
             ValueError: the options ask for CUDA graphs, or something else has replaced a block's forward.
         """
         self.uncompile()
+        vae = vae and not (self._parallel is not None and self._parallel.shares_rows)
         self._compiled = Compiled(self.transformers, self.vae if vae else None, **options)
 
     def uncompile(self) -> None:
@@ -160,7 +163,7 @@ class AcceleratedPipeline(FilesPipeline):
         the attention kernel is the fastest exact one. Weights that are loaded later need it again, and so do
         models that run elsewhere later: on a GPU in place of the CPU.
         """
-        self.settle()
+        self._come_home()
         vae_acceleration.accelerate(self.vae)
         for model in (self.vae, *self.transformers):
             cpu_acceleration.accelerate(model)
@@ -170,7 +173,7 @@ class AcceleratedPipeline(FilesPipeline):
 
     def decelerate(self) -> None:
         """Undo `accelerate`, to the bit."""
-        self.settle()
+        self._come_home()
         vae_acceleration.detach(self.vae)
         for model in (self.vae, *self.transformers):
             cpu_acceleration.detach(model)
@@ -327,6 +330,9 @@ class AcceleratedPipeline(FilesPipeline):
 
     def settle(self) -> None:
         """Let all models go home before their weights are changed."""
+        self._come_home()
+
+    def _come_home(self) -> None:
         if self._residence is not None:
             self._residence.settle()
 

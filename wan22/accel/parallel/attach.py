@@ -91,10 +91,15 @@ class Parallel:
         """Whether this is the first rank."""
         return dist.get_rank(self.groups.all) == 0
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the ranks share the VAE's rows."""
+        return self._rows is not None
+
     def __str__(self) -> str:
         shares = {"cfg": self.layout.cfg, "ring": self.layout.ring, "ulysses": self.layout.ulysses}
         told = [f"{name} {count}" for name, count in shares.items() if count > 1]
-        told += [what for what, is_so in (("VAE rows", self._rows), ("FSDP", self.fsdp)) if is_so]
+        told += [what for what, is_so in (("VAE rows", self.shares_rows), ("FSDP", self.fsdp)) if is_so]
         return f"{self.layout.ranks} ranks: {', '.join(told) or 'nothing shared'}"
 
     def _let_go(self) -> None:
@@ -174,7 +179,7 @@ class Parallel:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
             "each rank has only its part of the weights (fsdp=True): neither can they be moved or saved, nor "
-            "changed by LoRAs or acceleration; do that before, or call pipe.parallel.detach() first"
+            "given LoRAs or quantised; do that before, or call pipe.parallel.detach() first"
         )
 
 
@@ -189,7 +194,7 @@ def parallelize(
 ) -> Parallel:
     """Let the ranks of torchrun make a pipeline's videos together.
 
-    Load LoRAs, quantise and accelerate before. A pipeline on the CPU goes to this rank's GPU, if there is
+    Load LoRAs and quantise before. A pipeline on the CPU goes to this rank's GPU, if there is
     one; so will what it computes.
 
     Args:

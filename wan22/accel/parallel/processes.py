@@ -14,15 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-
-def launched() -> bool:
-    """Whether torchrun, or what does as it does, has started this process beside others."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_first() -> bool:
-    """Whether this process is the first rank, or alone; known before it has joined the others."""
-    return int(os.environ["RANK"]) == 0 if launched() else not _joined() or dist.get_rank() == 0
+from .environment import is_first
 
 
 def own_device() -> torch.device:

@@ -1,0 +1,210 @@
+"""Scripts and the command line as torchrun starts them: on one rank or several, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from wan22 import read_recipe
+
+PROMPT = "a red circle moves to the right on a blue background"
+# What a rank that waits for another one has until it must have ended.
+SECONDS = 20
+SCRIPT = """
+import sys, time
+import torch
+from wan22 import WanT2VPipeline, tiny_checkpoint
+from wan22.accel.parallel.environment import rank
+
+pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), dtype=torch.float32, parallel="auto")
+
+def at_step(pipe, step, timestep, given):
+    if step == 1:
+        print(f"rank {rank()} at {time.time()}", file=sys.stderr, flush=True)
+        BODY
+    return {}
+
+pipe("PROMPT", seed=1, callback_on_step_end=at_step).save("video.npy")
+print("saved by", rank())
+"""
+
+
+def environment():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return kept | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+
+
+def start(folder, count, *command):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={count}",
+        "--rdzv-backend=c10d",
+    ]
+    torchrun += ["--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen(
+        [*(torchrun if count else [sys.executable]), *map(str, command)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process):
+    """Wait for a process, and return its exit code, output and errors."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def script(folder, body):
+    file = folder / "script.py"
+    file.write_text(SCRIPT.replace("PROMPT", PROMPT).replace("BODY", body))
+    return file
+
+
+def test_one_script_on_any_number_of_ranks(tmp_path):
+    videos = []
+    # Of several ranks each must end on Ctrl-C in whatever it waits for, where Python's handler would not run.
+    handler = "signal.SIG_DFL if pipe.parallel is not None else signal.default_int_handler"
+    body = f"import signal; assert signal.getsignal(signal.SIGINT) is ({handler})"
+    for count in (0, 1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        code, out, err = ended(start(folder, count, script(folder, body)))
+        assert code == 0, err
+        assert out.count("saved by") == max(count, 1)
+        videos.append(np.load(folder / "video.npy"))
+    for video in videos[1:]:
+        assert np.linalg.norm(video - videos[0]) <= 1e-5 * np.linalg.norm(videos[0])
+
+
+def test_the_command_line(tmp_path):
+    commands = ("-m", "wan22.cli", "t2v", PROMPT, "--seed", 1)
+    code, _, err = ended(start(tmp_path, 0, *commands, "-o", "one.npy", "--quiet"))
+    assert code == 0, err
+    code, out, err = ended(
+        start(
+            tmp_path,
+            2,
+            *commands,
+            "-o",
+            "two.npy",
+            "--json",
+            "--contact-sheet",
+            "--parallel",
+            "ulysses=2,fsdp=true",
+        )
+    )
+    assert code == 0, err
+    told = json.loads(out)  # once
+    assert told["files"] == ["two.npy", "two-sheet.png"]
+    assert told["recipe"]["device"].endswith("2 ranks: ulysses 2, VAE rows, FSDP")
+    assert err.count("no --model given") == 1 and err.count("tiny-t2v on cpu") == 1
+    one, two = (np.load(tmp_path / name) for name in ("one.npy", "two.npy"))
+    assert np.linalg.norm(two - one) <= 1e-5 * np.linalg.norm(one)
+    code, out, err = ended(start(tmp_path, 2, *commands, "-o", "two.npy"))
+    assert code == 1 and err.count("error: two.npy exists; overwrite=True replaces it") == 1
+    assert "of rank 1" not in err
+    code, out, err = ended(start(tmp_path, 2, *commands, "--device", "cpu"))
+    assert code == 1 and "each rank has a device of its own; leave it out" in err
+    code, out, err = ended(start(tmp_path, 0, *commands, "--parallel", "auto"))
+    assert code == 1 and "--parallel auto is for several ranks" in err
+
+
+def test_a_batch(tmp_path):
+    (tmp_path / "items.jsonl").write_text(
+        "\n".join(
+            json.dumps(item)
+            for item in (
+                {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2},
+                {"prompt": PROMPT, "height": 33},
+                {"prompt": "a blue square grows", "num_inference_steps": 2},
+            )
+        )
+    )
+    command = ("-m", "wan22.cli", "batch", "items.jsonl", "-o", "videos")
+    code, out, err = ended(start(tmp_path, 2, *command))
+    records = [json.loads(line) for line in (tmp_path / "videos" / "results.jsonl").read_text().splitlines()]
+    assert code == 1 and [record["status"] for record in records] == ["done", "failed", "done"], err
+    assert "height=33" in records[1]["error"] and err.count("height=33") == 1
+    assert out.splitlines() == ["2 done, 1 failed: videos"]
+    videos = sorted((tmp_path / "videos").glob("*.mp4"))
+    assert len(videos) == 2 and read_recipe(videos[0]).num_inference_steps == 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_error_of_one_rank_ends_all(tmp_path, which):
+    process = start(tmp_path, 2, script(tmp_path, f"if rank() == {which}: raise KeyError('only here')"))
+    code, out, err = ended(process)
+    failed = max(float(line.split()[-1]) for line in err.splitlines() if line.startswith("rank "))
+    assert code != 0 and "KeyError: 'only here'" in err and "saved" not in out
+    assert time.time() - failed < SECONDS
+
+
+def test_an_error_of_one_rank_ends_the_command_line(tmp_path):
+    """Memory that only one rank has not, say; the other one waits for it."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "from wan22.accel.parallel.environment import rank\n"
+        "from wan22.pipelines.base import WanPipeline\n"
+        "from wan22.cli import main\n"
+        "def prepare(self, plan):\n"
+        "    raise MemoryError('no room on this one')\n"
+        "if rank() == 1:\n"
+        "    WanPipeline.prepare_latents = prepare\n"
+        "main()\n"
+    )
+    began = time.time()
+    code, _, err = ended(start(tmp_path, 2, wrapper, "t2v", PROMPT, "-o", "video.mp4"))
+    assert code != 0 and "error of rank 1: MemoryError: no room on this one" in err
+    assert time.time() - began < 3 * SECONDS and not (tmp_path / "video.mp4").exists()
+
+
+@pytest.mark.parametrize("what", ["script", "command line"])
+def test_ctrl_c_ends_all(tmp_path, what):
+    """While one rank waits for another: Python itself would notice nothing."""
+    if what == "script":
+        command = [script(tmp_path, "if rank() == 1: time.sleep(600)")]
+    else:
+        wrapper = tmp_path / "wrapper.py"
+        wrapper.write_text(
+            "import sys, time\n"
+            "from wan22.accel.parallel.environment import rank\n"
+            "from wan22.pipelines.base import WanPipeline\n"
+            "from wan22.cli import main\n"
+            "prepare = WanPipeline.prepare_latents\n"
+            "def wait(self, plan):\n"
+            "    print('rank', rank(), 'at', time.time(), file=sys.stderr, flush=True)\n"
+            "    time.sleep(600 if rank() == 1 else 0)\n"
+            "    return prepare(self, plan)\n"
+            "WanPipeline.prepare_latents = wait\n"
+            "main()\n"
+        )
+        command = [wrapper, "t2v", PROMPT, "-o", "video.mp4"]
+    process = start(tmp_path, 2, *command)
+    waiting = set()
+    for line in process.stderr:
+        waiting |= {line.split()[1]} if line.startswith("rank ") else set()
+        if len(waiting) == 2:
+            break
+    time.sleep(1)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    code, out, _ = ended(process)
+    assert code != 0 and "saved" not in out
+    assert time.time() - began < SECONDS
+    assert not list(tmp_path.glob("video.*"))
