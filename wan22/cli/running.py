@@ -239,14 +239,19 @@ def _dtype(choice: Any, model: str | None, device: str) -> Any:
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """Split "file=0.8"."""
+    found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+    if found is None or Path(text).expanduser().exists():
+        return text, 1.0
+    return found[1], float(found[2])
+
+
 def _loras(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of load_lora_weights for each LoRA, such as "file=0.8"."""
+    """Yield the arguments of load_lora_weights for each LoRA that is asked for."""
     for text in options["lora"] or ():
-        found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
-        if found is None or Path(text).expanduser().exists():
-            yield {"lora": text}
-        else:
-            yield {"lora": found[1], "strength": float(found[2])}
+        name, strength = _lora(text)
+        yield {"lora": name, "strength": strength}
     if pair := {slot: lora for slot in ("high", "low") if (lora := options[f"lora_{slot}"])}:
         yield pair
 
