@@ -141,7 +141,9 @@ def _convolution(
 def _pack(layer: nn.Conv3d) -> Packed | None:
     """Return a convolution's weight in oneDNN's order, if it is large and on the CPU."""
     weight = layer.weight
-    if weight.numel() < _LARGE or weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+    # One of another class is divided among ranks, and put together for each use.
+    whole = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    if weight.numel() < _LARGE or not whole or weight.dtype not in _DTYPES:
         return None
     # The order depends little on the input's size; another one's works as well.
     size = (1, layer.in_channels, 2 + layer.kernel_size[0], 32, 32)

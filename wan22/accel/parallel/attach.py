@@ -1,7 +1,7 @@
 """Let a pipeline's ranks make its videos together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,8 @@ from .sharded import check, sharded
 DIVIDED = ("text_encoder", "transformer", "transformer_2")
 # Beyond this share of a GPU's memory, whole weights leave too little for what is computed with them.
 MOST_WEIGHTS = 0.7
-_CHANGE_WEIGHTS = ("settle", "to", "apply", "save_pretrained")
+# Methods of a pipeline that move, save or change weights.
+_OF_WEIGHTS = ("settle", "to", "apply", "save_pretrained")
 
 
 class Parallel:
@@ -67,8 +68,8 @@ class Parallel:
                 for name, model in pipe.components.items():
                     if isinstance(model, torch.nn.Module) and name not in whole:
                         model.to(device)
-            for model in pipe.transformers if layout.ring * layout.ulysses > 1 else ():
-                self._attached.append(SequenceParallel(model, self.groups))
+            if layout.ring * layout.ulysses > 1:
+                self._attached.append(SequenceParallel(pipe.transformers, self.groups))
         except ValueError:  # all, or nothing
             self._let_go()
             raise
@@ -95,6 +96,18 @@ class Parallel:
     def shares_rows(self) -> bool:
         """Whether the ranks share the VAE's rows."""
         return self._rows is not None
+
+    def check_whole(self, *_: Any, **__: Any) -> None:
+        """Refuse what needs whole weights.
+
+        Raises:
+            ValueError: each rank has only its part of them.
+        """
+        if self.fsdp:
+            raise ValueError(
+                "each rank has only its part of the weights (fsdp=True): neither can they be moved or saved, "
+                "nor given LoRAs or quantised; do that before, or call pipe.parallel.detach() first"
+            )
 
     def __str__(self) -> str:
         shares = {"cfg": self.layout.cfg, "ring": self.layout.ring, "ulysses": self.layout.ulysses}
@@ -128,7 +141,7 @@ class Parallel:
         if self._rows is not None:  # a rank by itself cannot try again in other pieces
             self._methods["decode_stream"] = self.pipe.vae.decode_stream
         if self.fsdp:
-            self._methods |= dict.fromkeys(_CHANGE_WEIGHTS, self._refuse)
+            self._methods |= dict.fromkeys(_OF_WEIGHTS, self.check_whole)
         if not self.first:
             self._methods["make_previewer"] = lambda plan: None
             self.pipe._progress_bar_config = {**self._settings, "disable": True}
@@ -175,12 +188,6 @@ class Parallel:
         if hasattr(result, "writes"):
             result.writes = self.first
         return result
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise ValueError(
-            "each rank has only its part of the weights (fsdp=True): neither can they be moved or saved, nor "
-            "given LoRAs or quantised; do that before, or call pipe.parallel.detach() first"
-        )
 
 
 def parallelize(

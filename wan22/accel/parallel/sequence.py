@@ -9,7 +9,7 @@ Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size,
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,32 +27,37 @@ _numbers = itertools.count()
 
 
 class SequenceParallel:
-    """Shares a transformer's tokens among ranks, until detached.
+    """Shares the tokens of transformers among ranks, until detached.
 
-    All ranks call the transformer with the same arguments, and get the same result.
+    All ranks call a transformer with the same arguments, and get the same result.
 
     Args:
-        model: a WanTransformer3DModel; its kernel computes attention among heads. Within a ring it is
-            PyTorch's FlashAttention, or the memory-efficient one, which tell what parts are added up by.
+        models: WanTransformer3DModels that run by turns, a pipeline's; their kernel computes attention among
+            heads. Within a ring it is PyTorch's FlashAttention, or the memory-efficient one, which tell what
+            parts are added up by.
         groups: the ranks.
 
     Raises:
         ValueError: a step cache is enabled: each rank would decide by its own tokens what to skip.
     """
 
-    def __init__(self, model: Any, groups: Groups) -> None:
-        if getattr(model, "is_cache_enabled", False):
+    def __init__(self, models: Sequence[Any], groups: Groups) -> None:
+        if any(getattr(model, "is_cache_enabled", False) for model in models):
             raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
-        self.model, self.groups = model, groups
+        self.groups = groups
+        self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)
         self.name = f"sequence parallel {next(_numbers)}"
         self.tokens = 0  # of the video that is being computed
         self._shared: tuple[Any, ...] = ()  # its time rows and rotary tables, of this rank's tokens
-        blocks = blocks_of(model)
-        self._first = blocks[0]
-        self._attentions: list[Any] = [block.attn1 for block in blocks]
+        chains: list[list[Any]] = [blocks_of(model) for model in models]
+        self._firsts = [chain[0] for chain in chains]
+        self._attentions: list[Any] = [block.attn1 for chain in chains for block in chain]
+        # One kernel for all of them, so that compiled blocks are compiled once.
         self._compute_by(self._attentions[0].backend)
-        self._handles = [block.register_forward_pre_hook(self._before) for block in blocks]
-        self._handles.append(blocks[-1].register_forward_hook(self._after))
+        self._handles = []
+        for chain in chains:
+            self._handles += [block.register_forward_pre_hook(self._before) for block in chain]
+            self._handles.append(chain[-1].register_forward_hook(self._after))
 
     def detach(self) -> None:
         """Compute alone, as before."""
@@ -78,7 +83,7 @@ class SequenceParallel:
         x, text, time, rotary, *rest = arguments
         if block.attn1.backend != self.name:  # somebody chose another since
             self._compute_by(block.attn1.backend)
-        if block is self._first:
+        if any(block is first for first in self._firsts):
             self.tokens = x.shape[1]
             self._shared = self._rows(time), tuple(map(self._part, rotary))
             x = self._part(x)
@@ -92,12 +97,13 @@ class SequenceParallel:
     @property
     def _run(self) -> int:
         """Tokens c of a rank, the filled up ones included."""
-        return -(-self.tokens // dist.get_world_size(self.groups.sequence))
+        return -(-self.tokens // self.ranks)
 
     def _part(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of "b l …", filled up with zeros."""
-        start = self.groups.rank * self._run
-        part = x[:, start : start + self._run]
+        start = self.rank * self._run
+        # A copy, as the blocks' results are: compiled code would tell a view from them.
+        part = x[:, start : start + self._run].clone(memory_format=torch.contiguous_format)
         missing = self._run - part.shape[1]
         return F.pad(part, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else part
 
@@ -106,7 +112,7 @@ class SequenceParallel:
         rows = time.shape[1]
         if rows == 1:
             return time
-        start = self.groups.rank * self._run
+        start = self.rank * self._run
         tokens = torch.arange(start, start + self._run, device=time.device).clamp_(max=self.tokens - 1)
         return time[:, tokens * rows // self.tokens]
 

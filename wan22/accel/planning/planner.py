@@ -61,8 +61,12 @@ def plan(
     Returns: the plan; print it.
 
     Raises:
-        ValueError: nothing fits, and the message says what would; or a size or a count breaks its rule.
+        ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or ranks
+            have divided the weights.
     """
+    ranks = getattr(target, "parallel", None)
+    if ranks is not None:
+        ranks.check_whole()
     check_positive_int("prompts", prompts)
     check_positive_int("videos", videos)
     preset = target if isinstance(target, Preset) else target.preset
