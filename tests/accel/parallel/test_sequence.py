@@ -1,8 +1,12 @@
 """Tokens shared among ranks: what one rank computes, in every layout; and nothing remains of it."""
 
+from collections import Counter
+
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers.hooks import FirstBlockCacheConfig
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accel.parallel.ranks import on_ranks
@@ -12,12 +16,12 @@ from wan22.accel.parallel.mesh import suggest
 from wan22.models.attention import Kernel, native, register, unregister
 from wan22.models.reuse import PromptCache, TransformerCache
 
-LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
+LAYOUTS = {2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(4, 1), (2, 2)], 7: [(7, 1)]}
 BOUND = 1e-5
 
 
 def inputs(grid=(3, 6, 10), channels=16, times=None, seed=0):
-    """Arguments of a transformer: 45 tokens, which neither 2 nor 4 ranks share equally."""
+    """Arguments of a transformer: 45 tokens, which neither 2, 4 nor 7 ranks share equally."""
     g = torch.Generator().manual_seed(seed)
     t, h, w = grid
     length = {None: 1, "frames": t, "tokens": t * (h // 2) * (w // 2)}[times]
@@ -86,25 +90,49 @@ def test_a_transformer(count):
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that exchanges send to other ranks."""
+    """Counts the bytes that this rank sends to others, by what sends them."""
 
-    def __init__(self, ranks):
+    def __init__(self):
         super().__init__()
-        self.ranks, self.bytes = ranks, 0
+        self.bytes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "all_to_all_single" in str(func):  # all but a rank's own part goes to others
-            self.bytes += args[0].nbytes * (self.ranks - 1) / self.ranks
+        name = str(func)
+        if "all_to_all_single" in name:
+            x, _, splits, group = args
+            group = group if isinstance(group, dist.ProcessGroup) else _resolve_process_group(group)
+            to_others = sum(splits) - splits[dist.get_rank(group)]
+            self.bytes["exchanged"] += x.nbytes * to_others // sum(splits)
+        elif "allgather" in name:
+            (outputs,), (x,) = args[:2]
+            self.bytes["gathered"] += x.nbytes * (len(outputs) - 1)
         return func(*args, **(kwargs or {}))
 
 
-def volume(rank, ring, ulysses):
+def volumes(rank, layouts):
+    """What one forward sends, by layout."""
     model, given = random_transformer(0), inputs(grid=(3, 8, 8))
-    parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses, vae=False)
-    with Sent(ring * ulysses) as sent:
-        run(model, given)
-    parallel.detach()
-    return sent.bytes
+    found = []
+    for ring, ulysses in layouts:
+        parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses, vae=False)
+        with Sent() as sent:
+            run(model, given)
+        parallel.detach()
+        found.append(dict(sent.bytes))
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_is_sent(count):
+    """The same by every rank. Per block: of queries, keys, values and results what is for other heads, and of
+    keys and values all once to every other rank of the ring. Behind the last block the tokens.
+    """
+    tokens, dim, layers, size = 48, 48, 2, 4
+    own = tokens // count * dim * size  # bytes of one tensor of a rank's tokens
+    for found in on_ranks(count, volumes, LAYOUTS[count]):
+        for (ring, ulysses), sent in zip(LAYOUTS[count], found, strict=True):
+            exchanged = 4 * own * (ulysses - 1) // ulysses + 2 * own * (ring - 1)
+            assert sent == {"exchanged": layers * exchanged, "gathered": own * (count - 1)}
 
 
 def refusals(rank):
@@ -135,15 +163,8 @@ def refusals(rank):
     return messages
 
 
-def others(rank):
-    return volume(rank, 1, 2), refusals(rank)
-
-
-def test_what_is_sent_and_what_is_refused():
-    """Per block, Ulysses sends each rank's share of queries, keys, values and results once."""
-    tokens, dim, layers, size = 48, 48, 2, 4
-    for sent, messages in on_ranks(2, others):
-        assert sent == layers * 4 * (tokens // 2) * dim * size / 2
+def test_what_is_refused():
+    for messages in on_ranks(2, refusals):
         assert messages[0].endswith("is 3 ranks, and there are 2; say ring=1, ulysses=2, cfg=1")
         assert "ulysses=0 must be an int, at least 1" in messages[1] and "ulysses=2.0" in messages[2]
         assert "cfg=3 must be an int, 1 to 2; the nearest is 2" in messages[3]
