@@ -98,6 +98,39 @@ def account(source: str, missing: Iterable[str], extra: Iterable[str]) -> None:
         raise ValueError(f"{source} holds {listed(names)}, which this model has no place for")
 
 
+def dtype_for(
+    owner: nn.Module, name: str, stored: torch.dtype, asked: torch.dtype, in_float32: Iterable[str]
+) -> torch.dtype:
+    """Return the dtype that a weight gets in a model of a dtype.
+
+    Args:
+        owner: the module that has the weight.
+        name: of the weight in the model.
+        stored: its dtype.
+        asked: the dtype of the model.
+        in_float32: names of modules and parameters that are float32 where asked is a half one.
+    """
+    if set(in_float32).isdisjoint(name.split(".")):
+        return asked
+    return dtype_within_island(owner, stored, asked)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model's weights one by one, in place, as they would have been on loading.
+
+    Args:
+        model: a transformer or VAE.
+        dtype: of the model; quantised layers compute in it.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        model.to(dtype)
+        return
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        parameter.data = parameter.data.to(dtype_for(owner, name, parameter.dtype, dtype, kept))
+
+
 def dtype_within_island(owner: nn.Module, stored: torch.dtype, asked: torch.dtype) -> torch.dtype:
     """Return the dtype to keep a weight in that takes part in float32 arithmetic.
 
@@ -156,9 +189,8 @@ def fill(
             quantized.append((path, tensor))
             continue
         target = dtype or (torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype)
-        if not kept.isdisjoint(name.split(".")):
-            stored = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
-            target = dtype_within_island(owner, stored, target)
+        stored = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
+        target = dtype_for(owner, name, stored, target, kept)
         value = expanded(tensor).to(target)
         if value is tensor and dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory

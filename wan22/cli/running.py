@@ -122,6 +122,7 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
 
     from ..accel.parallel import parallelize, processes
     from ..assets import tiny_checkpoint
+    from ..pipelines.acceleration import transformers_as_stored
     from ..pipelines.i2v import WanI2VPipeline
     from ..pipelines.t2v import WanT2VPipeline
 
@@ -143,13 +144,16 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
         device = check_device(options["device"] or best_device())
     arguments = {"dtype": _dtype(options["dtype"], options["model"], device)}
     arguments |= {k: options[k] for k in ("revision", "quantize") if options.get(k) is not None}
+    dtype = None
+    if launched() and options["memory"] is None and options.get("quantize") is None:
+        dtype, arguments = transformers_as_stored(arguments)
     if file:
         parts = {name: options[name] for name in ("vae", "text_encoder", "tokenizer")}
         if missing := [f"--{n.replace('_', '-')}" for n, part in parts.items() if part is None]:
             raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
         if options.get("quantize") is not None or options.get("revision") is not None:
             raise ValueError("--quantize and --revision are for folders and repositories")
-        pipe = cls.from_single_file(source, options["low"], **parts, dtype=arguments["dtype"])
+        pipe = cls.from_single_file(source, options["low"], **parts, dtype=arguments.get("dtype"))
     else:
         if given := [n for n in ("low", "vae", "text_encoder", "tokenizer") if options.get(n) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with a --model that is a file")
@@ -161,7 +165,7 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
     if options["tiling"]:
         pipe.vae.enable_tiling()
     if launched():
-        parallelize(pipe, **shares)
+        parallelize(pipe, dtype=dtype, **shares)
     elif options["memory"] is None and device != "cpu":
         pipe.to(torch.device(device))
     if options["accelerate"]:

@@ -81,6 +81,9 @@ class AcceleratedPipeline(FilesPipeline):
             if launched():
                 processes.join()
                 processes.keep_silent()
+                if memory is None and quantize is None:
+                    dtype, kwargs = transformers_as_stored(kwargs)
+                    together = {"dtype": dtype} | together
             pipe = cls.from_pretrained(
                 pretrained_model_name_or_path, memory=memory, quantize=quantize, **kwargs
             )
@@ -455,3 +458,21 @@ def _shares(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(parallel, Mapping) or (set(parallel) - set(known)):
         raise ValueError(f"parallel={parallel!r} must be 'auto', or a dict with some of {', '.join(known)}")
     return dict(parallel)
+
+
+def transformers_as_stored(options: dict[str, Any]) -> tuple[torch.dtype | None, dict[str, Any]]:
+    """Let transformers be loaded as they are stored, mapped from their files, to be converted by parts.
+
+    Args:
+        options: of from_pretrained.
+
+    Returns: the dtype that they are to have, None if that is the stored one; the options without it.
+    """
+    asked = options.get("dtype") or options.get("torch_dtype")
+    by_name = dict(asked) if isinstance(asked, Mapping) else {"default": asked}
+    slots = ("transformer", "transformer_2")
+    wanted = {by_name.get(slot, by_name.get("default")) for slot in slots}
+    if len(wanted) > 1 or None in wanted:  # each its own: as on one rank
+        return None, options
+    rest = {name: value for name, value in options.items() if name != "torch_dtype"}
+    return wanted.pop(), rest | {"dtype": {**by_name, **dict.fromkeys(slots)}}

@@ -83,7 +83,8 @@ class HubPipeline(ProvenancePipeline, DiffusionPipeline):
             **kwargs: those of diffusers' `DiffusionPipeline.from_pretrained`, such as `revision`,
                 `cache_dir`, `token`, `local_files_only`, `variant`, `device_map`, `quantization_config`;
                 any component, ready made, or None to leave it out. `dtype` (or `torch_dtype`): of all
-                components, or a dict by component; default is the one each is stored in.
+                components, or a dict by component and "default"; None, which is the default, there or in the
+                dict is the one that each is stored in.
 
         Returns: the pipeline.
 
@@ -110,9 +111,11 @@ class HubPipeline(ProvenancePipeline, DiffusionPipeline):
                 source, **{k: v for k, v in kwargs.items() if k not in ("dtype", "torch_dtype")}
             )
         rest, given = _folder_of_rest(Path(folder), config), dict(kwargs)
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs.pop("torch_dtype", None)
-            kwargs["dtype"] = _stored_dtypes([*rest, Path(folder)], kwargs.get("variant"))
+        asked = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+        if asked is None or (isinstance(asked, dict) and None in asked.values()):
+            stored = _stored_dtypes([*rest, Path(folder)], kwargs.get("variant"))
+            asked = _with_stored(asked or {"default": None}, stored)
+        kwargs["dtype"] = asked
         for neighbour in rest:
             listed = {name for name, entry in config.items() if isinstance(entry, list) and entry[0]}
             missing = {name for name in listed - kwargs.keys() if not (Path(folder) / name).exists()}
@@ -264,6 +267,15 @@ def _folder_of_rest(folder: Path, config: dict[str, Any]) -> list[Path]:
     if not (other / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} shares components of {other}, which is no checkpoint")
     return [other]
+
+
+def _with_stored(
+    asked: dict[str, torch.dtype | None], stored: dict[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Return the dtypes asked for by component, with the stored ones where those are asked for."""
+    if asked.get("default") is None:
+        asked = dict.fromkeys(stored) | asked
+    return {name: stored.get(name, stored["default"]) if d is None else d for name, d in asked.items()}
 
 
 def _stored_dtypes(folders: Sequence[Path], variant: str | None) -> dict[str, torch.dtype]:

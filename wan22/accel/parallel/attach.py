@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from ...checkpoints.loading import cast
 from ..offload.layout import bytes_of
 from . import processes
 from .mesh import Groups, Layout, gathered, suggest
@@ -15,7 +16,8 @@ from .sequence import SequenceParallel
 from .sharded import check, sharded
 
 # Those whose weights fully_shard divides: all that is large.
-DIVIDED = ("text_encoder", "transformer", "transformer_2")
+TRANSFORMERS = ("transformer", "transformer_2")
+DIVIDED = ("text_encoder", *TRANSFORMERS)
 # Beyond this share of a GPU's memory, whole weights leave too little for what is computed with them.
 MOST_WEIGHTS = 0.7
 # Methods of a pipeline that move, save or change weights.
@@ -34,13 +36,21 @@ class Parallel:
         layout: how many ranks share what.
         vae: whether they share the VAE's rows, too.
         fsdp: whether each rank keeps only its part of the transformers' and the text encoder's weights.
+        dtype: that it converts its part of the transformers to; None: as they are.
 
     Raises:
         ValueError: the layout does not suit, a step cache is enabled, the VAE is compiled, or weights cannot
             be divided.
     """
 
-    def __init__(self, pipe: Any, layout: Layout, vae: bool = True, fsdp: bool = False) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        layout: Layout,
+        vae: bool = True,
+        fsdp: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         layout.check(dist.get_world_size(), pipe.any_transformer.config.num_attention_heads)
         if pipe.parallel is not None:
             raise ValueError("the pipeline's work is shared already; call pipe.parallel.detach() first")
@@ -49,7 +59,7 @@ class Parallel:
             check(model)
         if whole and pipe.memory_plan is not None:
             raise ValueError("fsdp=True, and a plan moves the models; call pipe.release() first")
-        self.pipe, self.layout, self.fsdp = pipe, layout, fsdp
+        self.pipe, self.layout, self.fsdp, self.dtype = pipe, layout, fsdp, dtype
         device = processes.own_device()
         self.device = device if fsdp else pipe._execution_device
         self.groups = Groups.of(layout, self.device.type)
@@ -64,7 +74,7 @@ class Parallel:
                 mesh = init_device_mesh(device.type, (dist.get_world_size(),))
                 for name, model in whole.items():
                     self._whole[name] = model
-                    setattr(pipe, name, sharded(model, mesh))
+                    setattr(pipe, name, sharded(model, mesh, dtype if name in TRANSFORMERS else None))
                 for name, model in pipe.components.items():
                     if isinstance(model, torch.nn.Module) and name not in whole:
                         model.to(device)
@@ -120,6 +130,9 @@ class Parallel:
             attached.detach()
         for name, model in self._whole.items():
             setattr(self.pipe, name, model)
+        if self.dtype is not None:
+            for model in self.pipe.transformers:
+                cast(model, self.dtype)
         if self._whole:
             for model in self.pipe.components.values():
                 if isinstance(model, torch.nn.Module):
@@ -198,6 +211,7 @@ def parallelize(
     cfg: int | None = None,
     fsdp: bool | None = None,
     vae: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Parallel:
     """Let the ranks of torchrun make a pipeline's videos together.
 
@@ -214,6 +228,8 @@ def parallelize(
             more than that from their files, and a block's come together while it computes; False: all of
             them. None: True where a rank's GPU would be filled by more than 70 %.
         vae: whether the ranks share the VAE's rows, too.
+        dtype: to convert the transformers to. Of divided ones each rank converts its part, where loading them
+            in another dtype than they are stored in would convert the whole on every rank.
 
     Returns: the ranks, `pipe.parallel`; `detach()` undoes it.
 
@@ -232,14 +248,22 @@ def parallelize(
     on_the_way = device.type == "cuda" and pipe._execution_device.type == "cpu" and pipe.memory_plan is None
     if fsdp is None:
         # One decides for all: their GPUs may have more or less room.
-        fsdp = processes.shared(on_the_way and _fills(pipe, device))
-    if on_the_way and not fsdp:
-        layout.check(ranks, pipe.any_transformer.config.num_attention_heads)
-        pipe.to(device)
-    return Parallel(pipe, layout, vae, fsdp)
+        fsdp = processes.shared(on_the_way and _fills(pipe, device, dtype))
+    layout.check(ranks, pipe.any_transformer.config.num_attention_heads)
+    if not fsdp:
+        if dtype is not None:
+            for model in pipe.transformers:
+                cast(model, dtype)
+        if on_the_way:
+            pipe.to(device)
+    return Parallel(pipe, layout, vae, fsdp, dtype if fsdp else None)
 
 
-def _fills(pipe: Any, device: torch.device) -> bool:
-    """Whether a pipeline's weights would leave too little of a GPU."""
-    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
-    return sum(map(bytes_of, models)) > MOST_WEIGHTS * torch.cuda.mem_get_info(device)[0]
+def _fills(pipe: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a pipeline's weights would leave too little of a GPU, its transformers in a dtype."""
+    models: list[Any] = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    nbytes = 0.0
+    for model in models:
+        converted = dtype if model in pipe.transformers else None
+        nbytes += bytes_of(model) * (converted or model.dtype).itemsize / model.dtype.itemsize
+    return nbytes > MOST_WEIGHTS * torch.cuda.mem_get_info(device)[0]

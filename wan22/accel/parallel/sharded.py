@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from ...checkpoints.loading import dtype_for
 from ..offload.layout import blocks_of
 from ..quantize import is_quantized
 
@@ -29,7 +30,7 @@ def check(model: Any) -> None:
         )
 
 
-def sharded(model: Any, mesh: Any) -> Any:
+def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
     """Return a copy of a model of which each rank has a part, by PyTorch's fully_shard.
 
     Each weight is cut along its first axis, and of one that is mapped from a file a rank reads its part
@@ -38,6 +39,7 @@ def sharded(model: Any, mesh: Any) -> Any:
     Args:
         model: a transformer or text encoder, on the CPU.
         mesh: of the ranks, with one axis; its device is where they compute.
+        dtype: that each rank converts its part to, as on loading; None: as it is.
 
     Returns: the copy, without gradients.
 
@@ -45,7 +47,12 @@ def sharded(model: Any, mesh: Any) -> Any:
         ValueError: the model is quantised, or not on the CPU.
     """
     check(model)
-    places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    places = {}
+    for name, whole in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        target = whole.dtype if dtype is None else dtype_for(owner, name, whole.dtype, dtype, kept)
+        places[id(whole)] = nn.Parameter(torch.empty_like(whole, dtype=target, device="meta"), False)
     part = copy.deepcopy(model, places)
     for block in blocks_of(part):
         fully_shard(block, mesh=mesh)
