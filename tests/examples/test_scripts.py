@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.accel.parallel.ranks import environment
 from wan22 import read_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -106,6 +107,49 @@ def test_preview(tmp_path):
     check_video(clip, sheet)
     assert Image.open(tmp_path / "outputs/preview-now.gif").n_frames == 5
     assert Image.open(tmp_path / "outputs/preview-step20.png").width >= 256
+
+
+def test_multi_gpu(tmp_path):
+    """On two ranks it makes the video of one, which is told and written once."""
+    _, clip, sheet = run("multi_gpu.py", "--output", "one.mp4", folder=tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        EXAMPLES / "multi_gpu.py",
+        "--ulysses",
+        "2",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("video:") == 1 and "2 ranks: ulysses 2, VAE rows" in done.stdout
+    check_video(tmp_path / "outputs/multi_gpu.mp4", tmp_path / "outputs/multi_gpu.png")
+    pictures = [np.asarray(Image.open(path), int) for path in (sheet, tmp_path / "outputs/multi_gpu.png")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert read_recipe(clip).seeds == read_recipe(tmp_path / "outputs/multi_gpu.mp4").seeds
+
+
+def test_many_machines(tmp_path):
+    """Two workers share the prompts; a second start makes what is missing."""
+    prompts = ["a red circle grows", "a blue square moves up", "a green circle grows"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    command = [sys.executable, EXAMPLES / "many_machines.py", "prompts.txt", "--workers", "2"]
+
+    def start():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout, re.findall(r"(\d+)\.mp4 by (\w+): (.+)", done.stdout)
+
+    printed, made = start()
+    assert "3 prompts, 0 of them done already" in printed
+    assert sorted(number for number, _, _ in made) == ["001", "002", "003"]
+    assert len({maker for _, maker, _ in made}) == 2
+    files = sorted((tmp_path / "outputs/many_machines").glob("*"))
+    assert [read_recipe(file).prompts[0] for file in files] == prompts
+    files[1].unlink()
+    printed, made = start()
+    assert "3 prompts, 2 of them done already" in printed
+    assert [(number, prompt) for number, _, prompt in made] == [("002", "a blue square moves up")]
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+# Whatever this machine's name resolves to.
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
 
 def on_ranks(count, function, *arguments):
     """Call a module's function as each of `count` ranks, and return what each returned.
@@ -28,10 +31,21 @@ def on_ranks(count, function, *arguments):
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
+def torchrun(count):
+    """Return the command that starts a script on ranks of this machine; no rank: as it would be without."""
+    ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+    ranks += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [sys.executable, *(ranks if count else ())]
+
+
+def environment():
+    """Return the environment to start them in."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+
+
 def _be(rank, count, folder, name, arguments):
     torch.set_num_threads(1)
-    # Whatever this machine's name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     module, _, function = name.partition(":")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     try:

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from tests.accel.parallel.ranks import environment, torchrun
 from wan22 import read_recipe
 
 PROMPT = "a red circle moves to the right on a blue background"
@@ -34,23 +34,9 @@ print("saved by", rank())
 """
 
 
-def environment():
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
-    return kept | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-
-
 def start(folder, count, *command):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={count}",
-        "--rdzv-backend=c10d",
-    ]
-    torchrun += ["--rdzv-endpoint=localhost:0"]
     return subprocess.Popen(
-        [*(torchrun if count else [sys.executable]), *map(str, command)],
+        [*torchrun(count), *map(str, command)],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
