@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from tests.bench import budgets, gpu, harness
+from tests.accel.parallel.ranks import on_ranks
+from tests.bench import budgets, gpu, harness, scaling
 from tests.bench.harness import Settings
 from wan22.accel.offload.residence import free
 
@@ -102,6 +103,19 @@ def test_gpu_benchmark_runs_small_on_the_cpu(monkeypatch):
     assert rows[0]["note"].startswith("peaks; ")
     assert all("kernel" in row["note"] for row in rows[:2])
     assert 0 < rows[0]["share_of_floor"] < 10
+
+
+def scaled(rank):
+    return scaling.run(Settings(rounds=1), device="cpu", tiny=True)
+
+
+def test_scaling_benchmark_runs_small_on_the_cpu():
+    for rows in on_ranks(2, scaled):
+        parts = [row["name"].partition(": ")[2] for row in rows]
+        steps = [f"2 steps, {layout}" for layout in ("cfg 1, ulysses 1, ring 2", "cfg 1, ulysses 2, ring 1")]
+        assert parts == [*steps, "2 steps, cfg 2, ulysses 1, ring 1", "decode"] * 2
+        assert all(row["ratio"] > 0 for row in rows)
+        assert all(row["difference"] <= 1e-2 for row in rows if "steps" in row["name"])
 
 
 def test_budget_benchmark_runs_small_on_the_cpu():

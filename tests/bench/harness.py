@@ -1,8 +1,8 @@
 """What the benchmarks share: two functions timed by turns, medians, peak memory, one table.
 
-A row is a dict: name, dtype, shape, ours_s and diffusers_s (medians, in seconds), ratio (the median of the
-rounds' own ratios; above 1 is faster than diffusers), rounds; target and met, if there is a target; and a
-note of what else was measured.
+A row is a dict: name, dtype, shape, ours_s and diffusers_s (medians, in seconds; the second is one rank's
+where several are compared with it), ratio (the median of the rounds' own ratios; above 1 is faster), rounds;
+target and met, if there is a target; and a note of what else was measured.
 """
 
 import argparse
@@ -206,9 +206,9 @@ def _cpu_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Lay rows out in columns, as Markdown that also reads well in a terminal."""
-    cells = [COLUMNS, *map(_cells, rows)]
+def table(rows: Iterable[Row], other: str = "diffusers") -> str:
+    """Lay rows out in columns, as Markdown that also reads well in a terminal; other: compared with what."""
+    cells = [tuple(other if c == "diffusers" else c for c in COLUMNS), *map(_cells, rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells
@@ -256,9 +256,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(options.rounds, options.quick, options.cpu_time)
 
 
-def report(rows: Sequence[Row], file: Path | None) -> None:
+def report(rows: Sequence[Row], file: Path | None, other: str = "diffusers") -> None:
     """Print the table and what it was measured on; write the file, if there is to be one."""
-    print(table(rows))
+    print(table(rows, other))
     print(", ".join(f"{name}: {value}" for name, value in machine().items() if value is not None))
     if file is not None:
         save(rows, file)

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, processes of this machine that talk by gloo."""
+"""Runs a function on several ranks, processes of this machine that talk by Gloo, or GPUs by NCCL."""
 
 import importlib
 import os
@@ -15,8 +15,10 @@ from torch.multiprocessing.spawn import spawn
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
-def on_ranks(count, function, *arguments):
+def on_ranks(count, function, *arguments, backend="gloo"):
     """Call a module's function as each of `count` ranks, and return what each returned.
+
+    By "nccl" each of them has a GPU of its own.
 
     Raises:
         AssertionError: a rank failed; with its traceback.
@@ -24,7 +26,7 @@ def on_ranks(count, function, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         name = f"{function.__module__}:{function.__qualname__}"
         try:
-            spawn(_be, (count, folder, name, arguments), nprocs=count)
+            spawn(_be, (count, folder, name, arguments, backend), nprocs=count)
         except Exception as error:
             told = [file.read_text() for file in Path(folder).glob("*.error")]
             raise AssertionError("\n".join(told) or str(error)) from None
@@ -43,11 +45,14 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
 
 
-def _be(rank, count, folder, name, arguments):
+def _be(rank, count, folder, name, arguments, backend):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     module, _, function = name.partition(":")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    if backend == "nccl":
+        os.environ["LOCAL_RANK"] = str(rank)
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     try:
         result = getattr(importlib.import_module(module), function)(rank, *arguments)
         torch.save(result, Path(folder, f"{rank}.pt"))

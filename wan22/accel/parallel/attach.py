@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from ...checkpoints.loading import cast
 from ..offload.layout import bytes_of
@@ -71,10 +70,10 @@ class Parallel:
                 self._rows = RowParallel(pipe.vae, self.groups.all)
                 self._attached.append(self._rows)
             if whole:
-                mesh = init_device_mesh(device.type, (dist.get_world_size(),))
                 for name, model in whole.items():
                     self._whole[name] = model
-                    setattr(pipe, name, sharded(model, mesh, dtype if name in TRANSFORMERS else None))
+                    own = sharded(model, self.groups.mesh, dtype if name in TRANSFORMERS else None)
+                    setattr(pipe, name, own)
                 for name, model in pipe.components.items():
                     if isinstance(model, torch.nn.Module) and name not in whole:
                         model.to(device)

@@ -4,6 +4,7 @@ Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,33 +81,43 @@ class Groups:
         ulysses: its Ulysses group.
         sequence: both: all that share a pass, in the order of their tokens.
         guidance: those that have the same tokens in the other pass.
-        all: all ranks.
+        mesh: all ranks, along one axis.
     """
 
     ring: Any
     ulysses: Any
     sequence: Any
     guidance: Any
-    all: Any
+    mesh: Any
 
     @classmethod
     def of(cls, layout: Layout, device_type: str) -> "Groups":
-        """Make the groups; a collective call, which all ranks make."""
-        # The ranks of a Ulysses group are neighbours: their tokens, put together, are a run of the video's.
-        sizes = layout.cfg, layout.ring, layout.ulysses
-        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
-        return cls(
-            ring=mesh["ring"].get_group(),
-            ulysses=mesh["ulysses"].get_group(),
-            sequence=mesh["ring", "ulysses"]._flatten("sequence").get_group(),
-            guidance=mesh["cfg"].get_group(),
-            all=mesh._flatten("all").get_group(),
-        )
+        """Make the groups, once for a layout; a collective call, which all ranks make."""
+        return _made(layout, device_type, dist.group.WORLD)
+
+    @property
+    def all(self) -> Any:
+        """All ranks."""
+        return self.mesh.get_group()
 
     @property
     def rank(self) -> int:
         """This process's place in the order of the tokens."""
         return dist.get_rank(self.sequence)
+
+
+@cache
+def _made(layout: Layout, device_type: str, world: Any) -> Groups:
+    # The ranks of a Ulysses group are neighbours: their tokens, put together, are a run of the video's.
+    sizes = layout.cfg, layout.ring, layout.ulysses
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
+    return Groups(
+        ring=mesh["ring"].get_group(),
+        ulysses=mesh["ulysses"].get_group(),
+        sequence=mesh["ring", "ulysses"]._flatten("sequence").get_group(),
+        guidance=mesh["cfg"].get_group(),
+        mesh=mesh._flatten("all"),
+    )
 
 
 def gathered(x: torch.Tensor, group: Any, to_first: bool = False) -> list[torch.Tensor]:
