@@ -23,7 +23,7 @@ from wan22.checkpoints.adapters import adapters_of
 @pytest.fixture
 def fitted(monkeypatch):
     """A pipeline in a budget, on a device that records."""
-    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda *_: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
     pipe = own_pipeline()
     pipe.fit("2GB", "8GB", **SIZE)
     return pipe

@@ -122,8 +122,8 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
 
     from ..accel.parallel import parallelize, processes
     from ..assets import tiny_checkpoint
-    from ..pipelines.acceleration import transformers_as_stored
     from ..pipelines.i2v import WanI2VPipeline
+    from ..pipelines.sharing import transformers_as_stored
     from ..pipelines.t2v import WanT2VPipeline
 
     cls: Any = {"t2v": WanT2VPipeline, "i2v": WanI2VPipeline}[task]

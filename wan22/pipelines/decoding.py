@@ -15,10 +15,10 @@ from PIL import Image
 
 from ..checkpoints.loading import align_weights
 from ..video.result import to_uint8
-from .acceleration import AcceleratedPipeline
+from .sharing import SharedPipeline
 
 
-class DecodingPipeline(AcceleratedPipeline):
+class DecodingPipeline(SharedPipeline):
     """Decodes latents with the VAE, wherever that is kept and however it is to save memory."""
 
     @abstractmethod

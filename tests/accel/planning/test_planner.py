@@ -204,7 +204,7 @@ def test_room_for_the_next_expert_is_planned(pipe):
 
 def test_a_larger_video_is_planned_anew_within_its_budget(monkeypatch):
     pipe = own_pipeline()
-    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda *_: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
     first = pipe.fit("2GB", "8GB", **SIZE)
     latents_of(pipe, height=32, width=32, num_frames=5)
     assert pipe.memory_plan is first
@@ -229,7 +229,7 @@ def test_a_budget_is_checked_before_weights_are_loaded(tmp_path):
 
 
 def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
-    monkeypatch.setattr("wan22.pipelines.acceleration.CudaDevice", lambda *_: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
     plain = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="2GB")
     assert pipe.memory_plan.fits
