@@ -1,7 +1,6 @@
 """Many prompts on all GPUs of a Ray cluster, one pipeline on each; a second start makes what is missing.
 
-On several machines `ray start` joins them, all see the folder of the videos, and this runs on one of them.
-It needs wan22[ray].
+`ray start` joins machines that all see the folder of the videos; this runs on one. It needs wan22[ray].
 """
 
 import argparse
@@ -43,7 +42,8 @@ files = [args.output.absolute() / f"{number:03}.mp4" for number in range(1, len(
 todo = [{"prompt": p, "file": str(f)} for p, f in zip(args.prompts, files, strict=True) if not f.exists()]
 print(f"{len(files)} prompts, {len(files) - len(todo)} of them done already")
 if todo:
-    makers = ray.data.ActorPoolStrategy(size=args.workers or gpus or 2)
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 3600  # so that each gets its share
+    makers = ray.data.ActorPoolStrategy(size=args.workers or gpus or 2, max_tasks_in_flight_per_actor=1)
     items = ray.data.from_items(todo, override_num_blocks=len(todo))
     made = items.map(Maker, compute=makers, num_cpus=1, num_gpus=min(gpus, 1))  # type: ignore[arg-type]
     for item in made.iter_rows():

@@ -115,6 +115,22 @@ def dtype_for(
     return dtype_within_island(owner, stored, asked)
 
 
+def dtypes_in(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtypes that a model's weights would have been given on loading it in a dtype.
+
+    Args:
+        model: loaded, not quantised.
+        dtype: of the model; None: the one that each weight has.
+    """
+    if dtype is None:
+        return {name: weight.dtype for name, weight in model.named_parameters()}
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return {
+        name: dtype_for(model.get_submodule(name.rpartition(".")[0]), name, weight.dtype, dtype, kept)
+        for name, weight in model.named_parameters()
+    }
+
+
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert a model's weights one by one, in place, as they would have been on loading.
 
@@ -125,10 +141,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         model.to(dtype)
         return
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    targets = dtypes_in(model, dtype)
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        parameter.data = parameter.data.to(dtype_for(owner, name, parameter.dtype, dtype, kept))
+        parameter.data = parameter.data.to(targets[name])
 
 
 def dtype_within_island(owner: nn.Module, stored: torch.dtype, asked: torch.dtype) -> torch.dtype:

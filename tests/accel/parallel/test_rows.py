@@ -18,32 +18,51 @@ def off(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def errors(rank):
-    """How far frames are off those of one rank; and whether a detached model decodes the same bits."""
-    found = {}
-    group = torch.distributed.group.WORLD
+def cases():
+    """Each VAE, as it is and accelerated, by numbers of latent rows."""
     for channels in (16, 48):
         vae = random_vae(0, channels)
         for accelerated in (False, True):
             if accelerated:
                 acceleration.accelerate(vae)
             for rows in ROWS[accelerated : 2 if accelerated else None]:
-                z = torch.randn(1, channels, 3, rows, 5, generator=torch.Generator().manual_seed(1))
-                alone = torch.cat(list(vae.decode_stream(z)), dim=2)
-                shared = RowParallel(vae, group)
-                stream = torch.cat(list(vae.decode_stream(z)), dim=2)
-                with torch.no_grad():
-                    whole = vae.decode(z, chunk_latents=None).sample
-                shared.detach()
-                found[channels, accelerated, rows] = off(stream, alone)
-                found[channels, accelerated, rows, "whole"] = off(whole, alone)
-                again = torch.cat(list(vae.decode_stream(z)), dim=2)
-                found[channels, accelerated, rows, "detached"] = float(not torch.equal(again, alone))
-        # Accelerated while shared: what sees beyond its rows must go on to.
-        acceleration.detach(vae)
+                yield (channels, accelerated, rows), vae
+
+
+def latents_of(channels, rows):
+    return torch.randn(1, channels, 3, rows, 5, generator=torch.Generator().manual_seed(1))
+
+
+def decoded(vae, z):
+    return torch.cat(list(vae.decode_stream(z)), dim=2)
+
+
+def errors(rank):
+    """How far frames are off those of one rank; and whether a detached model decodes the same bits."""
+    found = {}
+    group = torch.distributed.group.WORLD
+    for case, vae in cases():
+        channels, _, rows = case
+        z = latents_of(channels, rows)
+        alone = decoded(vae, z)
+        shared = RowParallel(vae, group)
+        found[case] = off(decoded(vae, z), alone)
+        with torch.no_grad():
+            found[case, "whole"] = off(vae.decode(z, chunk_latents=None).sample, alone)
+        with shared.to_first():
+            own = decoded(vae, z)
+        if rank == 0:
+            found[case, "first"] = off(own, alone)
+        else:  # this rank's rows, where there are enough
+            found[case, "first"] = float((own.shape[3] < alone.shape[3]) != (rows >= shared.ranks))
+        shared.detach()
+        found[case, "detached"] = float(not torch.equal(decoded(vae, z), alone))
+    for channels in (16, 48):  # accelerated while shared: what sees beyond its rows must go on to
+        vae, z = random_vae(0, channels), latents_of(channels, ROWS[1])
+        alone = decoded(vae, z)
         shared = RowParallel(vae, group)
         acceleration.accelerate(vae)
-        found[channels, "later"] = off(torch.cat(list(vae.decode_stream(z)), dim=2), alone)
+        found[channels, "later"] = off(decoded(vae, z), alone)
         shared.detach()
     return found
 
@@ -51,7 +70,7 @@ def errors(rank):
 @pytest.mark.parametrize("count", [2, 4])
 def test_decoding(count):
     for found in on_ranks(count, errors):
-        assert len(found) == 2 * (3 * (len(ROWS) + 1) + 1)
+        assert len(found) == 2 * (4 * (len(ROWS) + 1) + 1)
         wrong = {case: value for case, value in found.items() if not value <= BOUND}
         assert not wrong
 
@@ -74,31 +93,24 @@ def encoded(vae, x):
 def encoding_errors(rank):
     """How far moments are off those of one rank, and whether as many chunks were encoded whole."""
     found = {}
-    group = torch.distributed.group.WORLD
-    for channels in (16, 48):
-        vae = random_vae(0, channels)
-        for accelerated in (False, True):
-            if accelerated:
-                acceleration.accelerate(vae)
-            for rows in ROWS[accelerated : 2 if accelerated else None]:
-                for name, x in clips(vae.spatial_stride, rows).items():
-                    alone = encoded(vae, x)
-                    case = channels, accelerated, rows, name
-                    shared = RowParallel(vae, group)
-                    ran = []
-                    handle = vae.encoder.conv_in.register_forward_hook(lambda *_: ran.append(1))  # noqa: B023
-                    found[case] = off(encoded(vae, x), alone)
-                    handle.remove()
-                    # Of six chunks the first, zeros, and zeros again once its first layer has seen no other.
-                    found[case, "ran"] = float(len(ran) != {"moving": 6, "still": 3}[name])
-                    stream = torch.cat([p.parameters for p in vae.encode_stream(x.split(3, 2))], 2)
-                    found[case, "stream"] = off(stream, alone)
-                    with torch.no_grad():
-                        whole = vae.encode(x, return_dict=False, chunk_latents=None)[0].parameters
-                    found[case, "whole"] = off(whole, alone)
-                    shared.detach()
-                    found[case, "detached"] = float(not torch.equal(encoded(vae, x), alone))
-        acceleration.detach(vae)
+    for (channels, accelerated, rows), vae in cases():
+        for name, x in clips(vae.spatial_stride, rows).items():
+            case = channels, accelerated, rows, name
+            alone = encoded(vae, x)
+            shared = RowParallel(vae, torch.distributed.group.WORLD)
+            ran = []
+            handle = vae.encoder.conv_in.register_forward_hook(lambda *_: ran.append(1))  # noqa: B023
+            found[case] = off(encoded(vae, x), alone)
+            handle.remove()
+            # Of six chunks the first, zeros, and zeros again once its first layer has seen no other.
+            found[case, "ran"] = float(len(ran) != {"moving": 6, "still": 3}[name])
+            stream = torch.cat([p.parameters for p in vae.encode_stream(x.split(3, 2))], 2)
+            found[case, "stream"] = off(stream, alone)
+            with torch.no_grad():
+                whole = vae.encode(x, return_dict=False, chunk_latents=None)[0].parameters
+            found[case, "whole"] = off(whole, alone)
+            shared.detach()
+            found[case, "detached"] = float(not torch.equal(encoded(vae, x), alone))
     return found
 
 

@@ -160,6 +160,14 @@ def refusals(rank):
     with pytest.raises(ValueError, match="a step cache is enabled"):
         parallelize(pipe, ulysses=2, vae=False)
     assert torch.equal(run(model, inputs()), plain), "nothing is shared by halves"
+    cached.disable_cache()
+    parallel = parallelize(Pipe(cached), ulysses=2, vae=False)
+    cached.enable_cache(FirstBlockCacheConfig())  # since
+    with pytest.raises(ValueError, match="a step cache is enabled"):
+        run(cached, inputs())
+    cached.disable_cache()
+    run(cached, inputs())
+    parallel.detach()
     return messages
 
 

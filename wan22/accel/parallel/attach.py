@@ -69,17 +69,16 @@ class Parallel:
             if vae:
                 self._rows = RowParallel(pipe.vae, self.groups.all)
                 self._attached.append(self._rows)
-            if whole:
-                for name, model in whole.items():
-                    self._whole[name] = model
-                    own = sharded(model, self.groups.mesh, dtype if name in TRANSFORMERS else None)
-                    setattr(pipe, name, own)
-                for name, model in pipe.components.items():
-                    if isinstance(model, torch.nn.Module) and name not in whole:
-                        model.to(device)
+            for name, model in whole.items():
+                self._whole[name] = model
+                own = sharded(model, self.groups.mesh, dtype if name in TRANSFORMERS else None)
+                setattr(pipe, name, own)
+            for name, model in pipe.components.items() if whole else ():
+                if isinstance(model, torch.nn.Module) and name not in whole:
+                    model.to(device)
             if layout.ring * layout.ulysses > 1:
                 self._attached.append(SequenceParallel(pipe.transformers, self.groups))
-        except ValueError:  # all, or nothing
+        except BaseException:  # all, or nothing
             self._let_go()
             raise
         self._settings = getattr(pipe, "_progress_bar_config", {})
@@ -214,8 +213,7 @@ def parallelize(
 ) -> Parallel:
     """Let the ranks of torchrun make a pipeline's videos together.
 
-    Load LoRAs and quantise before. A pipeline on the CPU goes to this rank's GPU, if there is
-    one; so will what it computes.
+    Load LoRAs and quantise before. A pipeline on the CPU goes to this rank's GPU, if there is one.
 
     Args:
         pipe: the pipeline.

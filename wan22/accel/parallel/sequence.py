@@ -42,8 +42,8 @@ class SequenceParallel:
     """
 
     def __init__(self, models: Sequence[Any], groups: Groups) -> None:
-        if any(getattr(model, "is_cache_enabled", False) for model in models):
-            raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
+        for model in models:
+            self._refuse_cache(model)
         self.groups = groups
         self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)
         self.name = f"sequence parallel {next(_numbers)}"
@@ -54,7 +54,7 @@ class SequenceParallel:
         self._attentions: list[Any] = [block.attn1 for chain in chains for block in chain]
         # One kernel for all of them, so that compiled blocks are compiled once.
         self._compute_by(self._attentions[0].backend)
-        self._handles = []
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._refuse_cache) for model in models]
         for chain in chains:
             self._handles += [block.register_forward_pre_hook(self._before) for block in chain]
             self._handles.append(chain[-1].register_forward_hook(self._after))
@@ -68,6 +68,15 @@ class SequenceParallel:
                 own.backend = self.backend
         unregister(self.name)
         self._handles = []
+
+    def _refuse_cache(self, model: Any, *_: Any) -> None:
+        """Refuse a step cache, now or at the next call.
+
+        Raises:
+            ValueError: one is enabled.
+        """
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
 
     def _compute_by(self, backend: str) -> None:
         """Let a kernel compute what the ranks exchange tokens for."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from ...checkpoints.loading import dtype_for
+from ...checkpoints.loading import dtypes_in
 from ..offload.layout import blocks_of
 from ..quantize import is_quantized
 
@@ -47,12 +47,11 @@ def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
         ValueError: the model is quantised, or not on the CPU.
     """
     check(model)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    places = {}
-    for name, whole in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        target = whole.dtype if dtype is None else dtype_for(owner, name, whole.dtype, dtype, kept)
-        places[id(whole)] = nn.Parameter(torch.empty_like(whole, dtype=target, device="meta"), False)
+    targets = dtypes_in(model, dtype)
+    places = {
+        id(whole): nn.Parameter(torch.empty_like(whole, dtype=targets[name], device="meta"), False)
+        for name, whole in model.named_parameters()
+    }
     part = copy.deepcopy(model, places)
     for block in blocks_of(part):
         fully_shard(block, mesh=mesh)
