@@ -13,7 +13,10 @@ from wan22.video.metadata import read_recipe
 from wan22.video.result import to_uint8
 
 BOUND = 1e-5
-LAYOUTS = {2: [{"cfg": 2}, {"ulysses": 2}, {"ring": 2}], 4: [{"cfg": 2, "ring": 2}, {"cfg": 2, "ulysses": 2}]}
+LAYOUTS = {
+    2: [{"cfg": 2}, {"ulysses": 2}, {"ring": 2}],
+    4: [{"cfg": 2, "ring": 2}, {"cfg": 2, "ulysses": 2}, {"ring": 2, "ulysses": 2}],
+}
 
 
 def off(found, expected):
