@@ -10,9 +10,9 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-# Rows of text that transformers attend to. They are trained on exactly this many, zero past the prompt: fewer
-# rows or masked ones change the result (relative errors of 5e-2 and 0.47).
-TEXT_ROWS = 512
+# Text tokens that transformers attend to. They are trained on exactly this many, zero past the prompt: fewer
+# tokens, or masked ones, change the result (relative errors of 5e-2 and 0.47).
+MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)

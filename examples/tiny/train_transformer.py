@@ -50,7 +50,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {"num_attention_heads": 2, "attention_head_
 TRANSFORMER_CONFIG |= {"text_dim": 64, "freq_dim": 256, "ffn_dim": 512}
 TEXT_CONFIG: dict[str, Any] = {"d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 128, "num_layers": 2}
 TEXT_CONFIG |= {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}
-TEXT_ROWS = 512  # rows the transformer attends to, zero past the prompt
+MAX_TEXT_TOKENS = 512  # tokens the transformer attends to, zero past the prompt
 T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.900
 LAST_FRAME = 0.35  # share of clips with the last frame given, too (i2v)
 FIRST_FRAME = 0.5  # share of clips with the first frame given (ti2v)
@@ -150,13 +150,13 @@ class VideoModel(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
 
     def text_rows(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode token ids "b s" into text rows "b s+1 d" and their attention bias "b s+1".
+        """Encode token ids "b s" into text tokens "b s+1 d" and their attention bias "b s+1".
 
-        The zero rows that fill up to TEXT_ROWS are identical, so one stands for all, exactly, with a bias of
-        the logarithm of their number.
+        The zero tokens that fill up to MAX_TEXT_TOKENS are identical, so one stands for all, exactly, with a
+        bias of the logarithm of their number.
         """
         rows = self.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        fillers = TEXT_ROWS - mask.sum(dim=1, keepdim=True)
+        fillers = MAX_TEXT_TOKENS - mask.sum(dim=1, keepdim=True)
         bias = torch.where(mask.bool(), 0.0, -math.inf)
         return F.pad(rows, (0, 0, 0, 1)), torch.cat((bias, fillers.log()), dim=1)
 

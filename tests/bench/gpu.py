@@ -35,7 +35,7 @@ from wan22.accel.planning.skeletons import released_models
 from wan22.models.reuse import PromptCache
 from wan22.presets import T2V_A14B, TI2V_5B, Preset
 
-TEXT_ROWS = 512
+MAX_TEXT_TOKENS = 512
 TERA = 1e12
 # The same forms in small, for a run without a GPU.
 TINY = {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 256, "text_dim": 32}
@@ -111,7 +111,7 @@ def step_calls(
     """Return a call of our transformer as our pipelines make it after the first step, and theirs."""
     config, dtype = ours.config, torch.bfloat16
     latents = torch.randn(1, config.in_channels, *video.latent_size, device=device)
-    text = torch.randn(1, TEXT_ROWS, config.text_dim, device=device, dtype=dtype)
+    text = torch.randn(1, MAX_TEXT_TOKENS, config.text_dim, device=device, dtype=dtype)
     text[:, 60:] = 0  # past a typical prompt
     time = torch.tensor([937.0], device=device)
     # diffusers' pipeline gives TI2V-5B the time once per token.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.bench.gpu import TEXT_ROWS, TINY, TINY_VAE, VIDEOS, Video, lacks, released_configs
+from tests.bench.gpu import MAX_TEXT_TOKENS, TINY, TINY_VAE, VIDEOS, Video, lacks, released_configs
 from tests.bench.harness import (
     Row,
     Settings,
@@ -69,7 +69,8 @@ def scaling(video: Video, settings: Settings, device: str, tiny: bool) -> list[R
         return [{"name": name, **facts, "note": missing}]
     pipe = pipeline(video, device, tiny)
     config = pipe.any_transformer.config
-    text = torch.randn(2, TEXT_ROWS, config.text_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, MAX_TEXT_TOKENS, config.text_dim, generator=generator).bfloat16()
     call: dict[str, Any] = {
         "prompt_embeds": text[:1].to(device),
         "negative_prompt_embeds": text[1:].to(device),

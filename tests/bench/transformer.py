@@ -22,7 +22,7 @@ from wan22.models.transformer import WanTransformer3DModel, WanTransformerBlock
 
 Weights = dict[str, torch.Tensor]
 HEAD_DIM = 128
-PROMPT_ROWS, TEXT_ROWS = 60, 512  # a typical prompt, and the rows that Wan attends to
+PROMPT_ROWS, MAX_TEXT_TOKENS = 60, 512  # a typical prompt, and the tokens that Wan attends to
 GRIDS = {512: (2, 16, 16), 1024: (4, 16, 16)}
 # What a bf16 model of ours holds in float32, and one of diffusers'.
 OURS_WIDE = WanTransformer3DModel._keep_in_fp32_modules
@@ -104,7 +104,7 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(1, self.tokens, dim, generator=generator).to(dtype)
         text = torch.randn(1, PROMPT_ROWS + 1, dim, generator=generator).to(dtype)
-        padding = text[:, -1:].expand(-1, TEXT_ROWS - PROMPT_ROWS, -1)
+        padding = text[:, -1:].expand(-1, MAX_TEXT_TOKENS - PROMPT_ROWS, -1)
         full = torch.cat((text[:, :-1], padding), dim=1)
         rows = (torch.randn(1, self.times or 1, 6, dim, generator=generator) * 0.1).to(dtype)
         frames = rows[:, [0] + [-1] * (grid[0] - 1)]  # b t 6 d: the first frame's time, the others'

@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import byte_tokenizer, golden_text_encoder, random_text_encoder
 from tests.golden_data import golden, relative_error
-from wan22.pipelines.text import TEXT_ROWS, clean_prompt, encode_prompt, pad_rows
+from wan22.pipelines.text import MAX_TEXT_TOKENS, clean_prompt, encode_prompt, pad_rows
 from wan22.presets import NEGATIVE_PROMPT
 
 CASES = [(f"case{c}", i) for c, sizes in enumerate(([64, 20, 1], [170], [33])) for i in range(len(sizes))]
@@ -79,7 +79,7 @@ def test_golden_through_encode_prompt(case, i):
     ids = tensors[f"{case}.ids"][i, : len(reference)].tolist()
     with torch.no_grad():
         rows = encode_prompt(GivenTokens(ids), golden_text_encoder(), "any")
-    assert rows.shape == (1, TEXT_ROWS, reference.shape[1])
+    assert rows.shape == (1, MAX_TEXT_TOKENS, reference.shape[1])
     assert relative_error(rows[0, : len(ids)], reference) <= 2e-6
     assert not rows[0, len(ids) :].any()
 
@@ -124,25 +124,25 @@ def test_a_long_prompt_is_cut_with_a_warning(parts, caplog):
 @torch.no_grad()
 def test_a_prompt_that_just_fits_is_not_cut(parts, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = encode_prompt(*parts, "a" * (TEXT_ROWS - 1))
+        rows = encode_prompt(*parts, "a" * (MAX_TEXT_TOKENS - 1))
     assert not caplog.records
-    assert rows.shape[1] == TEXT_ROWS
+    assert rows.shape[1] == MAX_TEXT_TOKENS
     assert rows[0, -1].any()
 
 
 @torch.no_grad()
 def test_cut_at_512_tokens(parts, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = encode_prompt(*parts, "a" * TEXT_ROWS)
+        rows = encode_prompt(*parts, "a" * MAX_TEXT_TOKENS)
     assert "513 tokens, 512 are used; ignored: 'a'" in caplog.text
-    assert torch.equal(rows, encode_prompt(*parts, "a" * (TEXT_ROWS - 1)))
+    assert torch.equal(rows, encode_prompt(*parts, "a" * (MAX_TEXT_TOKENS - 1)))
 
 
 def test_pad_rows():
     rows = torch.randn(2, 5, 3)
     padded = pad_rows(rows)
-    assert padded.shape == (2, TEXT_ROWS, 3)
+    assert padded.shape == (2, MAX_TEXT_TOKENS, 3)
     assert torch.equal(padded[:, :5], rows)
     assert not padded[:, 5:].any()
-    full = torch.randn(1, TEXT_ROWS, 3)
+    full = torch.randn(1, MAX_TEXT_TOKENS, 3)
     assert torch.equal(pad_rows(full), full)

@@ -16,7 +16,7 @@ import torch
 from ..checkpoints.loading import align_weights
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformer3DModel
-from ..presets import TEXT_ROWS, Preset, closest_preset, find_preset
+from ..presets import MAX_TEXT_TOKENS, Preset, closest_preset, find_preset
 from ..video.result import WanStream, WanVideo
 from . import checks
 from .compatibility import CompatiblePipeline
@@ -215,7 +215,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         num_videos_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        max_sequence_length: int = TEXT_ROWS,
+        max_sequence_length: int = MAX_TEXT_TOKENS,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

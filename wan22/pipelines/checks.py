@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..presets import TEXT_ROWS
+from ..presets import MAX_TEXT_TOKENS
 
 
 def as_int(value: Any) -> Any:
@@ -48,8 +48,8 @@ def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {describe(embeds)}")
     b, s, d = embeds.shape
-    if b < 1 or d != width or not 1 <= s <= TEXT_ROWS:
-        rule = f"it must be 'b s {width}' with 1 to {TEXT_ROWS} rows s"
+    if b < 1 or d != width or not 1 <= s <= MAX_TEXT_TOKENS:
+        rule = f"it must be 'b s {width}' with 1 to {MAX_TEXT_TOKENS} rows s"
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}; {rule}")
     if not torch.isfinite(embeds).all():
         raise ValueError(f"{name} must be finite; it holds NaN or infinity")

@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading import align_weights
 from ..models.sizes import check_positive_int
-from ..presets import TEXT_ROWS
+from ..presets import MAX_TEXT_TOKENS
 from ..video.result import WanStream, WanVideo
 from . import checks
 from .base import WanPipeline
@@ -110,7 +110,7 @@ class WanI2VPipeline(WanPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = TEXT_ROWS,
+        max_sequence_length: int = MAX_TEXT_TOKENS,
         *,
         max_area: int | None = None,
         fit: Fit | None = None,

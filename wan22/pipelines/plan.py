@@ -8,7 +8,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..models.sizes import check_num_frames, check_positive_int, check_size
-from ..presets import FEW_STEPS, TEXT_ROWS
+from ..presets import FEW_STEPS, MAX_TEXT_TOKENS
 from ..schedulers import FlowMatchEulerScheduler
 from ..video.recipe import Recipe
 from ..video.result import OUTPUT_TYPES
@@ -32,7 +32,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     request = _with_recipe(request)
     checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
     check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
-    check_positive_int("max_sequence_length", request.max_sequence_length, most=TEXT_ROWS)
+    check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)
     prompts, negatives = _prompts(pipe, request)
     if request.output_type == "stream" and len(prompts) > 1:
         raise ValueError(f"{len(prompts)} videos cannot be streamed together; ask for one at a time")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..presets import TEXT_ROWS
+from ..presets import MAX_TEXT_TOKENS
 from ..video.result import WanStream, WanVideo
 from .base import WanPipeline
 from .conditions import TextCondition
@@ -52,7 +52,7 @@ class WanT2VPipeline(WanPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = TEXT_ROWS,
+        max_sequence_length: int = MAX_TEXT_TOKENS,
         *,
         seed: int | Sequence[int] | None = None,
         flow_shift: float | None = None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from ..presets import TEXT_ROWS
+from ..presets import MAX_TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def clean_prompt(text: str) -> str:
 
 
 def encode_prompt(
-    tokenizer: Any, text_encoder: Any, prompt: str, max_tokens: int = TEXT_ROWS
+    tokenizer: Any, text_encoder: Any, prompt: str, max_tokens: int = MAX_TEXT_TOKENS
 ) -> torch.Tensor:
     """Encode one prompt by itself, so that the result cannot depend on its neighbours in a batch.
 
@@ -55,4 +55,4 @@ def encode_prompt(
 
 def pad_rows(rows: torch.Tensor) -> torch.Tensor:
     """Append zero rows: "b s d" to "b 512 d"."""
-    return F.pad(rows, (0, 0, 0, TEXT_ROWS - rows.shape[1]))
+    return F.pad(rows, (0, 0, 0, MAX_TEXT_TOKENS - rows.shape[1]))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...models.reuse import PromptCache, TransformerCache
-from ...presets import TEXT_ROWS
+from ...presets import MAX_TEXT_TOKENS
 from ..cpu import packed_bytes
 from ..offload.layout import Placement, bytes_of, device_bytes
 from .trace import on_meta, peak_bytes
@@ -146,7 +146,7 @@ class Task:
             shape = (1, config.pos_embed_seq_len or 257, config.image_dim)
             image = torch.empty(shape, device="meta", dtype=dtype)
         for _ in range(prompts * (1 + self.guided)):
-            rows = torch.empty(1, TEXT_ROWS, config.text_dim, device="meta", dtype=dtype)
+            rows = torch.empty(1, MAX_TEXT_TOKENS, config.text_dim, device="meta", dtype=dtype)
             cache = PromptCache(shared) if keep else None
             arguments = {"encoder_hidden_states_image": image, "cache": cache, "return_dict": False}
             outputs.append((call(latents, timestep, rows, **arguments)[0], cache))
@@ -183,7 +183,7 @@ def forward_flops(config: Any, tokens: int) -> float:
     """
     d = config.num_attention_heads * config.attention_head_dim
     linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim)
-    attention = 4 * tokens * (tokens + TEXT_ROWS) * d
+    attention = 4 * tokens * (tokens + MAX_TEXT_TOKENS) * d
     return float(config.num_layers * (linears + attention))
 
 
@@ -206,9 +206,9 @@ def _encode(model: Any) -> int:
         )
 
     def encode() -> Any:
-        ids = torch.empty(1, TEXT_ROWS, dtype=torch.long, device="meta")
+        ids = torch.empty(1, MAX_TEXT_TOKENS, dtype=torch.long, device="meta")
         # Of four axes, so that nobody asks what is in it.
-        mask = torch.empty(1, 1, TEXT_ROWS, TEXT_ROWS, dtype=dtype, device="meta")
+        mask = torch.empty(1, 1, MAX_TEXT_TOKENS, MAX_TEXT_TOKENS, dtype=dtype, device="meta")
         return call(ids, attention_mask=mask).last_hidden_state
 
     return peak_bytes(encode)
