@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from ..checkpoints.loading import align_weights
 from ..models.sizes import check_positive_int
 from ..presets import MAX_TEXT_TOKENS
-from ..video.result import WanStream, WanVideo
+from ..video.result import OutputType, WanStream, WanVideo
 from . import checks
 from .base import WanPipeline
 from .conditions import ChannelCondition, Condition, FirstFrameCondition, TextCondition
@@ -105,7 +105,7 @@ class WanI2VPipeline(WanPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         last_image: Any = None,
-        output_type: str = "np",
+        output_type: OutputType = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..video.recipe import Recipe
+from ..video.result import OutputType
 from .experts import Experts
 from .images import Fit, Picture
 
@@ -34,7 +35,7 @@ class Request:
     latents: torch.Tensor | None
     prompt_embeds: torch.Tensor | None
     negative_prompt_embeds: torch.Tensor | None
-    output_type: str
+    output_type: OutputType
     return_dict: bool
     attention_kwargs: dict[str, Any] | None
     callback_on_step_end: Callable[..., Any] | None

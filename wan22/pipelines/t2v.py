@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..presets import MAX_TEXT_TOKENS
-from ..video.result import WanStream, WanVideo
+from ..video.result import OutputType, WanStream, WanVideo
 from .base import WanPipeline
 from .conditions import TextCondition
 from .request import Generators, Plan, Prompt, Request
@@ -47,7 +47,7 @@ class WanT2VPipeline(WanPipeline):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
+        output_type: OutputType = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,

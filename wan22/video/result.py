@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from . import writers
 from .progress import progress_bar
 from .recipe import Recipe
 
-OUTPUT_TYPES = ("np", "pil", "pt", "latent", "stream")
+OutputType = Literal["np", "pil", "pt", "latent", "stream"]
+OUTPUT_TYPES = get_args(OutputType)
 
 
 @dataclass(repr=False)
