@@ -30,7 +30,8 @@ HEADS = {5120: 40, 3072: 24, 1536: 12}
 @pytest.mark.parametrize("name", TABLE)
 def test_facts(name):
     dim, in_channels, boundary, shift, steps, guidance, fps, frames, width, height = TABLE[name]
-    preset = find_preset(dim, in_channels, boundary, "FLF" in name)
+    experts = 1 if boundary is None else 2
+    preset = find_preset(dim=dim, in_channels=in_channels, experts=experts, two_frames="FLF" in name)
     assert preset is not None
     assert preset.name == name
     assert preset.repo == REPOS[name]
@@ -66,7 +67,7 @@ def test_a_recipe_can_be_run(preset):
 
 
 def test_no_two_presets_look_the_same():
-    keys = [(p.dim, p.in_channels, p.boundary_ratio is None, p.two_frames) for p in PRESETS]
+    keys = [(p.dim, p.in_channels, p.experts, p.two_frames) for p in PRESETS]
     assert len(set(keys)) == len(keys)
 
 
@@ -76,49 +77,45 @@ def test_presets_are_frozen():
 
 
 @pytest.mark.parametrize(
-    ("dim", "in_channels", "boundary"),
-    [(5120, 16, 0.9), (5120, 36, 0.5)],  # the value of the boundary may be somebody's own
+    ("dim", "in_channels", "experts"),
+    [(256, 16, 2), (3072, 16, 1), (3072, 48, 2), (1536, 36, 1), (1536, 16, 2)],
 )
-def test_the_boundary_need_not_be_the_official_one(dim, in_channels, boundary):
-    assert find_preset(dim, in_channels, boundary) is not None
+def test_unknown_checkpoints(dim, in_channels, experts):
+    assert find_preset(dim=dim, in_channels=in_channels, experts=experts) is None
 
 
 @pytest.mark.parametrize(
-    ("dim", "in_channels", "boundary"),
-    [(256, 16, 0.875), (3072, 16, None), (3072, 48, 0.875), (1536, 36, None), (1536, 16, 0.875)],
-)
-def test_unknown_checkpoints(dim, in_channels, boundary):
-    assert find_preset(dim, in_channels, boundary) is None
-
-
-@pytest.mark.parametrize(
-    ("in_channels", "boundary", "name"),
+    ("in_channels", "experts", "name"),
     [
-        (16, 0.875, "Wan2.2-T2V-A14B"),
-        (36, 0.9, "Wan2.2-I2V-A14B"),
-        (36, None, "Wan2.1-I2V-14B"),
-        (48, None, "Wan2.2-TI2V-5B"),
-        (48, 0.9, "Wan2.2-TI2V-5B"),
+        (16, 2, "Wan2.2-T2V-A14B"),
+        (36, 2, "Wan2.2-I2V-A14B"),
+        (36, 1, "Wan2.1-I2V-14B"),
+        (48, 1, "Wan2.2-TI2V-5B"),
+        (48, 2, "Wan2.2-TI2V-5B"),
     ],
 )
-def test_closest(in_channels, boundary, name):
-    assert closest_preset(in_channels, boundary).name == name
+def test_closest(in_channels, experts, name):
+    assert closest_preset(in_channels=in_channels, experts=experts).name == name
 
 
 def test_closest_of_one_transformer():
-    preset = closest_preset(16, None)
+    preset = closest_preset(in_channels=16, experts=1)
     assert preset.boundary_ratio is None
     assert preset.in_channels == 16
 
 
 def test_closest_of_unknown_channels():
-    assert closest_preset(20, None) in PRESETS
+    assert closest_preset(in_channels=20, experts=1) in PRESETS
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_a_pipeline_knows_its_release(name):
-    """By the configs alone: the transformer has the release's sizes, no depth, and lies nowhere."""
+@pytest.mark.parametrize(
+    ("name", "own_boundary"),
+    [*((name, None) for name in TABLE), ("Wan2.2-T2V-A14B", 0.9), ("Wan2.2-I2V-A14B", 0.5)],
+)
+def test_a_pipeline_knows_its_release(name, own_boundary):
+    """By the configs alone: the transformer has the release's sizes, no layers, and is on "meta"."""
     dim, channels, boundary, *_ = TABLE[name]
+    boundary = own_boundary or boundary  # any value will do where there is one
     out = 48 if channels == 48 else 16
     with torch.device("meta"):
         transformer = WanTransformer3DModel(

@@ -1,4 +1,4 @@
-"""What is known about each released checkpoint: how to tell it, and the official recipe to run it with."""
+"""Facts about each released checkpoint: the sizes that identify it, and its official settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,26 +17,26 @@ MAX_TEXT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Preset:
-    """The facts about one released checkpoint and its official settings.
+    """One released checkpoint: its sizes and its official settings.
 
     Args:
-        name: of the checkpoint.
-        repo: on the hub, in the Diffusers layout; "" if it ships inside this package.
-        dim: the transformer's model size.
+        name: the checkpoint's name.
+        repo: hub repository in the Diffusers layout; "" if the checkpoint ships inside this package.
+        dim: the transformer's model size, heads times head size.
         in_channels: the transformer's input channels.
-        boundary_ratio: timesteps at or above this share of 1000 are the high-noise expert's; None for one
+        boundary_ratio: timesteps at or above this share of 1000 use the high-noise expert; None for one
             transformer.
         num_inference_steps: denoising steps.
         flow_shift: shift of the noise schedule.
-        guidance_scale: of the high-noise expert, or of the only transformer.
-        guidance_scale_2: of the low-noise expert; None for one transformer.
+        guidance_scale: guidance of the high-noise expert, or of the only transformer.
+        guidance_scale_2: guidance of the low-noise expert; None for one transformer.
         width: pixels.
         height: pixels.
         num_frames: frames, 1 + a multiple of 4.
         fps: frames per second.
-        negative_prompt: used where the caller's is empty.
-        two_frames: whether it takes a first and a last frame's image rows (Wan 2.1 FLF).
-        gigabytes: of all weights in bfloat16, the VAE's in float32.
+        negative_prompt: replaces an empty negative prompt.
+        two_frames: the transformer attends to the image tokens of a first and a last frame (Wan 2.1 FLF).
+        gigabytes: size of all weights, in bfloat16 but for the VAE's float32.
 
     Source: Wan2.2 wan/configs, Wan2.1 wan/configs, generate.py and its README.
     """
@@ -57,6 +57,11 @@ class Preset:
     negative_prompt: str = NEGATIVE_PROMPT
     two_frames: bool = False
     gigabytes: float = 0.0
+
+    @property
+    def experts(self) -> int:
+        """Number of transformers, 1 or 2."""
+        return 1 if self.boundary_ratio is None else 2
 
 
 T2V_A14B = Preset(
@@ -198,11 +203,11 @@ PRESETS = (
 
 @dataclass(frozen=True)
 class FewSteps:
-    """How checkpoints and LoRAs that are distilled to a few steps are run, with Euler's method.
+    """How a checkpoint or LoRA distilled to a few steps runs, with Euler's method.
 
     Args:
-        timesteps: the trained ones.
-        guidance_scale: of all experts; 1 is none.
+        timesteps: the timesteps it was trained on.
+        guidance_scale: guidance of all experts; 1 turns it off.
     """
 
     timesteps: tuple[float, ...]
@@ -213,46 +218,34 @@ class FewSteps:
 FEW_STEPS = {"lightning-4": FewSteps(tuple(1000 * 5 * s / (1 + 4 * s) for s in (1, 0.75, 0.5, 0.25)))}
 
 
-def release_of(config: Mapping[str, Any], experts: int) -> Preset:
-    """Return the released checkpoint with such a transformer, or the one closest to it.
-
-    Args:
-        config: the transformer's.
-        experts: how many transformers there are.
-    """
-    boundary = 0.9 if experts == 2 else None  # find_preset only asks whether there is one
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    two_frames = config["pos_embed_seq_len"] is not None
-    preset = find_preset(dim, config["in_channels"], boundary, two_frames)
-    return preset or closest_preset(config["in_channels"], boundary)
-
-
 def has_timestep_per_token(config: Mapping[str, Any]) -> bool:
     """Return whether a transformer of this configuration takes one timestep per token, as TI2V-5B's does."""
     return config["in_channels"] == config["out_channels"] == TI2V_5B.in_channels
 
 
-def find_preset(
-    dim: int, in_channels: int, boundary_ratio: float | None, two_frames: bool = False
-) -> Preset | None:
-    """Return the released checkpoint that these configs belong to, or None.
+def release_of(config: Mapping[str, Any], experts: int) -> Preset:
+    """Return the released checkpoint with this transformer, or the one closest to it.
 
     Args:
-        dim: the transformer's model size (heads times head size).
-        in_channels: the transformer's input channels.
-        boundary_ratio: of the pipeline's config; only whether there is one counts.
-        two_frames: whether the transformer has positions for two images' rows.
+        config: the transformer's configuration.
+        experts: number of transformers, 1 or 2.
     """
-    for preset in PRESETS:
-        experts_agree = (preset.boundary_ratio is None) == (boundary_ratio is None)
-        same = (preset.dim, preset.in_channels, preset.two_frames) == (dim, in_channels, two_frames)
-        if same and experts_agree:
-            return preset
-    return None
+    preset = find_preset(
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        in_channels=config["in_channels"],
+        experts=experts,
+        two_frames=config["pos_embed_seq_len"] is not None,
+    )
+    return preset or closest_preset(in_channels=config["in_channels"], experts=experts)
 
 
-def closest_preset(in_channels: int, boundary_ratio: float | None) -> Preset:
-    """Return the release whose recipe suits a checkpoint of unknown size: same channels and experts."""
+def find_preset(*, dim: int, in_channels: int, experts: int, two_frames: bool = False) -> Preset | None:
+    """Return the released checkpoint of exactly these sizes, or None. `Preset` describes the sizes."""
+    wanted = (dim, in_channels, experts, two_frames)
+    return next((p for p in PRESETS if (p.dim, p.in_channels, p.experts, p.two_frames) == wanted), None)
+
+
+def closest_preset(*, in_channels: int, experts: int) -> Preset:
+    """Return the release whose settings suit an unknown size: the same channels, and experts if possible."""
     family = [p for p in PRESETS if p.repo and p.in_channels == in_channels] or [T2V_14B]
-    same = [p for p in family if (p.boundary_ratio is None) == (boundary_ratio is None)]
-    return (same or family)[0]
+    return next((p for p in family if p.experts == experts), family[0])

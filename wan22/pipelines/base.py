@@ -110,16 +110,23 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         if not self.transformers:
             return None
         config = self.any_transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        two_frames = config.pos_embed_seq_len is not None
-        return find_preset(dim, config.in_channels, self.config.boundary_ratio, two_frames)
+        return find_preset(
+            dim=config.num_attention_heads * config.attention_head_dim,
+            in_channels=config.in_channels,
+            experts=self._experts,
+            two_frames=config.pos_embed_seq_len is not None,
+        )
+
+    @property
+    def _experts(self) -> int:
+        return 1 if self.config.boundary_ratio is None else 2
 
     @property
     def preset(self) -> Preset:
         """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
         models = self.transformers
         in_channels = models[0].config.in_channels if models else self.vae.config.z_dim
-        return self.released or closest_preset(in_channels, self.config.boundary_ratio)
+        return self.released or closest_preset(in_channels=in_channels, experts=self._experts)
 
     @property
     def checkpoint_name(self) -> str:

@@ -94,8 +94,13 @@ def official_preset(folder: Path) -> Preset | None:
     known = [config for config in configs if {"dim", "in_dim"} <= config.keys()]
     if not known:
         return None
-    first, two_frames = known[0], known[0].get("model_type") == "flf2v"
-    preset = find_preset(first["dim"], first["in_dim"], 0.9 if len(known) > 1 else None, two_frames)
+    first = known[0]
+    preset = find_preset(
+        dim=first["dim"],
+        in_channels=first["in_dim"],
+        experts=2 if len(known) > 1 else 1,
+        two_frames=first.get("model_type") == "flf2v",
+    )
     return preset if preset is not None and preset.repo else None
 
 
