@@ -8,8 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wan22.checkpoints.conversion import DTYPES, SHARD_SIZE, convert, plan
-from wan22.checkpoints.layouts import LAYOUTS
+from wan22.checkpoints.converting.convert import DTYPES, SHARD_SIZE, convert, plan
+from wan22.checkpoints.converting.layouts import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

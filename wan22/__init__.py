@@ -7,13 +7,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
 _EXPORTS = {
-    "AutoencoderKLWan": "wan22.checkpoints.models",
+    "AutoencoderKLWan": "wan22.checkpoints.loading.models",
     "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
     "FlowMatchEulerScheduler": "wan22.schedulers.euler",
     "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
-    "WanTransformer3DModel": "wan22.checkpoints.models",
+    "WanTransformer3DModel": "wan22.checkpoints.loading.models",
     "WanVideo": "wan22.video.result",
     "read_recipe": "wan22.video.metadata",
     "tiny_checkpoint": "wan22.assets",
@@ -34,7 +34,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 
 if TYPE_CHECKING:
     from wan22.assets import tiny_checkpoint
-    from wan22.checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+    from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.pipelines.i2v import WanI2VPipeline
     from wan22.pipelines.t2v import WanT2VPipeline
     from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler

@@ -28,7 +28,7 @@ from train_vae import pixels, speed_up, to_pixels
 from transformers import UMT5EncoderModel
 
 from wan22 import AutoencoderKLWan, WanTransformer3DModel, tiny_checkpoint
-from wan22.checkpoints.keys import TRANSFORMER
+from wan22.checkpoints.naming.keys import TRANSFORMER
 
 SLOTS = {"high": "transformer", "low": "transformer_2"}
 COLOR = "purple"

@@ -41,7 +41,7 @@ def write(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     from wan22 import WanTransformer3DModel
-    from wan22.checkpoints.keys import TRANSFORMER
+    from wan22.checkpoints.naming.keys import TRANSFORMER
 
     torch.manual_seed(0)
     model = WanTransformer3DModel(**SIZES | {"num_layers": layers})

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from wan22 import AutoencoderKLWan, tiny_checkpoint
-from wan22.checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
+from wan22.checkpoints.naming.configs import LATENTS_MEAN_22, LATENTS_STD_22
 from wan22.models.autoencoder import LATENTS_MEAN, LATENTS_STD
 from wan22.models.latent_rgb import (
     LatentRGB,

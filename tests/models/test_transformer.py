@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tests.golden_data import golden, relative_error
 from tests.official_keys import transformer_config, transformer_state_dict
 from wan22 import WanTransformer3DModel
-from wan22.checkpoints.loading import align_weights
+from wan22.checkpoints.loading.alignment import align_weights
 from wan22.models import transformer as transformer_module
 from wan22.models.rope import axis_sizes, rotary_tables, rotate
 

@@ -17,7 +17,7 @@ from tests.builders import (
     random_i2v_components,
 )
 from tests.checkpoints import writers
-from tests.checkpoints.test_image_encoder import official_clip
+from tests.checkpoints.loading.test_image_encoder import official_clip
 from tests.golden_data import FOLDER, golden, relative_error
 from tests.pipelines.test_hub import make_repository
 from wan22 import (
@@ -27,8 +27,8 @@ from wan22 import (
     WanT2VPipeline,
     WanTransformer3DModel,
 )
-from wan22.checkpoints.keys import TRANSFORMER
-from wan22.checkpoints.quantized import QuantizedLinear
+from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.naming.keys import TRANSFORMER
 
 # The golden files' heads: what an official config.json says and the shapes do not.
 CONFIGS = {

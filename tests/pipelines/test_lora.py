@@ -15,8 +15,8 @@ from tests.builders import latents_of, random_pipeline
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
-from wan22.checkpoints.keys import TRANSFORMER
-from wan22.checkpoints.quantized import QuantizedLinear
+from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.naming.keys import TRANSFORMER
 from wan22.pipelines import lora as lora_module
 
 SLOTS = ("transformer", "transformer_2")

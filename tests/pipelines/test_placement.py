@@ -12,7 +12,7 @@ from diffusers.hooks import apply_group_offloading
 from tests.builders import SMALL, load_pipeline, random_components, random_pipeline
 from tests.checkpoints import writers
 from wan22 import WanT2VPipeline, WanTransformer3DModel
-from wan22.checkpoints.keys import TRANSFORMER
+from wan22.checkpoints.naming.keys import TRANSFORMER
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 
@@ -121,7 +121,7 @@ def test_components_assigned_later_are_adopted_and_checked():
     vae.enable_tiling(tile_sample_min_height=64)
     expected = frames(pipe)
     pipe.vae = vae
-    assert type(pipe.vae).__module__ == "wan22.checkpoints.models"
+    assert type(pipe.vae).__module__ == "wan22.checkpoints.loading.models"
     assert pipe.vae.use_tiling
     assert pipe.vae.tile_sample_min_height == 64
     assert torch.equal(frames(pipe), expected)

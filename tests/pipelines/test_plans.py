@@ -17,7 +17,7 @@ from wan22 import WanT2VPipeline, accel, presets
 from wan22.accel import cpu, vae
 from wan22.accel.offload.layout import Placement, bytes_of
 from wan22.accel.planning.skeletons import released_models
-from wan22.checkpoints.adapters import adapters_of
+from wan22.checkpoints.lora.adapters import adapters_of
 
 
 @pytest.fixture

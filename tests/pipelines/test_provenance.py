@@ -19,8 +19,8 @@ from wan22 import (
     read_recipe,
     tiny_checkpoint,
 )
-from wan22.checkpoints.formats import fingerprint
-from wan22.checkpoints.keys import TRANSFORMER
+from wan22.checkpoints.files.fingerprint import fingerprint
+from wan22.checkpoints.naming.keys import TRANSFORMER
 from wan22.video.recipe import Recipe
 
 QUICK = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}

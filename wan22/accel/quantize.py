@@ -21,8 +21,9 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.adapters import adapters_of, has_adapters
-from ..checkpoints.quantized import QuantizedLinear, QuantizedTensor, ScaledNumbers
+from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
+from ..checkpoints.loading.quantized_linear import QuantizedLinear
+from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from .offload.layout import blocks_of, bytes_of
 
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}

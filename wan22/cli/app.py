@@ -243,7 +243,7 @@ def convert(
 
     wan22 convert Wan2.2-T2V-A14B Wan2.2-T2V-A14B-Diffusers --to diffusers
     """
-    from ..checkpoints import conversion
+    from ..checkpoints.converting import convert as conversion
 
     arguments: dict[str, Any] = {"to": to, "dtype": dtype, "shard_size": shard_size}
     arguments["attention_head_dim"] = attention_head_dim

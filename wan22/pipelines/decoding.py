@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
-from ..checkpoints.loading import align_weights
+from ..checkpoints.loading.alignment import align_weights
 from ..video.result import to_uint8
 from .sharing import SharedPipeline
 

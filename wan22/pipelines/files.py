@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..checkpoints.contents import EXPERTS, TOKENIZERS
-from ..checkpoints.hub import OPTIONS
-from ..checkpoints.image_encoder import load_image_encoder, load_image_processor
-from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
-from ..checkpoints.text_encoder import load_text_encoder
+from ..checkpoints.converting.contents import EXPERTS, TOKENIZERS
+from ..checkpoints.files.hub import OPTIONS
+from ..checkpoints.loading.image_encoder import load_image_encoder, load_image_processor
+from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ..checkpoints.loading.text_encoder import load_text_encoder
 from ..presets import Preset, find_preset, has_timestep_per_token, release_of
 from ..schedulers import FlowMatchUniPCScheduler
 from ..video.progress import progress_bar

@@ -19,11 +19,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import __version__
-from ..checkpoints.formats import stored_dtype
-from ..checkpoints.hub import OPTIONS, check_repository_name
-from ..checkpoints.loading import empty_weights
-from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
-from ..checkpoints.quantized import expanded_state
+from ..checkpoints.files.hub import OPTIONS, check_repository_name
+from ..checkpoints.files.safetensors import stored_dtype
+from ..checkpoints.loading.fill import empty_weights
+from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ..checkpoints.loading.quantized_linear import expanded_state
 from ..models import autoencoder, transformer
 from ..presets import CONVERTED_FLOW_SHIFT, Preset
 from ..schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from ..checkpoints.loading import align_weights
+from ..checkpoints.loading.alignment import align_weights
 from ..models.sizes import check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanStream, WanVideo

@@ -10,11 +10,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
 
-from ..checkpoints.adapters import Adapters, adapters_of, has_adapters
-from ..checkpoints.formats import WeightFile, read_weights
-from ..checkpoints.hub import OPTIONS, check_repository_name
-from ..checkpoints.loading import listed
-from ..checkpoints.lora import SLOTS, Lora, read_lora, sections_of
+from ..checkpoints.files.hub import OPTIONS, check_repository_name
+from ..checkpoints.files.weights import WeightFile, read_weights
+from ..checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
+from ..checkpoints.lora.dialects import SLOTS, Lora, read_lora, sections_of
+from ..checkpoints.naming.names import listed
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ..accel.planning.skeletons import released_models, store_as
-from ..checkpoints.formats import stored_dtype
-from ..checkpoints.hub import OPTIONS
-from ..checkpoints.loading import empty_weights
-from ..checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+from ..checkpoints.files.hub import OPTIONS
+from ..checkpoints.files.safetensors import stored_dtype
+from ..checkpoints.loading.fill import empty_weights
+from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ..schedulers import FlowMatchUniPCScheduler
 from .files import find_official, official_preset
 

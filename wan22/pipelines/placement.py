@@ -11,7 +11,7 @@ from ..accel.offload.devices import CudaDevice, Device
 from ..accel.offload.residence import Residence, free
 from ..accel.planning.plans import Plan as MemoryPlan
 from ..accel.planning.skeletons import MODELS
-from ..checkpoints.adapters import adapters_of, has_adapters
+from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from .acceleration import AcceleratedPipeline
 from .experts import Expert
 from .outlines import outline

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .. import __version__, schedulers
-from ..checkpoints.adapters import adapters_of, has_adapters
-from ..checkpoints.formats import fingerprint, weight_files
+from ..checkpoints.files.fingerprint import fingerprint
+from ..checkpoints.files.weights import weight_files
+from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from ..video.metadata import read_recipe
 from ..video.recipe import Origin, Recipe, UsedLora
 from ..video.result import WanVideo

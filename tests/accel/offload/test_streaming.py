@@ -33,8 +33,8 @@ from wan22 import WanTransformer3DModel
 from wan22.accel.offload import streaming
 from wan22.accel.offload.layout import Group, Placement, device_bytes
 from wan22.accel.offload.residence import Residence
-from wan22.checkpoints.keys import TRANSFORMER
-from wan22.checkpoints.loading import align_weights
+from wan22.checkpoints.loading.alignment import align_weights
+from wan22.checkpoints.naming.keys import TRANSFORMER
 
 HOMES = ("mapped", "pinned")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...checkpoints.loading import cast
+from ...checkpoints.loading.dtypes import cast
 from ..offload.layout import bytes_of
 from . import processes
 from .mesh import Groups, Layout, gathered, suggest

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from ...checkpoints.loading import dtypes_in
+from ...checkpoints.loading.dtypes import dtypes_in
 from ..offload.layout import blocks_of
 from ..quantize import is_quantized
 

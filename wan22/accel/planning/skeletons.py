@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoints.loading import dtype_within_island, empty_weights
-from ...checkpoints.models import AutoencoderKLWan, WanTransformer3DModel
+from ...checkpoints.loading.dtypes import dtype_within_island
+from ...checkpoints.loading.fill import empty_weights
+from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
 
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")

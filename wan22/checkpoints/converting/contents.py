@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
-from .configs import HEAD_DIM
-from .dialects import Tensors, normalize, without_prefix
-from .formats import WeightFile, read_weights
-from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, KeyTable
-from .loading import Model, empty_weights, fill, listed, official_names, shapes_of
-from .models import AutoencoderKLWan, WanTransformer3DModel, official_settings, read_json
-from .text_encoder import COPY, EMBEDDING, UNUSED, embedding_of, named_by_transformers, text_encoder_config
+from ..files.weights import WeightFile, read_weights
+from ..loading.fill import Model, empty_weights, fill
+from ..loading.models import AutoencoderKLWan, WanTransformer3DModel, official_settings, read_json
+from ..loading.text_encoder import (
+    COPY,
+    EMBEDDING,
+    UNUSED,
+    embedding_of,
+    named_by_transformers,
+    text_encoder_config,
+)
+from ..naming.configs import HEAD_DIM
+from ..naming.dialects import Tensors, normalize, without_prefix
+from ..naming.keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, KeyTable
+from ..naming.names import listed, official_names, shapes_of
 
 EXPERTS = ("high_noise_model", "low_noise_model")  # their folders in the official layout
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")  # its folder in the official layout, and in Diffusers'

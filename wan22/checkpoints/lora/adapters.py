@@ -9,10 +9,10 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
-from ..models.layers import Float32Linear, wide
-from .loading import listed
-from .lora import Change, Lora
-from .quantized import QuantizedLinear
+from ...models.layers import Float32Linear, wide
+from ..loading.quantized_linear import QuantizedLinear
+from ..naming.names import listed
+from .dialects import Change, Lora
 
 
 class Adapters:

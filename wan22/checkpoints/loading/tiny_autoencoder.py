@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from ..models.tiny_autoencoder import TinyDecoder
-from .dialects import normalize
-from .formats import read_weights
-from .loading import empty_weights, fill, shapes_of
+from ...models.tiny_autoencoder import TinyDecoder
+from ..files.weights import read_weights
+from ..naming.dialects import normalize
+from ..naming.names import shapes_of
+from .fill import empty_weights, fill
 
 # The convolutions that tell the sizes: the first, those that end the steps up, the last; those in time.
 _FIRST, _UP, _LAST = "decoder.1", ("decoder.8", "decoder.14", "decoder.20"), "decoder.22"

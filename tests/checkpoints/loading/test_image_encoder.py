@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from wan22.checkpoints.image_encoder import load_image_encoder, load_image_processor
+from wan22.checkpoints.loading.image_encoder import load_image_encoder, load_image_processor
 
 NAMES = {
     "embeddings.class_embedding": "visual.cls_embedding",

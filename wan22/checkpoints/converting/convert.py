@@ -17,9 +17,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
+from ..files.hub import is_repository_name
+from ..files.safetensors import STORED_DTYPES
 from .contents import SUFFIXES, Source, read_source
-from .formats import STORED_DTYPES
-from .hub import is_repository_name
 from .layouts import LAYOUTS, Entry, OutputFile, Plan, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -12,20 +12,21 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 
-from ..models import autoencoder, transformer
-from . import hub
-from .configs import (
+from ...models import autoencoder, transformer
+from ..files import hub
+from ..files.weights import read_weights, shards_of
+from ..naming.configs import (
     Shapes,
     autoencoder_config,
     autoencoder_layout,
     refuse_other_transformers,
     transformer_config,
 )
-from .dialects import normalize
-from .formats import read_weights, shards_of
-from .keys import TRANSFORMER, KeyTable, autoencoder_keys
-from .loading import account, empty_weights, fill, official_names, shapes_of, without
-from .quantized import expanded_state
+from ..naming.dialects import normalize
+from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
+from ..naming.names import official_names, shapes_of, without
+from .fill import account, empty_weights, fill
+from .quantized_linear import expanded_state
 
 
 class FromFiles:

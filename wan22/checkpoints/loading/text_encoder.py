@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from .configs import Shapes
-from .dialects import Tensors, normalize
-from .formats import WeightFile, read_weights
-from .keys import TEXT_ENCODER, TEXT_ENCODER_GGUF
-from .loading import empty_weights, fill, listed, shapes_of
-from .quantized import QuantizedTensor, expanded
+from ..files.quantized import QuantizedTensor, expanded
+from ..files.weights import WeightFile, read_weights
+from ..naming.configs import Shapes
+from ..naming.dialects import Tensors, normalize
+from ..naming.keys import TEXT_ENCODER, TEXT_ENCODER_GGUF
+from ..naming.names import listed, shapes_of
+from .fill import empty_weights, fill
 
 EMBEDDING, COPY = "shared.weight", "encoder.embed_tokens.weight"
 # Parts of the whole umT5 that encoding does not need, and the tokenizer inside ComfyUI's file.

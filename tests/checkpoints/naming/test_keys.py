@@ -9,7 +9,7 @@ from tests.golden_data import golden
 from tests.official_keys import transformer_state_dict
 from tests.official_t5_keys import t5_state_dict
 from tests.official_vae_keys import vae_state_dict
-from wan22.checkpoints.keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, autoencoder_keys
+from wan22.checkpoints.naming.keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, autoencoder_keys
 
 TABLES = {
     "transformer": TRANSFORMER,

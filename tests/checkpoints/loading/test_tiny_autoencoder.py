@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models.test_tiny_autoencoder import WIDTHS, latents, tiny_decoder
-from wan22.checkpoints.tiny_autoencoder import load_tiny_decoder
+from wan22.checkpoints.loading.tiny_autoencoder import load_tiny_decoder
 
 ENCODER = {"encoder.0.weight": torch.zeros(4, 12, 3, 3), "encoder.22.bias": torch.zeros(5)}
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoints import writers
-from wan22.checkpoints.formats import read_header, read_weights, stored_dtype
-from wan22.checkpoints.quantized import expanded
+from wan22.checkpoints.files.quantized import expanded
+from wan22.checkpoints.files.safetensors import read_header, stored_dtype
+from wan22.checkpoints.files.weights import read_weights
 
 WEIGHTS = {
     "a.weight": torch.zeros(4, 8, dtype=torch.bfloat16),
@@ -20,7 +21,8 @@ WEIGHTS = {
 
 def test_read_header(tmp_path):
     save_file(WEIGHTS, tmp_path / "w.safetensors", metadata={"format": "pt"})
-    header = read_header(tmp_path / "w.safetensors")
+    header, metadata = read_header(tmp_path / "w.safetensors")
+    assert metadata == {"format": "pt"}
     assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
         "a.weight": ("BF16", [4, 8]),
         "b": ("F32", [3]),
@@ -34,7 +36,7 @@ def test_the_weights_are_not_read(tmp_path):
     save_file(WEIGHTS, tmp_path / "w.safetensors")
     data = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
-    assert read_header(tmp_path / "w.safetensors").keys() == WEIGHTS.keys()
+    assert read_header(tmp_path / "w.safetensors")[0].keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from .dialects import Tensors
-from .formats import read_weights
-from .keys import IMAGE_ENCODER
-from .loading import empty_weights, fill, listed
-from .quantized import expanded
+from ..files.quantized import expanded
+from ..files.weights import read_weights
+from ..naming.dialects import Tensors
+from ..naming.keys import IMAGE_ENCODER
+from ..naming.names import listed
+from .fill import empty_weights, fill
 
 HEAD_DIM = 80  # of the released one, ViT-H
 _FUSED = "attn.to_qkv."

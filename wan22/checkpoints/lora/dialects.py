@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .formats import WeightFile
-from .keys import TRANSFORMER
-from .loading import listed
-from .quantized import QuantizedTensor
+from ..files.quantized import QuantizedTensor
+from ..files.weights import WeightFile
+from ..naming.keys import TRANSFORMER
+from ..naming.names import listed
 
 SLOTS = ("transformer", "transformer_2")
 # What programs write before a module's name, for the second expert in a file of both, and for the first.

@@ -11,10 +11,10 @@ from typing import Any
 import diffusers
 import torch
 
-from ..presets import Preset, has_timestep_per_token, release_of
+from ...presets import Preset, has_timestep_per_token, release_of
+from ..files.quantized import QuantizedTensor, expanded
+from ..naming.names import listed
 from .contents import EXPERTS, TOKENIZERS, Content, Source, lost_settings
-from .loading import listed
-from .quantized import QuantizedTensor, expanded
 
 logger = logging.getLogger(__name__)
 

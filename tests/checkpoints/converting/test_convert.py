@@ -16,19 +16,19 @@ from transformers import UMT5EncoderModel
 
 from tests.builders import golden_text_encoder, random_i2v_pipeline, random_transformer
 from tests.checkpoints import writers
-from tests.checkpoints.test_models import FORMS as FILE_FORMS
-from tests.checkpoints.test_models import official  # noqa: F401
-from tests.checkpoints.test_text_encoder import gguf_name, rows
+from tests.checkpoints.loading.test_models import FORMS as FILE_FORMS
+from tests.checkpoints.loading.test_models import official  # noqa: F401
+from tests.checkpoints.loading.test_text_encoder import gguf_name, rows
 from tests.golden_data import golden
 from tests.official_keys import transformer_state_dict
 from tests.official_t5_keys import t5_state_dict
 from tests.official_vae_keys import vae_state_dict
 from tests.pipelines.test_files import FORMS, error_to_golden, write_official
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, tiny_checkpoint
-from wan22.checkpoints import conversion as module
-from wan22.checkpoints.conversion import convert, plan
-from wan22.checkpoints.formats import read_header
-from wan22.checkpoints.layouts import Entry
+from wan22.checkpoints.converting import convert as module
+from wan22.checkpoints.converting.convert import convert, plan
+from wan22.checkpoints.converting.layouts import Entry
+from wan22.checkpoints.files.safetensors import read_header
 
 TRANSFORMERS = ("expert_t2v_high", "dit_t2v_hd128", "dit_t2v_hd32", "dit_i2v_hd32", "dit_ti2v_hd24")
 HEAD_DIMS = {"expert_t2v_high": 24, "dit_t2v_hd32": 32, "dit_i2v_hd32": 32, "dit_ti2v_hd24": 24}
@@ -399,7 +399,7 @@ def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path):
     convert(tmp_path / "vae.pth", tmp_path / "out.safetensors", "single-file")
     assert_identical(read(tmp_path / "out.safetensors"), mixed)
     start = 8 + int.from_bytes((tmp_path / "out.safetensors").read_bytes()[:8], "little")
-    for name, entry in read_header(tmp_path / "out.safetensors").items():
+    for name, entry in read_header(tmp_path / "out.safetensors")[0].items():
         assert (start + entry["data_offsets"][0]) % mixed[name].dtype.itemsize == 0, "each lies aligned"
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .formats import WeightFile
-from .quantized import FLOAT8, QuantizedTensor, scaled_float8
+from ..files.quantized import FLOAT8, QuantizedTensor, scaled_float8
+from ..files.weights import WeightFile
 
 Tensors = dict[str, torch.Tensor | QuantizedTensor]
 

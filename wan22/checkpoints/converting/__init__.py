@@ -1,0 +1,1 @@
+"""Checkpoints in another layout or dtype."""

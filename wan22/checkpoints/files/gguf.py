@@ -1,0 +1,48 @@
+"""Read GGUF: plain tensors, and blocks that stay quantised."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .quantized import GgufBlocks, QuantizedTensor
+
+
+def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], dict[str, Any]]:
+    """Return a file's tensors, memory-mapped, and its metadata.
+
+    Raises:
+        ImportError: the package gguf is not installed.
+        ValueError: the file is cut off, or has blocks of a type that cannot be read.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"{path} is GGUF; to read it: pip install 'wan22[gguf]'") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors: dict[str, torch.Tensor | QuantizedTensor] = {}
+    for tensor in reader.tensors:
+        # GGUF lists the innermost axis first; more than four axes are kept beside the tensor.
+        shape = fields.get(f"comfy.gguf.orig_shape.{tensor.name}", [*reversed(tensor.shape.tolist())])
+        try:
+            tensors[tensor.name] = _tensor(tensor, tuple(int(n) for n in shape))
+        except ValueError as error:
+            raise ValueError(f"{path}: {tensor.name}: {error}") from error
+    return tensors, fields
+
+
+def _tensor(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nobody writes into weights
+        data = torch.from_numpy(tensor.data)
+    kind = tensor.tensor_type.name
+    if kind == "BF16":
+        data = data.view(torch.bfloat16)
+    if kind in ("F64", "F32", "F16", "BF16"):
+        return data.reshape(shape)
+    return QuantizedTensor(shape, GgufBlocks(kind, shape), {"data": data})

@@ -1,0 +1,113 @@
+"""Read weight files: safetensors in one file or in shards, PyTorch's .pth, GGUF.
+
+What a file is, is told from its first bytes, never from its name. Tensors stay memory-mapped: reading a
+checkpoint costs no memory before its weights are used.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .gguf import read_gguf
+from .pth import read_pth
+from .quantized import QuantizedTensor
+from .safetensors import read_safetensors
+
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".gguf")
+_MISTAKEN = {
+    b"<": "a web page, saved in place of the file",
+    b"version https://git-lfs": "a git-lfs pointer to the file; fetch it with git lfs pull",
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A checkpoint's tensors under the names that the file gives them.
+
+    Args:
+        source: the file or folder.
+        tensors: memory-mapped.
+        metadata: of a safetensors or GGUF header.
+    """
+
+    source: str
+    tensors: Mapping[str, torch.Tensor | QuantizedTensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> WeightFile:
+    """Read a weight file; or a folder that holds one, or the index of one, in any number of shards.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a shard is missing.
+        ValueError: the file is of no format that is read here, is cut off, or holds anything but tensors.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.name.endswith(".json"):
+        return _read_shards(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{" and not start.startswith(b"GGUF"):
+        return WeightFile(str(path), *read_safetensors(path))
+    if start.startswith(b"GGUF"):
+        return WeightFile(str(path), *read_gguf(path))
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return WeightFile(str(path), read_pth(path))
+    for sign, what in _MISTAKEN.items():
+        if start.lstrip().lower().startswith(sign):
+            raise ValueError(f"{path} holds no weights: it is {what}")
+    raise ValueError(
+        f"{path} is neither safetensors, a PyTorch file, nor GGUF; it starts with {start[:16]!r}"
+    )
+
+
+def _read_folder(folder: Path) -> WeightFile:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1 or (not indices and len(files) != 1):
+        found = ", ".join(path.name for path in indices or files) or "none"
+        raise FileNotFoundError(
+            f"{folder} must hold one safetensors file, or one index of shards; found: {found}"
+        )
+    return _read_shards(indices[0]) if indices else read_weights(files[0])
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Return which file holds each tensor, as the index of shards says.
+
+    Raises:
+        ValueError: the file is no such index.
+    """
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weight files: it has no weight_map") from error
+
+
+def _read_shards(index: Path) -> WeightFile:
+    places, folder = shards_of(index), index.parent
+    names = sorted(set(places.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} has {len(names) - len(missing)} of {len(names)} shards; missing: {', '.join(missing)}"
+        )
+    shards = {name: read_weights(folder / name).tensors for name in names}
+    if lost := sorted(key for key, name in places.items() if key not in shards[name]):
+        raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
+    return WeightFile(
+        str(folder), {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the weight files that a path names: itself, or those of the folder, in order."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_ENDINGS]

@@ -1,0 +1,27 @@
+"""Weights where the CPU's kernels want them."""
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import nn
+
+# What PyTorch's own allocator gives on CPU, in bytes.
+CPU_ALIGNMENT = 64
+
+
+def align_weights(model: nn.Module | None) -> None:
+    """Copy, in place, those weights that lie at an odd address, if the model runs on the CPU.
+
+    The weights of a memory-mapped file lie wherever its header ends, and the CPU's matrix kernels add up in
+    another order at another alignment: the same bf16 weights in two files gave latents 1.4e-2 apart. Each odd
+    one is copied by itself, and only before a run on the CPU; on the way to another device nothing is.
+
+    Args:
+        model: whose weights; None is left alone.
+    """
+    if model is None or get_module_execution_device(model).type != "cpu":
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Quantised weights are tensors of other classes, with kernels of their own.
+        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
+        if plain and tensor.data_ptr() % CPU_ALIGNMENT:
+            tensor.data = tensor.data.clone()

@@ -1,0 +1,100 @@
+"""Fill models with the weights of files: rename, account for every one, assign."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from diffusers.models.modeling_utils import no_init_weights
+from torch import nn
+
+from ..files.quantized import QuantizedTensor, expanded
+from ..naming.dialects import Tensors
+from ..naming.names import listed, shapes_of
+from .dtypes import dtype_for
+from .quantized_linear import QuantizedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Build models whose weights are meta tensors, and so take no memory and no time."""
+    with no_init_weights(), torch.device("meta"):
+        yield
+
+
+def account(source: str, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks weights of a model, or has some that it has no place for.
+
+    Args:
+        source: the file, for errors.
+        missing: names of parameters without a weight.
+        extra: names of weights without a parameter.
+
+    Raises:
+        ValueError: there are any; the first few are named.
+    """
+    if names := list(missing):
+        raise ValueError(f"{source} lacks {listed(names)}")
+    if names := list(extra):
+        raise ValueError(f"{source} holds {listed(names)}, which this model has no place for")
+
+
+def fill(
+    model: Model,
+    source: str,
+    tensors: Tensors,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    in_float32: Iterable[str] = (),
+) -> Model:
+    """Give a model on the meta device its weights, in place.
+
+    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one. Quantised
+    weights of linear layers stay quantised.
+
+    Args:
+        model: its parameters are replaced.
+        source: the file, for errors.
+        tensors: under the model's own names.
+        dtype: of the parameters; None: that of the file, bfloat16 for what was quantised.
+        dequantize: whether to expand quantised weights, too.
+        in_float32: names of modules and parameters that are float32 where dtype is a half one.
+
+    Returns: the model, ready to run.
+
+    Raises:
+        ValueError: a parameter is missing, is left over, or has another shape; the first few are named.
+    """
+    expected = shapes_of(model.state_dict())
+    found = shapes_of(tensors)
+    account(source, expected.keys() - found.keys(), found.keys() - expected.keys())
+    if wrong := [name for name, shape in found.items() if shape != expected[name]]:
+        name = min(wrong)
+        rule = f"{name} is {found[name]}, it must be {expected[name]}"
+        raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
+    kept = set(in_float32)
+    quantized: list[tuple[str, QuantizedTensor]] = []
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(tensor, QuantizedTensor) and type(owner) is nn.Linear and not dequantize:
+            quantized.append((path, tensor))
+            continue
+        target = dtype or (torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype)
+        stored = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
+        target = dtype_for(owner, name, stored, target, kept)
+        value = expanded(tensor).to(target)
+        if value is tensor and dtype not in (None, target):
+            value = value.clone()  # these few would keep the pages of the whole file in memory
+        owner.register_parameter(attribute, nn.Parameter(value))
+    for path, weight in quantized:
+        parent, _, attribute = path.rpartition(".")
+        linear = model.get_submodule(path)
+        setattr(
+            model.get_submodule(parent),
+            attribute,
+            QuantizedLinear(weight, linear._parameters["bias"], dtype or torch.bfloat16),
+        )
+    return model.eval()

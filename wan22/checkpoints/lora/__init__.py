@@ -1,0 +1,1 @@
+"""LoRA files in every dialect, and LoRAs in a transformer."""

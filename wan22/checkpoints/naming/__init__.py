@@ -1,0 +1,1 @@
+"""Names of tensors in every dialect, and the configurations that names and shapes tell."""
