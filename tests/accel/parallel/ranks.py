@@ -1,18 +1,25 @@
 """Runs a function on several ranks, processes of this machine that talk by Gloo, or GPUs by NCCL."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 # Whatever this machine's name resolves to.
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+# Ends what hangs; no test depends on how long anything takes.
+HANG = 900
+# Ranks are forked from a server that has imported what they need, once for all tests of a process: importing
+# torch, diffusers and transformers takes seconds, and most tests are done in less.
+multiprocessing.set_forkserver_preload(["tests.accel.parallel.test_combinations"])
 
 
 def on_ranks(count, function, *arguments, backend="gloo"):
@@ -25,11 +32,12 @@ def on_ranks(count, function, *arguments, backend="gloo"):
     """
     with tempfile.TemporaryDirectory() as folder:
         name = f"{function.__module__}:{function.__qualname__}"
+        method = "forkserver" if backend == "gloo" else "spawn"  # CUDA may not be forked
         try:
-            spawn(_be, (count, folder, name, arguments, backend), nprocs=count)
+            start_processes(_be, (count, folder, name, arguments, backend), count, start_method=method)
         except Exception as error:
-            told = [file.read_text() for file in Path(folder).glob("*.error")]
-            raise AssertionError("\n".join(told) or str(error)) from None
+            tracebacks = [file.read_text() for file in Path(folder).glob("*.error")]
+            raise AssertionError("\n".join(tracebacks) or str(error)) from None
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
@@ -52,7 +60,13 @@ def _be(rank, count, folder, name, arguments, backend):
     if backend == "nccl":
         os.environ["LOCAL_RANK"] = str(rank)
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=HANG),
+    )
     try:
         result = getattr(importlib.import_module(module), function)(rank, *arguments)
         torch.save(result, Path(folder, f"{rank}.pt"))
