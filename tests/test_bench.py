@@ -8,7 +8,7 @@ import torch
 from tests.accel.parallel.ranks import on_ranks
 from tests.bench import budgets, gpu, harness, scaling
 from tests.bench.harness import Settings
-from wan22.accel.offload.residence import free
+from wan22.accel.offload.offloader import free
 
 
 class Clock:

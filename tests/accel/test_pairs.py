@@ -22,10 +22,10 @@ FORMS = {"t2v": random_pipeline, "i2v": random_i2v_pipeline, "ti2v": random_ti2v
 def streamed(pipe):
     """Let the transformers' blocks stream, and the rest come and go."""
     plan = accel.plan(pipe, height=32, width=32, num_frames=5, vram="2GB", ram="8GB")
-    placements = dict.fromkeys(plan.placements, Placement("visiting"))
+    placements = dict.fromkeys(plan.placements, Placement("on_demand"))
     for slot in ("transformer", "transformer_2"):
         if slot in placements:
-            placements[slot] = Placement("streamed", resident_blocks=1, home="pinned")
+            placements[slot] = Placement("streamed", resident_blocks=1, source="pinned")
     pipe.apply(replace(plan, placements=placements), RecordingDevice())
 
 

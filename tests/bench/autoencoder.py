@@ -25,7 +25,7 @@ from tests.bench.harness import (
     watched_memory,
 )
 from wan22.accel import cpu
-from wan22.accel.planning.skeletons import VAE_22
+from wan22.accel.planning.meta_models import VAE_22
 from wan22.accel.planning.trace import peak_bytes
 from wan22.accel.vae import accelerate
 from wan22.models.autoencoder import AutoencoderKLWan

@@ -31,7 +31,7 @@ from wan22.accel.attention import describe
 from wan22.accel.compile import Compiled
 from wan22.accel.planning.costs import forward_flops
 from wan22.accel.planning.machine import measured_flops
-from wan22.accel.planning.skeletons import released_models
+from wan22.accel.planning.meta_models import released_models
 from wan22.models.reuse import PromptCache
 from wan22.presets import T2V_A14B, TI2V_5B, Preset
 

@@ -18,7 +18,7 @@ FIFTY = """
 import json
 from pathlib import Path
 from tests.builders import latents_of, random_pipeline
-from wan22.accel.offload.residence import free
+from wan22.accel.offload.offloader import free
 
 def memory():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,7 +16,7 @@ from tests.pipelines.test_acceleration import out_of_memory_below
 from wan22 import WanT2VPipeline, accel, presets
 from wan22.accel import cpu, vae
 from wan22.accel.offload.layout import Placement, bytes_of
-from wan22.accel.planning.skeletons import released_models
+from wan22.accel.planning.meta_models import released_models
 from wan22.checkpoints.lora.adapters import adapters_of
 
 
@@ -111,7 +111,7 @@ def test_hooks_that_diffusers_took_away(fitted):
     assert torch.equal(
         latents_of(fitted, height=64, width=64), latents_of(own_pipeline(), height=64, width=64)
     )
-    assert fitted._residence.here == ()  # no plan was made anew
+    assert fitted._offloader.on_device == ()  # no plan was made anew
     assert fitted.memory_plan.size == (32, 32, 5)
     fitted.release()
     assert fitted.memory_plan is None
@@ -129,11 +129,11 @@ def test_to_while_a_plan_moves_the_models(fitted):
     assert fitted.to("cpu") is fitted
 
 
-@pytest.mark.parametrize("home", ["mapped", "pinned"])
-def test_quantised_weights_take_the_place_of_the_others(home):
+@pytest.mark.parametrize("source", ["mmap", "pinned"])
+def test_quantised_weights_take_the_place_of_the_others(source):
     pipe = own_pipeline()
     plan = plan_in(pipe, 1e9)
-    placements = plan.placements | dict.fromkeys(SLOTS, Placement("visiting", home=home))
+    placements = plan.placements | dict.fromkeys(SLOTS, Placement("on_demand", source=source))
     pipe.apply(replace(plan, placements=placements), RecordingDevice())
     latents_of(pipe)
     old = [weakref.ref(block.ffn.net[2].weight) for block in pipe.transformer.blocks]
@@ -237,7 +237,9 @@ def test_wan_21_for_images_has_an_image_encoder():
     """632 million parameters, in bf16."""
     for preset in (presets.I2V_14B, presets.FLF_14B):
         assert bytes_of(released_models(preset)["image_encoder"]) == pytest.approx(1.264e9, rel=0.01)
-    assert accel.plan(presets.I2V_14B, vram="24GB", ram="64GB").placements["image_encoder"].kind == "visiting"
+    assert (
+        accel.plan(presets.I2V_14B, vram="24GB", ram="64GB").placements["image_encoder"].kind == "on_demand"
+    )
     assert "image_encoder" not in accel.plan(presets.I2V_A14B, vram="24GB", ram="80GB").placements
 
 

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..accel.planning.skeletons import released_models, store_as
+from ..accel.planning.meta_models import released_models, store_as
 from ..checkpoints.files.hub import OPTIONS
 from ..checkpoints.files.safetensors import stored_dtype
 from ..checkpoints.loading.fill import empty_weights

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..accel.offload.devices import CudaDevice, Device
-from ..accel.offload.residence import Residence, free
+from ..accel.offload.offloader import ModelOffloader, free
+from ..accel.planning.meta_models import MODELS
 from ..accel.planning.plans import Plan as MemoryPlan
-from ..accel.planning.skeletons import MODELS
 from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from .acceleration import AcceleratedPipeline
 from .experts import Expert
@@ -27,7 +27,7 @@ _OF_A_CALL = ("height", "width", "num_frames", "prompts", "videos")
 class PlacedPipeline(AcceleratedPipeline):
     """A pipeline with a plan, or a budget, for its memory."""
 
-    _residence: Residence | None = None
+    _offloader: ModelOffloader | None = None
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
     _strips_before: int | None = None  # that the VAE decoded in when the plan was applied
@@ -126,25 +126,25 @@ class PlacedPipeline(AcceleratedPipeline):
         if device is None and plan.machine.has_device:
             device = CudaDevice(plan.machine.device)
         self.release()
-        residence = None
+        offloader = None
         if device is not None:
             placed = {name: (model, plan.placements[name]) for name, model in models.items()}
-            residence = Residence(placed, device)
+            offloader = ModelOffloader(placed, device)
         if plan.quantize is not None:
             self.quantize(plan.quantize)
         self._strips_before = self.vae.num_strips if self.vae.use_strips else None
         self._decode_in(plan.strips)
-        if residence is not None:
-            residence.attach()
-        self._residence, self._memory_plan, self._budget = residence, plan, None
+        if offloader is not None:
+            offloader.attach()
+        self._offloader, self._memory_plan, self._budget = offloader, plan, None
 
     def release(self) -> None:
         """Let go of a plan: all models are on the CPU, as they were before `apply`, to the bit."""
-        if self._residence is not None:
-            self._residence.detach()
+        if self._offloader is not None:
+            self._offloader.detach()
         if self._memory_plan is not None and not self.vae.use_tiling:  # or somebody has decided otherwise
             self._decode_in(self._strips_before)
-        self._residence, self._memory_plan, self._budget = None, None, None
+        self._offloader, self._memory_plan, self._budget = None, None, None
 
     def _decode_in(self, strips: int | None) -> None:
         """Let videos be decoded in strips; None: in whole frames."""
@@ -160,7 +160,7 @@ class PlacedPipeline(AcceleratedPipeline):
             ValueError: a device is given, and a plan moves the models.
         """
         devices = [a for a in (*args, kwargs.get("device")) if not isinstance(a, torch.dtype | None)]
-        if self._in_residence:
+        if self._offloads:
             if devices:
                 raise ValueError(f"to({devices[0]!r}): the plan moves the models; call pipe.release() first")
             self.settle()
@@ -172,8 +172,8 @@ class PlacedPipeline(AcceleratedPipeline):
 
     def come_home(self) -> None:
         """Let all models be where they are when the pipeline rests."""
-        if self._residence is not None:
-            self._residence.settle()
+        if self._offloader is not None:
+            self._offloader.offload_all()
 
     def free(self) -> None:
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
@@ -190,17 +190,17 @@ class PlacedPipeline(AcceleratedPipeline):
     def maybe_free_model_hooks(self) -> None:
         """Leave the device as it is to be between calls."""
         super().maybe_free_model_hooks()  # resets step caches, too
-        if self._residence is not None and self._in_residence:
-            self._residence.leave_all()
+        if self._offloader is not None and self._offloads:
+            self._offloader.offload_transient()
 
     @property
-    def _in_residence(self) -> bool:
+    def _offloads(self) -> bool:
         """Whether a plan moves the models; diffusers may have taken its hooks away."""
-        return self._residence is not None and self._residence.attached
+        return self._offloader is not None and self._offloader.attached
 
-    def at_home(self, name: str) -> list[torch.Tensor]:
+    def host_weights(self, name: str) -> list[torch.Tensor]:
         """Return the weights of a model where a plan keeps them on the host; none where it does not."""
-        return [] if self._residence is None else self._residence.homes(name)
+        return [] if self._offloader is None else self._offloader.host_weights(name)
 
     # ---- what a call asks ----
 
@@ -223,7 +223,7 @@ class PlacedPipeline(AcceleratedPipeline):
             ValueError: it does not fit into the budget; the plan that there was stays.
         """
         plan = self._memory_plan
-        if plan is None or (self._residence is not None and not self._in_residence):
+        if plan is None or (self._offloader is not None and not self._offloads):
             return
         columns, rows, _ = plan.size
         larger = height * width * num_frames > plan.pixels or height * width > columns * rows
@@ -239,8 +239,8 @@ class PlacedPipeline(AcceleratedPipeline):
     def expect(self, expert: Expert | None) -> None:
         """Start to bring the expert of the next step to the device, if the plan has room for both."""
         plan = self._memory_plan
-        if self._residence is not None and expert is not None and plan is not None and plan.prefetch:
-            self._residence.prefetch(expert.slot)
+        if self._offloader is not None and expert is not None and plan is not None and plan.prefetch:
+            self._offloader.prefetch(expert.slot)
 
     def decode_stream(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode raw latents chunk by chunk; where memory runs out, in more strips from then on.

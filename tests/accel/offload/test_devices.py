@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
+from tests.accel.offload.offloaders import DEVICES, make_device
 from tests.accel.offload.recording import RecordingDevice
-from tests.accel.offload.residences import DEVICES, make_device
 from wan22.accel.offload.devices import CudaDevice
 
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.accel.offload.residences import LAYERS, VISITING, make_pipe, models_of, streamed
+from tests.accel.offload.offloaders import LAYERS, ON_DEMAND, make_pipe, models_of, streamed
 from tests.builders import random_i2v_pipeline
 from wan22.accel.offload.layout import (
     ALIGNMENT,
     GRAIN,
-    Group,
+    PackedBlock,
     Placement,
     blocks_of,
     bytes_of,
     device_bytes,
-    groups_of,
+    packed_blocks,
     streamed_blocks,
 )
 
@@ -30,7 +30,7 @@ def test_blocks():
 def test_every_weight_is_in_one_group():
     for model in models_of(make_pipe("i2v-2.1")).values():
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        pieces = [piece for group in groups_of(model) for piece in group.pieces]
+        pieces = [piece for group in packed_blocks(model) for piece in group.pieces]
         assert {id(owner) for piece in pieces for owner in piece.owners} == tensors.keys()
         assert bytes_of(model) == sum(t.nbytes for t in tensors.values())
 
@@ -41,7 +41,7 @@ def test_tied_weights_count_once():
     size = bytes_of(encoder)
     encoder.encoder.embed_tokens.weight = nn.Parameter(encoder.shared.weight.data)
     assert bytes_of(encoder) == size
-    pieces = [piece for group in groups_of(encoder) for piece in group.pieces]
+    pieces = [piece for group in packed_blocks(encoder) for piece in group.pieces]
     assert [len(piece.owners) for piece in pieces].count(2) == 1
     encoder.encoder.embed_tokens.weight = nn.Parameter(encoder.shared.weight.data.clone())
     assert bytes_of(encoder) == size + encoder.shared.weight.nbytes
@@ -52,13 +52,13 @@ def test_a_weight_that_a_block_shares_with_the_rest():
     model = pipe.transformer
     model.blocks[3].norm2.weight = model.blocks[1].norm2.weight
     model.blocks[2].norm2.bias = model.condition_embedder.time_embedder.linear_1.bias
-    rest, *blocks = groups_of(model)
+    rest, *blocks = packed_blocks(model)
     counts = [len(group.pieces) for group in blocks]
     assert [counts[0] - count for count in counts] == [0, 0, 1, 1, 0]
-    assert len(rest.pieces) == len(groups_of(make_pipe().transformer)[0].pieces)
+    assert len(rest.pieces) == len(packed_blocks(make_pipe().transformer)[0].pieces)
 
 
-@pytest.mark.parametrize("placement", [VISITING, streamed(), streamed(2, 3), Placement("host")])
+@pytest.mark.parametrize("placement", [ON_DEMAND, streamed(), streamed(2, 3), Placement("host")])
 def test_nothing_need_be_loaded(placement):
     for name, model in models_of(make_pipe("i2v")).items():
         if placement.kind != "streamed" or name != "vae":
@@ -82,7 +82,7 @@ def test_a_slab():
         torch.arange(300, dtype=torch.uint8),
         torch.ones(1, dtype=torch.bool),
     ]
-    group = Group("g")
+    group = PackedBlock("g")
     pieces = [group.add(tensor) for tensor in tensors]
     assert group.nbytes % GRAIN == 0
     for chunk in (group.nbytes, 300, 7):
@@ -90,18 +90,18 @@ def test_a_slab():
         for start in range(0, group.nbytes, chunk):
             group.read(slab[start : start + chunk], start)
         for piece, tensor in zip(pieces, tensors, strict=True):
-            found = piece.within(slab)
+            found = piece.view_in(slab)
             assert torch.equal(found, tensor)
             assert found.dtype == tensor.dtype
             assert not tensor.numel() or (found.data_ptr() - slab.data_ptr()) % ALIGNMENT == 0
-    assert pieces[2].within(slab).stride() == (1, 3)
-    assert pieces[3].within(slab).is_contiguous(memory_format=torch.channels_last_3d)
+    assert pieces[2].view_in(slab).stride() == (1, 3)
+    assert pieces[3].view_in(slab).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize(
     ("placement", "passing"),
     [
-        (VISITING, []),
+        (ON_DEMAND, []),
         (streamed(0), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         (streamed(2), [0, 1, 2, 3, 5, 6, 7, 8]),
         (streamed(5), [0, 2, 4, 6, 8]),
@@ -119,18 +119,18 @@ def test_what_cannot_be_placed():
     model = make_pipe().transformer
     with pytest.raises(ValueError, match=f"resident_blocks=6, but model has {LAYERS} blocks"):
         device_bytes(model, streamed(LAYERS + 1))
-    with pytest.raises(ValueError, match="has no blocks to stream; let it be visiting"):
+    with pytest.raises(ValueError, match="has no blocks to stream; place it on demand"):
         device_bytes(make_pipe().vae, streamed())
-    with pytest.raises(ValueError, match="kind='gone'; it must be one of resident, visiting, streamed, host"):
+    with pytest.raises(ValueError, match=r"kind='gone'; .* one of resident, on_demand, streamed, host"):
         Placement("gone")
-    with pytest.raises(ValueError, match="home='disk'; it must be one of mapped, pinned"):
-        Placement("visiting", home="disk")
-    with pytest.raises(ValueError, match="slots=4 must be 2 or 3"):
-        streamed(slots=4)
+    with pytest.raises(ValueError, match="source='disk'; it must be one of mmap, pinned"):
+        Placement("on_demand", source="disk")
+    with pytest.raises(ValueError, match="buffers=4 must be 2 or 3"):
+        streamed(buffers=4)
     with pytest.raises(ValueError, match="resident_blocks=-1 must be at least 0"):
         streamed(-1)
-    with pytest.raises(ValueError, match="resident_blocks=2 is for streamed models, not visiting"):
-        Placement("visiting", resident_blocks=2)
+    with pytest.raises(ValueError, match="resident_blocks=2 is for streamed models, not on_demand"):
+        Placement("on_demand", resident_blocks=2)
 
 
 def test_weights_of_other_classes_are_refused():
@@ -141,4 +141,4 @@ def test_weights_of_other_classes_are_refused():
     layer = model.blocks[0].attn1.to_q
     layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
     with pytest.raises(ValueError, match="transformer has weights of class Packed"):
-        groups_of(model, "transformer")
+        packed_blocks(model, "transformer")

@@ -1,4 +1,4 @@
-"""Blocks that pass through slots compute what they always compute, whatever happens on the way."""
+"""Blocks that pass through buffers compute what they always compute, whatever happens on the way."""
 
 import sys
 import threading
@@ -9,41 +9,41 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.accel.offload.recording import RecordingDevice
-from tests.accel.offload.residences import (
+from tests.accel.offload.offloaders import (
     CHUNK,
     DEVICES,
     LAYERS,
-    VISITING,
+    ON_DEMAND,
     addresses,
     inputs_of,
     make_device,
     make_pipe,
+    offload,
     plain,
-    reside,
     streamed,
     velocity,
     video,
 )
+from tests.accel.offload.recording import RecordingDevice
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS
 from tests.golden_data import relative_error
 from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
 from wan22.accel.offload import streaming
-from wan22.accel.offload.layout import Group, Placement, device_bytes
-from wan22.accel.offload.residence import Residence
+from wan22.accel.offload.layout import PackedBlock, Placement, device_bytes
+from wan22.accel.offload.offloader import ModelOffloader
 from wan22.checkpoints.loading.alignment import align_weights
 from wan22.checkpoints.naming.keys import TRANSFORMER
 
-HOMES = ("mapped", "pinned")
+SOURCES = ("mmap", "pinned")
 
 
 def alone(model, device, placement, name="transformer"):
-    """Attach a residence to one model."""
-    residence = Residence({name: (model, placement)}, device, chunk_bytes=CHUNK)
-    residence.attach()
-    return residence
+    """Attach an offloader to one model."""
+    offloader = ModelOffloader({name: (model, placement)}, device, chunk_bytes=CHUNK)
+    offloader.attach()
+    return offloader
 
 
 def expected_of(model, kind, seed=0):
@@ -58,41 +58,41 @@ def expected_of(model, kind, seed=0):
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("buffers", [2, 3])
 @pytest.mark.parametrize("resident", range(LAYERS + 1))
-def test_any_number_of_blocks(resident, slots, home, kind):
-    """Pass after pass, while nothing but the slots is taken."""
+def test_any_number_of_blocks(resident, buffers, source, kind):
+    """Pass after pass, while nothing but the buffers is taken."""
     model, device = make_pipe().transformer, make_device(kind)
     expected = [expected_of(model, kind, seed) for seed in range(4)]
-    before, placement = addresses(model), streamed(resident, slots, home)
-    residence = alone(model, device, placement)
+    before, placement = addresses(model), streamed(resident, buffers, source)
+    offloader = alone(model, device, placement)
     for seed in range(4):
         assert torch.equal(velocity(model, seed), expected[seed])
     if kind == "recording":
         assert device.peak == device.resident == device_bytes(model, placement)
-    residence.leave_all()
-    if home == "mapped":
+    offloader.offload_transient()
+    if source == "mmap":
         assert addresses(model) == before
     if kind == "recording":
         assert device.resident == 0
-    residence.detach()
+    offloader.detach()
     assert torch.equal(velocity(model), expected_of(make_pipe().transformer, "recording"))
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-def test_text_encoder(home, kind):
+@pytest.mark.parametrize("source", SOURCES)
+def test_text_encoder(source, kind):
     """Its blocks lie deeper, and its embedding is tied."""
     pipe, device = make_pipe(), make_device(kind)
-    reside(pipe, device, text_encoder=streamed(1, 2, home), image_encoder=streamed())
+    offload(pipe, device, text_encoder=streamed(1, 2, source), image_encoder=streamed())
     assert torch.equal(video(pipe).cpu(), plain("t2v", kind))
 
 
 def test_each_block_travels_once_a_pass():
     """And the first ones of the next pass while the last ones compute."""
     model, device = make_pipe().transformer, RecordingDevice()
-    residence = alone(model, device, streamed(0, 2, "pinned"))
+    offloader = alone(model, device, streamed(0, 2, "pinned"))
     blocks = [f"transformer.{i}" for i in range(LAYERS)]
     velocity(model)
     first = ["transformer.rest", *blocks, *blocks[:2]]
@@ -102,7 +102,7 @@ def test_each_block_travels_once_a_pass():
     order = [(record.kind, record.what) for record in device.records]
     order = order[len(order) - order[::-1].index(("arrive", "transformer.3")) :]
     assert ("copy", "transformer.0") in order[: order.index(("arrive", "transformer.4"))]
-    residence.detach()
+    offloader.detach()
 
 
 @pytest.mark.gpu
@@ -124,10 +124,10 @@ def test_the_host_does_not_wait():
     model = make_pipe().transformer
     inputs = {name: value.to("cuda") for name, value in inputs_of(model).items()}
     anyway = (model.to("cuda")(**inputs), waits())[1]
-    residence = alone(model.to("cpu"), make_device("cuda"), streamed(1, 2, "pinned"))
+    offloader = alone(model.to("cpu"), make_device("cuda"), streamed(1, 2, "pinned"))
     model(**inputs)  # packs the blocks
     assert waits() == anyway
-    residence.detach()
+    offloader.detach()
 
 
 def copies(device):
@@ -149,29 +149,29 @@ def test_resident_blocks_travel_once_and_lie_apart():
 def test_blocks_compute_with_what_is_in_their_slot_and_nothing_else_looks_at_them(monkeypatch):
     """The values at home are NaN while the model runs, but for those who copy."""
     pipe = make_pipe()
-    reside(pipe, RecordingDevice(), **{n: streamed(1) for n in ("transformer", "text_encoder")})
-    home = Group.go_home
+    offload(pipe, RecordingDevice(), **{n: streamed(1) for n in ("transformer", "text_encoder")})
+    home = PackedBlock.point_to_host
 
     def nowhere(self):
         for piece in self.pieces:
-            filled = torch.full_like(piece.home, float("nan") if piece.home.is_floating_point() else -1)
-            piece.point(filled)
+            filled = torch.full_like(piece.host, float("nan") if piece.host.is_floating_point() else -1)
+            piece.point_to(filled)
 
-    send = streaming.Stay._send
+    send = streaming.ModelStreamer._send
 
     def sent(self):
         send(self)
         for index in self._turns:
             nowhere(self._groups[index])
 
-    monkeypatch.setattr(streaming.Ring, "leave", leaving(nowhere))
-    monkeypatch.setattr(streaming.Stay, "_send", sent)
-    assert Group.go_home is home
+    monkeypatch.setattr(streaming.BlockBufferPool, "leave", leaving(nowhere))
+    monkeypatch.setattr(streaming.ModelStreamer, "_send", sent)
+    assert PackedBlock.point_to_host is home
     assert torch.equal(video(pipe), plain("t2v"))
 
 
 def leaving(where):
-    leave = streaming.Ring.leave
+    leave = streaming.BlockBufferPool.leave
 
     def left(self):
         group = self._inside
@@ -187,12 +187,12 @@ def test_tied_weights_travel_once_and_stay_tied():
     encoder.encoder.embed_tokens.weight = torch.nn.Parameter(encoder.shared.weight.data)  # by their memory
     tied = (encoder.shared.weight, encoder.encoder.embed_tokens.weight)
     home = tied[0].data_ptr()
-    residence = alone(encoder, device, VISITING, "text_encoder")
+    offloader = alone(encoder, device, ON_DEMAND, "text_encoder")
     with torch.no_grad():
         encoder(torch.tensor([[3, 4, 1]]))
-    assert device.copied() == device.resident == device_bytes(encoder, VISITING)
+    assert device.copied() == device.resident == device_bytes(encoder, ON_DEMAND)
     assert tied[0].data_ptr() == tied[1].data_ptr() != home
-    residence.leave_all()
+    offloader.offload_transient()
     assert tied[0].data_ptr() == tied[1].data_ptr() == home
 
 
@@ -235,13 +235,13 @@ def test_a_slot_that_is_given_away_while_its_block_computes_shows(monkeypatch):
     model = make_pipe().transformer
     expected = velocity(model)
     alone(model, RecordingDevice(), streamed(0, 2, "pinned"))
-    enter = streaming.Ring.enter
+    enter = streaming.BlockBufferPool.enter
 
     def too_early(self, index):
         enter(self, index)
         self.loader.send(self.groups[index], self._slot(self._next).buffer, "pinned")
 
-    monkeypatch.setattr(streaming.Ring, "enter", too_early)
+    monkeypatch.setattr(streaming.BlockBufferPool, "enter", too_early)
     assert not torch.equal(velocity(model), expected)
 
 
@@ -263,14 +263,14 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("error", [RuntimeError, Stop])
 @pytest.mark.parametrize("at", range(LAYERS))
-def test_after_an_exception_in_a_block(at, error, home, kind):
+def test_after_an_exception_in_a_block(at, error, source, kind):
     model = make_pipe().transformer
     expected = expected_of(model, kind)
     before = addresses(model)
-    residence = alone(model, make_device(kind), streamed(1, 2, home))
+    offloader = alone(model, make_device(kind), streamed(1, 2, source))
 
     def fail(*_):
         raise error
@@ -285,8 +285,8 @@ def test_after_an_exception_in_a_block(at, error, home, kind):
     with pytest.raises(error):
         velocity(model)
     handle.remove()
-    residence.leave_all()
-    if home == "mapped":
+    offloader.offload_transient()
+    if source == "mmap":
         assert addresses(model) == before
     assert torch.equal(velocity(model), expected)
 
@@ -301,8 +301,8 @@ def test_blocks_left_out_and_called_again():
     hook.remove()
     args, kwargs = given[0]
     device = RecordingDevice()
-    residence = alone(model, device, streamed(0, 2, "pinned"))
-    residence.enter("transformer")
+    offloader = alone(model, device, streamed(0, 2, "pinned"))
+    offloader.enter("transformer")
     for i in (0, 3, 3, 2, 4, 0, 1, 1, 4, 2):
         assert torch.equal(model.blocks[i](*args, **kwargs), other.blocks[i](*args, **kwargs))
     with pytest.raises(TypeError):
@@ -315,23 +315,23 @@ def test_blocks_left_out_and_called_again():
 
 def test_gradients_are_refused():
     model = make_pipe().transformer
-    residence = alone(model, RecordingDevice(), streamed())
+    offloader = alone(model, RecordingDevice(), streamed())
     with pytest.raises(ValueError, match=r"transformer is streamed, without gradients.*no_grad"):
         model(**inputs_of(model))
     model.requires_grad_(False)
     model(**inputs_of(model))
-    residence.detach()
+    offloader.detach()
 
 
-@pytest.mark.parametrize("home", HOMES)
-def test_in_inference_mode_and_out_of_it(home):
+@pytest.mark.parametrize("source", SOURCES)
+def test_in_inference_mode_and_out_of_it(source):
     model = make_pipe().transformer
     expected = velocity(model)
-    residence = alone(model, RecordingDevice(), streamed(1, 2, home))
+    offloader = alone(model, RecordingDevice(), streamed(1, 2, source))
     with torch.inference_mode():
         assert torch.equal(model(**inputs_of(model)).sample, expected)
     assert torch.equal(velocity(model), expected)
-    residence.detach()
+    offloader.detach()
     assert not any(p.is_inference() for p in model.parameters())
     model(**inputs_of(model)).sample.sum().backward()
     assert model.blocks[0].attn1.to_q.weight.grad.isfinite().all()
@@ -344,7 +344,7 @@ def test_compiled_blocks(whole, kind):
     torch._dynamo.reset()
     model = make_pipe().transformer
     expected = expected_of(model, kind)
-    residence = alone(model, make_device(kind), streamed(1, 2, "pinned"))
+    offloader = alone(model, make_device(kind), streamed(1, 2, "pinned"))
     for block in model.blocks:
         if whole:
             block.compile(backend="eager")
@@ -352,7 +352,7 @@ def test_compiled_blocks(whole, kind):
             block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
     for _ in range(3):
         assert relative_error(velocity(model), expected) <= 1e-6  # rotation is another kernel there
-    residence.detach()
+    offloader.detach()
     assert relative_error(velocity(model), expected_of(make_pipe().transformer, "recording")) <= 1e-6
 
 
@@ -360,8 +360,8 @@ def test_compiled_blocks(whole, kind):
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-def test_quantised_weights(home, kind, tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_quantised_weights(source, kind, tmp_path):
     model = make_pipe().transformer
     official = {TRANSFORMER.inverse.rename(name): w for name, w in model.state_dict().items()}
     writers.grouped(official, tmp_path / "w.safetensors")
@@ -370,7 +370,7 @@ def test_quantised_weights(home, kind, tmp_path):
     align_weights(model)  # the CPU's results depend on that
     expected = expected_of(model, kind)
     device = make_device(kind)
-    residence = alone(model, device, streamed(1, 2, home))
+    offloader = alone(model, device, streamed(1, 2, source))
     for _ in range(2):
         assert torch.equal(velocity(model), expected)
     if kind == "recording":
@@ -379,14 +379,14 @@ def test_quantised_weights(home, kind, tmp_path):
             == device_bytes(model, streamed(1))
             < device_bytes(make_pipe().transformer, streamed(1))
         )
-    residence.detach()
+    offloader.detach()
     assert torch.equal(velocity(model), expected_of(model, "recording"))
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-def test_loras_that_come_and_go(home, kind, tmp_path):
-    """Loaded into models that are managed: blocks are of unequal sizes then, and slots as large as any."""
+@pytest.mark.parametrize("source", SOURCES)
+def test_loras_that_come_and_go(source, kind, tmp_path):
+    """Loaded into models that are managed: blocks are of unequal sizes then, and buffers as large as any."""
     pipe, other = make_pipe(), make_pipe()
     table = make_lora(pipe.transformer, 5, share=0.5)
     path = tmp_path / "w.safetensors"
@@ -394,15 +394,15 @@ def test_loras_that_come_and_go(home, kind, tmp_path):
     other.load_lora_weights(path)
     expected = video(other.to("cuda" if kind == "cuda" else "cpu")).cpu()
     device = make_device(kind)
-    residence = reside(pipe, device, transformer=streamed(1, 2, home), transformer_2=VISITING)
+    offloader = offload(pipe, device, transformer=streamed(1, 2, source), transformer_2=ON_DEMAND)
     assert torch.equal(video(pipe).cpu(), plain("t2v", kind))
-    residence.settle()
+    offloader.offload_all()
     pipe.load_lora_weights(path)
     assert torch.equal(video(pipe).cpu(), expected)
-    residence.settle()
+    offloader.offload_all()
     pipe.unload_lora_weights()
     assert torch.equal(video(pipe).cpu(), plain("t2v", kind))
-    residence.detach()
+    offloader.detach()
     assert torch.equal(video(pipe), plain("t2v"))
 
 
@@ -419,15 +419,15 @@ def test_different_dtypes_in_one_slab(kind):
     model, other = make(), make()
     inputs = inputs_of(model)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].bfloat16()
-    residence = alone(model, make_device(kind), streamed(0, 2, "pinned"))
-    where = residence.device.torch_device
+    offloader = alone(model, make_device(kind), streamed(0, 2, "pinned"))
+    where = offloader.device.torch_device
     expected = other.to(where)(**{name: value.to(where) for name, value in inputs.items()}).sample
     assert torch.equal(model(**inputs).sample, expected)
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-def test_memory_formats_are_kept(home, kind):
+@pytest.mark.parametrize("source", SOURCES)
+def test_memory_formats_are_kept(source, kind):
     pipe = make_pipe()
     for parameter in pipe.vae.parameters():
         if parameter.ndim == 5:
@@ -441,15 +441,15 @@ def test_memory_formats_are_kept(home, kind):
     expected = video(pipe.to("cuda" if kind == "cuda" else "cpu")).cpu()
     pipe.to("cpu")
     before = weight.stride()
-    residence = reside(pipe, make_device(kind), vae=Placement("visiting", home=home))
+    offloader = offload(pipe, make_device(kind), vae=Placement("on_demand", source=source))
     assert torch.equal(video(pipe).cpu(), expected)
     assert seen[0][1] == seen[-1][1] == before
     assert seen[0][0] != seen[-1][0]
-    residence.detach()
+    offloader.detach()
     assert weight.stride() == before
 
 
-# ---- homes ----
+# ---- sources ----
 
 
 def mapped_model(tmp_path):
@@ -473,20 +473,20 @@ def mapping_of(address):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("placement", ["visiting", "streamed", "resident"])
-def test_weights_in_files_stay_in_files(placement, home, kind, tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("placement", ["on_demand", "streamed", "resident"])
+def test_weights_in_files_stay_in_files(placement, source, kind, tmp_path):
     model, path = mapped_model(tmp_path)
     before = addresses(model)
     assert {mapping_of(address) for address in before.values()} == {str(path)}
     expected = expected_of(make_pipe().transformer, kind)
-    residence = alone(model, make_device(kind), Placement(placement, home=home))
+    offloader = alone(model, make_device(kind), Placement(placement, source=source))
     assert torch.equal(velocity(model), expected)
-    residence.leave_all()
+    offloader.offload_transient()
     if placement != "resident":
-        assert (addresses(model) == before) is (home == "mapped")
+        assert (addresses(model) == before) is (source == "mmap")
     assert torch.equal(velocity(model), expected)
-    residence.detach()
+    offloader.detach()
     assert addresses(model) == before  # also of those that were pinned meanwhile
 
 
@@ -500,33 +500,33 @@ def test_pinned_memory_takes_the_place_of_what_was_there():
             return super().allocate_host(nbytes)
 
     model = make_pipe().transformer
-    residence = alone(model, Counting(), streamed(1, 2, "pinned"))
+    offloader = alone(model, Counting(), streamed(1, 2, "pinned"))
     for _ in range(3):
         velocity(model)
-        residence.leave_all()
+        offloader.offload_transient()
     assert len(taken) == LAYERS + 1
     for block in model.blocks:
         homes = {p.untyped_storage().data_ptr() for p in block.parameters()}
         assert len(homes) == 1  # its slab
-    assert sum(taken) == device_bytes(model, VISITING)
+    assert sum(taken) == device_bytes(model, ON_DEMAND)
 
 
 def test_an_edit_after_settling_outlives_the_file(tmp_path):
     model, _ = mapped_model(tmp_path)
-    residence = alone(model, RecordingDevice(), streamed(0, 2, "pinned"))
+    offloader = alone(model, RecordingDevice(), streamed(0, 2, "pinned"))
     velocity(model)
-    residence.settle()
+    offloader.offload_all()
     with torch.no_grad():
         model.blocks[2].attn1.to_q.weight.mul_(3)
     expected = model.blocks[2].attn1.to_q.weight.clone()
-    residence.detach()
+    offloader.detach()
     assert torch.equal(model.blocks[2].attn1.to_q.weight, expected)
 
 
-def test_the_thread_ends_with_the_residence():
+def test_the_thread_ends_with_the_offloader():
     model, before = make_pipe().transformer, threading.active_count()
-    residence = alone(model, RecordingDevice(), streamed())
+    offloader = alone(model, RecordingDevice(), streamed())
     velocity(model)
     assert threading.active_count() == before + 1
-    residence.detach()
+    offloader.detach()
     assert threading.active_count() == before

@@ -26,8 +26,8 @@ from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task, forward_flops
 from wan22.accel.planning.machine import CONTEXT, Machine, parse_bytes
+from wan22.accel.planning.meta_models import outline, released_models
 from wan22.accel.planning.planner import HOST_WORKSPACE, _held, _planned
-from wan22.accel.planning.skeletons import outline, released_models
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 SLOTS = ("transformer", "transformer_2")
@@ -91,7 +91,7 @@ def deeper(layers):
     return random_pipeline(**parts)
 
 
-@pytest.mark.parametrize("kind", ["resident", "visiting", "streamed"])
+@pytest.mark.parametrize("kind", ["resident", "on_demand", "streamed"])
 def test_what_is_planned_is_what_happens(kind):
     """On a device that records: the same latents, and the weights' bytes as planned."""
     pipe = deeper(8)
@@ -132,7 +132,7 @@ def test_image_to_video_in_a_plan(form):
     arguments = {"image": torch.rand(3, 32, 32), "prompt": "a", "seed": 1, "num_inference_steps": 3}
     arguments |= {**SIZE, "output_type": "pt"}
     plain = pipe(**arguments).frames
-    for kind in ("resident", "visiting", "streamed"):
+    for kind in ("resident", "on_demand", "streamed"):
         pipe.apply(moved(plan_in(pipe, 1e9), transformers=kind), RecordingDevice())
         torch.testing.assert_close(pipe(**arguments).frames, plain, rtol=0, atol=1e-5)
 
@@ -183,10 +183,10 @@ def test_quantised_weights_are_in_no_file():
 @pytest.mark.parametrize("room", [True, False])
 def test_the_expert_that_comes_next_is_fetched_if_there_is_room(room):
     pipe, here = own_pipeline(), []
-    plan = replace(moved(plan_in(pipe, 1e9), "visiting"), prefetch=room)
+    plan = replace(moved(plan_in(pipe, 1e9), "on_demand"), prefetch=room)
     device = RecordingDevice()
     pipe.apply(plan, device)
-    latents_of(pipe, callback_on_step_end=lambda p, *_: here.append(p._residence.here) or {})
+    latents_of(pipe, callback_on_step_end=lambda p, *_: here.append(p._offloader.on_device) or {})
     assert any(set(SLOTS) <= set(names) for names in here) == room
 
 
@@ -194,7 +194,7 @@ def test_room_for_the_next_expert_is_planned(pipe):
     """Where decoding is what the budget is short for, both experts fit beside a step; else one does."""
     both = sum(bytes_of(getattr(pipe, name)) for name in SLOTS)
     for size, prefetch in (({"height": 128, "width": 128}, True), ({}, False)):
-        plan = next(p for p in plans_of(pipe, **size) if p.placements["transformer"].kind == "visiting")
+        plan = next(p for p in plans_of(pipe, **size) if p.placements["transformer"].kind == "on_demand")
         assert plan.prefetch == prefetch
         assert (plan.phases[1].weights >= both) == prefetch
 
@@ -274,19 +274,19 @@ def test_what_the_host_holds(pipe):
     """Weights that are pinned, run there, or are in no file; the rest is in files, and passes through."""
     task = Task("a", outline(pipe.components), (32, 32, 5), None, True)
     sizes = {name: task.bytes_of(name) for name in MODELS}
-    visiting = dict.fromkeys(MODELS, Placement("visiting"))
+    on_demand = dict.fromkeys(MODELS, Placement("on_demand"))
     staging, videos = CHUNKS * CHUNK_BYTES, 2 * 3 * 32 * 32 * 5 * 4
-    assert host_of(task, visiting) == (staging + videos, sum(sizes.values()))
-    assert host_of(task, visiting, videos=3)[0] == staging + 3 * videos
+    assert host_of(task, on_demand) == (staging + videos, sum(sizes.values()))
+    assert host_of(task, on_demand, videos=3)[0] == staging + 3 * videos
     in_memory = staging + videos + 5000, sum(sizes.values()) - 5000
-    assert host_of(task, visiting, anonymous={"vae": 5000}) == in_memory
-    pinned = visiting | {"transformer": Placement("visiting", home="pinned")}
+    assert host_of(task, on_demand, anonymous={"vae": 5000}) == in_memory
+    pinned = on_demand | {"transformer": Placement("on_demand", source="pinned")}
     expected = in_memory[0] + sizes["transformer"], in_memory[1] - sizes["transformer"]
     assert host_of(task, pinned, anonymous={"vae": 5000, "transformer": 10**9}) == expected
     encoding = task.text(["text_encoder"]) + HOST_WORKSPACE
-    there = visiting | {"text_encoder": Placement("host")}
+    there = on_demand | {"text_encoder": Placement("host")}
     assert host_of(task, there)[0] == staging + sizes["text_encoder"] + encoding
-    everywhere = dict.fromkeys(MODELS, Placement("resident", home="pinned"))
+    everywhere = dict.fromkeys(MODELS, Placement("resident", source="pinned"))
     assert host_of(task, everywhere) == (sum(sizes.values()) + videos, 0)
 
 
@@ -373,7 +373,7 @@ def test_a_stream_from_files_where_pinned_memory_has_no_room_beside_the_text_enc
     """A model that runs on the host takes its share of the host's memory."""
     options = {"vram": "8GB", "height": 480, "width": 480, "num_frames": 17}
     roomy = accel.plan(presets.T2V_A14B, ram="100GB", **options)
-    assert roomy.placements["transformer"].home == "pinned"
+    assert roomy.placements["transformer"].source == "pinned"
     tight = accel.plan(presets.T2V_A14B, ram=roomy.host - 1, **options)
     assert tight.fits
     assert tight.host < roomy.host
@@ -395,7 +395,7 @@ def test_a_released_checkpoint_is_planned_from_its_shapes_alone():
     plan = accel.plan(presets.T2V_A14B, 480, 832, 81, vram="24GB", ram="64GB")
     assert plan.fits
     assert plan.placements["transformer"].kind == "streamed"
-    assert plan.placements["transformer"].home == "pinned"
+    assert plan.placements["transformer"].source == "pinned"
     text = str(plan)
     assert "Wan2.2-T2V-A14B, 832x480, 81 frames" in text
     assert "denoise" in text
@@ -404,7 +404,7 @@ def test_a_released_checkpoint_is_planned_from_its_shapes_alone():
     assert bytes_of(models["transformer"]) / 1e9 == pytest.approx(28.9, rel=0.02)
     assert bytes_of(models["text_encoder"]) / 1e9 == pytest.approx(11.36, rel=0.01)
     tight = accel.plan(presets.T2V_A14B, 480, 832, 81, vram="24GB", ram="32GB")
-    assert tight.placements["transformer"].home == "mapped"
+    assert tight.placements["transformer"].source == "mmap"
 
 
 def test_the_outline_has_no_weights_and_the_same_bytes(pipe):
@@ -433,8 +433,8 @@ import json, resource, sys, torch
 from pathlib import Path
 from tests.builders import random_pipeline, latents_of
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel, accel
-from wan22.accel.offload.residence import free
-from wan22.accel.planning.skeletons import store_as
+from wan22.accel.offload.offloader import free
+from wan22.accel.planning.meta_models import store_as
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,8 +15,8 @@ ALIGNMENT = 256
 # What PyTorch's CUDA allocator rounds to, so that its counts are ours.
 GRAIN = 512
 
-Kind = Literal["resident", "visiting", "streamed", "host"]
-Home = Literal["mapped", "pinned"]
+Kind = Literal["resident", "on_demand", "streamed", "host"]
+Source = Literal["mmap", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Placement:
     """Where a model's weights are while a pipeline runs.
 
     Args:
-        kind: "resident" stays on the device once it is there; "visiting" is there from when it is called
+        kind: "resident" stays on the device once it is there; "on_demand" is there from when it is called
             until another model is; "streamed" is so with a part of its blocks, and the others pass through
-            slots as they are called; "host" runs on the CPU.
+            buffers as they are called; "host" runs on the CPU.
         resident_blocks: of a streamed model, blocks that stay as long as it does; they are spread evenly.
-        slots: of a streamed model, room for so many blocks on their way, 2 or 3.
-        home: where the weights are otherwise. "mapped": where they are, for those of a file in the file, and
+        buffers: of a streamed model, room for so many blocks on their way, 2 or 3.
+        source: where the weights are otherwise. "mmap": where they are, for those of a file in the file, and
             they reach the device through a small pinned buffer. "pinned": in pinned memory, which takes the
             place of where they were and is faster.
 
@@ -39,18 +39,18 @@ class Placement:
 
     kind: Kind
     resident_blocks: int = 0
-    slots: int = 2
-    home: Home = "mapped"
+    buffers: int = 2
+    source: Source = "mmap"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("kind", self.kind, get_args(Kind)),
-            ("home", self.home, get_args(Home)),
+            ("source", self.source, get_args(Source)),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; it must be one of {', '.join(choices)}")
-        if self.slots not in (2, 3):
-            raise ValueError(f"slots={self.slots!r} must be 2 or 3")
+        if self.buffers not in (2, 3):
+            raise ValueError(f"buffers={self.buffers!r} must be 2 or 3")
         if self.resident_blocks < 0:
             raise ValueError(f"resident_blocks={self.resident_blocks!r} must be at least 0")
         if self.resident_blocks and self.kind != "streamed":
@@ -60,49 +60,49 @@ class Placement:
 
 
 @dataclass
-class Piece:
+class PackedTensor:
     """A tensor in a slab.
 
     Args:
         owners: the parameters and buffers, more than one if they are tied, that are this tensor.
-        home: it, where it is on the host.
+        host: it, where it is on the host.
         shape: of the tensor.
-        stride: likewise; dense, whatever home's is.
+        stride: likewise; dense, whatever the host tensor's is.
         offset: of its first byte in the slab.
         nbytes: how many it has.
-        mapped: it, in the file where it was before its home was pinned.
+        mapped: it, in the file where it was before it was pinned.
     """
 
     owners: list[torch.Tensor]
-    home: torch.Tensor
+    host: torch.Tensor
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
     nbytes: int
     mapped: torch.Tensor | None = None
 
-    def within(self, slab: torch.Tensor) -> torch.Tensor:
+    def view_in(self, slab: torch.Tensor) -> torch.Tensor:
         """Return the tensor that lies in a slab."""
-        tensor = torch.empty(0, dtype=self.home.dtype, device=slab.device)
+        tensor = torch.empty(0, dtype=self.host.dtype, device=slab.device)
         start = (slab.storage_offset() + self.offset) // tensor.itemsize
         return tensor.set_(slab.untyped_storage(), start, self.shape, self.stride)
 
-    def bytes_at_home(self) -> torch.Tensor:
+    def host_bytes(self) -> torch.Tensor:
         """Return the tensor's bytes, in the order in which they lie in a slab."""
-        home = self.home
-        if home.stride() != self.stride:
-            home = torch.empty_strided(self.shape, self.stride, dtype=home.dtype).copy_(home)
-        start = home.storage_offset() * home.itemsize
-        return torch.empty(0, dtype=torch.uint8).set_(home.untyped_storage(), start, (self.nbytes,), (1,))
+        host = self.host
+        if host.stride() != self.stride:
+            host = torch.empty_strided(self.shape, self.stride, dtype=host.dtype).copy_(host)
+        start = host.storage_offset() * host.itemsize
+        return torch.empty(0, dtype=torch.uint8).set_(host.untyped_storage(), start, (self.nbytes,), (1,))
 
-    def point(self, tensor: torch.Tensor) -> None:
+    def point_to(self, tensor: torch.Tensor) -> None:
         """Let the owners have their values there."""
         for owner in self.owners:
             owner.data = tensor
 
 
 @dataclass
-class Group:
+class PackedBlock:
     """The weights that travel together.
 
     Args:
@@ -113,15 +113,15 @@ class Group:
     """
 
     name: str
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[PackedTensor] = field(default_factory=list)
     nbytes: int = 0
     slab: torch.Tensor | None = None
 
-    def add(self, tensor: torch.Tensor) -> Piece:
+    def add(self, tensor: torch.Tensor) -> PackedTensor:
         """Append a tensor."""
-        home = tensor.data
-        stride = torch.empty_like(home, device="meta").stride()  # its own, if it is dense
-        piece = Piece([tensor], home, home.shape, stride, _ceil(self._end, ALIGNMENT), home.nbytes)
+        host = tensor.data
+        stride = torch.empty_like(host, device="meta").stride()  # its own, if it is dense
+        piece = PackedTensor([tensor], host, host.shape, stride, _ceil(self._end, ALIGNMENT), host.nbytes)
         self.pieces.append(piece)
         self.nbytes = _ceil(self._end, GRAIN)
         return piece
@@ -136,30 +136,30 @@ class Group:
         for piece in self.pieces:
             first, last = max(start, piece.offset), min(end, piece.offset + piece.nbytes)
             if first < last:
-                source = piece.bytes_at_home()[first - piece.offset : last - piece.offset]
+                source = piece.host_bytes()[first - piece.offset : last - piece.offset]
                 target[first - start : last - start].copy_(source)
 
-    def is_packed(self, other: "Group") -> bool:
+    def is_packed(self, other: "PackedBlock") -> bool:
         """Whether another group's weights are these, and at home in this group's slab."""
         if self.slab is None or len(self.pieces) != len(other.pieces):
             return False
         return all(
             [id(owner) for owner in mine.owners] == [id(owner) for owner in its.owners]
-            and mine.home.data_ptr() == its.home.data_ptr()
-            and (mine.home.dtype, mine.shape, mine.stride) == (its.home.dtype, its.shape, its.stride)
+            and mine.host.data_ptr() == its.host.data_ptr()
+            and (mine.host.dtype, mine.shape, mine.stride) == (its.host.dtype, its.shape, its.stride)
             for mine, its in zip(self.pieces, other.pieces, strict=True)
         )
 
-    def go_home(self) -> None:
+    def point_to_host(self) -> None:
         """Let all owners have their values on the host."""
         for piece in self.pieces:
-            piece.point(piece.home)
+            piece.point_to(piece.host)
 
     def unpin(self) -> None:
         """Let the owners have their values where they were mapped, unless they have been given others."""
         for piece in self.pieces:
             for owner in piece.owners:
-                if piece.mapped is not None and owner.data_ptr() == piece.home.data_ptr():
+                if piece.mapped is not None and owner.data_ptr() == piece.host.data_ptr():
                     owner.data = piece.mapped
 
 
@@ -178,7 +178,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def groups_of(model: nn.Module, name: str = "model") -> list[Group]:
+def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
     """Return the rest of a model's weights, and then each block's; a tied tensor is in the first of them.
 
     Args:
@@ -191,10 +191,10 @@ def groups_of(model: nn.Module, name: str = "model") -> list[Group]:
     blocks = blocks_of(model)
     parts = [(f"{name}.rest", _tensors(model, blocks))]
     parts += [(f"{name}.{i}", _tensors(block)) for i, block in enumerate(blocks)]
-    groups: list[Group] = []
-    known: dict[Any, Piece] = {}
+    groups: list[PackedBlock] = []
+    known: dict[Any, PackedTensor] = {}
     for title, tensors in parts:
-        group = Group(title)
+        group = PackedBlock(title)
         for tensor in tensors:
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 kind = type(tensor).__name__
@@ -209,7 +209,7 @@ def groups_of(model: nn.Module, name: str = "model") -> list[Group]:
 
 
 def streamed_blocks(placement: Placement, count: int, name: str = "model") -> list[int]:
-    """Return which of a model's blocks pass through slots; the others stay.
+    """Return which of a model's blocks pass through buffers; the others stay.
 
     Args:
         placement: of the model.
@@ -222,13 +222,13 @@ def streamed_blocks(placement: Placement, count: int, name: str = "model") -> li
     if placement.kind != "streamed":
         return []
     if not count:
-        raise ValueError(f"{name} has no blocks to stream; let it be visiting")
+        raise ValueError(f"{name} has no blocks to stream; place it on demand")
     stay = placement.resident_blocks
     if stay > count:
         raise ValueError(f"resident_blocks={stay}, but {name} has {count} blocks")
     passing = [i for i in range(count) if (i + 1) * stay // count == i * stay // count]
-    # As many slots as blocks: each has room to stay.
-    return passing if len(passing) > placement.slots else []
+    # As many buffers as blocks: each has room to stay.
+    return passing if len(passing) > placement.buffers else []
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -248,10 +248,10 @@ def device_bytes(model: nn.Module, placement: Placement) -> int:
     """
     if placement.kind == "host":
         return 0
-    groups = groups_of(model)
+    groups = packed_blocks(model)
     streamed = {i + 1 for i in streamed_blocks(placement, len(groups) - 1)}
-    slots = placement.slots * max((groups[i].nbytes for i in streamed), default=0)
-    return slots + sum(group.nbytes for i, group in enumerate(groups) if i not in streamed)
+    buffers = placement.buffers * max((groups[i].nbytes for i in streamed), default=0)
+    return buffers + sum(group.nbytes for i, group in enumerate(groups) if i not in streamed)
 
 
 def _ceil(number: int, multiple: int) -> int:

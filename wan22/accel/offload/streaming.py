@@ -1,4 +1,4 @@
-"""One model's stay on the device: how its weights arrive, pass through slots as they are needed, and leave.
+"""One model's stay on the device: how its weights arrive, pass through buffers as they are needed, and leave.
 
 Hooks on the blocks, outside of their `forward`, let each have its weights when it is called. They queue work
 and return; with weights in pinned memory the host never waits for the device.
@@ -12,12 +12,20 @@ import torch
 from torch import nn
 
 from .devices import Device
-from .layout import Group, Piece, Placement, blocks_of, device_bytes, groups_of, streamed_blocks
-from .transfer import Delivery, Loader
+from .layout import (
+    PackedBlock,
+    PackedTensor,
+    Placement,
+    blocks_of,
+    device_bytes,
+    packed_blocks,
+    streamed_blocks,
+)
+from .transfer import Loader, Transfer
 
 
 @dataclass
-class Slot:
+class BlockBuffer:
     """Room for one block.
 
     Args:
@@ -27,44 +35,46 @@ class Slot:
     """
 
     buffer: torch.Tensor
-    delivery: Delivery | None = None
-    views: dict[str, list[tuple[Piece, torch.Tensor]]] = field(default_factory=dict)
+    delivery: Transfer | None = None
+    views: dict[str, list[tuple[PackedTensor, torch.Tensor]]] = field(default_factory=dict)
 
-    def lodge(self, group: Group) -> None:
+    def bind(self, group: PackedBlock) -> None:
         """Let a group's owners have their values here."""
         if group.name not in self.views:
             with torch.inference_mode(False):  # parameters may be used outside of it, too
-                self.views[group.name] = [(piece, piece.within(self.buffer)) for piece in group.pieces]
+                self.views[group.name] = [(piece, piece.view_in(self.buffer)) for piece in group.pieces]
         for piece, view in self.views[group.name]:
-            piece.point(view)
+            piece.point_to(view)
 
 
-class Ring:
+class BlockBufferPool:
     """Slots through which blocks pass in the order in which they are called, over and over.
 
     Turns are counted on from pass to pass, so that the first blocks of the next pass are on their way while
     the last ones of this one compute.
 
     Args:
-        device: of the slots.
+        device: of the buffers.
         loader: fills them.
-        groups: of the blocks, more than there are slots.
-        placement: says how many slots, and where the groups are at home.
+        groups: of the blocks, more than there are buffers.
+        placement: says how many buffers, and where the groups are at home.
     """
 
-    def __init__(self, device: Device, loader: Loader, groups: list[Group], placement: Placement) -> None:
-        self.device, self.loader, self.groups, self.home = device, loader, groups, placement.home
+    def __init__(
+        self, device: Device, loader: Loader, groups: list[PackedBlock], placement: Placement
+    ) -> None:
+        self.device, self.loader, self.groups, self.source = device, loader, groups, placement.source
         size = max(group.nbytes for group in groups)
-        self.slots = [Slot(device.allocate(size)) for _ in range(placement.slots)]
+        self.buffers = [BlockBuffer(device.allocate(size)) for _ in range(placement.buffers)]
         self._next = self._end = 0  # the turn that is next to be taken, and the first that has no slot yet
-        self._inside: Group | None = None
+        self._inside: PackedBlock | None = None
 
     def fill(self) -> None:
-        """Start deliveries to all slots that are free."""
-        while self._end - self._next < len(self.slots):
+        """Start deliveries to all buffers that are free."""
+        while self._end - self._next < len(self.buffers):
             slot = self._slot(self._end)
             group = self.groups[self._end % len(self.groups)]
-            slot.delivery = self.loader.send(group, slot.buffer, self.home)
+            slot.delivery = self.loader.send(group, slot.buffer, self.source)
             self._end += 1
 
     def enter(self, index: int) -> None:
@@ -82,31 +92,31 @@ class Ring:
             self._next, self._end = self._next + ahead, max(self._end, self._next + ahead)
         self.fill()
         slot = self._slot(self._next)
-        assert slot.delivery is not None, "the slots are full"
+        assert slot.delivery is not None, "the buffers are full"
         self.device.wait(slot.delivery.mark())
         self._inside = self.groups[index]
-        slot.lodge(self._inside)
+        slot.bind(self._inside)
 
     def leave(self) -> None:
         """Let the block that had its turn go home; the next one without a slot gets its slot."""
         if self._inside is not None:
-            self._inside.go_home()
+            self._inside.point_to_host()
             self._inside = None
             self._next += 1
             self.fill()
 
     def drop(self) -> None:
-        """Let go of all slots."""
-        for slot in self.slots:
+        """Let go of all buffers."""
+        for slot in self.buffers:
             if slot.delivery is not None:
                 slot.delivery.drop(self.device)
-        self.slots.clear()
+        self.buffers.clear()
 
-    def _slot(self, turn: int) -> Slot:
-        return self.slots[turn % len(self.slots)]
+    def _slot(self, turn: int) -> BlockBuffer:
+        return self.buffers[turn % len(self.buffers)]
 
 
-class Stay:
+class ModelStreamer:
     """Lets one model come and go.
 
     Args:
@@ -125,20 +135,20 @@ class Stay:
     ) -> None:
         self.name, self.model, self.placement = name, model, placement
         self.device, self.loader = device, loader
-        self.here = False
-        self._groups: list[Group] = []
+        self.on_device = False
+        self._groups: list[PackedBlock] = []
         self._buffers: list[torch.Tensor] = []
-        self._deliveries: list[Delivery] = []
-        self._expected: dict[int, Delivery] = {}  # by group, those that nothing has waited for
+        self._deliveries: list[Transfer] = []
+        self._expected: dict[int, Transfer] = {}  # by group, those that nothing has waited for
         self._turns: dict[int, int] = {}  # by group, its place among those of the ring
-        self._ring: Ring | None = None
+        self._ring: BlockBufferPool | None = None
         self._handles: list[Any] = []
         self._scan()
         self._groups = []  # that was to check them; kept, they would outlive their quantisation
 
     @property
     def streams(self) -> bool:
-        """Whether blocks pass through slots at each call."""
+        """Whether blocks pass through buffers at each call."""
         return self._ring is not None
 
     @property
@@ -147,9 +157,9 @@ class Stay:
         return device_bytes(self.model, self.placement)
 
     @property
-    def homes(self) -> list[torch.Tensor]:
+    def host_weights(self) -> list[torch.Tensor]:
         """The weights on the host, as far as they are known."""
-        return [piece.home for group in self._groups for piece in group.pieces]
+        return [piece.host for group in self._groups for piece in group.pieces]
 
     def install(self) -> None:
         """Put hooks on the blocks."""
@@ -168,7 +178,7 @@ class Stay:
             group.unpin()
         self._groups = []
 
-    def settle(self) -> None:
+    def offload_all(self) -> None:
         """Leave, count what is at home now as the weights, and hold none that the model no longer has."""
         self.leave()
         self._scan()
@@ -185,7 +195,7 @@ class Stay:
             torch.OutOfMemoryError: it does not fit; it is at home then.
         """
         self._scan()
-        self.here = True
+        self.on_device = True
         try:
             self._allocate()
             self._send()
@@ -197,7 +207,7 @@ class Stay:
         """Let the model have the weights that are not in blocks: those are for the hooks.
 
         Raises:
-            ValueError: gradients would be needed of weights that pass through slots.
+            ValueError: gradients would be needed of weights that pass through buffers.
         """
         if self._ring and torch.is_grad_enabled():
             trained = any(parameter.requires_grad for parameter in self.model.parameters())
@@ -207,27 +217,27 @@ class Stay:
 
     def leave(self) -> None:
         """Let the weights be at home, which they never left, and drop what is on the device."""
-        if not self.here:  # what is at home may have been edited
+        if not self.on_device:  # what is at home may have been edited
             return
         for group in self._groups:
-            group.go_home()
+            group.point_to_host()
         if self._ring:
             self._ring.drop()
         for delivery in self._deliveries:
             delivery.drop(self.device)
         # The packing of a group may have ended only now, and its home is another since.
         for group in self._groups:
-            group.go_home()
+            group.point_to_host()
         self._deliveries, self._buffers, self._ring = [], [], None
         self._expected, self._turns = {}, {}
-        self.here = False
+        self.on_device = False
 
     def _scan(self) -> None:
         """Find the weights where they are at home now: they may have been edited since the last stay."""
-        groups = groups_of(self.model, self.name)
+        groups = packed_blocks(self.model, self.name)
         for piece in (piece for group in groups for piece in group.pieces):
-            if piece.home.device.type != "cpu":
-                where = piece.home.device
+            if piece.host.device.type != "cpu":
+                where = piece.host.device
                 raise ValueError(
                     f"{self.name} has weights on {where}; they must be on the CPU to be moved from: call "
                     "pipe.to('cpu') first"
@@ -246,7 +256,7 @@ class Stay:
         self._turns = {group: turn for turn, group in enumerate(streamed)}
         if streamed:
             groups = [self._groups[i] for i in streamed]
-            self._ring = Ring(self.device, self.loader, groups, self.placement)
+            self._ring = BlockBufferPool(self.device, self.loader, groups, self.placement)
         for i, group in enumerate(self._groups):
             if i not in self._turns and group.nbytes:
                 buffer = self.device.allocate(group.nbytes)
@@ -257,10 +267,10 @@ class Stay:
         staying = [i for i, group in enumerate(self._groups) if i not in self._turns and group.nbytes]
         for i, buffer in zip(staying, self._buffers, strict=True):
             group = self._groups[i]
-            delivery = self.loader.send(group, buffer, self.placement.home)
+            delivery = self.loader.send(group, buffer, self.placement.source)
             self._deliveries.append(delivery)
             self._expected[i] = delivery
-            Slot(buffer).lodge(group)
+            BlockBuffer(buffer).bind(group)
             if i == 0 and self._ring:
                 self._ring.fill()
         if self._ring:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .devices import Device, Mark
-from .layout import Group, Home
+from .layout import PackedBlock, Source
 
 # Of the pinned buffer through which mapped weights pass: enough for copies to run at full speed.
 CHUNK_BYTES, CHUNKS = 2**25, 4
@@ -17,7 +17,7 @@ CHUNK_BYTES, CHUNKS = 2**25, 4
 logger = logging.getLogger(__name__)
 
 
-class Delivery:
+class Transfer:
     """A slab on its way to the device.
 
     Args:
@@ -26,7 +26,7 @@ class Delivery:
         after: mark of what was computed with the buffer before.
     """
 
-    def __init__(self, group: Group, buffer: torch.Tensor, after: Mark) -> None:
+    def __init__(self, group: PackedBlock, buffer: torch.Tensor, after: Mark) -> None:
         self.group = group
         self.buffer: torch.Tensor | None = buffer
         self.after = after
@@ -60,21 +60,21 @@ class Loader:
         self._chunks: list[tuple[torch.Tensor, Mark]] = []  # oldest copy first
         self._pins = True  # whether the system has pinned all that was asked for
 
-    def send(self, group: Group, buffer: torch.Tensor, home: Home) -> Delivery:
+    def send(self, group: PackedBlock, buffer: torch.Tensor, source: Source) -> Transfer:
         """Start to fill a buffer.
 
         Args:
             group: what with; if its home is to be pinned and is not, it is from now on.
             buffer: bytes on the device, which nothing is computed with from now on.
-            home: where the group is, or will be, at home.
+            source: where the group is, or will be, at home.
         """
-        delivery = Delivery(group, buffer, self.device.release(buffer))
+        delivery = Transfer(group, buffer, self.device.release(buffer))
         if group.slab is not None:
             delivery.queued.set_result(self._copy(delivery, group.slab))
             return delivery
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "wan22-weights")
-        self._thread.submit(self._carry, delivery, home)
+        self._thread.submit(self._carry, delivery, source)
         return delivery
 
     def close(self) -> None:
@@ -85,24 +85,24 @@ class Loader:
             self.device.finish(mark)
         self._thread, self._chunks = None, []
 
-    def _carry(self, delivery: Delivery, home: Home) -> None:
+    def _carry(self, delivery: Transfer, source: Source) -> None:
         """Carry out one delivery, in the thread."""
         if not delivery.queued.set_running_or_notify_cancel():
             return
         try:
-            slab = self._pinned(delivery.group) if home == "pinned" else None
+            slab = self._pinned(delivery.group) if source == "pinned" else None
             mark = self._stage(delivery) if slab is None else self._copy(delivery, slab)
         except BaseException as error:
             delivery.queued.set_exception(error)
         else:
             delivery.queued.set_result(mark)
 
-    def _copy(self, delivery: Delivery, slab: torch.Tensor) -> Mark:
+    def _copy(self, delivery: Transfer, slab: torch.Tensor) -> Mark:
         buffer, group = delivery.buffer, delivery.group
         assert buffer is not None, "a delivery is dropped after it was queued"
         return self.device.copy(buffer[: group.nbytes], slab, delivery.after, group.name)
 
-    def _pinned(self, group: Group) -> torch.Tensor | None:
+    def _pinned(self, group: PackedBlock) -> torch.Tensor | None:
         """Give a group a home in pinned memory; where it was before is free again, if it was no file.
 
         Returns: it; None if the system does not pin so much.
@@ -115,12 +115,12 @@ class Loader:
         group.read(slab, 0)
         mapped = FileMappings()
         for piece in group.pieces:
-            piece.mapped = piece.home if piece.home in mapped else None
-            piece.home = piece.within(slab)
+            piece.mapped = piece.host if piece.host in mapped else None
+            piece.host = piece.view_in(slab)
         group.slab = slab
         return slab
 
-    def _stage(self, delivery: Delivery) -> Mark:
+    def _stage(self, delivery: Transfer) -> Mark:
         """Copy a group part by part."""
         buffer, group, mark = delivery.buffer, delivery.group, None
         assert buffer is not None, "a delivery is dropped after it was queued"

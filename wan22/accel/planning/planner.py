@@ -11,14 +11,14 @@ from torch import nn
 
 from ...models.sizes import check_num_frames, check_positive_int, check_size
 from ...presets import Preset
-from ..offload.layout import Home, Placement, blocks_of, bytes_of
+from ..offload.layout import Placement, Source, blocks_of, bytes_of
 from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings
 from ..quantize import is_quantized
 from ..quantize import quantize as quantize_model
 from .costs import Task
 from .machine import GB, Machine
+from .meta_models import outline, released_models
 from .plans import Phase, Plan
-from .skeletons import outline, released_models
 
 # Strips that a video is decoded in, fewest first: each takes longer than the one before.
 STRIPS = (None, 2, 4)
@@ -101,7 +101,7 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
     for name in models:
         model = getattr(pipe, name)
-        weights = [*model.parameters(), *model.buffers(), *pipe.at_home(name)]
+        weights = [*model.parameters(), *model.buffers(), *pipe.host_weights(name)]
         plain = [weight for weight in weights if type(weight) in (nn.Parameter, torch.Tensor)]
         for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
             if weight.device.type != "cpu":
@@ -119,17 +119,17 @@ def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
                 yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips, keep)
         return
     resident = dict.fromkeys(task.models, Placement("resident"))
-    visiting = dict.fromkeys(task.models, Placement("visiting"))
+    on_demand = dict.fromkeys(task.models, Placement("on_demand"))
     experts = {name: Placement("resident") for name in task.experts}
-    for placements in (resident, visiting | experts, visiting):
+    for placements in (resident, on_demand | experts, on_demand):
         for strips in STRIPS:
             for encoders in _encoder_placements(task, machine, placements):
                 yield _planned(task, machine, placements | encoders, strips, True)
     for keep in (True, False):
         for experts in _streaming(task, machine, keep):
             for strips in STRIPS:
-                for encoders in _encoder_placements(task, machine, visiting):
-                    yield _planned(task, machine, visiting | encoders | experts, strips, keep)
+                for encoders in _encoder_placements(task, machine, on_demand):
+                    yield _planned(task, machine, on_demand | encoders | experts, strips, keep)
 
 
 def _encoder_placements(
@@ -137,7 +137,7 @@ def _encoder_placements(
 ) -> Iterator[dict[str, Placement]]:
     """Yield placements of the encoders: as given, in a stream of blocks, on the host."""
     yield {name: placements[name] for name in task.encoders}
-    if any(placements[name].kind == "visiting" for name in task.encoders):
+    if any(placements[name].kind == "on_demand" for name in task.encoders):
         yield {
             name: Placement("streamed") if len(blocks_of(task.models[name])) > 2 else Placement("host")
             for name in task.encoders
@@ -146,13 +146,13 @@ def _encoder_placements(
 
 
 def _streaming(task: Task, machine: Machine, keep: bool) -> Iterator[dict[str, Placement]]:
-    """Yield the placement of the transformers with the most resident blocks that fit, from faster homes."""
+    """Yield the placement of the transformers with the most resident blocks that fit, from faster sources."""
     first = task.experts[0]
     room = machine.vram - task.denoise(keep) - WORKSPACE
-    homes: tuple[Home, ...] = ("pinned", "mapped")
-    for home in homes:
+    sources: tuple[Source, ...] = ("pinned", "mmap")
+    for source in sources:
         for resident in range(len(blocks_of(task.models[first])), -1, -1):
-            placement = Placement("streamed", resident_blocks=resident, home=home)
+            placement = Placement("streamed", resident_blocks=resident, source=source)
             if task.device_bytes(first, placement) <= room or not resident:
                 yield dict.fromkeys(task.experts, placement)
                 break
@@ -174,7 +174,7 @@ def _planned(
     text = task.text(n for n in task.encoders if placements[n].kind != "host" or not machine.has_device)
     workspace = WORKSPACE if machine.has_device else HOST_WORKSPACE
     step = task.denoise(keep) + workspace
-    coming = sum(held[name] for name in task.experts if placements[name].kind == "visiting")
+    coming = sum(held[name] for name in task.experts if placements[name].kind == "on_demand")
     prefetch = weights(task.experts) < always + coming and always + coming + step <= machine.vram
     phases: tuple[Phase, ...] = (
         Phase("text", weights(task.encoders), text),
@@ -212,13 +212,13 @@ def _planned(
 def _on_host(task: Task, name: str, placement: Placement) -> int:
     """Return the bytes of a model's weights that the host's memory holds, whatever else it is short of."""
     # Where a model runs on the host, those of a file may be copied: its kernels want other addresses.
-    whole = placement.home == "pinned" or placement.kind == "host"
+    whole = placement.source == "pinned" or placement.kind == "host"
     return task.bytes_of(name) if whole else min(task.anonymous.get(name, 0), task.bytes_of(name))
 
 
 def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
     """Return the bytes of the host that come and go beside a device: buffers, videos, what encoders make."""
-    staged = any(p.kind != "host" and p.home == "mapped" for p in placements.values())
+    staged = any(p.kind != "host" and p.source == "mmap" for p in placements.values())
     encoders = [name for name in task.encoders if placements[name].kind == "host"]
     encoding = task.text(encoders) + HOST_WORKSPACE if encoders else 0
     return staged * CHUNKS * CHUNK_BYTES + max(2 * task.pixels, encoding)
@@ -235,7 +235,7 @@ def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placeme
         total = task.bytes_of(name)
         share = 1 - placement.resident_blocks / len(blocks_of(task.models[name]))
         rate = machine.bandwidth
-        if placement.home == "mapped" and machine.disk is not None and total > machine.ram:
+        if placement.source == "mmap" and machine.disk is not None and total > machine.ram:
             rate = min(rate, machine.disk)
         seconds = max(seconds, (1 + task.guided) * share * total / rate)
     return seconds

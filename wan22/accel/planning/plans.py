@@ -109,10 +109,9 @@ def _described(placement: Placement) -> str:
     if placement.kind != "streamed":
         return {
             "resident": "stays on the device",
-            "visiting": "comes when it is called, leaves for the next",
+            "on_demand": "comes when it is called, leaves for the next",
             "host": "on the host",
         }[placement.kind]
-    home = "pinned memory" if placement.home == "pinned" else "its file"
-    return (
-        f"{placement.resident_blocks} blocks stay, the others stream from {home}, {placement.slots} at a time"
-    )
+    source = "pinned memory" if placement.source == "pinned" else "its file"
+    resident, buffers = placement.resident_blocks, placement.buffers
+    return f"{resident} blocks stay, the others stream from {source}, {buffers} at a time"

@@ -1,6 +1,6 @@
 """Where each of a pipeline's models is: on the device, on the host, or there from call to call.
 
-A residence hangs on the models from outside: a model comes when it is called, and what may not stay leaves
+A offloader hangs on the models from outside: a model comes when it is called, and what may not stay leaves
 first. Leaving copies nothing, because weights never change: it drops the copy on the device.
 """
 
@@ -17,15 +17,15 @@ from torch import nn
 
 from .devices import Device
 from .layout import Placement
-from .streaming import Stay
+from .streaming import ModelStreamer
 from .transfer import CHUNK_BYTES, Loader
 
 
-class Residence:
+class ModelOffloader:
     """Keeps models where their placements say, and to the byte on the device what `device_bytes` says.
 
-    Between calls everything but resident models is at home once `leave_all` was called. Whoever edits weights
-    (fuses a LoRA, casts a model) calls `settle` first.
+    After `offload_transient` only resident models are on the device. Code that edits weights (fuses a LoRA,
+    casts a model) calls `offload_all` first.
 
     Args:
         models: by name, each with its placement; all on the CPU.
@@ -45,8 +45,8 @@ class Residence:
         self.device = device
         self.models = dict(models)
         self._loader = Loader(device, chunk_bytes)
-        self._stays: dict[str, Stay] = {}
-        self._turns: dict[str, _Turn] = {}
+        self._stays: dict[str, ModelStreamer] = {}
+        self._turns: dict[str, OffloadHook] = {}
         self._active: str | None = None  # that was called last
         seen: dict[int, str] = {}
         for name, (model, placement) in self.models.items():
@@ -55,32 +55,32 @@ class Residence:
             seen[id(model)] = name
             _check_free(name, model)
             if placement.kind != "host":
-                self._stays[name] = Stay(name, model, placement, device, self._loader)
+                self._stays[name] = ModelStreamer(name, model, placement, device, self._loader)
 
     @property
-    def here(self) -> tuple[str, ...]:
+    def on_device(self) -> tuple[str, ...]:
         """The names of the models that are on the device."""
-        return tuple(name for name, stay in self._stays.items() if stay.here)
+        return tuple(name for name, stay in self._stays.items() if stay.on_device)
 
     @property
     def attached(self) -> bool:
         """Whether models come when they are called."""
         return bool(self._turns)
 
-    def homes(self, name: str) -> list[torch.Tensor]:
+    def host_weights(self, name: str) -> list[torch.Tensor]:
         """Return the weights of a model on the host, as far as it has been on the device."""
-        return self._stays[name].homes if name in self._stays else []
+        return self._stays[name].host_weights if name in self._stays else []
 
     def attach(self) -> None:
         """Let models come when they are called.
 
         Raises:
-            ValueError: this residence is attached, or a model has been given another owner.
+            ValueError: this offloader is attached, or a model has been given another owner.
         """
         for name, (model, _) in self.models.items():
             _check_free(name, model)
         for name, (model, _) in self.models.items():
-            add_hook_to_module(model, _Turn(self, name, self._stays.get(name)))
+            add_hook_to_module(model, OffloadHook(self, name, self._stays.get(name)))
 
     def detach(self) -> None:
         """Let models be as they were before, on the CPU."""
@@ -107,10 +107,10 @@ class Residence:
         stay = self._stays.get(name)
         if stay is None:
             return
-        if self._active != name or not stay.here:
+        if self._active != name or not stay.on_device:
             self._leave(other for other in self._stays if other != name)
             self._active = name
-            if not stay.here:
+            if not stay.on_device:
                 self.device.trim()
                 stay.arrive()
         stay.begin()
@@ -128,7 +128,7 @@ class Residence:
         if name not in self._turns:  # diffusers may have taken the hooks away
             return False
         stay = self._stays.get(name)
-        if stay is None or stay.here:
+        if stay is None or stay.on_device:
             return True
         busy = any(other.streams for other in self._stays.values())
         if busy or stay.nbytes > self.device.free_bytes():
@@ -139,20 +139,20 @@ class Residence:
             return False
         return True
 
-    def leave_all(self) -> None:
+    def offload_transient(self) -> None:
         """Let all models but the resident ones leave."""
         self._active = None
         self._leave(self._stays)
         self.device.trim()
 
-    def settle(self) -> None:
+    def offload_all(self) -> None:
         """Let all models leave, so that their weights can be edited; what becomes of them comes next.
 
         Afterwards, it lets go of those that were replaced.
         """
         self._active = None
         for name in self._stays.keys() & self._turns.keys():
-            self._stays[name].settle()
+            self._stays[name].offload_all()
         self.device.trim()
 
     def _leave(self, names: Iterable[str]) -> None:
@@ -161,27 +161,27 @@ class Residence:
                 stay.leave()
 
 
-class _Turn(ModelHook):
+class OffloadHook(ModelHook):
     """Lets a model come when it is called; what diffusers asks for where a model runs."""
 
-    def __init__(self, residence: Residence, name: str, stay: Stay | None) -> None:
-        self.residence, self.name, self.stay = residence, name, stay
+    def __init__(self, offloader: ModelOffloader, name: str, stay: ModelStreamer | None) -> None:
+        self.offloader, self.name, self.stay = offloader, name, stay
         # A model on the host does not say where it runs: diffusers takes the first model that does for where
         # the pipeline runs, and the host for where this one is.
-        self.execution_device = None if stay is None else residence.device.torch_device
+        self.execution_device = None if stay is None else offloader.device.torch_device
         self.had_forward = False
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """See ModelHook."""
         self.had_forward = "forward" in vars(module)
-        self.residence._turns[self.name] = self
+        self.offloader._turns[self.name] = self
         if self.stay is not None:
             self.stay.install()
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See ModelHook; methods of the VAE call this without arguments."""
-        self.residence.enter(self.name)
+        self.offloader.enter(self.name)
         device = self.execution_device or torch.device("cpu")
         return send_to_device(args, device), send_to_device(kwargs, device)
 
@@ -189,7 +189,7 @@ class _Turn(ModelHook):
         """See ModelHook; diffusers calls this, too, when it takes the hooks from a pipeline."""
         if self.stay is not None:
             self.stay.remove()
-        self.residence._turns.pop(self.name, None)
+        self.offloader._turns.pop(self.name, None)
         return module
 
 
@@ -203,8 +203,8 @@ def _check_free(name: str, model: nn.Module) -> None:
         raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        if isinstance(hook, _Turn):
-            raise ValueError(f"{name} is in a residence already, as {hook.name}; detach that first")
+        if isinstance(hook, OffloadHook):
+            raise ValueError(f"{name} is already offloaded, as {hook.name}; detach that offloader first")
         if hook is not None:
             kind = type(hook).__name__
             raise ValueError(f"{name} is offloaded by accelerate ({kind}); call remove_all_hooks() first")

@@ -1,4 +1,4 @@
-"""Small pipelines with more blocks than slots, and the devices that their models live on in tests."""
+"""Small pipelines with more blocks than buffers, and the devices that their models live on in tests."""
 
 import copy
 import functools
@@ -14,12 +14,12 @@ from tests.builders import SMALL, random_i2v_pipeline, random_pipeline, random_t
 from wan22 import WanTransformer3DModel
 from wan22.accel.offload.devices import CudaDevice
 from wan22.accel.offload.layout import Placement
-from wan22.accel.offload.residence import Residence
+from wan22.accel.offload.offloader import ModelOffloader
 
 LAYERS = 5
 CHUNK = 4096  # so that most slabs take several
 NAMES = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
-VISITING = Placement("visiting")
+ON_DEMAND = Placement("on_demand")
 # Test bodies run on the stand-in, and on a GPU where there is one.
 DEVICES = [
     "recording",
@@ -37,8 +37,8 @@ def make_device(kind):
     return RecordingDevice() if kind == "recording" else CudaDevice("cuda")
 
 
-def streamed(resident_blocks=0, slots=2, home="mapped"):
-    return Placement("streamed", resident_blocks, slots, home)
+def streamed(resident_blocks=0, buffers=2, source="mmap"):
+    return Placement("streamed", resident_blocks, buffers, source)
 
 
 @functools.cache
@@ -81,12 +81,12 @@ def models_of(pipe):
     return {name: model for name, model in found.items() if model is not None}
 
 
-def reside(pipe, device, default=VISITING, **placements):
-    """Attach a residence to all models of a pipeline."""
+def offload(pipe, device, default=ON_DEMAND, **placements):
+    """Attach an offloader to all models of a pipeline."""
     models = {name: (model, placements.get(name, default)) for name, model in models_of(pipe).items()}
-    residence = Residence(models, device, chunk_bytes=CHUNK)
-    residence.attach()
-    return residence
+    offloader = ModelOffloader(models, device, chunk_bytes=CHUNK)
+    offloader.attach()
+    return offloader
 
 
 def video(pipe, **arguments):

@@ -102,10 +102,10 @@ def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = 
 
 def outline(components: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of a pipeline's models without their weights, LoRAs and quantised layers included."""
-    return {name: without_weights(components[name]) for name in MODELS if components.get(name) is not None}
+    return {name: meta_copy(components[name]) for name in MODELS if components.get(name) is not None}
 
 
-def without_weights(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a module whose parameters and buffers become meta tensors; tied ones stay tied.
 
     Hooks, and methods that were put on a module from outside, are left behind.
