@@ -1,9 +1,10 @@
-# make demo: set up, then a prompt and an image become videos.   make test: set up, then every check.
+# make demo: set up, then a prompt and an image become videos.
+# make test: set up, then what a change usually breaks.   make test-slow: the tests that take long.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-slow
 
 setup: $(VENV)/.installed
 
@@ -20,4 +21,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest --numprocesses auto -m slow

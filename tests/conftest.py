@@ -13,6 +13,23 @@ from wan22 import presets
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let a process run whole files, so that their fixtures are made once; and one of them all with ranks.
+
+    Files are begun in the order in which they are collected.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "ranks" if file.startswith("tests/accel/parallel/") else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
 @pytest.fixture
 def tiny_preset(monkeypatch):
     """Let the random pipelines count as a released checkpoint with settings small enough to run."""

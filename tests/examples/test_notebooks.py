@@ -41,6 +41,7 @@ def test_there_are_some():
     assert {"first_video", "image_to_video", "previews_and_recipes"} <= {path.stem for path in NOTEBOOKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs_and_shows_what_it_is_kept_with(path, tmp_path):
     kept = nbformat.read(path, as_version=4)
@@ -48,7 +49,7 @@ def test_a_notebook_runs_and_shows_what_it_is_kept_with(path, tmp_path):
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    client = NotebookClient(fresh, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(fresh, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()  # an error in a cell is raised
     assert texts(fresh) == texts(kept)
     assert len(pictures(fresh)) == len(pictures(kept)) > 0

@@ -1,6 +1,7 @@
 """Every example runs, as a user would paste it, and writes what it says."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +11,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.accel.parallel.ranks import environment
+from tests.accel.parallel.ranks import environment, torchrun
 from wan22 import read_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script, *options, folder):
-    """Run an example in a folder; return what it printed, and the paths of its video and contact sheet."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *options], cwd=folder, capture_output=True, text=True, check=True
-    )
-    names = (re.search(rf"^{name}: +(.+)$", done.stdout, re.M)[1] for name in ("video", "contact sheet"))
-    return done.stdout, *(folder / name for name in names)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Return a function that runs an example in `tmp_path`, in this process, which has all imported already.
+
+    It returns what was printed, and the paths of the video and the contact sheet that this names.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *options):
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return printed_paths(capsys.readouterr().out, tmp_path)
+
+    return run
+
+
+def printed_paths(printed, folder):
+    names = (re.search(rf"^{name}: +(.+)$", printed, re.M) for name in ("video", "contact sheet"))
+    return printed, *(folder / name[1] if name else None for name in names)
 
 
 def check_video(clip, sheet):
@@ -32,15 +45,20 @@ def check_video(clip, sheet):
 
 
 def test_text_to_video(tmp_path):
-    printed, clip, sheet = run("text_to_video.py", folder=tmp_path)
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, EXAMPLES / "text_to_video.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    printed, clip, sheet = printed_paths(done.stdout, tmp_path)
     check_video(clip, sheet)
     assert "tiny-t2v" in printed
     assert "a red circle moves to the right on a blue background" in printed
 
 
-def test_image_to_video(tmp_path):
+def test_image_to_video(run, tmp_path):
     """It draws its image where none is given; the clip starts with it."""
-    printed, clip, sheet = run("image_to_video.py", folder=tmp_path)
+    printed, clip, sheet = run("image_to_video.py")
     check_video(clip, sheet)
     assert "tiny-i2v" in printed
     drawn = Image.open(tmp_path / "outputs/image.png")
@@ -52,22 +70,22 @@ def test_image_to_video(tmp_path):
 
     drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mine.jpg")
     options = ("mine.jpg", "--prompt", "a white triangle stays still on a blue background")
-    printed, clip, sheet = run("image_to_video.py", *options, "--output", "mine.mp4", folder=tmp_path)
+    printed, clip, sheet = run("image_to_video.py", *options, "--output", "mine.mp4")
     check_video(clip, sheet)
     assert (tmp_path / "mine.mp4").exists()
     assert "mine.jpg" in printed
 
 
-def test_low_memory(tmp_path):
-    printed, clip, sheet = run("low_memory.py", folder=tmp_path)
+def test_low_memory(run):
+    printed, clip, sheet = run("low_memory.py")
     check_video(clip, sheet)
     assert "host peak" in printed
     assert read_recipe(clip).changes == {"quantized": ("transformer", "transformer_2")}
 
 
-def test_lora(tmp_path):
+def test_lora(run, tmp_path):
     """At full strength the red circle is purple."""
-    run("lora.py", folder=tmp_path)
+    run("lora.py")
     colours = {}
     for name in ("off", "full"):
         clip = tmp_path / f"outputs/lora-{name}.mp4"
@@ -81,45 +99,38 @@ def test_lora(tmp_path):
     assert read_recipe(tmp_path / "outputs/lora-full.mp4").loras
 
 
-def test_few_steps(tmp_path):
-    _, clip, sheet = run("few_steps.py", folder=tmp_path)
+def test_few_steps(run):
+    _, clip, sheet = run("few_steps.py")
     check_video(clip, sheet)
     assert read_recipe(clip).few_steps == "lightning-4"
 
 
-def test_batch(tmp_path):
+def test_batch(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle grows\na blue square moves up\n")
-    command = [sys.executable, EXAMPLES / "batch.py", "prompts.txt", "--seeds", "5"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    run("batch.py", "prompts.txt", "--seeds", "5")
     files = sorted((tmp_path / "outputs/batch").glob("*.mp4"))
     assert [read_recipe(file).seeds for file in files] == [(5,), (5,)]
 
 
-def test_first_last_frame(tmp_path):
-    _, clip, sheet = run("first_last_frame.py", folder=tmp_path)
+def test_first_last_frame(run):
+    _, clip, sheet = run("first_last_frame.py")
     check_video(clip, sheet)
     assert len(read_recipe(clip).last_images) == 1
 
 
-def test_preview(tmp_path):
-    _, clip, sheet = run("preview.py", folder=tmp_path)
+def test_preview(run, tmp_path):
+    _, clip, sheet = run("preview.py")
     check_video(clip, sheet)
     assert Image.open(tmp_path / "outputs/preview-now.gif").n_frames == 5
     assert Image.open(tmp_path / "outputs/preview-step20.png").width >= 256
 
 
-def test_multi_gpu(tmp_path):
+@pytest.mark.slow
+def test_multi_gpu(run, tmp_path):
     """On two ranks it makes the video of one, which is told and written once."""
-    _, clip, sheet = run("multi_gpu.py", "--output", "one.mp4", folder=tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-        EXAMPLES / "multi_gpu.py",
-        "--ulysses",
-        "2",
-    ]
+    _, clip, sheet = run("multi_gpu.py", "--output", "one.mp4")
+    command = [*torchrun(2), EXAMPLES / "multi_gpu.py", "--ulysses", "2"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
@@ -130,6 +141,7 @@ def test_multi_gpu(tmp_path):
     assert read_recipe(clip).seeds == read_recipe(tmp_path / "outputs/multi_gpu.mp4").seeds
 
 
+@pytest.mark.slow
 def test_many_machines(tmp_path):
     """Two workers share the prompts; a second start makes what is missing."""
     prompts = ["a red circle grows", "a blue square moves up", "a green circle grows"]

@@ -3,7 +3,7 @@
 import base64
 import json
 import socket
-import time
+import threading
 from io import BytesIO
 
 import pytest
@@ -146,12 +146,15 @@ def test_an_answer_that_was_cut_off():
 
 def test_a_server_that_sleeps():
     message = r"did not answer within 0\.1 s; a larger timeout waits longer"
-    with serving(respond=lambda _: time.sleep(1)) as (url, _), pytest.raises(ChatError, match=message):
+    woken = threading.Event()
+    with serving(respond=lambda _: woken.wait()) as (url, _), pytest.raises(ChatError, match=message):
         ask(url, timeout=0.1)
+    woken.set()
 
 
 def test_a_server_that_falls_asleep():
     """While the body is read, a timeout takes another way through urllib."""
+    woken = threading.Event()
 
     def half(handler):
         handler.send_response(200)
@@ -159,10 +162,11 @@ def test_a_server_that_falls_asleep():
         handler.end_headers()
         handler.wfile.write(b"{")
         handler.wfile.flush()
-        time.sleep(1)
+        woken.wait()
 
     with serving(respond=half) as (url, _), pytest.raises(ChatError, match=r"did not answer within 0\.1 s"):
         ask(url, timeout=0.1)
+    woken.set()
 
 
 def test_a_server_that_breaks_off():

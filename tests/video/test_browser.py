@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.video.test_result import FPS, H, T, W, video
+from tests.waiting import HANG
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
 # Plays the page's video to its end, then goes to the middle of each frame and reads its pixels.
 SCRIPT = """<script>
@@ -85,7 +86,7 @@ def seen(tmp_path):
             [CHROMIUM, *flags, profile, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            assert arrived.wait(60), "the page told nothing"
+            assert arrived.wait(HANG), "the page told nothing"
         finally:
             browser.kill()
             browser.wait()

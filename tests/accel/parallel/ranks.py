@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from tests.waiting import HANG
+
 # Whatever this machine's name resolves to.
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-# Ends what hangs; no test depends on how long anything takes.
-HANG = 900
 # Ranks are forked from a server that has imported what they need, once for all tests of a process: importing
 # torch, diffusers and transformers takes seconds, and most tests are done in less.
 multiprocessing.set_forkserver_preload(["tests.accel.parallel.test_combinations"])
