@@ -2,13 +2,11 @@
 
 import copy
 import gc
-import logging
 import weakref
 
 import diffusers
 import pytest
 import torch
-from torch._dynamo.callback import callback_handler
 
 from tests.builders import (
     latents_of,
@@ -53,8 +51,6 @@ def test_one_compilation_for_all_layers_experts_and_prompts(pipe):
     assert counting.graphs == 2
     latents_of(pipe, width=64)
     assert counting.graphs > 2  # one graph cannot serve all sizes, or the counting would not work
-    seconds = pipe.compiled.seconds
-    assert seconds > 0
     pipe.uncompile()
     assert pipe.compiled is None
     assert torch.equal(latents_of(pipe), plain)
@@ -113,14 +109,6 @@ def test_what_is_compiled_by_inductor_is_the_same(pipe):
         assert torch.equal(block(*inputs), plain)
 
 
-def test_the_time_it_took_is_told(pipe, caplog):
-    caplog.set_level(logging.INFO, "wan22.accel.compile")
-    pipe.compile(vae=False, backend=Counting())
-    latents_of(pipe)
-    assert "compiled in" in caplog.text
-    pipe.uncompile()
-
-
 def test_a_step_cache_that_is_there_already_is_refused(pipe):
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match=r"WanTransformerBlock\.forward is replaced already"):
@@ -155,21 +143,12 @@ def test_a_step_cache_that_came_later_is_not_lost(pipe):
 
 
 def test_nothing_of_it_outlives_the_models():
-    gc.collect()  # what other tests left
-    before = len(callback_handler.start_callbacks)
     model = tiny_vae("2.1")
     Compiled([], model, backend="eager")
-    attached = Compiled([], tiny_vae("2.1"), backend="eager")
-    gc.collect()
-    assert len(callback_handler.start_callbacks) == len(callback_handler.end_callbacks) == before + 1
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
-    torch._dynamo.reset()
-    attached.detach()
-    attached.detach()
-    assert not callback_handler.start_callbacks
 
 
 @pytest.mark.parametrize(
@@ -196,6 +175,5 @@ def test_on_a_gpu(pipe):
     plain = latents_of(pipe)
     pipe.compile()
     assert relative_error(latents_of(pipe).cpu(), plain.cpu()) <= 1e-4
-    assert pipe.compiled.seconds > 0
     pipe.uncompile()
     assert torch.equal(latents_of(pipe), plain)

@@ -6,6 +6,7 @@ The weights are random, made on the device, and shared by both sides. The floor 
 products at the rate that a large one reaches in the same run.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -142,8 +143,11 @@ def steps(video: Video, settings: Settings, device: str, tiny: bool) -> list[Row
     flops = forward_flops(ours.config, video.tokens)
     rows = [compare(name, *calls, settings, **facts, **peaks(calls, device))]
     compiled = Compiled([ours], backend="eager" if tiny else "inductor")
+    started = time.perf_counter()
+    calls[0]()
+    seconds = time.perf_counter() - started
     rows.append(compare(f"{name}, compiled", *calls, settings, **facts))
-    rows[1]["compile_s"] = compiled.seconds
+    rows[1]["compile_s"] = seconds
     compiled.detach()
     for row in rows:
         row |= roofline(flops, row["ours_s"], device) | {"kernel": kernel, "difference": error}

@@ -3,23 +3,16 @@
 What is compiled lies inside of what hooks on the blocks do, so that offloading and step caches stay outside.
 """
 
-import logging
-import time
-import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.callback import callback_handler
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.transformer import WanTransformerBlock
-from .methods import is_own, put
-
-logger = logging.getLogger(__name__)
+from .methods import is_own, patch_method
 
 # Methods of the VAE that are compiled: one step through a clip.
 _CHUNKS = ("encode_chunk", "decode_chunk")
@@ -33,8 +26,7 @@ class Compiled:
     A function is compiled at its first call, and once more for its first call with filled caches; then for
     another size of video, and with variable sizes for a third; and when a LoRA's strength first changes.
     Other prompts and the other expert use what there is. Decoding in strips, and those chunks of an image's
-    condition that leave out what would repeat itself, run as they are. `seconds` tells how long compiling
-    took.
+    condition that leave out what would repeat itself, run as they are.
 
     Args:
         transformers: whose blocks are compiled, all by one function.
@@ -71,15 +63,7 @@ class Compiled:
             function = getattr(type(owner), name)
             if function not in functions:
                 functions[function] = torch.compile(function, **options)
-            self._methods.append((owner, name, put(owner, name, functions[function])))
-        self._clock = _Clock()
-        self._stop = weakref.finalize(self, self._clock.stop)
-        self._stop.atexit = False
-
-    @property
-    def seconds(self) -> float:
-        """The time that compiling took so far."""
-        return self._clock.seconds
+            self._methods.append((owner, name, patch_method(owner, name, functions[function])))
 
     def detach(self) -> None:
         """Run as before; what is compiled is dropped.
@@ -97,32 +81,6 @@ class Compiled:
             if vars(owner).get(name) is method:
                 del vars(owner)[name]
         self._methods = []
-        self._stop()
-
-
-class _Clock:
-    """Adds up the time that this process compiles; it knows no models, so it keeps none alive."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-        callback_handler.register_start_callback(self._start)
-        callback_handler.register_end_callback(self._end)
-
-    def stop(self) -> None:
-        """Count no more."""
-        with suppress(ValueError):  # torch._dynamo.reset() drops all callbacks
-            callback_handler.remove_start_callback(self._start)
-        with suppress(ValueError):
-            callback_handler.remove_end_callback(self._end)
-
-    def _start(self, *_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def _end(self, *_: Any) -> None:
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        logger.info("compiled in %.1f s; %.1f s in all", seconds, self.seconds)
 
 
 def _refuse_graphs(options: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..models.layers import GELU
 from ..models.reuse import identity
-from .methods import is_own, put
+from .methods import is_own, patch_method
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Weights of a layer from which on it pays: below, calling oneDNN takes longer than a product, and bringing a
@@ -67,7 +67,7 @@ def accelerate(model: nn.Module) -> None:
         return
     for module, name, function in _replacements(model):
         if is_own(module, name) or _is_ours(module, name, function):
-            put(module, name, function)
+            patch_method(module, name, function)
         elif _FLAG not in vars(module):  # or else this is inside of what somebody put around it since
             continue
         # Past nn.Module's own attributes: this is no parameter, module or buffer.

@@ -1,18 +1,20 @@
-"""Functions in the place of one object's methods: who may put them there, and who has."""
+"""Functions in the place of a module's methods: which module has one, and how one is put there."""
 
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-
-def is_own(owner: Any, name: str) -> bool:
-    """Whether an object's method is its class's; what took it away may have left that on the object."""
-    found = vars(owner).get(name)
-    return found is None or getattr(found, "__func__", None) is getattr(type(owner), name)
+from torch import nn
 
 
-def put(owner: Any, name: str, function: Callable[..., Any]) -> MethodType:
-    """Let a function be an object's method, and return it as that."""
+def is_own(module: nn.Module, name: str) -> bool:
+    """Whether a module's method is its class's; who took another away may have left that on the module."""
+    found = vars(module).get(name)
+    return found is None or getattr(found, "__func__", None) is getattr(type(module), name)
+
+
+def patch_method(module: nn.Module, name: str, function: Callable[..., Any]) -> MethodType:
+    """Put a function in the place of a module's method, and return the new method."""
     # Past nn.Module's own attributes: this is no parameter, module or buffer.
-    method = vars(owner)[name] = MethodType(function, owner)
+    method = vars(module)[name] = MethodType(function, module)
     return method

@@ -41,7 +41,7 @@ class AcceleratedPipeline(FilesPipeline):
 
     @property
     def compiled(self) -> Compiled | None:
-        """What `compile` attached; `compiled.seconds` is the time that compiling took so far."""
+        """What `compile` attached, or None."""
         return self._compiled
 
     def compile(self, vae: bool = True, **options: Any) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from ...models.autoencoder import patchify
 from ...models.autoencoder_layers import AttentionBlock, CausalConv3d, Downsample, Upsample
 from ...models.temporal_cache import SettledPrefix, TemporalCache
-from ..methods import is_own, put
+from ..methods import is_own, patch_method
 from .mesh import gathered
 
 METHODS = ("encode_chunk", "decode_chunk", "_encode_next")
@@ -65,9 +65,9 @@ class RowParallel:
             elif isinstance(module, AttentionBlock):
                 self._handles.append(module.register_forward_pre_hook(self._put_together))
                 self._handles.append(module.register_forward_hook(self._take_part))
-        put(vae, "encode_chunk", self._encode_chunk)
-        put(vae, "decode_chunk", self._decode_chunk)
-        put(vae, "_encode_next", self._encode_next)
+        patch_method(vae, "encode_chunk", self._encode_chunk)
+        patch_method(vae, "decode_chunk", self._decode_chunk)
+        patch_method(vae, "_encode_next", self._encode_next)
 
     def detach(self) -> None:
         """Let each rank compute by itself, as before."""
