@@ -16,7 +16,8 @@ from tests.bench.harness import Row, Settings, apart, watched_memory
 from tests.bench.transformer import OURS_WIDE, PROMPT_ROWS, fill, random_weights
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
 from wan22.accel import plan
-from wan22.accel.planning.machine import CONTEXT, GB, parse_bytes
+from wan22.accel.planning.machine import CONTEXT, GB
+from wan22.checks import parse_bytes
 
 VIDEO = VIDEOS[0]
 BUDGETS = ("12GB", "16GB", "24GB")

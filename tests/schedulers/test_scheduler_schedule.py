@@ -132,8 +132,8 @@ def test_diffusers_interface(scheduler):
     ("arguments", "message"),
     [
         ({}, "no schedule was given"),
-        ({"num_inference_steps": 0}, "at least 1, got 0; the nearest is 1"),
-        ({"num_inference_steps": 4.2}, "whole number, got 4.2; the nearest is 4"),
+        ({"num_inference_steps": 0}, "=0 must be an int, at least 1; the nearest is 1"),
+        ({"num_inference_steps": 4.2}, "=4.2 must be an int, at least 1; the nearest is 4"),
         ({"num_inference_steps": 4, "shift": 0.0}, "above 0, got 0.0; 1 leaves"),
         ({"num_inference_steps": 4, "shift": float("nan")}, "above 0, got nan"),
         ({"num_inference_steps": 4, "shift": 1e12}, "closer than float32"),
@@ -180,7 +180,7 @@ def test_step_refuses(scheduler):
     ("arguments", "message"),
     [
         ({"shift": -1.0}, "above 0, got -1.0"),
-        ({"num_train_timesteps": 1}, "at least 2, got 1; the nearest is 2"),
+        ({"num_train_timesteps": 1}, "=1 must be an int, at least 2; the nearest is 2"),
     ],
 )
 def test_construction_refuses(solver, arguments, message):

@@ -1,17 +1,11 @@
 """Checks of a call's arguments. Each error names the value, the rule and the nearest valid value."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from ..presets import MAX_TEXT_TOKENS
-
-
-def as_int(value: Any) -> Any:
-    """Return whole numbers of any library as int, and anything else as it is."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def check_guidance(name: str, value: float) -> None:
@@ -67,12 +61,6 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be a floating-point tensor of shape {shape}, not {describe(latents)}")
     if not torch.isfinite(latents).all():
         raise ValueError(f"latents of shape {shape} must be finite; they hold NaN or infinity")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 def describe(value: Any) -> str:

@@ -7,10 +7,9 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading.alignment import align_weights
-from ..models.sizes import check_positive_int
+from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanStream, WanVideo
-from . import checks
 from .base import WanPipeline
 from .conditions import ChannelCondition, Condition, FirstFrameCondition, TextCondition
 from .images import (
@@ -213,7 +212,7 @@ class WanI2VPipeline(WanPipeline):
         """Refuse images that the checkpoint does not take, or that contradict each other."""
         config = self.any_transformer.config
         if request.fit is not None:
-            checks.check_choice("fit", request.fit, FITS)
+            check_choice("fit", request.fit, FITS)
         if (request.height is None) != (request.width is None):
             raise ValueError("give height and width, or neither: then the image's aspect decides")
         if request.max_area is not None:

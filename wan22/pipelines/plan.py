@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..models.sizes import check_num_frames, check_positive_int, check_size
+from ..checks import as_int, check_choice, check_num_frames, check_positive_int, check_size
 from ..presets import FEW_STEPS, MAX_TEXT_TOKENS
 from ..schedulers import FlowMatchEulerScheduler
 from ..video.recipe import Recipe
@@ -30,7 +30,7 @@ def make_plan(pipe: "WanPipeline", request: Request) -> Plan:
     """
     pipe.check_components()  # one may have been replaced since
     request = _with_recipe(request)
-    checks.check_choice("output_type", request.output_type, OUTPUT_TYPES)
+    check_choice("output_type", request.output_type, OUTPUT_TYPES)
     check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)
     prompts, negatives = _prompts(pipe, request)
@@ -80,7 +80,7 @@ def _with_recipe(request: Request) -> Request:
     """Fill in what a recipe asked for by its name says."""
     if request.recipe is None:
         return request
-    checks.check_choice("recipe", request.recipe, tuple(FEW_STEPS))
+    check_choice("recipe", request.recipe, tuple(FEW_STEPS))
     for name in ("num_inference_steps", "flow_shift", "sigmas", "timesteps"):
         if getattr(request, name) is not None:
             raise ValueError(f"recipe={request.recipe!r} has its own timesteps; leave {name} out")
@@ -129,12 +129,12 @@ def _check_text_encoder(pipe: "WanPipeline", request: Request, guided: bool) -> 
 def _size(pipe: "WanPipeline", request: Request) -> tuple[int, int, int]:
     """Return height, width and frames: the given ones, or the checkpoint's."""
     patch = pipe.any_transformer.config.patch_size
-    height, width = checks.as_int(request.height), checks.as_int(request.width)
+    height, width = as_int(request.height), as_int(request.width)
     if height is None or width is None:
         default_height, default_width = pipe.default_size(request)
         height = default_height if height is None else height
         width = default_width if width is None else width
-    num_frames = pipe.preset.num_frames if request.num_frames is None else checks.as_int(request.num_frames)
+    num_frames = pipe.preset.num_frames if request.num_frames is None else as_int(request.num_frames)
     check_size("height", height, pipe.vae.spatial_stride * patch[1])
     check_size("width", width, pipe.vae.spatial_stride * patch[2])
     check_num_frames(num_frames, pipe.vae.temporal_stride)
@@ -159,7 +159,7 @@ def _generators(pipe: "WanPipeline", request: Request, count: int) -> list[torch
         return generators
     seed = pipe.draw_seed() if request.seed is None else request.seed
     given_seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
-    given_seeds = [checks.as_int(value) for value in given_seeds]
+    given_seeds = [as_int(value) for value in given_seeds]
     for value in given_seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             nearest = min(max(value, 0), 2**63 - 1) if isinstance(value, int) else 0
@@ -209,13 +209,13 @@ def _callback_tensors(request: Request, allowed: Sequence[str]) -> Sequence[str]
     if isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
         tensors = function.tensor_inputs
     for name in tensors:
-        checks.check_choice("callback_on_step_end_tensor_inputs", name, allowed)
+        check_choice("callback_on_step_end_tensor_inputs", name, allowed)
     return tensors
 
 
 def _scheduler(pipe: "WanPipeline", request: Request) -> Any:
     """Return the scheduler with the call's schedule set."""
-    steps = checks.as_int(request.num_inference_steps)
+    steps = as_int(request.num_inference_steps)
     if steps is None and request.sigmas is None and request.timesteps is None:
         steps = pipe.preset.num_inference_steps
     if steps is not None:

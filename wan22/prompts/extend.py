@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..checks import check_choice
 from .chat import ChatError, ChatModel, Message
 from .formulas import Prompt
 from .vocabulary import VOCABULARY
@@ -189,8 +190,7 @@ def _checked_task(task: Task | None, images: int) -> Task:
     tasks: tuple[Task, ...] = get_args(Task)
     if task is None:
         return tasks[images]
-    if task not in tasks:
-        raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, tasks))}")
+    check_choice("task", task, tasks)
     if images and task != tasks[images]:
         raise ValueError(f"task={task!r} does not suit {images} image(s); task={tasks[images]!r} does")
     return task

@@ -1,22 +1,10 @@
 """Checks of what a caller gives a scheduler: errors name the value, the rule and the nearest valid value."""
 
 import math
-import operator
 from typing import Any
 
 import numpy as np
 import torch
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`."""
-    try:
-        operator.index(value)
-    except TypeError:
-        nearest = max(round(value), least) if isinstance(value, float) and math.isfinite(value) else least
-        raise ValueError(f"{name} must be a whole number, got {value!r}; the nearest is {nearest}") from None
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}; the nearest is {least}")
 
 
 def check_shift(shift: float) -> None:

@@ -18,7 +18,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from .checks import check_count, check_shift, checked_table
+from ..checks import check_positive_int
+from .checks import check_shift, checked_table
 from .hub_config import MULTISTEP_FLOW, SCHEMAS, HubSchema, read_config
 
 
@@ -82,7 +83,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     sigmas: torch.Tensor
 
     def __init__(self, num_train_timesteps: int, shift: float) -> None:
-        check_count("num_train_timesteps", num_train_timesteps, least=2)
+        check_positive_int("num_train_timesteps", num_train_timesteps, least=2)
         check_shift(shift)
         # The live config carries diffusers' names too, so its classes can be built from it with from_config.
         mirrored = {**MULTISTEP_FLOW, **self.schema.fixed, "flow_shift": shift}
@@ -135,7 +136,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None and timesteps is not None:
             raise ValueError("sigmas and timesteps were both given; give one of them")
         if num_inference_steps is not None:
-            check_count("num_inference_steps", num_inference_steps, least=1)
+            check_positive_int("num_inference_steps", num_inference_steps)
 
         scale = self.config["num_train_timesteps"]
         if timesteps is not None:

@@ -25,7 +25,7 @@ from wan22.accel import cpu
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task, forward_flops
-from wan22.accel.planning.machine import CONTEXT, Machine, parse_bytes
+from wan22.accel.planning.machine import CONTEXT, Machine
 from wan22.accel.planning.meta_models import outline, released_models
 from wan22.accel.planning.planner import HOST_WORKSPACE, _held, _planned
 
@@ -412,20 +412,6 @@ def test_the_outline_has_no_weights_and_the_same_bytes(pipe):
         assert all(p.is_meta for p in model.parameters())
         assert bytes_of(model) == bytes_of(getattr(pipe, name))
         assert not any(p.is_meta for p in getattr(pipe, name).parameters())
-
-
-@pytest.mark.parametrize(
-    ("amount", "expected"),
-    [("12GB", 12e9), ("11.5 GiB", 11.5 * 2**30), ("800mb", 8e8), (5, 5), ("24G", 24e9), ("1.5GB/s", 1.5e9)],
-)
-def test_amounts(amount, expected):
-    assert parse_bytes(amount) == expected
-
-
-@pytest.mark.parametrize("amount", ["much", "12GX", "0", "-3GB", ""])
-def test_no_amounts(amount):
-    with pytest.raises(ValueError, match="is no amount of memory; write it as '12GB'"):
-        parse_bytes(amount)
 
 
 RESIDENT_MEMORY = """

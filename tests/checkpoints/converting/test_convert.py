@@ -688,14 +688,18 @@ def test_a_component_in_the_wrong_place(tmp_path):
         (
             {"to": "diffuser"},
             ValueError,
-            "to='diffuser' must be one of diffusers, official, single-file; the nearest is diffusers",
+            "to='diffuser' must be one of 'diffusers', 'official', 'single-file'; the nearest is 'diffusers'",
         ),
-        ({"dtype": "fp8"}, ValueError, "dtype='fp8' must be one of bf16, fp16, fp32; the nearest is fp"),
+        (
+            {"dtype": "fp8"},
+            ValueError,
+            "dtype='fp8' must be one of 'bf16', 'fp16', 'fp32'; the nearest is 'fp",
+        ),
         ({"dtype": torch.int8}, ValueError, r"dtype=torch\.int8 must be one of torch\.bfloat16"),
         (
             {"shard_size": "5 apples"},
             ValueError,
-            "shard_size='5 apples' must be a size of at least one byte, such as 5GB",
+            "shard_size='5 apples' must be at least one byte, written as '12GB', '11.5GiB' or a number",
         ),
         (
             {"destination": "w.pth"},

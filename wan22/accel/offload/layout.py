@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ...checks import check_choice
+
 # Where tensors of a slab begin: what kernels ask for at most.
 ALIGNMENT = 256
 # What PyTorch's CUDA allocator rounds to, so that its counts are ours.
@@ -43,12 +45,8 @@ class Placement:
     source: Source = "mmap"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("kind", self.kind, get_args(Kind)),
-            ("source", self.source, get_args(Source)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r}; it must be one of {', '.join(choices)}")
+        check_choice("kind", self.kind, get_args(Kind))
+        check_choice("source", self.source, get_args(Source))
         if self.buffers not in (2, 3):
             raise ValueError(f"buffers={self.buffers!r} must be 2 or 3")
         if self.resident_blocks < 0:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ...models.sizes import check_positive_int
+from ...checks import check_positive_int
 
 
 @dataclass(frozen=True)

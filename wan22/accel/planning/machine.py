@@ -1,6 +1,5 @@
 """What a machine has: memory, and how fast it multiplies and copies, measured once."""
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from typing import Any
 import psutil
 import torch
 
+from ...checks import parse_bytes
 from ..offload.devices import CudaDevice
 
 GB = 1e9
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # What a process takes of a card before its first tensor: context and kernels; PyTorch does not count it.
 CONTEXT = 600e6
 
@@ -52,7 +50,7 @@ class Machine:
         """Take a budget, and the rest from this machine.
 
         Args:
-            vram: memory of the device, as `parse_bytes` takes it; the context's share is taken off.
+            vram: memory of the device, such as "12GB"; the context's share is taken off.
             ram: memory of the host.
             disk: a second from files.
             device: default is "cuda" if there is one or vram is given, or else "cpu".
@@ -66,8 +64,8 @@ class Machine:
         if device.type == "cpu" and vram is not None:
             raise ValueError(f"vram={vram!r} is a GPU's, and device='cpu' has none; give ram={vram!r}")
         taken = taken or {}
-        host = available_ram() + taken.get("cpu", 0) if ram is None else parse_bytes(ram)
-        speed = None if disk is None else parse_bytes(disk)
+        host = available_ram() + taken.get("cpu", 0) if ram is None else parse_bytes(ram, "ram")
+        speed = None if disk is None else parse_bytes(disk, "disk")
         if device.type == "cpu":
             return cls(device, host, host, measured_flops("cpu"), None, speed)
         if vram is None:
@@ -77,7 +75,7 @@ class Machine:
             spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = float(torch.cuda.mem_get_info(device)[0] + spare + taken.get(device.type, 0))
         else:
-            room = parse_bytes(vram) - CONTEXT
+            room = parse_bytes(vram, "vram") - CONTEXT
         flops, bandwidth = None, None
         if here:
             flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
@@ -92,27 +90,6 @@ class Machine:
     def __str__(self) -> str:
         device = f"{self.vram / GB:.2f} GB of {self.device.type} memory and " if self.has_device else ""
         return f"{device}{self.ram / GB:.2f} GB of host memory"
-
-
-def parse_bytes(amount: str | float) -> float:
-    """Return bytes: "12GB" is 12e9 of them, "12GiB" 12 * 2**30; a number is one.
-
-    Raises:
-        ValueError: it is no amount, or none above 0.
-    """
-    text = str(amount).strip().upper()
-    match = re.fullmatch(r"([0-9.]+(?:E[0-9+]+)?)\s*([KMGT]?I?B?)(?:/S)?", text)
-    unit = match.group(2) if match else "?"
-    unit += "" if unit.endswith("B") or not unit else "B"
-    try:
-        value = float(match.group(1)) * _UNITS[unit] if match else 0.0
-    except (ValueError, KeyError):
-        value = 0.0
-    if value <= 0:
-        raise ValueError(
-            f"{amount!r} is no amount of memory; write it as '12GB', '11.5GiB' or a number of bytes"
-        )
-    return value
 
 
 def available_ram() -> float:

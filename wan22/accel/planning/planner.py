@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.sizes import check_num_frames, check_positive_int, check_size
+from ...checks import check_num_frames, check_positive_int, check_size
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of
 from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings

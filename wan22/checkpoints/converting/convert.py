@@ -4,10 +4,8 @@ The names of the tensors come from the loader's tables. Memory holds one tensor 
 memory-mapped, and files are written tensor by tensor.
 """
 
-import difflib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
+from ...checks import check_choice, parse_bytes
 from ..files.hub import is_repository_name
 from ..files.safetensors import STORED_DTYPES
 from .contents import SUFFIXES, Source, read_source
@@ -24,7 +23,6 @@ from .layouts import LAYOUTS, Entry, OutputFile, Plan, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_SIZE = "5GB"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}  # of safetensors
 _NOT_CONVERTED = ["*.md", "*.py", "*.mp4", "*.png", "*.jpg", "*.gif", "assets/*", "examples/*"]
 _RECORD = "conversion.json"  # in the unfinished folder: what it is to become
@@ -120,13 +118,13 @@ def _prepare(
     attention_head_dim: int | None,
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Check all arguments, read the source's headers; return that, the plan, and the request in short."""
-    _check_choice("to", to, LAYOUTS)
+    check_choice("to", to, LAYOUTS)
     if isinstance(dtype, str):
-        _check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
     elif dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, DTYPES.values()))}")
-    size = _bytes(shard_size)
+    size = parse_bytes(shard_size, "shard_size")
     target = Path(destination).expanduser()
     _check_absent(target)
     origin = _local(source)
@@ -150,20 +148,6 @@ def _local(source: str | Path) -> Path:
     if not path.exists() and is_repository_name(str(source)):
         path = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
     return path
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        (nearest,) = difflib.get_close_matches(str(value), choices, 1, 0) or [next(iter(choices))]
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; the nearest is {nearest}")
-
-
-def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", str(size), re.IGNORECASE)
-    number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if number < 1:
-        raise ValueError(f"shard_size={size!r} must be a size of at least one byte, such as {SHARD_SIZE}")
-    return number
 
 
 def _check_absent(target: Path) -> None:

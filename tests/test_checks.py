@@ -1,0 +1,86 @@
+"""Checks of plain arguments say what is wrong, and what would be right."""
+
+import numpy as np
+import pytest
+
+from wan22 import checks
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("zoom", "fit='zoom' must be one of 'crop', 'pad'"),
+        ("crops", "fit='crops' must be one of 'crop', 'pad'; the nearest is 'crop'"),
+        (None, "fit=None must be one of 'crop', 'pad'"),
+        ([], r"fit=\[\] must be one of 'crop', 'pad'"),
+    ],
+)
+def test_choices(value, message):
+    checks.check_choice("fit", "crop", ("crop", "pad"))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        checks.check_choice("fit", value, ("crop", "pad"))
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (0, {}, "n=0 must be an int, at least 1; the nearest is 1"),
+        (True, {}, "n=True must be an int, at least 1; the nearest is 1"),
+        ("2", {}, "n='2' must be an int, at least 1; the nearest is 1"),
+        (3.6, {}, "n=3.6 must be an int, at least 1; the nearest is 4"),
+        (float("nan"), {}, "n=nan must be an int, at least 1; the nearest is 1"),
+        (9, {"most": 2}, "n=9 must be an int, 1 to 2; the nearest is 2"),
+        (1, {"least": 2}, "n=1 must be an int, at least 2; the nearest is 2"),
+    ],
+)
+def test_counts(value, options, message):
+    checks.check_positive_int("n", np.int64(2), **options)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        checks.check_positive_int("n", value, **options)
+
+
+def test_whole_numbers_of_any_library():
+    assert type(checks.as_int(np.int32(3))) is int
+    assert checks.as_int(True) is True
+    assert checks.as_int(2.0) == 2.0
+
+
+@pytest.mark.parametrize("value", [0, -16, 40, 32.0, True, "32", float("inf")])
+def test_sizes(value):
+    checks.check_size("width", 48, 16)
+    with pytest.raises(ValueError, match=r"width=.* must be an int, a positive multiple of 16; "):
+        checks.check_size("width", value, 16)
+
+
+@pytest.mark.parametrize("value", [0, -3, 80, 81.0, True, None])
+def test_frame_counts(value):
+    for count in (1, 5, 81):
+        checks.check_num_frames(count, 4)
+    with pytest.raises(ValueError, match=r"num_frames=.* must be an int, 1 \+ a multiple of 4; "):
+        checks.check_num_frames(value, 4)
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        ("12GB", 12e9),
+        ("11.5 GiB", 11.5 * 2**30),
+        ("800mb", 8e8),
+        (5, 5),
+        (1.6e9, 1.6e9),
+        ("1e+9", 1e9),
+        (1e16, 1e16),
+        ("24G", 24e9),
+        ("2Ki", 2048),
+        ("7B", 7),
+        ("1.5GB/s", 1.5e9),
+    ],
+)
+def test_amounts(amount, expected):
+    assert checks.parse_bytes(amount) == expected
+
+
+@pytest.mark.parametrize("amount", ["much", "12GX", "0", 0, 0.5, "-3GB", "", "3I", "1.2.3GB", "nan", None])
+def test_no_amounts(amount):
+    with pytest.raises(ValueError, match=r"vram=.* must be at least one byte, written as '12GB'"):
+        checks.parse_bytes(amount, "vram")
