@@ -1,11 +1,10 @@
-"""Chat models behind one call, messages in, text out: one that runs here, and one behind a server."""
+"""Chat models: any function from messages to text, a model behind a server, a model run by transformers."""
 
 import base64
 import http.client
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,23 +15,17 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Pixels of the longer side. Chat models see no more than about this, and servers limit what is sent.
+# Pixels of an image's longer side. Chat models see about this much, and servers limit the size of requests.
 MAX_SIDE = 1024
 
 
 class ChatError(RuntimeError):
-    """A chat model gave no answer, or none that can be used; the prompt may still be used as it is."""
+    """A chat model gave no usable answer; the prompt may still be used as it is."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
-
-    Args:
-        role: whose turn it is.
-        text: what is said.
-        images: what is shown before the text, RGB.
-    """
+    """One message of a conversation; its images, RGB, are shown before the text."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -40,14 +33,14 @@ class Message:
 
 
 class ChatModel(Protocol):
-    """Anything that answers a conversation: a function, or one of the classes below."""
+    """Anything that answers a conversation: a function, or `OpenAIChat`, or `TransformersChat`."""
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
-        """Return the answer.
+        """Return the answer to a conversation.
 
         Args:
             messages: the conversation so far.
-            seed: picks one of the possible answers; None leaves the choice to the model.
+            seed: chooses among the possible answers; None leaves the choice to the model.
 
         Raises:
             ChatError: there is no answer.
@@ -60,14 +53,14 @@ class OpenAIChat:
     """A chat model behind a server that speaks OpenAI's protocol: vLLM, llama.cpp, Ollama, or a service.
 
     Args:
-        base_url: without the endpoint, such as "http://localhost:11434/v1".
-        model: the server's name for it.
-        api_key: sent as a bearer token, to this server only.
-        timeout: seconds without an answer.
-        options: more fields of the request, such as {"temperature": 0.7}.
+        base_url: the server's address without the endpoint, such as "http://localhost:11434/v1".
+        model: the server's name of the model.
+        api_key: bearer token, sent to this server only.
+        timeout: seconds to wait for an answer.
+        options: further fields of the request, such as {"temperature": 0.7}.
 
     Raises:
-        ValueError: a URL of another kind, a key that no header can hold, or a timeout that is not positive.
+        ValueError: base_url, api_key or timeout cannot be used.
     """
 
     base_url: str
@@ -93,11 +86,7 @@ class OpenAIChat:
             raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds, such as 120")
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
-        """Return the model's answer.
-
-        Args:
-            messages: the conversation so far; images are sent as JPEG data URLs.
-            seed: passed on to the server, which may ignore it.
+        """Return the model's answer. Images are sent as JPEG data URLs; the server may ignore the seed.
 
         Raises:
             ChatError: no connection, no answer in time, an HTTP error, or an answer of another form.
@@ -109,13 +98,11 @@ class OpenAIChat:
             choice = json.loads(raw)["choices"][0]
             answer, reason = choice["message"]["content"], choice.get("finish_reason")
         except ValueError:
-            raise ChatError(
-                f"{self._url} answered with something that is not JSON: {_excerpt(raw)}"
-            ) from None
+            message = f"{self._url} answered with something that is not JSON: {_excerpt(raw)}"
+            raise ChatError(message) from None
         except (LookupError, TypeError, AttributeError):
-            raise ChatError(
-                f"{self._url} answered without choices[0].message.content: {_excerpt(raw)}"
-            ) from None
+            message = f"{self._url} answered without choices[0].message.content: {_excerpt(raw)}"
+            raise ChatError(message) from None
         if not isinstance(answer, str):
             raise ChatError(f"{self._url} answered without a text: {_excerpt(raw)}")
         if reason == "length":
@@ -144,27 +131,25 @@ class OpenAIChat:
             raise ChatError(f"{self._url} answered {error.code} {error.reason}{moved}: {said}") from None
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
+            message = f"{self._url} could not be reached: {cause}"
             if isinstance(cause, TimeoutError):
-                raise ChatError(
+                message = (
                     f"{self._url} did not answer within {self.timeout:g} s; a larger timeout waits longer"
-                ) from error
-            if isinstance(cause, ConnectionRefusedError):
-                raise ChatError(
-                    f"nothing listens at {self._url} (connection refused); is the server up?"
-                ) from error
-            raise ChatError(f"{self._url} could not be reached: {cause}") from error
+                )
+            elif isinstance(cause, ConnectionRefusedError):
+                message = f"nothing listens at {self._url} (connection refused); is the server up?"
+            raise ChatError(message) from error
 
 
 class TransformersChat:
-    """A chat model that runs here, by transformers.
+    """A chat model on this machine, run by transformers.
 
     Args:
-        model: its name on the hub or its folder, which is loaded as a text model; or a loaded model, which
-            may see images where its processor can.
-        tokenizer: of a loaded model, or its processor; by default that of `model`'s name.
-        max_new_tokens: the answer's limit, thinking included.
-        device: where a model that is loaded here runs; by default the GPU if there is one.
-        template_options: for the chat template, such as {"enable_thinking": False}.
+        model: hub name or folder, loaded as a text model; or a loaded model, which may see images.
+        tokenizer: tokenizer or, to show images, processor; needed with a loaded model.
+        max_new_tokens: limit of the answer, thinking included.
+        device: device for a model loaded by name; the GPU by default, if there is one.
+        template_options: arguments for the chat template, such as {"enable_thinking": False}.
 
     Raises:
         ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
@@ -203,14 +188,12 @@ class TransformersChat:
         self.template_options = dict(template_options or {})
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
-        """Return the model's answer.
+        """Return the model's answer: a random one by seed, or the likeliest one with seed=None.
 
-        Args:
-            messages: the conversation so far.
-            seed: of a random answer; None: the likeliest one. Torch's global random state is left as it is.
+        Torch's global random state stays as it is.
 
         Raises:
-            ValueError: images for a model that sees none.
+            ValueError: images for a model without a processor.
             ChatError: the answer was cut off.
         """
         import torch
@@ -225,13 +208,10 @@ class TransformersChat:
         ).to(self.model.device)
         sampling: dict[str, Any] = {"do_sample": seed is not None}
         if seed is None:
-            # A checkpoint's own settings for sampling would be warned about.
+            # Without these, transformers warns of the checkpoint's own sampling settings.
             sampling |= {"temperature": None, "top_p": None, "top_k": None}
         # manual_seed seeds every device.
-        own_rng = (
-            torch.random.fork_rng(range(torch.cuda.device_count())) if seed is not None else nullcontext()
-        )
-        with own_rng, torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
             if seed is not None:
                 torch.manual_seed(seed)
             ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **sampling)
@@ -255,20 +235,19 @@ class TransformersChat:
         return [{"role": m.role, "content": m.text} for m in messages]
 
     def _ends(self) -> set[int]:
-        """Return the tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """Following them would send the key to another server, and a POST as a GET."""
+    """Follow no redirects: they would send the key to another server, and a POST as a GET."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
-    """Return a message's content as transformers' processors take it."""
+    """Return a message's content in the form of transformers' processors."""
     images = [{"type": "image", "image": image} for image in message.images]
     return [*images, {"type": "text", "text": message.text}]
 
@@ -289,7 +268,7 @@ def _data_url(image: "Image") -> str:
 
 
 def _server_message(body: bytes) -> str:
-    """Return what a server says about an error: OpenAI's error.message, or whatever it is."""
+    """Return OpenAI's error.message if there is one, otherwise the start of the body."""
     try:
         error = json.loads(body)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -1,4 +1,4 @@
-"""Prompt extension: a chat model turns a short prompt into the kind of text that Wan was trained on."""
+"""Prompt extension: a chat model turns a short prompt into text like the captions Wan was trained on."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Task = Literal["t2v", "i2v", "flf2v"]
-# Characters. The 512 tokens that the text encoder reads are fewer, in English and in Chinese.
+# Characters; more than the text encoder's 512 tokens hold, in English and in Chinese.
 LONGEST = 3000
 
 _RULES = """\
@@ -93,15 +93,15 @@ def extend_prompt(
 
     Args:
         prompt: a few words, or a prompt by formula.
-        chat: the chat model, such as OpenAIChat or TransformersChat.
-        task: "t2v" text to video, "i2v" image to video, "flf2v" first and last frame. By default what the
-            images say; given without images, the chat model is told that it cannot see them.
-        language: of the new prompt, such as "English"; None: the prompt's own.
-        image: the first frame, for a chat model that sees images; a file or a PIL image.
-        last_image: the last frame.
-        seed: for another answer to the same prompt; see the chat model.
+        chat: chat model, such as OpenAIChat or TransformersChat.
+        task: "t2v" text to video, "i2v" image to video, "flf2v" first and last frame; by default, chosen by
+            the number of images. Without images, the chat model is told that it cannot see them.
+        language: language of the new prompt, such as "English"; None keeps the prompt's.
+        image: first frame, a file or a PIL image, for a chat model that sees images.
+        last_image: last frame, a file or a PIL image.
+        seed: chooses another answer to the same prompt.
 
-    Returns: the new prompt, one line.
+    Returns: the new prompt in one line.
 
     Raises:
         ValueError: an empty prompt, or a task that the images do not suit.
@@ -119,13 +119,7 @@ def extend_prompt(
 
 
 def system_prompt(task: Task, language: str | None = None, seen: bool = False) -> str:
-    """Return what the chat model is told.
-
-    Args:
-        task: what the prompt is for.
-        language: of the new prompt; None: the prompt's own.
-        seen: whether the chat model is shown the images.
-    """
+    """Return the instructions for the chat model; `seen` says whether it is shown the images."""
     answer_in = f"Write in {language}." if language else "Write in the language of the user's text."
     terms = {table: ", ".join(terms) for table, terms in VOCABULARY.items()}
     see = ", which you see" if seen else ", which you cannot see"
@@ -133,20 +127,19 @@ def system_prompt(task: Task, language: str | None = None, seen: bool = False) -
 
 
 def clean_answer(answer: str) -> str:
-    """Return the prompt in a chat model's answer, without what models put around it.
+    """Return the prompt in a chat model's answer, in one line.
 
-    Thinking, an introduction, a "Prompt:" label, code fences, bold type and quotation marks around the whole
-    go; line breaks become spaces.
+    Thinking, an introduction, a "Prompt:" label, code fences, bold type and quotation marks are stripped.
 
     Raises:
         ChatError: nothing is left, or more than 3000 characters.
     """
     text = re.sub(r"<(think|thinking)>.*?</\1>", "", answer, flags=re.DOTALL | re.IGNORECASE)
-    # Some templates open the thinking themselves, and some models run out of tokens before they close it.
+    # Some templates open the thinking themselves; some models run out of tokens before they close it.
     text = re.split(r"</think(?:ing)?>", text, flags=re.IGNORECASE)[-1]
     text = re.split(r"<think(?:ing)?>", text, flags=re.IGNORECASE)[0].strip()
     before = None
-    while text != before:  # they are found in any order
+    while text != before:  # wrappings come in any order
         before = text
         for pattern, kept in _WRAPPINGS:
             text = pattern.sub(kept, text).strip()
@@ -162,7 +155,7 @@ def clean_answer(answer: str) -> str:
 
 
 _LABEL = r"(?:(?:here is|here['’]s|the|an?|your|extended|rewritten|enhanced|final|new|video) )*prompt"
-# What is stripped, with what remains; each takes the whole answer or its beginning.
+# What is stripped from around an answer, and what remains.
 _WRAPPINGS = [
     (re.compile(r"^[^`]*```\w*\n([^`]*)```[^`]*$"), r"\1"),
     (re.compile(r"^```([^`\n]*)```$"), r"\1"),
