@@ -113,7 +113,7 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("name", READMES)
 def test_links_lead_somewhere(name):
     """Files exist, and so do the headings that a link names."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", READMES[name]):
+    for target in re.findall(r'(?:\]\(|src=")([^)\s"]+)[)"]', READMES[name]):
         if target.startswith(("http://", "https://")):
             continue
         file, _, anchor = target.partition("#")
