@@ -15,7 +15,6 @@ Axes: b batch, c channels, t h w latent frames, rows, columns, s text rows, d th
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,16 +148,10 @@ class VideoModel(nn.Module):
         self.transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG, **channels)
         nn.init.zeros_(self.transformer.proj_out.weight)
 
-    def text_rows(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode token ids "b s" into text tokens "b s+1 d" and their attention bias "b s+1".
-
-        The zero tokens that fill up to MAX_TEXT_TOKENS are identical, so one stands for all, exactly, with a
-        bias of the logarithm of their number.
-        """
-        rows = self.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        fillers = MAX_TEXT_TOKENS - mask.sum(dim=1, keepdim=True)
-        bias = torch.where(mask.bool(), 0.0, -math.inf)
-        return F.pad(rows, (0, 0, 0, 1)), torch.cat((bias, fillers.log()), dim=1)
+    def embed_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Encode token ids "b s" into "b 512 d", zero past the prompt's end."""
+        embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        return F.pad(embeds, (0, 0, 0, MAX_TEXT_TOKENS - embeds.shape[1]))
 
     def forward(
         self, x: torch.Tensor, levels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
@@ -172,13 +165,12 @@ class VideoModel(nn.Module):
             mask: which of them count, "b s".
         Returns: velocity, "b c t h w", c without the condition's.
         """
-        rows, bias = self.text_rows(ids, mask)
         timestep = levels * 1000
         if levels.shape[1] > 1:
             _, rows_each, columns_each = self.transformer.config.patch_size
             tokens = (x.shape[3] // rows_each) * (x.shape[4] // columns_each)  # of one latent frame
             timestep = timestep.repeat_interleave(tokens, dim=1)  # b l
-        return self.transformer(x, timestep, rows, encoder_attention_bias=bias, return_dict=False)[0]
+        return self.transformer(x, timestep, self.embed_text(ids, mask), return_dict=False)[0]
 
 
 def adopt(model: VideoModel, weights: dict[str, torch.Tensor]) -> None:

@@ -36,14 +36,13 @@ def kernels(monkeypatch):
     monkeypatch.setattr(accel, "_backends", dict(accel._backends))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [24, 64, 128])
 @pytest.mark.parametrize(("l", "s"), [(33, 33), (65, 7), (1, 50)])
 @pytest.mark.parametrize("name", ON_CPU)
-def test_kernels_equal_the_formula(name, l, s, head_dim, dtype, with_bias):  # noqa: E741
+def test_kernels_equal_the_formula(name, l, s, head_dim, dtype):  # noqa: E741
     assert select(name, "cpu", dtype, head_dim) == name
-    inputs = make_inputs(l, s, 2, head_dim, dtype, with_bias)
+    inputs = make_inputs(l, s, 2, head_dim, dtype)
     out = attention(*inputs, backend=name)
     assert out.dtype == dtype
     assert error(out, inputs) <= BOUND[dtype]
@@ -162,9 +161,9 @@ def test_an_unknown_name_lists_those_that_there_are():
 # ---- the self-test ----
 
 
-def shifted(query, key, value, bias=None):
+def shifted(query, key, value):
     """Attention with a wrong scale."""
-    return native(query * 1.1, key, value, bias)
+    return native(query * 1.1, key, value)
 
 
 def broken(query, key, value):
@@ -208,12 +207,6 @@ def test_a_check_without_memory_is_made_again(caplog):
     assert "no memory to check it" in caplog.text
     full.clear()
     assert select("auto", "cpu", torch.float32) == "fake"
-
-
-def test_a_bias_that_is_ignored_is_found_out():
-    add(Backend("fake", lambda: lambda q, k, v, bias=None: native(q, k, v), anywhere, takes_bias=True))
-    with pytest.raises(ValueError, match="deviates"):
-        select("fake", "cpu", torch.float32)
 
 
 def test_a_right_kernel_is_taken_and_checked_once():
@@ -333,10 +326,10 @@ def test_a_model_computes_with_it_compiled_or_not(name):
 @pytest.mark.parametrize("name", ON_CPU)
 def test_compiles_without_a_graph_break(name):
     select(name, "cpu", torch.float32, 24)
-    for inputs in (make_inputs(), make_inputs(with_bias=True)):
-        torch._dynamo.reset()
-        compiled = torch.compile(attention, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(*inputs, backend=name), attention(*inputs, backend=name))
+    inputs = make_inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs, backend=name), attention(*inputs, backend=name))
 
 
 def test_gradients_flow():
@@ -372,7 +365,6 @@ def test_a_gpus_running_kernel_is_the_one_that_runs():
     ran = operators_of(lambda: native(query, query, query))
     told = running_kernel("cuda", torch.bfloat16, 128, 512)
     assert any(f"_{told}" in name for name in ran if name.startswith("aten::_scaled_dot_product")), ran
-    assert running_kernel("cuda", torch.bfloat16, 128, 512, bias=True) != "flash"
 
 
 @pytest.mark.gpu

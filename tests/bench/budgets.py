@@ -13,7 +13,7 @@ import torch
 
 from tests.bench.gpu import TINY, TINY_VAE, VIDEOS, command_line, released_configs
 from tests.bench.harness import Row, Settings, apart, watched_memory
-from tests.bench.transformer import OURS_WIDE, PROMPT_ROWS, fill, random_weights
+from tests.bench.transformer import OURS_WIDE, fill, random_weights
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
 from wan22.accel import plan
 from wan22.accel.planning.machine import CONTEXT, GB
@@ -69,7 +69,7 @@ def within(budget: str, device: str, tiny: bool) -> Row:
     pipe = pipeline(tiny)
     made = plan(pipe, **size, **limits)
     width = pipe.transformer.config.text_dim
-    embeds = torch.randn(2, PROMPT_ROWS, width, dtype=torch.bfloat16).split(1)
+    embeds = torch.randn(2, 60, width, dtype=torch.bfloat16).split(1)
     row = {
         "name": f"T2V-A14B in {budget}",
         "dtype": "bf16",

@@ -33,7 +33,6 @@ from wan22.accel.compile import Compiled
 from wan22.accel.planning.costs import forward_flops
 from wan22.accel.planning.machine import measured_flops
 from wan22.accel.planning.meta_models import released_models
-from wan22.models.reuse import PromptCache
 from wan22.presets import T2V_A14B, TI2V_5B, Preset
 
 MAX_TEXT_TOKENS = 512
@@ -109,7 +108,7 @@ def transformers(config: dict[str, Any], device: str) -> tuple[Any, Any]:
 def step_calls(
     ours: Any, theirs: Any, video: Video, device: str
 ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-    """Return a call of our transformer as our pipelines make it after the first step, and theirs."""
+    """Return a call of our transformer as our pipelines make it, and theirs."""
     config, dtype = ours.config, torch.bfloat16
     latents = torch.randn(1, config.in_channels, *video.latent_size, device=device)
     text = torch.randn(1, MAX_TEXT_TOKENS, config.text_dim, device=device, dtype=dtype)
@@ -117,10 +116,8 @@ def step_calls(
     time = torch.tensor([937.0], device=device)
     # diffusers' pipeline gives TI2V-5B the time once per token.
     their_time = time.expand(1, video.tokens) if video.preset.boundary_ratio is None else time
-    cache = PromptCache()
     return (
-        # Another tensor each time, as in another step: its embedding is not known yet.
-        lambda: ours(latents, time.clone(), text, cache=cache, return_dict=False)[0],
+        lambda: ours(latents, time, text, return_dict=False)[0],
         lambda: theirs(latents.to(dtype), their_time, text, return_dict=False)[0],
     )
 

@@ -16,13 +16,12 @@ from torch import nn
 
 from tests.bench.harness import DTYPES, Row, Settings, compare, main, relative_error
 from wan22.accel import cpu
-from wan22.models.reuse import LayerCache
 from wan22.models.rope import rotary_tables
 from wan22.models.transformer import WanTransformer3DModel, WanTransformerBlock
+from wan22.presets import MAX_TEXT_TOKENS
 
 Weights = dict[str, torch.Tensor]
 HEAD_DIM = 128
-PROMPT_ROWS, MAX_TEXT_TOKENS = 60, 512  # a typical prompt, and the tokens that Wan attends to
 GRIDS = {512: (2, 16, 16), 1024: (4, 16, 16)}
 # What a bf16 model of ours holds in float32, and one of diffusers'.
 OURS_WIDE = WanTransformer3DModel._keep_in_fp32_modules
@@ -83,7 +82,6 @@ class Case:
     Args:
         dtype: of the model.
         tokens: of the video, one of GRIDS.
-        cached: whether our block gets what the pipelines keep of a prompt, its padding merged into one row.
         times: values of time: None is one for the sample; 1 (text) and 2 (a given first frame) are those of
             TI2V-5B, of which diffusers makes one row per token.
         accelerated: whether our block multiplies as `pipe.accelerate()` lets it.
@@ -91,7 +89,6 @@ class Case:
 
     dtype: torch.dtype
     tokens: int
-    cached: bool
     times: int | None = None
     accelerated: bool = True
 
@@ -103,44 +100,33 @@ class Case:
         grid = GRIDS[self.tokens]
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(1, self.tokens, dim, generator=generator).to(dtype)
-        text = torch.randn(1, PROMPT_ROWS + 1, dim, generator=generator).to(dtype)
-        padding = text[:, -1:].expand(-1, MAX_TEXT_TOKENS - PROMPT_ROWS, -1)
-        full = torch.cat((text[:, :-1], padding), dim=1)
+        text = torch.randn(1, MAX_TEXT_TOKENS, dim, generator=generator).to(dtype)
         rows = (torch.randn(1, self.times or 1, 6, dim, generator=generator) * 0.1).to(dtype)
         frames = rows[:, [0] + [-1] * (grid[0] - 1)]  # b t 6 d: the first frame's time, the others'
         per_token = frames.repeat_interleave(self.tokens // grid[0], dim=1)
 
         our_time = (frames if self.times == 2 else rows).float()
         our_rotary = rotary_tables(grid, HEAD_DIM, x.device)
-        our_text, bias, cache = full, None, None
-        if self.cached:
-            bias = torch.zeros(1, PROMPT_ROWS + 1)
-            bias[:, -1] = torch.tensor(float(padding.shape[1])).log()
-            our_text, cache = text, LayerCache()
         stream = x.float()
 
         their_time = rows[:, 0] if self.times is None else per_token
         t, h, w = grid
         their_rotary = WanRotaryPosEmbed(HEAD_DIM, (1, 2, 2), 1024)(torch.empty(1, 1, t, 2 * h, 2 * w))
         return (
-            lambda: ours(stream, our_text, our_time, our_rotary, None, bias, cache),
-            lambda: theirs(x, full, their_time, their_rotary),
+            lambda: ours(stream, text, our_time, our_rotary),
+            lambda: theirs(x, text, their_time, their_rotary),
         )
 
 
 A14B_CASES = (
-    (Case(torch.float32, 512, cached=True), 1.3),
-    (Case(torch.float32, 512, cached=False), None),
-    (Case(torch.float32, 512, cached=True, accelerated=False), None),
-    (Case(torch.bfloat16, 1024, cached=True), 1.1),
-    (Case(torch.bfloat16, 1024, cached=False), None),
-    (Case(torch.bfloat16, 1024, cached=True, accelerated=False), None),
+    (Case(torch.float32, 512), 1.3),
+    (Case(torch.float32, 512, accelerated=False), None),
+    (Case(torch.bfloat16, 1024), 1.0),
+    (Case(torch.bfloat16, 1024, accelerated=False), None),
 )
 TI2V_5B_CASES = (
-    (Case(torch.bfloat16, 1024, cached=False, times=1), 1.05),
-    (Case(torch.bfloat16, 1024, cached=True, times=1), None),
-    (Case(torch.bfloat16, 1024, cached=False, times=2), 1.05),
-    (Case(torch.bfloat16, 1024, cached=True, times=2), None),
+    (Case(torch.bfloat16, 1024, times=1), 1.05),
+    (Case(torch.bfloat16, 1024, times=2), 1.05),
 )
 MODES = {None: "", 1: ", text mode", 2: ", image mode"}
 
@@ -162,10 +148,7 @@ def run(settings: Settings) -> list[Row]:
             ours, theirs = case.calls(*blocks)
             rows.append(
                 compare(
-                    width.name
-                    + MODES[case.times]
-                    + (", text cache" if case.cached else "")
-                    + ("" if case.accelerated else ", as loaded"),
+                    width.name + MODES[case.times] + ("" if case.accelerated else ", as loaded"),
                     ours,
                     theirs,
                     settings,

@@ -1,4 +1,4 @@
-"""attention(): the formula, kernels registered by name, bias, the meta device."""
+"""attention(): the formula, kernels registered by name, the meta device."""
 
 import pytest
 import torch
@@ -12,21 +12,20 @@ def registry(monkeypatch):
     monkeypatch.setattr(attention_module, "_kernels", dict(attention_module._kernels))
 
 
-def reference(query, key, value, bias=None):
+def reference(query, key, value):
     """The formula, in float64, one head of one sample at a time."""
     out = torch.empty(*query.shape[:3], value.shape[-1], dtype=torch.float64)
     for b in range(query.shape[0]):
         for n in range(query.shape[2]):
             q, k, v = (x[b, :, n].double() for x in (query, key, value))
-            weights = (q @ k.T / k.shape[-1] ** 0.5 + (0 if bias is None else bias[b].double())).exp()
+            weights = (q @ k.T / k.shape[-1] ** 0.5).exp()
             out[b, :, n] = (weights / weights.sum(1, keepdim=True)) @ v
     return out
 
 
-def make_inputs(l=33, s=33, n=2, d=24, dtype=torch.float32, with_bias=False):  # noqa: E741
+def make_inputs(l=33, s=33, n=2, d=24, dtype=torch.float32):  # noqa: E741
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, length, n, d, generator=generator).to(dtype) for length in (l, s, s)]
-    return tensors + ([torch.randn(2, s, generator=generator).to(dtype)] if with_bias else [])
+    return [torch.randn(2, length, n, d, generator=generator).to(dtype) for length in (l, s, s)]
 
 
 def error(found, inputs):
@@ -34,23 +33,14 @@ def error(found, inputs):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("head_dim", [24, 64, 128])
 @pytest.mark.parametrize(("l", "s"), [(33, 33), (65, 7), (1, 50)])
-def test_the_formula(l, s, head_dim, dtype, bound, with_bias):  # noqa: E741
-    inputs = make_inputs(l, s, 2, head_dim, dtype, with_bias)
+def test_the_formula(l, s, head_dim, dtype, bound):  # noqa: E741
+    inputs = make_inputs(l, s, 2, head_dim, dtype)
     out = attention(*inputs)
     assert out.dtype == dtype
     assert error(out, inputs) <= bound
-
-
-def test_a_bias_of_log_c_counts_c_times():
-    query, key, value = make_inputs(5, 4)
-    bias = torch.tensor([[0.0, 0.0, 0.0, 3.0]]).log1p().expand(2, 4)
-    repeats = torch.tensor([1, 1, 1, 4])
-    expected = attention(query, *(x.repeat_interleave(repeats, 1) for x in (key, value)))
-    torch.testing.assert_close(attention(query, key, value, bias), expected)
 
 
 def test_a_registered_kernel_computes():
@@ -61,15 +51,9 @@ def test_a_registered_kernel_computes():
         return 2 * native(query, key, value)
 
     register("doubled", Kernel(doubled))
-    inputs = make_inputs(with_bias=True)
-    plain, biased = attention(*inputs[:3]), attention(*inputs)
-    torch.testing.assert_close(attention(*inputs[:3], backend="doubled"), 2 * plain)
-    # It takes no bias, so such a call is the native one's.
-    torch.testing.assert_close(attention(*inputs, backend="doubled"), biased)
+    inputs = make_inputs()
+    torch.testing.assert_close(attention(*inputs, backend="doubled"), 2 * attention(*inputs))
     assert seen == [inputs[0].shape]
-
-    register("tripled", Kernel(lambda q, k, v, bias=None: 3 * native(q, k, v, bias), takes_bias=True))
-    torch.testing.assert_close(attention(*inputs, backend="tripled"), 3 * biased)
 
 
 def test_an_unknown_name():
@@ -81,19 +65,18 @@ def test_on_the_meta_device_no_kernel_runs():
     def refuse(*tensors):
         raise AssertionError("called")
 
-    register("native", Kernel(refuse, takes_bias=True))
-    query, key, value, bias = (x.to("meta") for x in make_inputs(65, 7, with_bias=True))
-    out = attention(query, key, value, bias)
+    register("native", Kernel(refuse))
+    query, key, value = (x.to("meta") for x in make_inputs(65, 7))
+    out = attention(query, key, value)
     assert out.is_meta
     assert out.shape == query.shape
     assert out.dtype == query.dtype
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_compiles_without_a_graph_break(with_bias):
+def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
     register("doubled", Kernel(lambda q, k, v: 2 * native(q, k, v)))
-    inputs = make_inputs(with_bias=with_bias)
+    inputs = make_inputs()
     for backend in ("native", "doubled"):
         compiled = torch.compile(attention, fullgraph=True, backend="eager")
         found = compiled(*inputs, backend=backend)

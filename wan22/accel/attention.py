@@ -179,7 +179,7 @@ def _problem(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
         except torch.OutOfMemoryError as error:  # which is not the kernel's fault; the next call tries again
             reason = f"there is no memory to check it: {error}"
     if reason is None:
-        register(backend.name, Kernel(_function(backend), backend.takes_bias))
+        register(backend.name, Kernel(_function(backend)))
     return reason
 
 
@@ -201,7 +201,6 @@ def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
     for l, s in LENGTHS:  # noqa: E741
         shapes = [(2, n, 3, head_dim) for n in (l, s, s)]
         given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-        given += [torch.randn(2, s, generator=generator).to(dtype)] if backend.takes_bias else []
         # On the CPU, where float32 means float32, whatever is set for the GPU.
         expected = native(*(x.float() for x in given))
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from ..models.attention import mask_of, native
+from ..models.attention import native
 
 aten = torch.ops.aten
 
@@ -31,7 +31,6 @@ class Backend:
         load: imports what it needs and returns the function for `wan22.models.attention.Kernel`; raises
             NotInstalledError where its library is not there.
         refuses: says of a device, dtype and head size why it cannot run there; None if it can.
-        takes_bias: whether the function takes a bias.
         exact: whether it computes in the dtype of its operands; others are taken only by name.
         preferred: whether "auto" tries it on a device, before PyTorch's own choice.
     """
@@ -39,7 +38,6 @@ class Backend:
     name: str
     load: Callable[[], Callable[..., torch.Tensor]]
     refuses: Callable[[torch.device, torch.dtype, int], str | None]
-    takes_bias: bool = False
     exact: bool = True
     preferred: Callable[[torch.device], bool] = lambda device: False
 
@@ -50,7 +48,6 @@ def running_kernel(
     head_dim: int = 128,
     queries: int = 4096,
     keys: int | None = None,
-    bias: bool = False,
 ) -> str:
     """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math".
 
@@ -62,12 +59,10 @@ def running_kernel(
         head_dim: channels of one head.
         queries: number of tokens.
         keys: number of tokens; None: as many.
-        bias: whether the keys have one.
     """
     keys = keys or queries
     q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
-    mask = torch.empty(1, 1, 1, keys, dtype=dtype, device=device) if bias else None
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, k, mask))
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, k))
     return choice.name.removesuffix("_ATTENTION").lower()
 
 
@@ -156,12 +151,9 @@ def _efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
     return aten._scaled_dot_product_efficient_attention(q, k, v, None, trained)[0].transpose(1, 2)
 
 
-def _math(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     q, k, v = _heads_first(query, key, value)
-    mask = None if bias is None else mask_of(bias, query.dtype)
-    return aten._scaled_dot_product_attention_math(q, k, v, mask)[0].transpose(1, 2)
+    return aten._scaled_dot_product_attention_math(q, k, v)[0].transpose(1, 2)
 
 
 # ---- kernels of other libraries ----
@@ -216,10 +208,10 @@ def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[
 
 # Those that "auto" prefers, in the order in which it tries them.
 BACKENDS = (
-    Backend("native", lambda: native, lambda device, dtype, head_dim: None, takes_bias=True),
+    Backend("native", lambda: native, lambda device, dtype, head_dim: None),
     Backend("flash", lambda: _flash, _flash_refuses),
     Backend("efficient", lambda: _efficient, _rules(multiple=8)),
-    Backend("math", lambda: _math, lambda device, dtype, head_dim: None, takes_bias=True),
+    Backend("math", lambda: _math, lambda device, dtype, head_dim: None),
     Backend(
         "flash_attn_2",
         _library("flash_attn_2", "flash_attn.flash_attn_interface", "flash_attn_func", "flash-attn"),

@@ -17,8 +17,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..models.layers import GELU
-from ..models.reuse import identity
-from .methods import is_own, patch_method
+from .methods import identity, is_own, patch_method
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Weights of a layer from which on it pays: below, calling oneDNN takes longer than a product, and bringing a

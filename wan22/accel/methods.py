@@ -1,9 +1,10 @@
-"""Functions in the place of a module's methods: which module has one, and how one is put there."""
+"""Functions in the place of a module's methods, and versions of its tensors."""
 
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,12 @@ def patch_method(module: nn.Module, name: str, function: Callable[..., Any]) -> 
     # Past nn.Module's own attributes: this is no parameter, module or buffer.
     method = vars(module)[name] = MethodType(function, module)
     return method
+
+
+def identity(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Return what changes when a tensor is another one, or is written to; keep the tensor beside it.
+
+    Tensors made in torch.inference_mode do not count what is written to them, and compiled code cannot ask.
+    """
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return id(tensor), None if unknown else tensor._version

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.autoencoder_layers import CausalConv3d, Upsample
-from ..models.reuse import identity
-from .methods import is_own
+from .methods import identity, is_own
 
 
 class SubpixelConv2d(nn.Module):

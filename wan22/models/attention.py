@@ -15,14 +15,11 @@ class Kernel:
     """A way to compute attention.
 
     Args:
-        function: of query "b l n d", key and value "b s n d", and bias "b s" if there is one and it takes
-            one; returns "b l n d".
-        takes_bias: whether it takes one; kernels without masks, the fastest ones, do not.
-        inner: of a kernel that leaves the computing to another one, that one's name.
+        function: maps query "b l n d", key and value "b s n d" to "b l n d".
+        inner: name of the kernel that this one leaves the computing to, if it does.
     """
 
     function: Callable[..., torch.Tensor]
-    takes_bias: bool = False
     inner: str | None = None
 
 
@@ -30,7 +27,6 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor | None = None,
     backend: str = "native",
 ) -> torch.Tensor:
     """Softmax attention without causality or dropout.
@@ -42,8 +38,6 @@ def attention(
         query: "b l n d".
         key: "b s n d".
         value: "b s n d".
-        bias: "b s", added to the logits of each key for every query and head; log(c) makes one key count as
-            c. A kernel that takes none leaves such a call to the native one.
         backend: name of a registered kernel.
 
     Returns: "b l n d".
@@ -54,24 +48,13 @@ def attention(
     if query.is_meta:
         return query.new_empty((*query.shape[:3], value.shape[-1]))
     check_backend(backend)
-    kernel = _kernels[backend]
-    if bias is None:
-        return kernel.function(query, key, value)
-    return (kernel.function if kernel.takes_bias else native)(query, key, value, bias)
+    return _kernels[backend].function(query, key, value)
 
 
-def native(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def native(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, with the kernel that it chooses itself."""
-    mask = None if bias is None else mask_of(bias, query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # b l n d -> b n l d
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def mask_of(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Shape a bias "b s" to be added to logits "b n l s"."""
-    return bias[:, None, None, :].to(dtype)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def register(name: str, kernel: Kernel) -> None:
@@ -103,4 +86,4 @@ def check_backend(backend: str) -> None:
         )
 
 
-_kernels = {"native": Kernel(native, takes_bias=True)}
+_kernels = {"native": Kernel(native)}

@@ -31,7 +31,6 @@ from .layers import (
     modulate,
     wide,
 )
-from .reuse import KeyValue, LayerCache, PromptCache, identity, recall
 from .rope import rotary_tables, rotate
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
@@ -61,8 +60,6 @@ class WanAttention(nn.Module):
         context: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
-        bias: torch.Tensor | None = None,
-        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) rows.
 
@@ -71,33 +68,19 @@ class WanAttention(nn.Module):
             context: text rows "b s d"; None attends to x itself.
             image: image rows "b s d", attended on their own and added.
             rotary: tables for queries and keys.
-            bias: "b s", added to the logits of each row of context.
-            cache: keys and values of context and image, from an earlier call or for later ones.
 
         Returns: "b l d".
         """
-        query = self._heads(self.norm_q(self.to_q(x)))
+        context = x if context is None else context
+        query, key = self._heads(self.norm_q(self.to_q(x))), self._heads(self.norm_k(self.to_k(context)))
         if rotary is not None:
-            query = rotate(query, *rotary)
-        query = query.to(x.dtype)
-        pairs = None if cache is None else cache.pairs
-        if pairs is None:
-            pairs = (self._keys_values(x if context is None else context, rotary),)
-            if image is not None:
-                key = self._heads(self.norm_added_k(self.add_k_proj(image))).to(x.dtype)
-                pairs += ((key, self._heads(self.add_v_proj(image))),)
-            if cache is not None:
-                cache.pairs = pairs
-        out = attention(query, *pairs[0], bias, self.backend)
-        for key, value in pairs[1:]:
-            out = out + attention(query, key, value, None, self.backend)
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, value = query.to(x.dtype), self._heads(self.to_v(context))
+        out = attention(query, key.to(x.dtype), value, self.backend)
+        if image is not None:
+            key, value = self._heads(self.norm_added_k(self.add_k_proj(image))), self.add_v_proj(image)
+            out = out + attention(query, key.to(x.dtype), self._heads(value), self.backend)
         return self.to_out[0](out.flatten(2))  # b l n d/n -> b l d
-
-    def _keys_values(self, context: torch.Tensor, rotary: RotaryTables | None) -> KeyValue:
-        key = self._heads(self.norm_k(self.to_k(context)))
-        if rotary is not None:
-            key = rotate(key, *rotary)
-        return key.to(context.dtype), self._heads(self.to_v(context))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))  # b l d -> b l n d/n
@@ -131,8 +114,6 @@ class WanTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary_emb: RotaryTables,
         encoder_hidden_states_image: torch.Tensor | None = None,
-        encoder_attention_bias: torch.Tensor | None = None,
-        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Refine the video tokens.
 
@@ -142,8 +123,6 @@ class WanTransformerBlock(nn.Module):
             temb: the time's modulation, "b k 6 d", float32.
             rotary_emb: tables of `rotary_tables`.
             encoder_hidden_states_image: image rows of Wan 2.1 I2V, "b s d".
-            encoder_attention_bias: "b s", added to the logits of each text row.
-            cache: of the cross-attention.
 
         Returns: the new residual stream, "b l d", float32.
         """
@@ -152,9 +131,7 @@ class WanTransformerBlock(nn.Module):
         y = modulate(self.norm1(x), scale1, shift1).to(dtype)
         x = add_gated(x, self.attn1(y, rotary=rotary_emb), gate1)
         y = self.norm2(x).to(dtype)
-        x = x + self.attn2(
-            y, encoder_hidden_states, encoder_hidden_states_image, None, encoder_attention_bias, cache
-        )
+        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image)
         y = modulate(self.norm3(x), scale3, shift3).to(dtype)
         return add_gated(x, self.ffn(y), gate3)
 
@@ -245,8 +222,6 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         encoder_hidden_states_image: torch.Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        encoder_attention_bias: torch.Tensor | None = None,
-        cache: PromptCache | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the flow velocity of noisy latents.
 
@@ -259,10 +234,6 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             encoder_hidden_states_image: CLIP rows of Wan 2.1 I2V, "b s image_dim".
             return_dict: False returns a tuple.
             attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
-            encoder_attention_bias: "b s", added to the cross-attention logits of each text row: log(c) for
-                a row that stands for c identical ones.
-            cache: what calls with the same text and image rows have in common; without it, all is computed.
-                Calls with the same timestep tensor (that very object, unchanged) share its embedding.
 
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
 
@@ -274,27 +245,16 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         """
         grid = self._token_grid(hidden_states, timestep)
         island = wide(encoder_hidden_states.dtype)
-        shared = None if cache is None else cache.shared
-        rotary = recall(
-            shared,
-            "rotary tables",
-            (grid, hidden_states.device, island),
-            lambda: rotary_tables(grid, self.head_dim, hidden_states.device, island),
-        )
+        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, island)
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         x = x.flatten(2).transpose(1, 2).to(island).contiguous()  # b d t h w -> b l d
 
-        # The tensor is kept beside its embedding, so that no other one can get its identity.
-        _, temb, modulation = recall(
-            shared,
-            "time",
-            (identity(timestep), island),
-            lambda: (timestep, *self.condition_embedder.embed_time(timestep, island)),
-        )
-        text, image = self._embed_rows(encoder_hidden_states, encoder_hidden_states_image, cache)
-        for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache.layer(i)
-            x = block(x, text, modulation, rotary, image, encoder_attention_bias, layer)
+        temb, modulation = self.condition_embedder.embed_time(timestep, island)
+        text, image = self.condition_embedder.text_embedder(encoder_hidden_states), None
+        if encoder_hidden_states_image is not None:
+            image = self.condition_embedder.embed_image(encoder_hidden_states_image)
+        for block in self.blocks:
+            x = block(x, text, modulation, rotary, image)
 
         # With the blocks spread over devices, the stream arrives on another one than it started from.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
@@ -319,18 +279,6 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     def reset_attention_backend(self) -> None:
         """Let PyTorch's own kernel compute attention again."""
         self.set_attention_backend("native")
-
-    def _embed_rows(
-        self, text: torch.Tensor, image: torch.Tensor | None, cache: PromptCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return text and image rows in the model's size, "b s d", from the cache if they are there."""
-        if cache is not None and cache.text is not None:
-            return cache.text, cache.image
-        rows = self.condition_embedder.text_embedder(text)
-        image = None if image is None else self.condition_embedder.embed_image(image)
-        if cache is not None:
-            cache.text, cache.image = rows, image
-        return rows, image
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         # b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)

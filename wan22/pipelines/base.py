@@ -326,7 +326,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         for model in self.transformers:
             align_weights(model)
         embeds: Embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        velocity = Velocity(keep=self.keeps_text, merge=self.compiled is None, run=self.run_passes)
+        velocity = Velocity(self.run_passes)
         latents = condition.hold(latents)
         with self.progress_bar(total=len(times), desc="sampling", unit="step") as bar:
             for i, t in enumerate(scheduler.timesteps):
@@ -353,7 +353,6 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
                     )
                 if plan.request.callback_on_step_end is not None:
                     latents = self._call_back(plan, i, t, latents, embeds)
-                    velocity.forget()  # it may have changed anything, the LoRAs' strengths say
                 bar.update()
                 stop, interrupt = self.is_asked_to_end()
                 if stop and i + 1 < len(times):

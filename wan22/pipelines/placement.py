@@ -204,11 +204,6 @@ class PlacedPipeline(AcceleratedPipeline):
 
     # ---- what a call asks ----
 
-    @property
-    def keeps_text(self) -> bool:
-        """Whether there is room for the prompts' keys and values from step to step."""
-        return self._memory_plan is None or self._memory_plan.keep
-
     def make_room(self, height: int, width: int, num_frames: int, prompts: int = 1, videos: int = 1) -> None:
         """Plan anew for more than was planned for; without a budget, say that it may not fit.
 

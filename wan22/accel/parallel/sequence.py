@@ -134,7 +134,7 @@ class SequenceParallel:
             q, k, v = self._to_heads(torch.stack((query, key, value)))
             ring = dist.get_world_size(self.groups.ring)
             if ring == 1:
-                out = attention(q, k[:, : self.tokens], v[:, : self.tokens], None, backend)
+                out = attention(q, k[:, : self.tokens], v[:, : self.tokens], backend)
             else:
                 out = self._ring(q, torch.stack((k, v)))
             return self._to_tokens(out)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.reuse import PromptCache, TransformerCache
 from ...presets import MAX_TEXT_TOKENS
 from ..cpu import packed_bytes
 from ..offload.layout import Placement, bytes_of, device_bytes
@@ -136,7 +135,7 @@ class Task:
         return self._once(("denoise", keep, prompts), measure)
 
     def _passes(self, model: Any, keep: bool, prompts: int) -> Any:
-        call, shared, outputs = on_meta(model), TransformerCache(), []
+        call, outputs = on_meta(model), []
         config = model.config
         dtype = model.condition_embedder.text_embedder.linear_1.bias.dtype
         timestep = torch.empty(1, device="meta")
@@ -147,9 +146,8 @@ class Task:
             image = torch.empty(shape, device="meta", dtype=dtype)
         for _ in range(prompts * (1 + self.guided)):
             rows = torch.empty(1, MAX_TEXT_TOKENS, config.text_dim, device="meta", dtype=dtype)
-            cache = PromptCache(shared) if keep else None
-            arguments = {"encoder_hidden_states_image": image, "cache": cache, "return_dict": False}
-            outputs.append((call(latents, timestep, rows, **arguments)[0], cache))
+            arguments = {"encoder_hidden_states_image": image, "return_dict": False}
+            outputs.append(call(latents, timestep, rows, **arguments)[0])
         return outputs
 
     def _decode(self, strips: int | None) -> int:
@@ -175,14 +173,15 @@ class Task:
 
 
 def forward_flops(config: Any, tokens: int) -> float:
-    """Return the floating-point operations of one call of a transformer with kept text keys and values.
+    """Return the floating-point operations of one call of a transformer, its embeddings aside.
 
     Args:
         config: of the transformer.
         tokens: video tokens l.
     """
     d = config.num_attention_heads * config.attention_head_dim
-    linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim)
+    text = 4 * MAX_TEXT_TOKENS * d * d  # keys and values
+    linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim) + text
     attention = 4 * tokens * (tokens + MAX_TEXT_TOKENS) * d
     return float(config.num_layers * (linears + attention))
 
