@@ -74,7 +74,11 @@ def test_imports_run_one_way(path):
 def test_the_walk_sees_imports():
     """Or the test above could not fail."""
     assert imported_rooms(ROOT / "pipelines" / "base.py") >= {"models", "presets", "pipelines"}
-    assert imported_rooms(ROOT / "pipelines" / "hub.py") >= {"checkpoints", "models", "schedulers"}
+    assert imported_rooms(ROOT / "pipelines" / "loading" / "hub_classes.py") >= {
+        "checkpoints",
+        "models",
+        "schedulers",
+    }
 
 
 def test_no_room_is_called_wan():

@@ -1,11 +1,8 @@
 """Write trained models as one checkpoint in the Diffusers layout.
 
-    python examples/tiny/export.py --out runs/tiny --checkpoint i2v --share t2v
+    python examples/tiny/export.py --out runs/tiny --checkpoint i2v
 
-Reads what the training scripts wrote; writes wan22/assets/<checkpoint>, or the folder `--to`, complete. With
-`--share`, it leaves out the components that another checkpoint next to it has just so: tokenizer, and of the
-same training text encoder and autoencoder. model_index.json names that checkpoint, and the pipelines load
-them from there.
+Reads what the training scripts wrote; writes wan22/assets/<checkpoint>, or the folder `--to`.
 """
 
 from __future__ import annotations
@@ -57,10 +54,9 @@ class Checkpoint:
         """Name of the autoencoder."""
         return PARTS[self.parts["transformer"]].vae
 
-    def index(self, share: str) -> dict[str, Any]:
-        """Return the contents of model_index.json; share names the checkpoint that has the rest, or none."""
+    def index(self) -> dict[str, Any]:
+        """Return the contents of model_index.json."""
         facts = {"_class_name": self.pipeline, "_diffusers_version": __version__}
-        facts |= {"_components_from": f"../{share}"} if share else {}
         settings = {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
         components = COMPONENTS | {name: [None, None] for name in self.absent}
         return facts | dict(sorted((settings | components).items()))
@@ -82,7 +78,6 @@ CHECKPOINTS = {
 
 def export(
     checkpoint: Checkpoint,
-    share: str,
     source: Path,
     folder: Path,
     dtype: torch.dtype,
@@ -93,7 +88,6 @@ def export(
 
     Args:
         checkpoint: what to write.
-        share: the checkpoint whose components it leaves out; empty for none.
         source: folder of the training.
         folder: where the checkpoint goes.
         dtype: of the transformers' and the text encoder's weights.
@@ -120,10 +114,7 @@ def export(
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the training folder, nobody else's business
         path.write_text(json.dumps(config, indent=2) + "\n")
-    for name in parts if share else ():
-        if same(folder / name, folder.with_name(share) / name):
-            shutil.rmtree(folder / name)
-    (folder / "model_index.json").write_text(json.dumps(checkpoint.index(share), indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(checkpoint.index(), indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -131,23 +122,14 @@ def export(
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-def same(folder: Path, other: Path) -> bool:
-    """Return whether two components hold the same weights, or the same tokenizer, byte for byte."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]
-    return bool(files) and all(
-        (other / path.name).is_file() and path.read_bytes() == (other / path.name).read_bytes()
-        for path in files
-    )
-
-
 def main() -> None:
     """Export the checkpoint asked for."""
-    names = {"checkpoint": "t2v", "to": "", "share": ""}
+    names = {"checkpoint": "t2v", "to": ""}
     options = arguments(__doc__, **names, dtype="bfloat16", vae_dtype="float16", shift=3.0)
     checkpoint = CHECKPOINTS[options.checkpoint]
     dtype, vae_dtype = getattr(torch, options.dtype), getattr(torch, options.vae_dtype)
     folder = Path(options.to or f"wan22/assets/{options.checkpoint}")
-    export(checkpoint, options.share, options.out, folder, dtype, vae_dtype, options.shift)
+    export(checkpoint, options.out, folder, dtype, vae_dtype, options.shift)
 
 
 if __name__ == "__main__":

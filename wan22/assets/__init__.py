@@ -10,7 +10,7 @@ def tiny_checkpoint(name: str = "t2v") -> Path:
 
     Args:
         name: "t2v", a miniature Wan2.2-T2V-A14B: two experts, umT5, a 4x8x8 VAE; 64 x 64 pixels, 17 frames.
-            "i2v", an I2V-A14B that shares text encoder, tokenizer and VAE with it.
+            "i2v", an I2V-A14B with the same text encoder, tokenizer and VAE.
             "ti2v", a TI2V-5B: one transformer, a 4x16x16 VAE of the 2.2 kind; 128 x 128 pixels, 17 frames.
 
     Raises:

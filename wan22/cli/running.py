@@ -120,10 +120,9 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
     """
     import torch
 
-    from ..accel.parallel import parallelize, processes
+    from ..accel.parallel import processes
     from ..assets import tiny_checkpoint
     from ..pipelines.i2v import WanI2VPipeline
-    from ..pipelines.sharing import transformers_as_stored
     from ..pipelines.t2v import WanT2VPipeline
 
     cls: Any = {"t2v": WanT2VPipeline, "i2v": WanI2VPipeline}[task]
@@ -137,36 +136,29 @@ def load(task: str, options: Mapping[str, Any], quiet: bool, loras: Sequence[Map
     if launched():
         if options["device"] is not None:
             raise ValueError(f"--device {options['device']}: each rank has a device of its own; leave it out")
-        processes.join()
-        processes.keep_silent()
         device = str(processes.own_device())
     else:
         device = check_device(options["device"] or best_device())
-    arguments = {"dtype": _dtype(options["dtype"], options["model"], device)}
-    arguments |= {k: options[k] for k in ("revision", "quantize") if options.get(k) is not None}
-    dtype = None
-    if launched() and options["memory"] is None and options.get("quantize") is None:
-        dtype, arguments = transformers_as_stored(arguments)
+    arguments = {name: options.get(name) for name in ("memory", "quantize")}
+    arguments |= {"dtype": _dtype(options["dtype"], options["model"], device)}
+    arguments |= {"parallel": shares if launched() else None, "loras": [*_loras(options), *loras]}
     if file:
         parts = {name: options[name] for name in ("vae", "text_encoder", "tokenizer")}
         if missing := [f"--{n.replace('_', '-')}" for n, part in parts.items() if part is None]:
             raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
-        if options.get("quantize") is not None or options.get("revision") is not None:
-            raise ValueError("--quantize and --revision are for folders and repositories")
-        pipe = cls.from_single_file(source, options["low"], **parts, dtype=arguments.get("dtype"))
+        if options.get("revision") is not None:
+            raise ValueError("--revision is for repositories")
+        pipe = cls.from_single_file(source, options["low"], **parts, **arguments)
     else:
         if given := [n for n in ("low", "vae", "text_encoder", "tokenizer") if options.get(n) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with a --model that is a file")
-        memory = {} if options["memory"] is None else {"memory": options["memory"]}
-        pipe = cls.from_pretrained(source, **arguments, **memory)
-    pipe.set_progress_bar_config(**{"disable": True} if quiet else {})
-    for lora in (*_loras(options), *loras):
-        pipe.load_lora_weights(**lora)
+        hub = {} if options.get("revision") is None else {"revision": options["revision"]}
+        pipe = cls.from_pretrained(source, **hub, **arguments)
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
     if options["tiling"]:
         pipe.vae.enable_tiling()
-    if launched():
-        parallelize(pipe, dtype=dtype, **shares)
-    elif options["memory"] is None and device != "cpu":
+    if not launched() and options["memory"] is None and device != "cpu":
         pipe.to(torch.device(device))
     if options["accelerate"]:
         pipe.accelerate()

@@ -11,10 +11,10 @@ from ..accel.parallel import Parallel
 from ..accel.quantize import check, check_method, is_quantized, quantize
 from ..models.attention import computing_backend
 from ..models.transformer import WanAttention
-from .files import FilesPipeline
+from .loading.pipeline import LoadablePipeline
 
 
-class AcceleratedPipeline(FilesPipeline):
+class AcceleratedPipeline(LoadablePipeline):
     """Compilation, quantisation and attention kernels of a pipeline's models."""
 
     transformers: list[Any]
@@ -28,6 +28,11 @@ class AcceleratedPipeline(FilesPipeline):
     def parallel(self) -> Parallel | None:
         """The ranks that share this pipeline's work, see `wan22.accel.parallel.parallelize`."""
         return self._parallel
+
+    def computed_on(self) -> str:
+        """Return what computes, for recipes: the device, and the ranks."""
+        device = super().computed_on()
+        return device if self._parallel is None else f"{device}, {self._parallel}"
 
     @abstractmethod
     def come_home(self) -> None:

@@ -23,7 +23,7 @@ from .compatibility import CompatiblePipeline
 from .conditions import Condition
 from .decoding import DecodingPipeline
 from .experts import Expert
-from .hub import adopt
+from .loading.hub_classes import from_diffusers_model
 from .lora import LoraPipeline
 from .plan import make_plan
 from .preview import Previewer
@@ -88,7 +88,8 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         self.check_components()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, adopt(value) if name in ("vae", "transformer", "transformer_2") else value)
+        ours = name in ("vae", "transformer", "transformer_2")
+        super().__setattr__(name, from_diffusers_model(value) if ours else value)
 
     # ---- what the components are ----
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from ..checkpoints.loading.alignment import align_weights
 from ..video.result import to_uint8
-from .sharing import SharedPipeline
+from .placement import PlacedPipeline
 
 
-class DecodingPipeline(SharedPipeline):
+class DecodingPipeline(PlacedPipeline):
     """Decodes latents with the VAE, wherever that is kept and however it is to save memory."""
 
     @abstractmethod

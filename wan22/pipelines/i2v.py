@@ -39,7 +39,8 @@ class WanI2VPipeline(WanPipeline):
         image_processor: its CLIPImageProcessor.
     """
 
-    _hub_class_name = "WanImageToVideoPipeline"
+    hub_class_name = "WanImageToVideoPipeline"
+    checkpoint_kinds = ("WanImageToVideoPipeline", "i2v", "flf2v", "ti2v")
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
     _optional_components = [*WanPipeline._optional_components, "image_encoder", "image_processor"]
 

@@ -14,7 +14,6 @@ from ..accel.planning.plans import Plan as MemoryPlan
 from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from .acceleration import AcceleratedPipeline
 from .experts import Expert
-from .outlines import outline
 
 logger = logging.getLogger(__name__)
 
@@ -31,43 +30,6 @@ class PlacedPipeline(AcceleratedPipeline):
     _memory_plan: MemoryPlan | None = None
     _budget: dict[str, Any] | None = None
     _strips_before: int | None = None  # that the VAE decoded in when the plan was applied
-
-    @classmethod
-    def load_to_fit(
-        cls, source: Any, memory: str | float | None, quantize: str | None, **options: Any
-    ) -> Any:
-        """Load a pipeline, and fit it into a budget of memory if there is one; see `from_pretrained`."""
-        if memory is None:
-            pipe = super().from_pretrained(source, **options)
-            if quantize is not None:
-                pipe.quantize(quantize)
-            return pipe
-        budget = {"vram": None if memory == "auto" else memory, "quantize": quantize}
-        cls._check_fits(source, budget, options)
-        if memory != "auto":
-            try:
-                CudaDevice()
-            except ValueError as error:
-                raise ValueError(
-                    f"memory={memory!r} is a GPU's, and there is no CUDA device here; memory='auto' plans "
-                    "for the CPU"
-                ) from error
-        pipe = super().from_pretrained(source, **options)
-        pipe.fit(**budget)
-        return pipe
-
-    @classmethod
-    def _check_fits(cls, source: Any, budget: dict[str, Any], options: dict[str, Any]) -> None:
-        """Refuse a budget that nothing fits into, before weights are downloaded or loaded.
-
-        Raises:
-            ValueError: nothing fits.
-        """
-        from ..accel.planning.planner import plan
-
-        outlined = outline(cls, source, options)
-        if outlined is not None:
-            plan(outlined, **budget)
 
     # ---- a plan ----
 

@@ -19,7 +19,8 @@ class WanT2VPipeline(WanPipeline):
     official setting. See WanPipeline for the components.
     """
 
-    _hub_class_name = "WanPipeline"
+    hub_class_name = "WanPipeline"
+    checkpoint_kinds = ("WanPipeline", "t2v", "ti2v")
 
     def check_components(self) -> None:
         """Refuse components that do not belong together, or are not for text to video."""

@@ -229,7 +229,8 @@ def test_a_budget_is_checked_before_weights_are_loaded(tmp_path):
 
 
 def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
-    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
+    for module in ("placement", "loading.load"):
+        monkeypatch.setattr(f"wan22.pipelines.{module}.CudaDevice", lambda *_: RecordingDevice())
     plain = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="2GB")
     assert pipe.memory_plan.fits

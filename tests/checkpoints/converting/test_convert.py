@@ -23,7 +23,7 @@ from tests.golden_data import golden
 from tests.official_keys import transformer_state_dict
 from tests.official_t5_keys import t5_state_dict
 from tests.official_vae_keys import vae_state_dict
-from tests.pipelines.test_files import FORMS, error_to_golden, write_official
+from tests.pipelines.loading.repositories import FORMS, error_to_golden, write_official
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, tiny_checkpoint
 from wan22.checkpoints.converting import convert as module
 from wan22.checkpoints.converting.convert import convert, plan
@@ -289,21 +289,13 @@ def test_settings_that_a_layout_does_not_keep_are_named(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_components_of_the_folder_beside(tmp_path):
-    rest = shutil.copytree(tiny_checkpoint(), tmp_path / "rest")
-    part = shutil.copytree(rest, tmp_path / "part")
-    shutil.rmtree(part / "vae")
-    index = read_json(part / "model_index.json") | {"_components_from": "rest"}
-    (part / "model_index.json").write_text(json.dumps(index))
-    convert(part, tmp_path / "out", "diffusers")
-    assert_identical(read(tmp_path / "out/vae"), read(rest / "vae"))
-    assert "_components_from" not in read_json(tmp_path / "out/model_index.json")
+def test_a_component_that_is_missing(tmp_path):
+    part = shutil.copytree(tiny_checkpoint(), tmp_path / "part")
     shutil.rmtree(part / "text_encoder")
-    shutil.rmtree(rest / "text_encoder")
     with pytest.raises(
         FileNotFoundError, match=r"part has no text_encoder, which its model_index\.json lists"
     ):
-        convert(part, tmp_path / "out2", "diffusers")
+        convert(part, tmp_path / "out", "diffusers")
 
 
 def test_image_encoder_of_wan_2_1(tmp_path):

@@ -211,22 +211,19 @@ def _audit(model: Model, source: str, tensors: Tensors) -> None:
 
 def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
     index = read_json(path / "model_index.json")
-    places = [path]
-    if "_components_from" in index:  # see pipelines/hub.py
-        places.append(path.parent / Path(index["_components_from"]).name)
     models, folders = {}, {}
     for name, entry in index.items():
         if not isinstance(entry, list) or not entry[0]:
             continue
-        found = [place / name for place in places if (place / name).is_dir()]
-        if not found:
+        folder = path / name
+        if not folder.is_dir():
             raise FileNotFoundError(f"{path} has no {name}, which its model_index.json lists")
         if name not in MODELS:
-            folders[name] = found[0]
+            folders[name] = folder
             continue
-        models[name] = read_content(found[0], read_json(found[0] / "config.json"), head_dim)
+        models[name] = read_content(folder, read_json(folder / "config.json"), head_dim)
         if models[name].kind != MODELS[name]:
-            raise ValueError(f"{found[0]} holds a {models[name].kind}, not a {MODELS[name]}")
+            raise ValueError(f"{folder} holds a {models[name].kind}, not a {MODELS[name]}")
     return Source(path, models, True, folders.pop("tokenizer", None), index, folders)
 
 

@@ -279,8 +279,7 @@ def _plan_repository(plan: Plan, source: Source, to: str) -> None:
         _warn_of_lost_schedule(source, to)
     elif source.index is not None:  # whose settings are somebody's choice
         plan.copies.update(source.folders)
-        index = {name: value for name, value in source.index.items() if name != "_components_from"}
-        plan.texts["model_index.json"] = _json(index)
+        plan.texts["model_index.json"] = _json(source.index)
     else:
         preset = _release(source)
         plan.texts["scheduler/scheduler_config.json"] = _scheduler(preset.flow_shift)

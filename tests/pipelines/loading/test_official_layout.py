@@ -1,4 +1,4 @@
-"""Pipelines from official folders and from single files."""
+"""Pipelines from folders and repositories in the official layout."""
 
 import json
 import shutil
@@ -16,10 +16,15 @@ from tests.builders import (
     load_pipeline,
     random_i2v_components,
 )
-from tests.checkpoints import writers
 from tests.checkpoints.loading.test_image_encoder import official_clip
-from tests.golden_data import FOLDER, golden, relative_error
-from tests.pipelines.test_hub import make_repository
+from tests.golden_data import golden
+from tests.pipelines.loading.repositories import (
+    FORMS,
+    error_to_golden,
+    golden_latents,
+    make_repository,
+    write_official,
+)
 from wan22 import (
     AutoencoderKLWan,
     FlowMatchUniPCScheduler,
@@ -27,51 +32,7 @@ from wan22 import (
     WanT2VPipeline,
     WanTransformer3DModel,
 )
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.naming.keys import TRANSFORMER
-
-# The golden files' heads: what an official config.json says and the shapes do not.
-CONFIGS = {
-    name: {
-        "_class_name": "WanModel",
-        "model_type": kind,
-        "dim": golden(name).info["config"]["dim"],
-        "num_heads": golden(name).info["config"]["num_heads"],
-        "eps": golden(name).info["config"]["eps"],
-    }
-    for name, kind in (
-        ("expert_t2v_high", "t2v"), ("expert_t2v_low", "t2v"), ("dit_t2v_hd32", "t2v"),
-        ("dit_i2v_hd32", "i2v"), ("expert_i2v_low", "i2v"), ("dit_ti2v_hd24", "ti2v"),
-    )
-}  # fmt: skip
-
-
-def write_transformer(name, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(FOLDER / f"{name}.weights.safetensors", folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-
-
-def write_official(folder, transformers, vae):
-    """Write a repository in the official layout from golden weights."""
-    if len(transformers) == 1:
-        write_transformer(transformers[0], folder)
-    else:
-        for name, place in zip(transformers, ("high_noise_model", "low_noise_model"), strict=True):
-            write_transformer(name, folder / place)
-    torch.save(golden(vae).weights, folder / ("Wan2.2_VAE.pth" if vae == "vae22" else "Wan2.1_VAE.pth"))
-    torch.save(golden("t5").weights, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    byte_tokenizer().save_pretrained(folder / "google/umt5-xxl")
-    (folder / "README.md").write_text("a file that nobody needs")
-    return folder
-
-
-FORMS = {
-    "t2v": (("expert_t2v_high", "expert_t2v_low"), "vae21", WanT2VPipeline, 0.875, 12.0),
-    "i2v": (("dit_i2v_hd32", "expert_i2v_low"), "vae21", WanI2VPipeline, 0.9, 5.0),
-    "ti2v": (("dit_ti2v_hd24",), "vae22", WanT2VPipeline, None, 5.0),
-    "2.1": (("dit_t2v_hd32",), "vae21", WanT2VPipeline, None, 8.0),
-}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -79,36 +40,6 @@ def form(request, tmp_path_factory):
     transformers, vae, pipeline, boundary, shift = FORMS[request.param]
     folder = write_official(tmp_path_factory.mktemp("official") / request.param, transformers, vae)
     return folder, transformers, vae, pipeline, boundary, shift
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def golden_latents(pipe, name):
-    """The final latents of a golden text-to-video call."""
-    info, _, tensors = golden(name)
-    official = info["generate_args"]
-    scale = official["guide_scale"]
-    low, high = scale if isinstance(scale, list) else (None, scale)
-    return quiet(pipe)(
-        prompt_embeds=tensors["context"][None],
-        negative_prompt_embeds=tensors["context_null"][None],
-        width=official["size"][0],
-        height=official["size"][1],
-        num_frames=official["frame_num"],
-        num_inference_steps=official["sampling_steps"],
-        flow_shift=official["shift"],
-        guidance_scale=high,
-        guidance_scale_2=low,
-        seed=info["seed"],
-        output_type="latent",
-    ).frames[0]
-
-
-def error_to_golden(pipe, name):
-    return relative_error(golden_latents(pipe, name), golden(name).io["final_latent"])
 
 
 def test_an_official_folder(form):
@@ -152,21 +83,22 @@ def test_saved_it_is_in_the_diffusers_layout(tmp_path):
 def test_only_the_files_needed_are_read_from_the_hub(tmp_path, monkeypatch):
     folder = write_official(tmp_path / "official", *FORMS["t2v"][:2])
     make_repository(tmp_path / "cache", "org/wan", {"main": folder})
-    from wan22.pipelines import files
+    from wan22.pipelines.loading import load, official_layout
 
     asked = []
-    download = files.snapshot_download
+    download = load.snapshot_download
 
     def record(*args, allow_patterns, **kwargs):
         asked.append(allow_patterns)
         return download(*args, allow_patterns=allow_patterns, **kwargs)
 
-    monkeypatch.setattr(files, "snapshot_download", record)
+    for module in (load, official_layout):
+        monkeypatch.setattr(module, "snapshot_download", record)
     hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     pipe = WanT2VPipeline.from_pretrained("org/wan", dtype=torch.float32, **hub)
     assert error_to_golden(pipe, "pipe_t2v_unipc") <= 5e-6
     assert pipe.checkpoint_name == "org/wan"
-    assert asked[0] == ["model_index.json", *files.OFFICIAL_CONFIGS]
+    assert asked[0] == ["model_index.json", "config.json", "*/config.json"]
     matched = {p.relative_to(folder) for pattern in asked[1] for p in folder.rglob(pattern) if p.is_file()}
     assert {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} - matched == {Path("README.md")}
     with pytest.raises(ValueError, match="use WanT2VPipeline"):
@@ -245,106 +177,6 @@ def test_wan_2_1_for_images(two_frames, tmp_path):
     )
     with pytest.raises(ValueError, match="use WanI2VPipeline"):
         WanT2VPipeline.from_pretrained(folder)
-
-
-# ---- single files ----
-
-
-def test_each_file_may_be_of_another_format(tmp_path):
-    """The high-noise expert in ComfyUI's scaled float8, the low-noise one as .pth, with prefixes."""
-    high, low = (golden(name).weights for name in ("expert_t2v_high", "expert_t2v_low"))
-    values = writers.comfy_old({k: v.clone() for k, v in high.items()}, tmp_path / "high.safetensors")
-    torch.save({f"model.diffusion_model.{name}": w for name, w in low.items()}, tmp_path / "low.pth")
-    torch.save(golden("vae21").weights, tmp_path / "vae.pth")
-    save_file(golden("t5").weights, tmp_path / "t5.safetensors")
-    save_file({k: v.contiguous() for k, v in values.items()}, tmp_path / "expanded.safetensors")
-
-    def pipeline(high):
-        return WanT2VPipeline.from_single_file(
-            tmp_path / high,
-            str(tmp_path / "low.pth"),
-            vae=tmp_path / "vae.pth",
-            text_encoder=tmp_path / "t5.safetensors",
-            tokenizer=byte_tokenizer(),
-            dtype=torch.float32,
-            attention_head_dim=24,
-        )
-
-    pipe = pipeline("high.safetensors")
-    assert pipe.config.boundary_ratio == 0.875
-    assert pipe.scheduler.config.shift == 12.0
-    assert isinstance(pipe.transformer.blocks[0].ffn.net[2], QuantizedLinear)
-    assert not isinstance(pipe.transformer_2.blocks[0].ffn.net[2], QuantizedLinear)
-    expected = golden_latents(pipeline("expanded.safetensors"), "pipe_t2v_unipc")
-    torch.testing.assert_close(golden_latents(pipe, "pipe_t2v_unipc"), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_one_transformer_and_models_in_place_of_files(tmp_path):
-    save_file(golden("dit_ti2v_hd24").weights, tmp_path / "w.safetensors")
-    torch.save(golden("vae22").weights, tmp_path / "vae.pth")
-    for pipeline in (WanT2VPipeline, WanI2VPipeline):
-        pipe = pipeline.from_single_file(
-            tmp_path / "w.safetensors", vae=tmp_path / "vae.pth", attention_head_dim=24, dtype=torch.float32
-        )
-        assert pipe.config.expand_timesteps
-        assert pipe.config.boundary_ratio is None
-        assert pipe.text_encoder is None
-    again = WanT2VPipeline.from_single_file(
-        tmp_path / "w.safetensors",
-        vae=pipe.vae,
-        attention_head_dim=24,
-        scheduler=FlowMatchUniPCScheduler(shift=9.0),
-    )
-    assert again.vae is pipe.vae
-    assert again.scheduler.config.shift == 9.0
-
-
-def test_single_files_for_images(tmp_path):
-    for slot, name in (("high", "dit_i2v_hd32"), ("low", "expert_i2v_low")):
-        save_file(golden(name).weights, tmp_path / f"{slot}.safetensors")
-    torch.save(golden("vae21").weights, tmp_path / "vae.pth")
-    pipe = WanI2VPipeline.from_single_file(
-        tmp_path / "high.safetensors",
-        tmp_path / "low.safetensors",
-        vae=tmp_path / "vae.pth",
-        dtype=torch.float32,
-        attention_head_dim=32,
-    )
-    assert pipe.config.boundary_ratio == 0.9
-    info, _, io = golden("pipe_i2v_unipc")
-    official = info["generate_args"]
-    latents = quiet(pipe)(
-        io["image_uint8_hwc"].numpy(),
-        prompt_embeds=io["context"][None],
-        negative_prompt_embeds=io["context_null"][None],
-        max_area=official["max_area"],
-        num_frames=official["frame_num"],
-        num_inference_steps=official["sampling_steps"],
-        flow_shift=official["shift"],
-        guidance_scale=official["guide_scale"][1],
-        guidance_scale_2=official["guide_scale"][0],
-        seed=info["seed"],
-        output_type="latent",
-    ).frames[0]
-    assert relative_error(latents, io["final_latent"]) <= 5e-6
-
-
-def test_single_files_that_do_not_fit(tmp_path):
-    save_file(golden("expert_t2v_high").weights, tmp_path / "w.safetensors")
-    torch.save(golden("vae22").weights, tmp_path / "vae22.pth")
-    with pytest.raises(ValueError, match="give vae="):
-        WanT2VPipeline.from_single_file(tmp_path / "w.safetensors", attention_head_dim=24)
-    with pytest.raises(ValueError, match="16 latent channels, the VAE has 48"):
-        WanT2VPipeline.from_single_file(
-            tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", attention_head_dim=24
-        )
-    torch.save(golden("vae21").weights, tmp_path / "vae21.pth")
-    with pytest.raises(ValueError, match="use WanT2VPipeline"):
-        WanI2VPipeline.from_single_file(
-            tmp_path / "w.safetensors", vae=tmp_path / "vae21.pth", attention_head_dim=24
-        )
-    with pytest.raises(ValueError, match="hi cannot be used"):
-        WanT2VPipeline.from_single_file(tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", hi=1)
 
 
 # ---- models by themselves ----

@@ -12,6 +12,7 @@ import transformers
 
 import wan22
 from tests.builders import MODELS, SMALL, latents_of, load_pipeline, random_components, random_pipeline
+from tests.pipelines.loading.repositories import make_repository
 from wan22 import (
     AutoencoderKLWan,
     FlowMatchDPMSolverScheduler,
@@ -229,23 +230,6 @@ def test_variant(folder):
 # ---- repositories ----
 
 
-def make_repository(cache, name, revisions):
-    """Lay out a repository as huggingface_hub caches it: {revision: folder}."""
-    root = cache / f"models--{name.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "blobs").mkdir()
-    for i, (revision, source) in enumerate(revisions.items()):
-        commit = f"{i + 1:040x}"
-        (root / "refs" / revision).write_text(commit)
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                target = root / "snapshots" / commit / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                blob = root / "blobs" / f"{commit}-{str(path.relative_to(source)).replace('/', '-')}"
-                shutil.copyfile(path, blob)
-                target.symlink_to(blob)
-
-
 def test_a_cached_repository(saved, saved_bf16, tmp_path, pipe):
     make_repository(tmp_path, "org/name", {"main": saved, "half": saved_bf16})
     arguments = {"cache_dir": tmp_path, "local_files_only": True}
@@ -317,43 +301,6 @@ def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
     scheduler = load_pipeline(folder).scheduler
     assert type(scheduler) is FlowMatchEulerScheduler
     assert scheduler.config.shift == 5.0
-
-
-# ---- components of a folder next to it ----
-
-
-@pytest.fixture
-def sharing(saved, folder):
-    """A folder without text encoder, tokenizer and VAE, which are the saved pipeline's."""
-    shutil.copytree(saved, folder.parent / "whole")
-    for name in ("text_encoder", "tokenizer", "vae"):
-        shutil.rmtree(folder / name)
-    edit_json(folder / "model_index.json", _components_from="../whole")
-    return folder
-
-
-def test_components_of_the_folder_next_to_it(sharing, saved, tmp_path):
-    assert torch.equal(latents_of(load_pipeline(sharing)), latents_of(load_pipeline(saved)))
-    load_pipeline(sharing).save_pretrained(tmp_path / "complete")
-    assert "_components_from" not in read_json(tmp_path / "complete/model_index.json")
-    assert (tmp_path / "complete/vae").is_dir()
-
-
-def test_only_what_is_missing_is_taken_from_there(sharing, saved):
-    pipe = load_pipeline(sharing, text_encoder=None, transformer_2=None)
-    assert pipe.text_encoder is None
-    assert pipe.transformer_2 is None
-    assert pipe.vae is not None
-    dtypes = {"default": torch.float32, "vae": torch.bfloat16, "transformer": torch.bfloat16}
-    pipe = load_pipeline(sharing, dtype=dtypes)
-    assert [m.dtype for m in (pipe.vae, pipe.transformer)] == [torch.bfloat16] * 2
-    assert [m.dtype for m in (pipe.text_encoder, pipe.transformer_2)] == [torch.float32] * 2
-
-
-def test_the_shared_folder_must_be_there(sharing):
-    shutil.rmtree(sharing.parent / "whole")
-    with pytest.raises(FileNotFoundError, match=r"shares components of .*whole"):
-        load_pipeline(sharing)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""What every checkpoint offers, whatever its layout, and what a caller wants of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ...checkpoints.files.hub import OPTIONS
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller wants of a checkpoint.
+
+    Args:
+        given: components that are ready made, or None to leave one out, and settings of the pipeline.
+        dtype: dtype of all components, or by component and "default"; None, there too: as stored.
+        dequantize: whether to expand weights that are stored quantised.
+        others: further arguments, which only some layouts know.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Dtypes = None
+    dequantize: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pipeline: type[DiffusionPipeline], options: Mapping[str, Any]) -> "Wanted":
+        """Sort the arguments of a pipeline's constructor, without those of a download."""
+        names = {name for names in pipeline._get_signature_keys(pipeline) for name in names}
+        own = {"dtype", "torch_dtype", "dequantize"}
+        return cls(
+            {name: value for name, value in options.items() if name in names},
+            options.get("torch_dtype") if options.get("dtype") is None else options["dtype"],
+            bool(options.get("dequantize", False)),
+            {name: value for name, value in options.items() if name not in names | own | OPTIONS},
+        )
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """Return the dtype asked for a component; None: as stored."""
+        if isinstance(self.dtype, Mapping):
+            return self.dtype.get(name, self.dtype.get("default"))
+        return self.dtype
+
+
+class Checkpoint(Protocol):
+    """A checkpoint in one of the layouts.
+
+    Args:
+        source: the folder, repository or files, as the caller gave them.
+        kind: what it is for, in the words of the layout's configuration; None if nothing says so.
+    """
+
+    source: str
+    kind: str | None
+
+    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
+        """Return the models on the meta device, as they would be loaded, without reading weights.
+
+        Of a repository that is not here, configurations alone are downloaded; what they do not describe is
+        missing.
+        """
+
+    def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
+        """Load a pipeline of this class; a repository is downloaded first."""
+
+
+def is_folder(source: str) -> bool:
+    """Return whether a source is a folder here, and not a repository's name."""
+    return Path(source).expanduser().is_dir()

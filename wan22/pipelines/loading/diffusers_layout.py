@@ -1,0 +1,124 @@
+"""The Diffusers layout: model_index.json, and a folder for each component."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ...accel.planning.meta_models import MODELS, store_as
+from ...checkpoints.files.safetensors import stored_dtype
+from ...checkpoints.loading.fill import empty_weights
+from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ...presets import CONVERTED_FLOW_SHIFT
+from ..schedule import reshifted, scheduler_shift
+from .checkpoint import TRANSFORMERS, Wanted, is_folder
+
+logger = logging.getLogger(__name__)
+
+# Stands in model_index.json, where diffusers ignores it: the settings in the folder are somebody's choice.
+MARK = "_wan22_version"
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_CLASSES = dict.fromkeys(TRANSFORMERS, WanTransformer3DModel) | {"vae": AutoencoderKLWan}
+
+
+class DiffusersLayout:
+    """A checkpoint in the Diffusers layout.
+
+    Args:
+        source: folder or repository.
+        folder: where its configurations are; None if they could not be downloaded.
+        hub: options of the download.
+
+    Raises:
+        OSError: there is no model_index.json.
+    """
+
+    def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
+        self.source, self.hub = source, hub
+        # Without a folder, diffusers tries once more, and says what is wrong.
+        index = DiffusionPipeline.load_config(folder or source, **hub)
+        self.folder, self.index = folder or Path(), index
+        self.kind = index.get("_class_name")
+        if index.get("expand_timesteps") and self.kind in _PIPELINES:
+            self.kind = "ti2v"  # which serves both tasks, under whichever name it was saved
+
+    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
+        """Return the models that there are configurations of, on the meta device."""
+        models = {}
+        for name in MODELS:
+            path = self.folder / name / "config.json"
+            if path.is_file() and name not in wanted.given:
+                models[name] = model_of(name, json.loads(path.read_text()))
+                stored = stored_dtype(path.parent, wanted.others.get("variant"))
+                store_as(models[name], wanted.dtype_of(name) or stored or torch.bfloat16, stored)
+        return models
+
+    def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
+        """Load a pipeline as diffusers does, with all of its options; a repository is downloaded first."""
+        options, folder = {**self.hub, **wanted.given, **wanted.others}, self.folder
+        if not is_folder(self.source):  # here, so that the stored dtypes are known before anything is loaded
+            folder = Path(pipeline.download(self.source, **options))
+        if wanted.dequantize:
+            options |= self._expanded(folder, wanted)
+        pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
+        pipe.register_to_config(_name_or_path=self.source)
+        found = {name: folder / name for name in MODELS if (folder / name).is_dir()}
+        pipe.came_from(self.source, {n: path for n, path in found.items() if wanted.given.get(n) is None})
+        if wanted.given.get("scheduler") is None and MARK not in self.index:
+            correct_shift(pipe)
+        return pipe
+
+    def _expanded(self, folder: Path, wanted: Wanted) -> dict[str, Any]:
+        """Load the transformers with their weights expanded, which diffusers' loader cannot ask for."""
+        return {
+            name: WanTransformer3DModel.from_pretrained(
+                folder / name,
+                dtype=wanted.dtype_of(name),
+                dequantize=True,
+                variant=wanted.others.get("variant"),
+            )
+            for name in TRANSFORMERS
+            if name not in wanted.given and (folder / name).is_dir()
+        }
+
+
+def model_of(name: str, config: dict[str, Any]) -> Any:
+    """Return a component of this configuration on the meta device."""
+    with empty_weights():
+        if name in _CLASSES:
+            return _CLASSES[name].from_config(config)
+        from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+        if name == "image_encoder":
+            return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
+        return UMT5EncoderModel(UMT5Config.from_dict(config))
+
+
+def dtypes_in(folder: Path, wanted: Wanted) -> torch.dtype | dict[str, torch.dtype]:
+    """Return the dtypes to load a folder's components in, with the stored ones where none is asked for."""
+    asked = dict(wanted.dtype) if isinstance(wanted.dtype, Mapping) else {"default": wanted.dtype}
+    if None not in asked.values():
+        return wanted.dtype  # type: ignore[return-value]
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = {path.name: stored_dtype(path, wanted.others.get("variant")) for path in folders}
+    stored = {"default": torch.float32} | {name: dtype for name, dtype in found.items() if dtype is not None}
+    if asked.get("default") is None:
+        asked = dict.fromkeys(stored) | asked
+    return {name: stored.get(name, stored["default"]) if d is None else d for name, d in asked.items()}
+
+
+def correct_shift(pipe: Any) -> None:
+    """Give a converted repository of a released checkpoint the official shift.
+
+    diffusers' conversion script writes the same 3.0 for every Wan checkpoint but TI2V-5B, and a repository
+    that still has it gets worse videos than the official code.
+    """
+    preset = pipe.released
+    if preset is not None and scheduler_shift(pipe.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift:
+        logger.info("flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift)
+        pipe.scheduler = reshifted(pipe.scheduler, preset.flow_shift)

@@ -1,0 +1,185 @@
+"""The one way from a checkpoint to a pipeline: locate, check the budget, load, LoRAs, fit or share."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from ...accel.offload.devices import CudaDevice
+from ...accel.parallel import parallelize, processes
+from ...accel.parallel.environment import launched
+from ...accel.planning.planner import plan
+from ...checkpoints.files.hub import check_repository_name
+from .checkpoint import TRANSFORMERS, Checkpoint, Wanted
+from .diffusers_layout import DiffusersLayout
+from .official_layout import OfficialLayout, config_files
+from .single_files import settings_of
+
+_SMALL_FILES = ["model_index.json", "config.json", "*/config.json"]
+
+
+def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint in a folder or repository; of a repository only configurations are downloaded.
+
+    Args:
+        source: folder or repository.
+        hub: options of the download.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it is no repository's name.
+        OSError: there is no such repository, or it cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        layout = DiffusersLayout if (folder / "model_index.json").exists() else OfficialLayout
+        return layout(source, folder, hub)
+    check_repository_name(source)
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=_SMALL_FILES, **hub))
+    except (OSError, ValueError):
+        return DiffusersLayout(source, None, hub)
+    if (folder / "model_index.json").exists():
+        return DiffusersLayout(source, folder, hub)
+    return OfficialLayout(source, folder, hub) if config_files(folder) else DiffusersLayout(source, None, hub)
+
+
+def load_pipeline(
+    pipeline: type[DiffusionPipeline],
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+    *,
+    memory: str | float | None = None,
+    quantize: str | None = None,
+    parallel: str | Mapping[str, Any] | None = None,
+    loras: Any = (),
+) -> Any:
+    """Load a pipeline and set it up; see `LoadablePipeline.from_pretrained`.
+
+    Args:
+        pipeline: the class.
+        checkpoint: what to load.
+        wanted: components, dtypes and further options.
+        memory: "auto", or a GPU's memory that may be used.
+        quantize: how to quantise the transformers.
+        parallel: "auto", or arguments of `parallelize`.
+        loras: a LoRA, or a list of them.
+    """
+    check_kind(pipeline, checkpoint)
+    shares = None if parallel is None else arguments_of(parallel)
+    together = shares is not None and launched()
+    if together:
+        processes.join()
+        processes.keep_silent()
+    dtype = None
+    if memory is not None:
+        check_budget(pipeline, checkpoint, wanted, memory, quantize)
+    elif together and quantize is None:
+        dtype, wanted = transformers_as_stored(wanted)
+    pipe = checkpoint.load(pipeline, wanted)
+    if quantize is not None:  # before LoRAs, which it could not take
+        pipe.quantize(quantize)
+    for arguments in lora_arguments(loras):
+        pipe.load_lora_weights(**arguments)
+    if memory is not None:
+        pipe.fit(vram=None if memory == "auto" else memory, quantize=quantize)
+    if shares is not None and together:
+        parallelize(pipe, **{"dtype": dtype} | shares)
+    elif shares is not None and memory is None:
+        pipe.to(processes.own_device())
+    return pipe
+
+
+def check_kind(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint for another pipeline, before its weights are downloaded.
+
+    Raises:
+        ValueError: it is one; the pipeline to use is named.
+    """
+    kind = checkpoint.kind
+    if kind in (None, pipeline.__name__, *pipeline.checkpoint_kinds):
+        return
+    public = import_module(__name__.partition(".")[0])
+    others = [name for name in public.__all__ if name.endswith("Pipeline")]
+    fitting = [name for name in others if kind in getattr(public, name).checkpoint_kinds]
+    advice = f"use {fitting[0]}" if fitting else f"{pipeline.__name__} does not run it"
+    raise ValueError(f"{checkpoint.source} is a checkpoint for {kind}; {advice}")
+
+
+def check_budget(
+    pipeline: type[DiffusionPipeline],
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+    memory: str | float,
+    quantize: str | None,
+) -> None:
+    """Refuse a budget that nothing fits into, before weights are downloaded or read.
+
+    Raises:
+        ValueError: nothing fits, or the budget is a GPU's and there is none.
+    """
+    outlined = without_weights(pipeline, checkpoint, wanted)
+    if outlined is not None:
+        plan(outlined, vram=None if memory == "auto" else memory, quantize=quantize)
+    if memory != "auto":
+        try:
+            CudaDevice()
+        except ValueError as error:
+            raise ValueError(
+                f"memory={memory!r} is a GPU's, and there is no CUDA device here; memory='auto' plans "
+                "for the CPU"
+            ) from error
+
+
+def without_weights(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint, wanted: Wanted) -> Any:
+    """Return a pipeline whose models are on the meta device; None if the checkpoint does not say enough."""
+    names = pipeline._get_signature_keys(pipeline)[0]
+    models: dict[str, Any] = checkpoint.outline(wanted)
+    models = {name: part for name, part in {**models, **wanted.given}.items() if name in names}
+    transformers = [models[name] for name in TRANSFORMERS if models.get(name) is not None]
+    if models.get("vae") is None or not transformers:
+        return None
+    absent = {"tokenizer": None, "text_encoder": None}
+    return pipeline(**absent | settings_of(transformers[0].config, len(transformers) == 2) | models)
+
+
+def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `parallelize` that a constructor's parallel stands for.
+
+    Raises:
+        ValueError: it is neither "auto" nor some of them.
+    """
+    if parallel == "auto":
+        return {}
+    known = list(inspect.signature(parallelize).parameters)[1:]
+    if not isinstance(parallel, Mapping) or (set(parallel) - set(known)):
+        raise ValueError(f"parallel={parallel!r} must be 'auto', or a dict with some of {', '.join(known)}")
+    return dict(parallel)
+
+
+def lora_arguments(loras: Any) -> list[dict[str, Any]]:
+    """Return the arguments of `load_lora_weights` for each LoRA of a constructor's loras."""
+    many = loras if isinstance(loras, Sequence) and not isinstance(loras, str) else [loras]
+    return [dict(lora) if _is_arguments(lora) else {"lora": lora} for lora in many]
+
+
+def _is_arguments(lora: Any) -> bool:
+    """Whether this is a dict of arguments, and not a LoRA's table of tensors."""
+    return isinstance(lora, Mapping) and not any(isinstance(v, torch.Tensor) for v in lora.values())
+
+
+def transformers_as_stored(wanted: Wanted) -> tuple[torch.dtype | None, Wanted]:
+    """Let transformers be loaded as they are stored, mapped from their files, to be converted by parts.
+
+    Returns: the dtype that they are to have, None if that is the stored one; what is wanted without it.
+    """
+    dtypes = {wanted.dtype_of(name) for name in TRANSFORMERS}
+    if len(dtypes) > 1 or None in dtypes:  # each its own: as on one rank
+        return None, wanted
+    asked = wanted.dtype if isinstance(wanted.dtype, Mapping) else {"default": wanted.dtype}
+    return dtypes.pop(), replace(wanted, dtype={**asked, **dict.fromkeys(TRANSFORMERS)})

@@ -1,0 +1,210 @@
+"""A pipeline that is loaded from any checkpoint, and saved in the Diffusers layout."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ... import __version__
+from ...checkpoints.files.hub import OPTIONS
+from ...checkpoints.loading.quantized_linear import expanded_state
+from ...presets import Preset
+from ..provenance import ProvenancePipeline
+from . import hub_classes
+from .checkpoint import Wanted
+from .diffusers_layout import MARK
+from .load import load_pipeline, locate
+from .single_files import Files, SingleFiles
+
+
+class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
+    """Base of the pipelines: what they are made from, and how they are saved.
+
+    A subclass names the diffusers pipeline it stands for, and the kinds of checkpoints that it runs, in the
+    words of their configurations.
+    """
+
+    hub_class_name: str
+    checkpoint_kinds: tuple[str, ...]
+    scheduler: Any
+
+    @property
+    def released(self) -> Preset | None:
+        """The released checkpoint that the loaded configs belong to; None if it is an unknown one."""
+        return None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        memory: str | float | None = None,
+        quantize: str | None = None,
+        parallel: str | Mapping[str, Any] | None = None,
+        loras: Any = (),
+        **options: Any,
+    ) -> Any:
+        """Load a pipeline from a folder or a hub repository, in the Diffusers or the official layout.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository such as "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+                or "Wan-AI/Wan2.2-T2V-A14B".
+            memory: "auto", or what of a GPU's memory may be used, such as "12GB": the fastest way to make the
+                checkpoint's videos in it is found (`wan22.accel.plan`) and applied; anew for a larger video.
+            quantize: how to quantise the transformers, which changes the result; see `quantize`.
+            parallel: "auto": under torchrun all ranks make one video together, each on its own GPU, in the
+                layout that moves the least, with divided weights where whole ones would not fit; started as
+                one process, it goes to its GPU. Or arguments of `wan22.accel.parallel.parallelize`.
+            loras: a LoRA, or a list of them: files, folders, repositories, tables of tensors, or dicts with
+                arguments of `load_lora_weights`.
+            **options: any component, ready made, or None to leave it out. `dtype` (or `torch_dtype`): of all
+                components, or a dict by component and "default"; None, the default, is the one that each is
+                stored in. `dequantize`: whether to expand quantised weights. The hub's options: `revision`,
+                `cache_dir`, `token`, `local_files_only`, `force_download`. In the Diffusers layout also the
+                others of diffusers' `DiffusionPipeline.from_pretrained`, such as `variant`, `device_map`,
+                `quantization_config`.
+
+        Returns: the pipeline.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or something is missing in it.
+            ValueError: it is a checkpoint for another pipeline, holds weights that have no place, or a
+                setting or a combination of components is not supported; nothing fits into the memory, said
+                before weights are downloaded or read; or the work cannot be shared as asked.
+        """
+        hub = {name: options[name] for name in OPTIONS & options.keys()}
+        checkpoint = locate(str(pretrained_model_name_or_path), hub)
+        wanted = Wanted.of(cls, options)
+        return load_pipeline(
+            cls, checkpoint, wanted, memory=memory, quantize=quantize, parallel=parallel, loras=loras
+        )
+
+    @classmethod
+    def from_single_file(
+        cls,
+        high: str | Path | None = None,
+        low: str | Path | None = None,
+        *,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        image_encoder: Any = None,
+        memory: str | float | None = None,
+        quantize: str | None = None,
+        parallel: str | Mapping[str, Any] | None = None,
+        loras: Any = (),
+        **options: Any,
+    ) -> Any:
+        """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
+
+        Args:
+            high: file of the high-noise expert, or the only transformer.
+            low: file of the low-noise expert.
+            vae: file, or model.
+            text_encoder: file, or model; None if prompt_embeds are given at every call.
+            tokenizer: folder or repository, such as "google/umt5-xxl"; or tokenizer.
+            image_encoder: file, or model (Wan 2.1 for images).
+            memory: as in from_pretrained; weights that stay quantised count as they are stored.
+            quantize: as in from_pretrained.
+            parallel: as in from_pretrained.
+            loras: as in from_pretrained.
+            **options: `dtype`, as in from_pretrained; bfloat16 by default for quantised weights.
+                `dequantize`: whether to expand those. Further components and settings of the pipeline, such
+                as `scheduler` or `boundary_ratio`; default are those of the released checkpoint with the same
+                shapes. `attention_head_dim`, if it is not 128.
+
+        Returns: the pipeline.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file cannot be read or is another model's, or the components do not belong together;
+                nothing fits into the memory; or the work cannot be shared as asked.
+        """
+        parts = {"transformer": high, "transformer_2": low, "vae": vae, "text_encoder": text_encoder}
+        parts |= {"tokenizer": tokenizer, "image_encoder": image_encoder}
+        paths = {name: Path(p).expanduser() for name, p in parts.items() if isinstance(p, str | Path)}
+        models = {name: part for name, part in parts.items() if name not in paths and part is not None}
+        wanted = Wanted.of(cls, options | models)
+        return load_pipeline(
+            cls,
+            SingleFiles(Files(**paths)),
+            wanted,
+            memory=memory,
+            quantize=quantize,
+            parallel=parallel,
+            loras=loras,
+        )
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Build this pipeline from another one's components, sharing their weights; nothing is cast.
+
+        Args:
+            pipeline: one of ours or of diffusers' Wan pipelines.
+            **kwargs: components and settings that replace the other's.
+        """
+        components, settings = cls._get_signature_keys(cls)
+        known = {
+            **pipeline.components,
+            **{k: v for k, v in pipeline.config.items() if k in settings},
+            **kwargs,
+        }
+        unknown = sorted(set(kwargs) - set(components) - set(settings))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(components + settings)}"
+            )
+        pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if isinstance(pipeline, ProvenancePipeline):
+            pipe._place, pipe._files_of = pipeline._place, pipeline._files_of
+        return pipe
+
+    @classmethod
+    def from_diffusers_folder(cls, folder: Path, **options: Any) -> Any:
+        """Load a folder in the Diffusers layout as diffusers does, with our classes."""
+        return super().from_pretrained(folder, **options)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read model_index.json; what we have a class for is looked up here instead of in diffusers.
+
+        That goes for the pipeline, too: diffusers would import its own of this name, to no end.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        # TI2V-5B may name, as absent, what only the other pipeline could have.
+        known = {name for names in cls._get_signature_keys(cls) for name in names}
+        config = {n: _with_our_class(v) for n, v in config.items() if v != [None, None] or n in known}
+        config["_class_name"] = cls.__name__
+        return (config, *rest) if rest else config
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        # Empty annotations skip diffusers' own type warnings: models of both families are taken.
+        names = list(inspect.signature(cls.__init__).parameters)[1:]  # without self
+        return dict.fromkeys(names, (inspect.Signature.empty,))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save all components, as diffusers does; quantised weights are expanded."""
+        with expanded_state():
+            super().save_pretrained(*args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """Write model_index.json with diffusers' names."""
+        config = json.loads(super().to_json_string())
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == 2 and str(value[0]).split(".")[0] == "wan22":
+                schema = getattr(getattr(self, name), "schema", None)
+                config[name] = ["diffusers", schema.class_name if schema else value[1]]
+        config |= {"_class_name": self.hub_class_name, MARK: __version__}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _with_our_class(entry: Any) -> Any:
+    """Return an entry of model_index.json, with our class in place of diffusers' where there is one."""
+    ours = isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] == "diffusers"
+    return [hub_classes.__name__, entry[1]] if ours and entry[1] in hub_classes.__all__ else entry
