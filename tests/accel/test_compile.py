@@ -15,9 +15,9 @@ from tests.builders import (
     random_pipeline,
     random_ti2v_pipeline,
 )
+from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.models.vaes import tiny_vae
-from tests.pipelines.test_lora import make_lora, save
 from wan22.accel.compile import Compiled
 from wan22.models.rope import rotary_tables
 

@@ -125,7 +125,7 @@ def test_pipelines(form, tmp_path):
 
 
 def test_with_a_lora_that_comes_later(tmp_path):
-    from tests.pipelines.test_lora import make_lora, save
+    from tests.checkpoints.lora_writers import make_lora, save
 
     parts = {n: copy.deepcopy(random_components()[n]) for n in ("transformer", "transformer_2", "vae")}
     pipe = random_pipeline(**parts)

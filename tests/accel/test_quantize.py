@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.builders import latents_of, random_components, random_pipeline, random_transformer
-from tests.checkpoints.lora_writers import in_diffusers
-from tests.pipelines.test_lora import make_lora, save
+from tests.checkpoints.lora_writers import in_diffusers, make_lora, save
 from wan22.accel import quantize as module
 from wan22.accel.offload.layout import bytes_of
 from wan22.accel.quantize import DynamicFloat8Linear, dequantize, quantize, report

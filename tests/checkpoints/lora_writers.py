@@ -4,6 +4,9 @@ A LoRA is a table from official module names to (down, up, alpha); a dialect tur
 """
 
 import torch
+from safetensors.torch import save_file
+
+from wan22.checkpoints.naming.keys import TRANSFORMER
 
 Table = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
@@ -70,3 +73,47 @@ DIALECTS = {
         f"diffusion_model.{module}.diff": b @ a * (alpha / a.shape[0]) for module, (a, b, alpha) in w.items()
     },
 }
+
+
+def linears(model):
+    """Official names and shapes of the blocks' linear layers."""
+    names = {TRANSFORMER.inverse.rename(name): w.shape for name, w in model.state_dict().items()}
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in names.items()
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+    }
+
+
+def make_lora(model, seed, share=1.0):
+    """A LoRA with another rank and alpha in each module, for the first modules of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    table, layers = {}, linears(model)
+    for i, (module, (o, n)) in enumerate(layers.items()):
+        if i < share * len(layers):
+            rank = 2 + i % 3
+            down, up = (torch.randn(s, generator=generator) * 0.15 for s in ((rank, n), (o, rank)))
+            table[module] = (down, up, float(1 + i % 4))
+    return table
+
+
+def save(table, path, dialect="diffusion_model, alpha"):
+    save_file({k: v.contiguous() for k, v in DIALECTS[dialect](table).items()}, path)
+    return path
+
+
+def save_one_layer(pipe, path, seed=0):
+    """Write a LoRA of one layer."""
+    torch.manual_seed(seed)
+    name = "blocks.0.attn1.to_q"
+    o, i = pipe.transformer.get_submodule(name).weight.shape
+    official = str(TRANSFORMER.inverse.rename(f"{name}.weight")).removesuffix(".weight")
+    down, up = torch.randn(2, i), torch.randn(o, 2)
+    save_file(
+        {
+            f"diffusion_model.{official}.lora_A.weight": down,
+            f"diffusion_model.{official}.lora_B.weight": up,
+        },
+        path,
+    )
+    return path

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.pipelines.test_provenance import lora
+from tests.checkpoints.lora_writers import save_one_layer
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 from wan22.cli.app import app
@@ -59,7 +59,7 @@ def test_a_prompt(here):
 
 
 def test_every_option_reaches_the_call(here):
-    file = lora(WanT2VPipeline.from_pretrained(tiny_checkpoint()), here / "lora.safetensors")
+    file = save_one_layer(WanT2VPipeline.from_pretrained(tiny_checkpoint()), here / "lora.safetensors")
     options = {
         "--negative-prompt": "blue",
         "--height": 32,

@@ -13,35 +13,13 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.builders import latents_of, random_pipeline
 from tests.checkpoints import writers
-from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
+from tests.checkpoints.lora_writers import DIALECTS, in_diffusers, linears, make_lora, save
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.naming.keys import TRANSFORMER
 from wan22.pipelines import lora as lora_module
 
 SLOTS = ("transformer", "transformer_2")
-
-
-def linears(model):
-    """Official names and shapes of the blocks' linear layers."""
-    names = {TRANSFORMER.inverse.rename(name): w.shape for name, w in model.state_dict().items()}
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in names.items()
-        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
-    }
-
-
-def make_lora(model, seed, share=1.0):
-    """A LoRA with another rank and alpha in each module, for the first modules of a model."""
-    generator = torch.Generator().manual_seed(seed)
-    table, layers = {}, linears(model)
-    for i, (module, (o, n)) in enumerate(layers.items()):
-        if i < share * len(layers):
-            rank = 2 + i % 3
-            down, up = (torch.randn(s, generator=generator) * 0.15 for s in ((rank, n), (o, rank)))
-            table[module] = (down, up, float(1 + i % 4))
-    return table
 
 
 def merge(model, table, strength=1.0, deltas=()):
@@ -85,11 +63,6 @@ def both(tables):
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def save(table, path, dialect="diffusion_model, alpha"):
-    save_file({k: v.contiguous() for k, v in DIALECTS[dialect](table).items()}, path)
-    return path
 
 
 # ---- dialects ----

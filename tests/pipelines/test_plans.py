@@ -150,7 +150,7 @@ def strips_of(pipe):
 
 
 def test_a_plan_that_is_refused_changes_nothing(tmp_path):
-    from tests.pipelines.test_lora import make_lora, save
+    from tests.checkpoints.lora_writers import make_lora, save
 
     pipe = own_pipeline()
     plain = latents_of(pipe)
@@ -215,7 +215,7 @@ def test_decoding_is_as_before_once_a_plan_is_released(before, monkeypatch):
 
 
 def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path, monkeypatch):
-    from tests.pipelines.test_lora import make_lora, save
+    from tests.checkpoints.lora_writers import make_lora, save
 
     monkeypatch.setattr(cpu, "_LARGE", 0)
     pipe = own_pipeline()

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.builders import SMALL, random_i2v_pipeline, random_pipeline
+from tests.checkpoints.lora_writers import save_one_layer
 from wan22 import (
     FlowMatchDPMSolverScheduler,
     FlowMatchEulerScheduler,
@@ -20,7 +21,6 @@ from wan22 import (
     tiny_checkpoint,
 )
 from wan22.checkpoints.files.fingerprint import fingerprint
-from wan22.checkpoints.naming.keys import TRANSFORMER
 from wan22.video.recipe import Recipe
 
 QUICK = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}
@@ -119,25 +119,8 @@ def test_from_an_image_file(fit, tmp_path):
         pipe.reproduce(video.recipe)
 
 
-def lora(pipe, path, seed=0):
-    """Write a LoRA of one layer."""
-    torch.manual_seed(seed)
-    name = "blocks.0.attn1.to_q"
-    o, i = pipe.transformer.get_submodule(name).weight.shape
-    official = str(TRANSFORMER.inverse.rename(f"{name}.weight")).removesuffix(".weight")
-    down, up = torch.randn(2, i), torch.randn(o, 2)
-    save_file(
-        {
-            f"diffusion_model.{official}.lora_A.weight": down,
-            f"diffusion_model.{official}.lora_B.weight": up,
-        },
-        path,
-    )
-    return path
-
-
 def test_with_loras(pipe, tmp_path):
-    file = lora(pipe, tmp_path / "lora.safetensors")
+    file = save_one_layer(pipe, tmp_path / "lora.safetensors")
     pipe.load_lora_weights(file, strength=(0.3, 0.2), adapter_name="mine")
     video = pipe("a", seed=1, **QUICK)
     (used,) = video.recipe.loras
@@ -153,7 +136,7 @@ def test_with_loras(pipe, tmp_path):
     with pytest.raises(ValueError, match="has LoRAs"):
         pipe.reproduce(video.recipe)
     pipe.unload_lora_weights()
-    other = lora(pipe, tmp_path / "other.safetensors", seed=1)
+    other = save_one_layer(pipe, tmp_path / "other.safetensors", seed=1)
     pipe.load_lora_weights(other, strength=(0.3, 0.2))
     with pytest.raises(ValueError, match="has LoRAs"):
         pipe.reproduce(video.recipe)

@@ -26,9 +26,8 @@ from tests.accel.offload.offloaders import (
 )
 from tests.accel.offload.recording import RecordingDevice
 from tests.checkpoints import writers
-from tests.checkpoints.lora_writers import DIALECTS
+from tests.checkpoints.lora_writers import DIALECTS, make_lora
 from tests.golden_data import relative_error
-from tests.pipelines.test_lora import make_lora
 from wan22 import WanTransformer3DModel
 from wan22.accel.offload import streaming
 from wan22.accel.offload.layout import PackedBlock, Placement, device_bytes

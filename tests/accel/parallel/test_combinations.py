@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.accel import test_pairs
+from tests.accel import features
+from tests.accel.features import CHANGING, FORMS, frames, own
 from tests.accel.parallel.ranks import on_ranks
-from tests.accel.test_pairs import CHANGING, FORMS, frames, own
 from tests.builders import bf16_pipeline
+from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
-from tests.pipelines.test_lora import make_lora, save
 from wan22.accel import cpu
 from wan22.accel.parallel import parallelize
 
 BOUND = 2e-5
 # A VAE whose rows are shared is left out by itself.
 COMPILE = lambda pipe: pipe.compile(vae=pipe.parallel is not None, backend="eager")  # noqa: E731
-SAME = {**test_pairs.SAME, "compile": (COMPILE, test_pairs.SAME["compile"][1])}
+SAME = {**features.SAME, "compile": (COMPILE, features.SAME["compile"][1])}
 LAYOUTS = {"t2v": {"ulysses": 2}, "i2v": {"ring": 2}, "ti2v": {"cfg": 2}}
 # What cannot be together, and what says so.
 REFUSED = {

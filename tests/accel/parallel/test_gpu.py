@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.accel.features import FORMS, frames, own
 from tests.accel.parallel.ranks import on_ranks
-from tests.accel.test_pairs import FORMS, frames, own
 from tests.golden_data import relative_error
 from wan22.accel.parallel import parallelize, processes
 

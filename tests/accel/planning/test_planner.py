@@ -138,7 +138,7 @@ def test_image_to_video_in_a_plan(form):
 
 
 def test_with_a_lora(tmp_path):
-    from tests.pipelines.test_lora import make_lora, save
+    from tests.checkpoints.lora_writers import make_lora, save
 
     pipe = deeper(6)
     lora = save(make_lora(pipe.transformer, 1), tmp_path / "a.safetensors")
