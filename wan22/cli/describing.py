@@ -1,7 +1,6 @@
 """`wan22 info` and `wan22 models`: what a file, a folder or a name stands for."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,10 @@ def _facts(preset: Preset) -> dict[str, Any]:
 
 
 def _model(content: Any) -> dict[str, Any]:
-    sizes: Counter[str] = Counter()
-    for tensor in content.tensors.values():
-        quantized = not hasattr(tensor, "dtype")
-        sizes["quantised" if quantized else str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    sizes = content.sizes
     return {
         "kind": content.kind,
-        "tensors": len(content.tensors),
+        "tensors": len(content.official_names),
         "bytes": sum(sizes.values()),
         "dtypes": {dtype: f"{size / 1e9:.3g} GB" for dtype, size in sizes.most_common()},
     }

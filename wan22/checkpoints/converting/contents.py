@@ -2,58 +2,22 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..files.weights import WeightFile, read_weights
-from ..loading.fill import Model, empty_weights, fill
-from ..loading.models import AutoencoderKLWan, WanTransformer3DModel, official_settings, read_json
-from ..loading.text_encoder import (
-    COPY,
-    EMBEDDING,
-    UNUSED,
-    embedding_of,
-    named_by_transformers,
-    text_encoder_config,
-)
+from ..files.weights import read_json
+from ..loading.recognize import read_model
+from ..loading.stored import StoredModel
 from ..naming.configs import HEAD_DIM
-from ..naming.dialects import Tensors, normalize, without_prefix
-from ..naming.keys import TEXT_ENCODER, TEXT_ENCODER_GGUF, TRANSFORMER, KeyTable
-from ..naming.names import listed, official_names, shapes_of
+from ..naming.names import listed, shapes_of
 
 EXPERTS = ("high_noise_model", "low_noise_model")  # their folders in the official layout
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")  # its folder in the official layout, and in Diffusers'
 MODELS = {"transformer": "transformer", "transformer_2": "transformer"}  # components and their kinds
 MODELS |= {kind: kind for kind in ("vae", "text_encoder")}
-_CLASSES: dict[str, Any] = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")  # of weights, whatever they are
-
-
-@dataclass(frozen=True)
-class Content:
-    """One model's weights and settings.
-
-    Args:
-        kind: "transformer", "vae" or "text_encoder".
-        source: the file or folder.
-        tensors: under official names, memory-mapped.
-        origins: the name in the source of each.
-        table: from official names to those of the Diffusers layout.
-        settings: config.json of the Diffusers layout.
-        bare: what of it the tensors alone tell; empty for a text encoder.
-    """
-
-    kind: str
-    source: str
-    tensors: Tensors
-    origins: Mapping[str, str]
-    table: KeyTable
-    settings: Mapping[str, Any]
-    bare: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +34,7 @@ class Source:
     """
 
     path: Path
-    models: Mapping[str, Content]
+    models: Mapping[str, StoredModel]
     whole: bool = False
     tokenizer: Path | None = None
     index: Mapping[str, Any] | None = None
@@ -100,110 +64,22 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
     return _folder(path, head_dim)
 
 
-def read_content(path: Path, config: Mapping[str, Any], head_dim: int | None = None) -> Content:
-    """Read one model and account for each of its tensors, as the loader does.
+def read_content(path: Path, config: dict[str, Any], head_dim: int | None = None) -> StoredModel:
+    """Read one model's file or folder, and account for each of its tensors as the loader does.
 
     Args:
-        path: a file, or a folder of shards.
-        config: config.json beside it; of no concern if it is another model's.
+        path: file, or folder of shards.
+        config: config.json beside it; ignored if it is another model's.
         head_dim: as in `read_source`.
 
     Raises:
         FileNotFoundError: a shard is missing.
         ValueError: it cannot be read, is no model of Wan, or holds weights that have no place.
     """
-    file = read_weights(path)
-    kind = _kind(file)
-    if kind == "text_encoder":
-        return _text_encoder(file, config)
-    cls = _CLASSES[kind]
-    table = cls._keys(file.source, _stripped(file))
-    ignored = cls._keys_to_ignore_on_load_unexpected or ()
-    tensors, origins = _traced(file, lambda names: official_names(file.source, names, table, ignored))
-    known: dict[str, Any] = {"attention_head_dim": head_dim} if head_dim else {}
-    if config.get("_class_name") == "WanModel":
-        known = official_settings(dict(config))
-    elif config.get("_class_name") == cls.__name__ and "attention_head_dim" in config:
-        known = {"attention_head_dim": config["attention_head_dim"]}
-    bare = cls._config(file.source, shapes_of(tensors), known)
-    with empty_weights():
-        plain = model = cls(**bare)
-        if config.get("_class_name") == cls.__name__:
-            model = cls.from_config(dict(config))
-        elif kind == "transformer":
-            model = cls(**bare | known)
-    _audit(model, file.source, {str(table.rename(name)): tensor for name, tensor in tensors.items()})
-    settings = [json.loads(which.to_json_string()) for which in (model, plain)]
-    return Content(kind, file.source, tensors, origins, table, *settings)
-
-
-def _kind(file: WeightFile) -> str:
-    names = [*_stripped(file)]
-    tables = {
-        "transformer": (TRANSFORMER,),
-        "vae": (AutoencoderKLWan._keys(file.source, names),),
-        "text_encoder": (TEXT_ENCODER, TEXT_ENCODER_GGUF),
-    }
-    known = {
-        kind: max(max(table.count(names), table.inverse.count(names)) for table in both)
-        for kind, both in tables.items()
-    }
-    kind = max(known, key=lambda kind: known[kind])
-    if not known[kind]:
-        raise ValueError(
-            f"{file.source} is neither a transformer, nor a VAE, nor a text encoder of Wan; "
-            f"it holds {listed(names) if names else 'nothing'}"
-        )
-    return kind
-
-
-def _text_encoder(file: WeightFile, config: Mapping[str, Any]) -> Content:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    kept = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(UNUSED)}
-    file = WeightFile(file.source, kept, file.metadata)
-    tensors, origins = _traced(file, lambda names: named_by_transformers(file.source, names))
-    embedding_of(file.source, tensors)  # refuses two that differ
-    if COPY in tensors:
-        tensors.setdefault(EMBEDDING, tensors[COPY])
-        origins.setdefault(EMBEDDING, origins[COPY])
-        del tensors[COPY]
-    if config.get("model_type") == "umt5":
-        settings = UMT5Config.from_dict(dict(config))
-    else:
-        settings = UMT5Config(**text_encoder_config(file.source, shapes_of(tensors)))
-    settings.architectures = ["UMT5EncoderModel"]
-    with empty_weights():
-        model = UMT5EncoderModel(settings)
-    _audit(model, file.source, tensors | {COPY: tensors[EMBEDDING]})
-    official = {name: str(TEXT_ENCODER.inverse.rename(name)) for name in tensors}
-    return Content(
-        "text_encoder",
-        file.source,
-        {official[name]: tensor for name, tensor in tensors.items()},
-        {official[name]: origins[name] for name in tensors},
-        TEXT_ENCODER,
-        json.loads(settings.to_json_string()),
-    )
-
-
-def _stripped(file: WeightFile) -> Tensors:
-    """Return a file's tensors without prefixes, in their order."""
-    return without_prefix({name.replace("_orig_mod.", ""): t for name, t in file.tensors.items()})
-
-
-def _traced(file: WeightFile, rename: Callable[[Any], Any]) -> tuple[Tensors, dict[str, str]]:
-    """Rename a file's tensors by one of the loader's functions; return them and their names in the file."""
-    tensors = normalize(file)
-    origins = dict(zip(_stripped(file), file.tensors, strict=True))
-    names = rename({name: name for name in tensors})
-    found = {new: tensors[old] for new, old in names.items()}
-    return found, {new: origins[old] for new, old in names.items()}
-
-
-def _audit(model: Model, source: str, tensors: Tensors) -> None:
-    """Refuse by name what is missing, left over or of another shape: the loader's own check, on no data."""
-    fill(model, source, {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()})
+    stored = read_model(path, config=config, head_dim=head_dim)
+    stored.format.checked(stored.source, stored.tensors)
+    stored.meta_model()
+    return stored
 
 
 # ---- repositories ----
@@ -260,7 +136,7 @@ def _weights_in(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def _experts(path: Path, found: dict[Path, Content]) -> dict[str, Content]:
+def _experts(path: Path, found: dict[Path, StoredModel]) -> dict[str, StoredModel]:
     """Tell which transformer is which; no tensor says so, only their names do."""
     names = {place: str(place.relative_to(path)).lower() for place in found}
     if len(found) == 1:
@@ -278,9 +154,14 @@ def _experts(path: Path, found: dict[Path, Content]) -> dict[str, Content]:
     return {"transformer": found[high[0]], "transformer_2": found[low[0]]} if found else {}
 
 
-def lost_settings(content: Content, to: str) -> list[str]:
+def lost_settings(content: StoredModel, to: str) -> list[str]:
     """Return the settings that a file without config.json, or an official one's, does not keep."""
-    bare = dict(content.bare)
+    if content.kind == "text_encoder":
+        return []
+    names = {"attention_head_dim"} & content.settings.keys()
+    known = {name: content.settings[name] for name in names}
+    config = content.format.config(content.source, shapes_of(content.tensors), {}, known)
+    bare = content.format.settings(config)
     if content.kind == "transformer" and to == "official":
         bare["eps"] = content.settings["eps"]
     elif content.kind == "transformer":

@@ -13,8 +13,9 @@ import torch
 
 from ...presets import Preset, has_timestep_per_token, release_of
 from ..files.quantized import QuantizedTensor, expanded
+from ..loading.stored import StoredModel
 from ..naming.names import listed
-from .contents import EXPERTS, TOKENIZERS, Content, Source, lost_settings
+from .contents import EXPERTS, TOKENIZERS, Source, lost_settings
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Entry:
 
     Args:
         slot: the component it is of.
-        name: its official name.
+        name: its name in the model.
         origin: its name in the source.
         key: its name in the file to be written.
         tensor: as the source has it.
@@ -163,7 +164,7 @@ def make_plan(source: Source, to: str, name: str, dtype: torch.dtype | None, sha
     return plan
 
 
-def _path_of(content: Content, slot: str, to: str, source: Source, name: str) -> str:
+def _path_of(content: StoredModel, slot: str, to: str, source: Source, name: str) -> str:
     """Return where a model's weights go, not yet divided into shards."""
     two = "transformer_2" in source.models
     expert = EXPERTS[slot == "transformer_2"]
@@ -179,11 +180,12 @@ def _path_of(content: Content, slot: str, to: str, source: Source, name: str) ->
     return str(Path(folder if source.whole else "", f"{file}.safetensors"))
 
 
-def _entries(content: Content, slot: str, to: str, dtype: torch.dtype | None) -> list[Entry]:
+def _entries(content: StoredModel, slot: str, to: str, dtype: torch.dtype | None) -> list[Entry]:
     entries = []
-    for name, tensor in content.tensors.items():
+    for name, official in content.official_names.items():
+        tensor = content.tensors[name]
         stored = torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype
-        key = str(content.table.rename(name)) if to == "diffusers" else name
+        key = name if to == "diffusers" else official
         entries.append(Entry(slot, name, content.origins[name], key, tensor, dtype or stored))
     return entries
 
@@ -218,7 +220,7 @@ def _json(value: Mapping[str, Any]) -> str:
 # ---- settings ----
 
 
-def _config(content: Content, entries: list[Entry]) -> dict[str, Any]:
+def _config(content: StoredModel, entries: list[Entry]) -> dict[str, Any]:
     """Return config.json of the Diffusers layout."""
     if content.kind != "text_encoder":
         return dict(content.settings)
@@ -229,7 +231,7 @@ def _config(content: Content, entries: list[Entry]) -> dict[str, Any]:
     return {**content.settings, "dtype": str(sizes.most_common(1)[0][0]).removeprefix("torch.")}
 
 
-def _official_config(content: Content) -> dict[str, Any]:
+def _official_config(content: StoredModel) -> dict[str, Any]:
     """Return config.json of the official layout."""
     settings = content.settings
     known = {

@@ -95,6 +95,8 @@ class QuantizedTensor:
 
     def expand(self) -> torch.Tensor:
         """Return the values in float32."""
+        if any(part.is_meta for part in self.parts.values()):
+            return torch.empty(self.shape, device="meta")
         return self.format.expand(self.parts)
 
 
@@ -128,6 +130,14 @@ def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTe
         )
     parts = {"data": data.view(torch.uint8), "scale": scale}
     return QuantizedTensor(shape, ScaledNumbers(data.dtype, groups), parts)
+
+
+def on_meta(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:
+    """Return a tensor of the same shape, dtype or format without its values."""
+    if isinstance(tensor, QuantizedTensor):
+        parts = {name: torch.empty_like(part, device="meta") for name, part in tensor.parts.items()}
+        return QuantizedTensor(tensor.shape, tensor.format, parts)
+    return torch.empty_like(tensor, device="meta")
 
 
 def expanded(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:

@@ -79,6 +79,11 @@ def _read_folder(folder: Path) -> WeightFile:
     return _read_shards(indices[0]) if indices else read_weights(files[0])
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's contents; {} if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def shards_of(index: Path) -> dict[str, str]:
     """Return which file holds each tensor, as the index of shards says.
 

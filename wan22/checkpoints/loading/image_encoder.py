@@ -1,22 +1,87 @@
-"""Load the CLIP image encoder of Wan 2.1 from its official file."""
+"""Load the CLIP image encoder of Wan 2.1 from its official file, or under transformers' names."""
 
-import math
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..files.quantized import expanded
-from ..files.weights import read_weights
+from ..naming.configs import Shapes, image_encoder_config
 from ..naming.dialects import Tensors
-from ..naming.keys import IMAGE_ENCODER
-from ..naming.names import listed
-from .fill import empty_weights, fill
+from ..naming.keys import IMAGE_ENCODER, KeyTable
+from .fill import empty_weights
+from .stored import Config, ModelFormat, read_as
 
-HEAD_DIM = 80  # of the released one, ViT-H
 _FUSED = "attn.to_qkv."
-# The text half of CLIP, and what follows the rows that Wan takes.
-_UNUSED = ("textual.", "log_scale", "visual.head")
+_PREFIX = "vision_model."  # of all names in some releases of transformers, and in their files
+
+
+class ImageEncoderFormat(ModelFormat):
+    """The image half of CLIP, transformers' CLIPVisionModel."""
+
+    kind = "image_encoder"
+    noun = "CLIP's image encoder"
+    # The text half of CLIP, and what follows the layer whose output Wan takes.
+    unused = ("textual.", "log_scale", "visual.head")
+
+    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
+        """Return the official file's table."""
+        return (IMAGE_ENCODER,)
+
+    def prepare(self, tensors: Tensors) -> Tensors:
+        """Divide the official queries, keys and values, and give the embeddings transformers' shapes."""
+        result: Tensors = {}
+        for name, tensor in tensors.items():
+            name = name.removeprefix(_PREFIX)
+            if _FUSED in name:
+                for letter, part in zip("qkv", expanded(tensor).chunk(3), strict=True):
+                    result[name.replace(_FUSED, f"attn.{letter}.")] = part
+            elif name == "visual.cls_embedding":
+                result[name] = expanded(tensor).flatten()
+            elif name == "visual.pos_embedding":
+                result[name] = expanded(tensor).squeeze(0)
+            else:
+                result[name] = tensor
+        return result
+
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+        """Return CLIPVisionConfig's arguments."""
+        if given.get("model_type") == "clip_vision_model":
+            return dict(given)
+        return image_encoder_config(source, shapes) | known
+
+    def build(self, config: Config) -> nn.Module:
+        """Return the encoder on the meta device."""
+        from transformers import CLIPVisionModel
+
+        with empty_weights():
+            return CLIPVisionModel(self._config(config))
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return config.json as transformers writes it."""
+        settings = self._config(config)
+        settings.architectures = ["CLIPVisionModel"]
+        return json.loads(settings.to_json_string())
+
+    def body(self, model: nn.Module) -> nn.Module:
+        """Return what some releases of transformers have one level deeper."""
+        return getattr(model, "vision_model", model)
+
+    def finished(self, model: nn.Module) -> nn.Module:
+        """Return the model with numbered positions, which no file holds."""
+        embeddings: Any = self.body(model).embeddings
+        device = embeddings.class_embedding.device
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+        return model
+
+    @staticmethod
+    def _config(config: Config) -> Any:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig.from_dict(dict(config))
 
 
 def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -24,7 +89,7 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None) -> An
 
     Args:
         path: the file.
-        dtype: of the parameters; None: as they are stored.
+        dtype: dtype of the parameters; None: as they are stored.
 
     Returns: transformers' CLIPVisionModel, in evaluation mode.
 
@@ -34,20 +99,7 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None) -> An
 
     Source: Wan2.1 wan/modules/clip.py, VisionTransformer.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    file = read_weights(Path(path).expanduser())
-    tensors = _renamed(file.source, {n: t for n, t in file.tensors.items() if not n.startswith(_UNUSED)})
-    config = CLIPVisionConfig(**_config(file.source, tensors))
-    with empty_weights():
-        model = CLIPVisionModel(config)
-    # Some releases of transformers have everything one level deeper.
-    inner: Any = getattr(model, "vision_model", model)
-    prefix = "" if inner is model else "vision_model."
-    fill(model, file.source, {f"{prefix}{name}": tensor for name, tensor in tensors.items()}, dtype)
-    positions = tensors["embeddings.position_embedding.weight"].shape[0]
-    inner.embeddings.position_ids = torch.arange(positions)[None]  # no weight, so in no file
-    return model
+    return read_as(ImageEncoderFormat(), Path(path)).load(dtype)
 
 
 def load_image_processor() -> Any:
@@ -56,39 +108,3 @@ def load_image_processor() -> Any:
 
     size = {"height": 224, "width": 224}
     return CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size)
-
-
-def _renamed(source: str, official: Tensors) -> Tensors:
-    """Give tensors transformers' names and shapes."""
-    parts: dict[str, torch.Tensor] = {}
-    for name, tensor in official.items():
-        values = expanded(tensor)
-        if _FUSED in name:
-            for letter, part in zip("qkv", values.chunk(3), strict=True):
-                parts[name.replace(_FUSED, f"attn.{letter}.")] = part
-        elif name in ("visual.cls_embedding", "visual.pos_embedding"):
-            parts[name] = values.squeeze(0) if name == "visual.pos_embedding" else values.flatten()
-        else:
-            parts[name] = values
-    names = {name: IMAGE_ENCODER.rename(name) for name in parts}
-    if unknown := [name for name, ours in names.items() if ours is None]:
-        raise ValueError(f"{source} holds {listed(unknown)}, which CLIP's image encoder has no place for")
-    return {str(names[name]): part for name, part in parts.items()}
-
-
-def _config(source: str, tensors: Tensors) -> dict[str, Any]:
-    """Return the configuration of the encoder with these tensors."""
-    needed = ["embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"]
-    needed.append("encoder.layers.0.mlp.fc1.weight")
-    if missing := [name for name in needed if name not in tensors]:
-        raise ValueError(f"{source} is no CLIP image encoder: it has no {missing[0]}")
-    (dim, _, _, patch), (positions, _), (hidden, _) = (tensors[name].shape for name in needed)
-    return {
-        "hidden_size": dim,
-        "intermediate_size": hidden,
-        "num_attention_heads": dim // HEAD_DIM,
-        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}),
-        "image_size": math.isqrt(positions - 1) * patch,
-        "patch_size": patch,
-        "hidden_act": "gelu",
-    }

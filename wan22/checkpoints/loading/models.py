@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from ...models import autoencoder, transformer
 from ..files import hub
-from ..files.weights import read_weights, shards_of
+from ..files.weights import read_json, shards_of
 from ..naming.configs import (
     Shapes,
     autoencoder_config,
@@ -22,35 +23,87 @@ from ..naming.configs import (
     refuse_other_transformers,
     transformer_config,
 )
-from ..naming.dialects import normalize
 from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
-from ..naming.names import official_names, shapes_of, without
-from .fill import account, empty_weights, fill
+from .fill import account, empty_weights
 from .quantized_linear import expanded_state
+from .stored import Config, ModelFormat, read_as
+
+
+class DiffusersFormat(ModelFormat):
+    """A transformer or an autoencoder, under diffusers' names.
+
+    Args:
+        cls: the class to build.
+    """
+
+    def __init__(self, cls: "type[FromFiles]") -> None:
+        self.cls, self.kind = cls, cls._kind
+        self.ignored = set(cls._keys_to_ignore_on_load_unexpected or ())
+
+    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
+        """Return the official table, which may depend on the sizes that the names tell."""
+        return (self.cls._keys(names),)
+
+    def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the file's name of each of the model's; tensors of modules that no model uses are left out.
+
+        Raises:
+            ValueError: there are names that the table does not know, or another transformer's.
+        """
+        names = [name for name in names if self.ignored.isdisjoint(name.split("."))]
+        self.cls._refuse_others(source, names)
+        return super().names(source, names)
+
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+        """Return the class's arguments, or the whole config.json of the Diffusers layout."""
+        if given.get("_class_name") == self.cls.__name__:
+            return dict(given)
+        table = self.cls._keys(shapes).inverse
+        return self.cls._config(source, {str(table.rename(n)): s for n, s in shapes.items()}, given, known)
+
+    def build(self, config: Config) -> nn.Module:
+        """Return the model on the meta device."""
+        cls: Any = self.cls
+        with empty_weights():
+            return cls.from_config(dict(config)) if "_class_name" in config else cls(**config)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return config.json as diffusers writes it."""
+        model: Any = self.build(config)
+        return json.loads(model.to_json_string())
+
+    def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
+        """Return what the model's formulas need in float32."""
+        return model._keep_in_fp32_modules or ()
 
 
 class FromFiles:
     """Lets a model be loaded from any file or folder that holds its weights."""
 
+    _kind: str
     _official_files: tuple[str, ...]  # patterns of the weights' names in the official layout
     _keys_to_ignore_on_load_unexpected: Any
-    _keep_in_fp32_modules: Any
 
     @classmethod
     @abstractmethod
-    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
-        """Return the table for the model with tensors of these names, official ones or ours."""
+    def _keys(cls, names: Iterable[str]) -> KeyTable:
+        """Return the table from official names to ours for the model with these names, in either naming."""
 
     @classmethod
     @abstractmethod
-    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
+    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
         """Return the configuration of the model with these tensors, under official names.
 
         Args:
             source: the file, for errors.
-            shapes: of the tensors.
-            given: entries that are known.
+            shapes: shapes of the tensors.
+            given: the official config.json; ignored if it is another model's.
+            known: entries that the caller gives.
         """
+
+    @classmethod
+    def _refuse_others(cls, source: str, names: Iterable[str]) -> None:
+        """Refuse by name a model of the family that is not supported."""
 
     @classmethod
     def from_single_file(
@@ -77,16 +130,7 @@ class FromFiles:
             FileNotFoundError: there is no such file, or a shard is missing.
             ValueError: the file cannot be read, is another model's, or holds weights that have no place.
         """
-        file = read_weights(Path(path).expanduser())
-        tensors, source = normalize(file), file.source
-        table = cls._keys(source, tensors)
-        tensors = official_names(source, tensors, table, cls._keys_to_ignore_on_load_unexpected or ())
-        config = cls._config(source, shapes_of(tensors), config) | config
-        with empty_weights():
-            model: Any = cls(**config)
-        ours = {str(table.rename(name)): tensor for name, tensor in tensors.items()}
-        kept = cls._keep_in_fp32_modules or ()
-        return fill(model, source, ours, dtype or torch_dtype, dequantize, kept)
+        return read_as(DiffusersFormat(cls), Path(path), known=config).load(dtype or torch_dtype, dequantize)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -125,32 +169,17 @@ class FromFiles:
             if not files[0].is_file():  # not safetensors
                 return cls._from_diffusers(source, **kwargs)
             dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-            return cls._from_folder(source, config, files[0], dtype, kwargs.get("dequantize", False))
+            stored = read_as(DiffusersFormat(cls), files[0], config)
+            model = stored.load(dtype, kwargs.get("dequantize", False))
+            model.register_to_config(_name_or_path=source)
+            return model
         if not local:
             wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
             snapshot_download(source, allow_patterns=wanted_files, **access)
         options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in hub.OPTIONS}
-        return cls.from_single_file(cls._weights_in(place), **official_settings(config) | options)
-
-    @classmethod
-    def _from_folder(
-        cls, source: str, config: dict[str, Any], weights: Path, dtype: torch.dtype | None, dequantize: bool
-    ) -> Any:
-        """Load a model in the Diffusers layout.
-
-        Args:
-            source: folder or repository.
-            config: the model's.
-            weights: safetensors file, or index of several.
-            dtype: of the parameters; None: as they are stored.
-            dequantize: whether to expand quantised weights.
-        """
-        file = read_weights(weights)
-        with empty_weights():
-            model: Any = cls.from_config(config)  # type: ignore[attr-defined]
-        model.register_to_config(_name_or_path=source)
-        tensors = without(normalize(file), cls._keys_to_ignore_on_load_unexpected or ())
-        return fill(model, file.source, tensors, dtype, dequantize, cls._keep_in_fp32_modules or ())
+        dtype, dequantize = options.pop("dtype", None), options.pop("dequantize", False)
+        dtype = dtype or options.pop("torch_dtype", None)
+        return read_as(DiffusersFormat(cls), cls._weights_in(place), config, options).load(dtype, dequantize)
 
     @classmethod
     def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -181,16 +210,21 @@ class FromFiles:
 class WanTransformer3DModel(FromFiles, transformer.WanTransformer3DModel):
     """`wan22.models.transformer.WanTransformer3DModel`, loadable from any file."""
 
+    _kind = "transformer"
     _official_files = ("*.safetensors", "*.safetensors.index.json")
 
     @classmethod
-    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
-        refuse_other_transformers(source, names)
+    def _keys(cls, names: Iterable[str]) -> KeyTable:
         return TRANSFORMER
 
     @classmethod
-    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
-        return transformer_config(source, shapes, given.get("attention_head_dim"))
+    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+        known = _official_settings(given) | known
+        return transformer_config(source, shapes, known.get("attention_head_dim")) | known
+
+    @classmethod
+    def _refuse_others(cls, source: str, names: Iterable[str]) -> None:
+        refuse_other_transformers(source, names)
 
 
 class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
@@ -202,16 +236,17 @@ class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
     encode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.encode_stream)
     decode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.decode_stream)
 
+    _kind = "vae"
     _official_files = ("*VAE.pth",)
 
     @classmethod
-    def _keys(cls, source: str, names: Iterable[str]) -> KeyTable:
+    def _keys(cls, names: Iterable[str]) -> KeyTable:
         layout = autoencoder_layout(names)
         return autoencoder_keys(layout.residual, layout.blocks, layout.levels)
 
     @classmethod
-    def _config(cls, source: str, shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
-        return autoencoder_config(source, shapes)
+    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+        return autoencoder_config(source, shapes) | known
 
 
 # What diffusers' own loader is for: values of other arguments than these, or other values of these.
@@ -242,13 +277,8 @@ def diffusers_weights(place: Path, variant: str | None) -> list[Path]:
     return [index, *(place / name for name in sorted(set(shards_of(index).values())))]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's contents; nothing if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def official_settings(config: dict[str, Any]) -> dict[str, Any]:
+def _official_settings(config: Config) -> dict[str, Any]:
     """Return what an official transformer's config.json says that the shapes do not."""
-    if "num_heads" not in config:
+    if not {"dim", "num_heads"} <= config.keys():
         return {}
     return {"attention_head_dim": config["dim"] // config["num_heads"], "eps": config["eps"]}

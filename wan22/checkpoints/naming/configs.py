@@ -8,6 +8,7 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 
 HEAD_DIM = 128  # of every released Wan transformer
+CLIP_HEAD_DIM = 80  # of the released image encoder, ViT-H
 # Parts that only other models of the family have, by the start of their names.
 OTHER_TRANSFORMERS = {
     "vace_blocks.": "VACE",
@@ -168,6 +169,55 @@ def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
         "out_channels": get("decoder.head.2.weight")[0],
         "patch_size": patch if patch > 1 else None,
         "scale_factor_spatial": 2 ** (layout.levels - 1) * patch,
+    }
+
+
+def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
+    """Return the configuration of umT5 with these tensors, under transformers' names.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+
+    def get(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(f"{source} is no umT5: it has no {name}")
+        return shapes[name]
+
+    block = "encoder.block.0.layer"
+    vocabulary, dim = get("shared.weight")
+    buckets, heads = get(f"{block}.0.SelfAttention.relative_attention_bias.weight")
+    return {
+        "vocab_size": vocabulary,
+        "d_model": dim,
+        "d_kv": get(f"{block}.0.SelfAttention.q.weight")[0] // heads,
+        "d_ff": get(f"{block}.1.DenseReluDense.wi_0.weight")[0],
+        "num_heads": heads,
+        "num_layers": _count(shapes, "encoder.block"),
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def image_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
+    """Return the configuration of CLIP's image encoder with these tensors, under transformers' names.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    needed = ["embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"]
+    needed.append("encoder.layers.0.mlp.fc1.weight")
+    if missing := [name for name in needed if name not in shapes]:
+        raise ValueError(f"{source} is no CLIP image encoder: it has no {missing[0]}")
+    (dim, _, _, patch), (positions, _), (hidden, _) = (shapes[name] for name in needed)
+    return {
+        "hidden_size": dim,
+        "intermediate_size": hidden,
+        "num_attention_heads": dim // CLIP_HEAD_DIM,
+        "num_hidden_layers": _count(shapes, "encoder.layers"),
+        "image_size": math.isqrt(positions - 1) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
     }
 
 

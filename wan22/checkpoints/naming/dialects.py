@@ -4,7 +4,7 @@ Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimizat
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 
@@ -20,6 +20,7 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.",
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 _NOTE = ".comfy_quant"
+_COMPILED = "_orig_mod."  # torch.compile's, somewhere in a name
 _MARKER = "scaled_fp8"  # says that all float8 weights of the file have scales
 _NOTES = "_quantization_metadata"  # the notes on all layers, in the header
 _FLOAT8_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}
@@ -42,12 +43,10 @@ def normalize(file: WeightFile) -> Tensors:
         ValueError: a layer is quantised in a way that is not known, or its scale is missing.
     """
     found: dict[str, torch.Tensor | QuantizedTensor] = {}
-    for key, tensor in file.tensors.items():
-        name = key.replace("_orig_mod.", "")
+    for key, name in stripped(file.tensors).items():
         if name in found:
             raise ValueError(f"{file.source} holds {name} twice, compiled and not")
-        found[name] = tensor
-    found = without_prefix(found)
+        found[name] = file.tensors[key]
     for suffix, kind in _OTHERS.items():
         if marks := [name for name in found if name.endswith(suffix)]:
             raise ValueError(
@@ -84,13 +83,14 @@ def normalize(file: WeightFile) -> Tensors:
     return result
 
 
-def without_prefix(tensors: Mapping[str, torch.Tensor | QuantizedTensor]) -> Tensors:
-    """Return a file's tensors without what stands before all their names."""
+def stripped(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of a file without what stands before all of them, by the file's own."""
+    plain = {name: name.replace(_COMPILED, "") for name in names}
     for prefix in _PREFIXES:
         # ComfyUI's marker may stand before the prefix.
-        if all(name.startswith(prefix) or name == _MARKER for name in tensors):
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return dict(tensors)
+        if all(name.startswith(prefix) or name == _MARKER for name in plain.values()):
+            return {key: name.removeprefix(prefix) for key, name in plain.items()}
+    return plain
 
 
 def _notes(file: WeightFile, found: Tensors) -> dict[str, dict]:

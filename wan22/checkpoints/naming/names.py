@@ -1,6 +1,6 @@
-"""Tensors' names: official ones from either naming, and lists of them for errors."""
+"""Tensors' names: a model's own for those of a file, and lists of them for errors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .dialects import Tensors
 from .keys import KeyTable
@@ -11,33 +11,29 @@ def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def official_names(source: str, tensors: Tensors, table: KeyTable, ignored: Iterable[str] = ()) -> Tensors:
-    """Return tensors under official names, whether the file has those or ours.
+def own_names(
+    source: str, names: Iterable[str], tables: Sequence[KeyTable], noun: str = "this model"
+) -> dict[str, str]:
+    """Return the file's name of each of a model's own names.
 
     Args:
         source: the file, for errors.
-        tensors: without prefixes.
-        table: from official names to ours.
-        ignored: names of modules that files hold and no model uses.
+        names: the file's, all in the same naming: the model's own, or the source of one of the tables.
+        tables: from names in files to the model's own.
+        noun: the model, for errors.
 
     Raises:
-        ValueError: tensors have no name in the table; the first few are named.
+        ValueError: there are names that the best table does not know; the first few are listed.
     """
-    tensors = without(tensors, ignored)
-    inverse = table.inverse
-    if table.count(tensors) >= inverse.count(tensors):
-        names = {name: name if table.rename(name) else None for name in tensors}
+    names = list(names)
+    table = max(tables, key=lambda table: max(table.count(names), table.inverse.count(names)))
+    if table.count(names) >= table.inverse.count(names):
+        own = {name: table.rename(name) for name in names}
     else:
-        names = {name: inverse.rename(name) for name in tensors}
-    if unknown := [name for name, official in names.items() if official is None]:
-        raise ValueError(f"{source} holds {listed(unknown)}, which this model has no place for")
-    return {official: tensors[name] for name, official in names.items() if official is not None}
-
-
-def without(tensors: Tensors, ignored: Iterable[str]) -> Tensors:
-    """Leave out the tensors of modules with these names."""
-    unused = set(ignored)
-    return {name: t for name, t in tensors.items() if unused.isdisjoint(name.split("."))}
+        own = {name: name if table.inverse.rename(name) else None for name in names}
+    if unknown := [name for name, other in own.items() if other is None]:
+        raise ValueError(f"{source} holds {listed(unknown)}, which {noun} has no place for")
+    return {other: name for name, other in own.items() if other is not None}
 
 
 def listed(names: Iterable[str]) -> str:

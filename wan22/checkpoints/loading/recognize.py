@@ -1,0 +1,58 @@
+"""Recognise what a weight file or a model's folder holds: the one way for loaders, converter and `info`."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files.weights import WeightFile, read_json, read_weights
+from ..naming.dialects import stripped
+from ..naming.names import listed
+from .image_encoder import ImageEncoderFormat
+from .models import AutoencoderKLWan, DiffusersFormat, WanTransformer3DModel
+from .stored import ModelFormat, StoredModel, read_as
+from .text_encoder import TextEncoderFormat
+
+FORMATS: dict[str, ModelFormat] = {
+    "transformer": DiffusersFormat(WanTransformer3DModel),
+    "vae": DiffusersFormat(AutoencoderKLWan),
+    "text_encoder": TextEncoderFormat(),
+    "image_encoder": ImageEncoderFormat(),
+}
+RECOGNIZED = ("transformer", "vae", "text_encoder")  # CLIP is read only where it is expected
+
+
+def read_model(
+    path: Path,
+    kind: str | None = None,
+    config: dict[str, Any] | None = None,
+    head_dim: int | None = None,
+) -> StoredModel:
+    """Read what a model's file or folder says without its weights: names, shapes, dtypes, configuration.
+
+    Args:
+        path: safetensors, .pth or GGUF file, index of shards, or folder with one file or one index.
+        kind: one of `FORMATS`; None: the one of `RECOGNIZED` that knows the most of the tensors' names.
+        config: contents of config.json; None: that of the folder, if path is one.
+        head_dim: size of a transformer's head where no config.json tells it; None: 128, that of all released.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a shard is missing.
+        ValueError: it cannot be read, is no model of Wan, or holds weights that have no place.
+    """
+    file = read_weights(path)
+    if config is None:
+        config = read_json(path / "config.json")
+    kind = kind or _recognize(file)
+    known = {"attention_head_dim": head_dim} if head_dim and kind == "transformer" else {}
+    return read_as(FORMATS[kind], file, config, known)
+
+
+def _recognize(file: WeightFile) -> str:
+    names = list(stripped(file.tensors).values())
+    counts = {kind: FORMATS[kind].count(names) for kind in RECOGNIZED}
+    best = max(counts, key=lambda kind: counts[kind])
+    if not counts[best]:
+        raise ValueError(
+            f"{file.source} is neither a transformer, nor a VAE, nor a text encoder of Wan; "
+            f"it holds {listed(names) if names else 'nothing'}"
+        )
+    return best

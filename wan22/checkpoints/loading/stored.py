@@ -1,0 +1,186 @@
+"""A model in a weight file: its names, configuration and dtypes, known before any weight is read."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..files.quantized import QuantizedTensor, on_meta
+from ..files.weights import WeightFile, read_weights
+from ..naming.configs import Shapes
+from ..naming.dialects import Tensors, normalize, stripped
+from ..naming.keys import KeyTable
+from ..naming.names import own_names, shapes_of
+from .fill import fill
+
+Config = dict[str, Any]
+
+
+class ModelFormat(ABC):
+    """How one kind of model is stored: the names of its tensors, its configuration, how it is built."""
+
+    kind: str
+    noun = "this model"  # in errors
+    unused: tuple[str, ...] = ()  # how names begin that files hold and the model has no parameter for
+
+    @abstractmethod
+    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
+        """Return the tables from names in files to the model's own, the official one first."""
+
+    @abstractmethod
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+        """Return the model's configuration.
+
+        Args:
+            source: the file, for errors.
+            shapes: shapes of the tensors, by the model's own names.
+            given: config.json beside the weights; ignored if it is another model's.
+            known: entries that the caller gives.
+
+        Raises:
+            ValueError: the tensors are another model's.
+        """
+
+    @abstractmethod
+    def build(self, config: Config) -> nn.Module:
+        """Return the model on the meta device."""
+
+    @abstractmethod
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return config.json of the Diffusers layout."""
+
+    def prepare(self, tensors: Tensors) -> Tensors:
+        """Return tensors in the shapes of the model's parameters."""
+        return tensors
+
+    def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the file's name of each of the model's own names.
+
+        Raises:
+            ValueError: there are names that no table knows.
+        """
+        return own_names(source, names, self.tables(names), self.noun)
+
+    def checked(self, source: str, tensors: Tensors) -> Tensors:
+        """Return tensors, unless they hold values that cannot be meant; weights are read for it."""
+        return tensors
+
+    def in_float32(self, model: nn.Module, dtype: torch.dtype | None) -> Iterable[str]:
+        """Return the names of modules and parameters that are float32 in a half-precision model."""
+        return ()
+
+    def body(self, model: nn.Module) -> nn.Module:
+        """Return the part of the model that the tensors' names start at."""
+        return model
+
+    def finished(self, model: nn.Module) -> nn.Module:
+        """Return a filled model with what is no weight of a file."""
+        return model
+
+    def count(self, names: Sequence[str]) -> int:
+        """Return how many of a file's names the best of the tables knows."""
+        return max(max(table.count(names), table.inverse.count(names)) for table in self.tables(names))
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in a file or folder, recognised; its weights are memory-mapped and not yet read.
+
+    Args:
+        format: how models of this kind are stored.
+        source: the file or folder.
+        tensors: by the model's own names.
+        origins: the name in the file of each.
+        config: what the model is built from.
+    """
+
+    format: ModelFormat
+    source: str
+    tensors: Tensors
+    origins: Mapping[str, str]
+    config: Config
+
+    @property
+    def kind(self) -> str:
+        """The kind of model: "transformer", "vae", "text_encoder" or "image_encoder"."""
+        return self.format.kind
+
+    @cached_property
+    def official_names(self) -> dict[str, str]:
+        """The official name of each tensor that has one, by the model's own."""
+        table = self.format.tables(self.tensors)[0].inverse
+        return {own: name for own in self.tensors if (name := table.rename(own)) is not None}
+
+    @property
+    def sizes(self) -> Counter[str]:
+        """Bytes of the file's weights by their dtype, "quantised" for any that is not a plain one."""
+        sizes: Counter[str] = Counter()
+        for name in self.official_names:
+            tensor = self.tensors[name]
+            if isinstance(tensor, QuantizedTensor):
+                sizes["quantised"] += sum(part.nbytes for part in tensor.parts.values())
+            else:
+                sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+        return sizes
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json of the Diffusers layout."""
+        return self.format.settings(self.config)
+
+    def meta_model(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
+        """Return the model on the meta device, in the dtypes that `load` would give; no weights are read.
+
+        Raises:
+            ValueError: a weight is missing, is left over, or has another shape.
+        """
+        return self._filled({name: on_meta(t) for name, t in self.tensors.items()}, dtype, dequantize)
+
+    def load(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
+        """Return the model with its weights, in evaluation mode.
+
+        Args:
+            dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
+            dequantize: whether to expand quantised weights, which stay quantised otherwise.
+
+        Raises:
+            ValueError: a weight is missing, is left over, has another shape, or cannot be meant.
+        """
+        return self._filled(self.format.checked(self.source, self.tensors), dtype, dequantize)
+
+    def _filled(self, tensors: Tensors, dtype: torch.dtype | None, dequantize: bool) -> nn.Module:
+        model = self.format.build(self.config)
+        in_float32 = self.format.in_float32(model, dtype)
+        fill(self.format.body(model), self.source, tensors, dtype, dequantize, in_float32)
+        return self.format.finished(model).eval()
+
+
+def read_as(
+    format: ModelFormat, file: WeightFile | Path, given: Config | None = None, known: Config | None = None
+) -> StoredModel:
+    """Read a file as a model of a known kind; see `ModelFormat.config` for the arguments.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a shard is missing.
+        ValueError: it cannot be read, is another model's, or holds weights that have no place.
+    """
+    file = read_weights(file.expanduser()) if isinstance(file, Path) else file
+    used = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(format.unused)}
+    file = WeightFile(file.source, used, file.metadata)
+    origins = {name: key for key, name in stripped(file.tensors).items()}
+    tensors = format.prepare(normalize(file))
+    names = format.names(file.source, tensors)
+    own = {name: tensors[theirs] for name, theirs in names.items()}
+    return StoredModel(
+        format,
+        file.source,
+        own,
+        {name: origins.get(theirs, theirs) for name, theirs in names.items()},
+        format.config(file.source, shapes_of(own), given or {}, known or {}),
+    )
