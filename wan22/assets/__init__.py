@@ -1,4 +1,4 @@
-"""The trained miniature checkpoints that ship inside the package."""
+"""The trained miniature checkpoints inside the package."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def tiny_checkpoint(name: str = "t2v") -> Path:
             "ti2v", a TI2V-5B: one transformer, a 4x16x16 VAE of the 2.2 kind; 128 x 128 pixels, 17 frames.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: no checkpoint has this name.
     """
     names = sorted(folder.parent.name for folder in _FOLDER.glob("*/model_index.json"))
     if name not in names:

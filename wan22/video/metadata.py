@@ -1,4 +1,4 @@
-"""Read the recipe out of a video's or an image's metadata, whichever format it is in."""
+"""Read the recipe from the metadata of a video or an image."""
 
 import re
 import subprocess
@@ -11,14 +11,14 @@ EXIF_DESCRIPTION = 0x010E
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe that a file carries.
+    """Return the recipe in a file's metadata.
 
     Args:
-        path: MP4, GIF, WebP or PNG that `WanVideo.save` wrote, whatever it is called now.
+        path: MP4, GIF, WebP or PNG written by `WanVideo.save`, under any name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it carries no recipe.
+        ValueError: the file carries no recipe.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -26,7 +26,7 @@ def read_recipe(path: str | Path) -> Recipe:
     with path.open("rb") as file:
         start = file.read(12)
     is_mp4 = start[4:8] == b"ftyp"
-    text = _of_mp4(path) if is_mp4 else _of_image(path)
+    text = _read_mp4(path) if is_mp4 else _read_image(path)
     try:
         return Recipe.from_json(text or "")
     except ValueError as error:
@@ -34,18 +34,17 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path} carries no recipe of wan22: {why}") from error
 
 
-def _of_mp4(path: Path) -> str | None:
-    """Return the comment of an MP4, as ffmpeg writes it out."""
+def _read_mp4(path: Path) -> str | None:
+    """Return an MP4's comment, which ffmpeg prints with escapes."""
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
-    told = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout.decode()
-    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", told, re.MULTILINE)
+    output = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout.decode()
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", output, re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", found[1]) if found else None
 
 
-def _of_image(path: Path) -> str | None:
-    """Return the text that Pillow finds in a PNG, GIF or WebP."""
+def _read_image(path: Path) -> str | None:
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,4 +1,4 @@
-"""Write frames to files that play: MP4, GIF, WebP, PNGs, NumPy arrays. A file is whole, or not there.
+"""Write frames as MP4, GIF, WebP, PNGs or NumPy arrays. A file is written whole or not at all.
 
 Shapes: t frames, h rows, w columns.
 """
@@ -20,7 +20,7 @@ from .metadata import EXIF_DESCRIPTION, PNG_KEY
 logger = logging.getLogger(__name__)
 
 QUALITY, BEST_CRF, WORST_CRF = 90, 0, 51
-# What one argument of a command can take on Linux.
+# The longest argument of a command on Linux.
 _LONGEST_ARGUMENT = 128 * 1024 - 16
 
 Frames = Iterable[np.ndarray]
@@ -34,21 +34,19 @@ def write(
     quality: int | None = None,
     crf: int | None = None,
 ) -> int:
-    """Write frames in the format that the file's ending names.
+    """Write frames in the format of the file's ending, and return their number.
 
     Args:
-        frames: uint8 "h w 3", one after the other; for .npy "h w 3" of any dtype.
-        path: replaced if it exists; of a .png, the frames' numbers are put before the ending.
+        frames: uint8 "h w 3", one at a time; for .npy any dtype.
+        path: file, replaced if it exists; a .png gets the frame's number before its ending.
         fps: frames per second.
         recipe: text for the metadata.
-        quality: 1 to 100, for .mp4 and .webp; None: 90.
-        crf: instead of quality, for .mp4: H.264's own scale, 0 (nothing lost) to 51.
-
-    Returns: the number of frames.
+        quality: 1 to 100, for .mp4 and .webp; None is 90.
+        crf: H.264's scale for .mp4 instead of quality, 0 (lossless) to 51.
 
     Raises:
-        ValueError: another ending, a quality out of range or for a format that has none, or no frames.
-        OSError: the file could not be written.
+        ValueError: the ending is unknown, the quality does not suit it, or there are no frames.
+        OSError: the file cannot be written.
     """
     ending = check_ending(path)
     check_quality(path, quality, crf)
@@ -56,22 +54,14 @@ def write(
 
 
 def check_ending(path: Path) -> str:
-    """Return a file's ending in small letters.
-
-    Raises:
-        ValueError: it is none of those that can be written.
-    """
+    """Return a file's ending in lower case; raise ValueError if no format has it."""
     if (ending := path.suffix.lower()) not in WRITERS:
         raise ValueError(f"{path} must end in {', '.join(WRITERS)}; say {path.with_suffix('.mp4')}")
     return ending
 
 
 def check_quality(path: Path, quality: int | None, crf: int | None) -> None:
-    """Refuse a quality that the format does not have.
-
-    Raises:
-        ValueError: it is out of range, or the format has none.
-    """
+    """Raise ValueError if the quality is out of range, or the format has none."""
     ending = path.suffix.lower()
     if crf is not None and ending != ".mp4":
         raise ValueError(f"crf={crf!r} is for .mp4, not {ending}")
@@ -91,10 +81,10 @@ def crf_of(quality: int) -> int:
 
 
 def numbered(path: Path, count: int, overwrite: bool) -> list[Path]:
-    """Return one file name for each of several videos, with a number before the ending.
+    """Return a file name for each of several videos, with a number before the ending.
 
     Raises:
-        FileExistsError: a file exists, and overwrite is False.
+        FileExistsError: a file exists and overwrite is False.
     """
     paths = [path] if count == 1 else [numbered_name(path, i) for i in range(count)]
     taken = [file for name in paths for file in existing_files(name)]
@@ -111,7 +101,7 @@ def numbered_name(path: Path, index: int) -> Path:
 
 
 def existing_files(path: Path) -> list[Path]:
-    """Return the files that a video of this name would replace: of a .png, the frames of the one before."""
+    """Return the files that a video of this name would replace; for .png, all its frames."""
     if path.suffix.lower() != ".png":
         return [path] if path.exists() else []
     frame = re.compile(rf"{re.escape(path.stem)}-\d{{4,}}{re.escape(path.suffix)}")
@@ -120,7 +110,7 @@ def existing_files(path: Path) -> list[Path]:
 
 
 def written_files(path: Path, count: int) -> list[Path]:
-    """Return the files that a video of so many frames became."""
+    """Return the files of a video with `count` frames."""
     return [_frame_name(path, i) for i in range(count)] if path.suffix.lower() == ".png" else [path]
 
 
@@ -135,16 +125,15 @@ def write_mp4(
     quality: int | None = None,
     crf: int | None = None,
 ) -> int:
-    """Write H.264, yuv420p, with the index in front so that it plays while it loads.
+    """Write H.264, yuv420p, with the index in front so that it plays while it loads; see `write`.
 
-    A row or column of an odd size is repeated, as yuv420p has one colour for two by two pixels; nothing is
-    rescaled. See `write` for the arguments and errors.
+    Odd sizes repeat the last row or column, as yuv420p has one colour per 2 x 2 pixels.
     """
     import imageio_ffmpeg
 
     first, frames = _first(frames)
     h, w, _ = first.shape
-    # The tags say what the conversion from RGB did; players guess by size otherwise.
+    # The tags name the conversion from RGB; without them players guess by size.
     filters = [
         "scale=out_color_matrix=bt709:out_range=tv",
         "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
@@ -173,17 +162,16 @@ def write_mp4(
                 array = np.ascontiguousarray(_even(frame))
                 try:
                     writer.send(array)
-                except OSError as error:  # with all that ffmpeg ever said
+                except OSError as error:  # its message is all of ffmpeg's log
                     raise OSError(f"{path} could not be written whole; is the disk full?") from error
                 count += 1
         finally:
             writer.close()
-        # imageio does not tell whether ffmpeg could write to the end.
+        # imageio does not report whether ffmpeg wrote to the end.
         found = 0
         with suppress(RuntimeError):
-            found = (
-                imageio_ffmpeg.count_frames_and_secs(f"file:{partial}")[0] if partial.stat().st_size else 0
-            )
+            if partial.stat().st_size:
+                found, _ = imageio_ffmpeg.count_frames_and_secs(f"file:{partial}")
         if found != count:
             raise OSError(f"{path} could not be written whole; is the disk full?")
     return count
@@ -191,7 +179,7 @@ def write_mp4(
 
 def write_gif(frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any) -> int:
     """Write an animated GIF of 256 colours a frame, at the average rate of `fps`; see `write`."""
-    # GIF counts in hundredths of a second: frames take turns so that the whole lasts as long as it should.
+    # GIF counts in hundredths of a second: durations alternate so that the whole has the right length.
     comment = {} if recipe is None else {"comment": recipe.encode()}
     return _write_animation(frames, path, lambda i: round(100 * i / fps) * 10, format="GIF", **comment)
 
@@ -223,18 +211,18 @@ def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *
         with _whole_file(_frame_name(path, count - 1)) as partial:
             Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
     if longer := sorted(set(existing_files(path)).difference(written_files(path, count))):
-        # Not removed: they may be somebody's pictures.
-        logger.warning("%s and what follows it is not of this video, which has %d frames", longer[0], count)
+        # Not removed: they may be the user's pictures.
+        logger.warning("%s and the frames after it are of an older video; this one has %d", longer[0], count)
     return count
 
 
 def write_npy(frames: Frames, path: Path, *_: Any) -> int:
-    """Write one NumPy array "t h w 3" with the frames' own values; see `write`."""
+    """Write one NumPy array "t h w 3" with the values unchanged; see `write`."""
     array = np.stack(list(_first(frames)[1]))
     with _whole_file(path) as partial, partial.open("wb") as file:
         try:
             np.save(file, array)
-        except OSError as error:  # NumPy says which element it was, not why
+        except OSError as error:  # NumPy's message names an element, not the reason
             raise OSError(error.errno, f"{path} could not be written whole; is the disk full?") from error
     return len(array)
 
@@ -249,7 +237,7 @@ WRITERS: dict[str, Callable[..., int]] = {
 
 
 def _write_animation(frames: Frames, path: Path, start: Callable[[int], int], **options: Any) -> int:
-    """Write an animation with Pillow; `start` tells at which millisecond a frame begins."""
+    """Write an animation with Pillow; `start` gives the millisecond at which a frame begins."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in _first(frames)[1]]
@@ -262,7 +250,7 @@ def _write_animation(frames: Frames, path: Path, start: Callable[[int], int], **
 
 
 def _first(frames: Frames) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Return the first frame, and all of them."""
+    """Return the first frame, and an iterator over all of them."""
     iterator = iter(frames)
     try:
         first = next(iterator)
@@ -283,19 +271,15 @@ def _frame_name(path: Path, index: int) -> Path:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
-    """Give a name to write to; what is there at the end gets the name that was asked for.
-
-    Raises:
-        OSError: it cannot be written there.
-    """
+    """Yield a temporary name to write to; a complete file is renamed to `path`, an incomplete one removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A short name, as long as the asked one may already be the longest that the system allows.
+    # A short name, as path.name may be the longest that the system allows.
     handle, name = tempfile.mkstemp(prefix=".wan22-", suffix=path.suffix.lower(), dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's are for their owner alone
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's files are private
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
