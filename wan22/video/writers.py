@@ -212,7 +212,7 @@ def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *
             Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
     if longer := sorted(set(existing_files(path)).difference(written_files(path, count))):
         # Not removed: they may be the user's pictures.
-        logger.warning("%s and the frames after it are of an older video; this one has %d", longer[0], count)
+        logger.warning("%s and what follows it is not of this video, which has %d frames", longer[0], count)
     return count
 
 
