@@ -1,27 +1,25 @@
 """torch.compile of what repeats: the transformer's block, once for all layers and both experts; VAE chunks.
 
-What is compiled lies inside of what hooks on the blocks do, so that offloading and step caches stay outside.
+A compiled forward lies inside the hooks on its module, so that offloading and step caches stay outside.
 """
 
-from collections.abc import Iterable, Mapping
-from types import MethodType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
+from ..models.temporal_cache import TemporalCache
 from ..models.transformer import WanTransformerBlock
 from .methods import is_own, patch_method
 
-# Methods of the VAE that are compiled: one step through a clip.
-_CHUNKS = ("encode_chunk", "decode_chunk")
 # Modes of torch.compile that record CUDA graphs.
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class Compiled:
-    """Compiled functions in the place of a transformer's blocks' forward and of a VAE's chunks.
+    """Compiled functions in the place of the forward of a transformer's blocks and of a VAE's two halves.
 
     A function is compiled at its first call, and once more for its first call with filled caches; then for
     another size of video, and with variable sizes for a third; and when a LoRA's strength first changes.
@@ -29,13 +27,12 @@ class Compiled:
     condition that leave out what would repeat itself, run as they are.
 
     Args:
-        transformers: whose blocks are compiled, all by one function.
-        vae: whose chunks are compiled, too; or None.
-        **options: of torch.compile.
+        transformers: models whose blocks are compiled, all by one function.
+        vae: autoencoder whose encoder and decoder are compiled, too; or None.
+        **options: options of torch.compile.
 
     Raises:
-        ValueError: the options ask for CUDA graphs, or a block's forward is replaced already, by a step
-            cache say.
+        ValueError: the options ask for CUDA graphs, or a forward is replaced already, by a step cache say.
     """
 
     def __init__(
@@ -43,44 +40,52 @@ class Compiled:
     ) -> None:
         _refuse_graphs(options)
         options = {"fullgraph": True} | options
-        blocks = [
+        modules = [
             module
             for model in transformers
             for module in model.modules()
             if isinstance(module, WanTransformerBlock)
         ]
-        places: list[tuple[Any, str]] = [(block, "forward") for block in blocks]
-        places += [(vae, name) for name in _CHUNKS if vae is not None]
-        for owner, name in places:
-            if not is_own(owner, name):
+        modules += [] if vae is None else [vae.encoder, vae.decoder]
+        for module in modules:
+            if not is_own(module, "forward"):
                 raise ValueError(
-                    f"{type(owner).__name__}.{name} is replaced already, by a step cache, an offload or "
+                    f"{type(module).__name__}.forward is replaced already, by a step cache, an offload or "
                     "another compilation; compile first, or take that away"
                 )
-        functions: dict[Any, Any] = {}
-        self._methods: list[tuple[Any, str, MethodType]] = []
-        for owner, name in places:
-            function = getattr(type(owner), name)
-            if function not in functions:
-                functions[function] = torch.compile(function, **options)
-            self._methods.append((owner, name, patch_method(owner, name, functions[function])))
+        functions = {kind: _compiled(kind.forward, options) for kind in {type(module) for module in modules}}
+        self._methods = [
+            (module, patch_method(module, "forward", functions[type(module)])) for module in modules
+        ]
 
     def detach(self) -> None:
         """Run as before; what is compiled is dropped.
 
         Raises:
-            ValueError: a method has been replaced since, by a step cache say, which would be lost.
+            ValueError: a forward has been replaced since, by a step cache say, which would be lost.
         """
-        for owner, name, method in self._methods:
-            if vars(owner).get(name) is not method and not is_own(owner, name):
+        for module, method in self._methods:
+            if vars(module).get("forward") is not method and not is_own(module, "forward"):
                 raise ValueError(
-                    f"{type(owner).__name__}.{name} has been replaced since it was compiled, by a step cache "
-                    "or an offload; take that away first: disable_cache() does a step cache"
+                    f"{type(module).__name__}.forward has been replaced since it was compiled, by a step "
+                    "cache or an offload; take that away first: disable_cache() does a step cache"
                 )
-        for owner, name, method in self._methods:
-            if vars(owner).get(name) is method:
-                del vars(owner)[name]
+        for module, method in self._methods:
+            if vars(module).get("forward") is method:
+                del vars(module)["forward"]
         self._methods = []
+
+
+def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a forward; what a VAE's halves are told beside the chunk and its cache they run as they are."""
+    compiled = torch.compile(function, **options)
+    if function is WanTransformerBlock.forward:
+        return compiled
+
+    def forward(module: nn.Module, x: Tensor, cache: TemporalCache | None = None, *skips: Any) -> Tensor:
+        return (function if any(skips) else compiled)(module, x, cache, *skips)
+
+    return forward
 
 
 def _refuse_graphs(options: Mapping[str, Any]) -> None:

@@ -75,6 +75,8 @@ class SettledPrefix:
         self._chunk: Tensor | None = None
         self._length = 0
         self._output: Tensor | None = None
+        # Whether a unit that has settled here has settled everywhere; ranks that share a clip's rows ask.
+        self.agree: Callable[[bool], bool] = bool
 
     def repeats(self, chunk: Tensor) -> bool:
         """Whether a chunk is the one before again; if not, all units have to run."""
@@ -99,14 +101,15 @@ class SettledPrefix:
             before = cache.snapshot()
             x = unit(x, cache)
             # Its next input is this one again, for all units before it have settled.
-            settling = settling and self.has_settled(cache.exchanged_since(before))
+            settling = settling and self.agree(_has_settled(cache.exchanged_since(before)))
             if settling:
                 self._length, self._output = self._length + 1, x
         return x
 
-    def has_settled(self, histories: Sequence[tuple[Tensor | None, Tensor]]) -> bool:
-        """Whether a unit's histories came out as they went in, given each before and after."""
-        return all(same_bits(*pair) for pair in histories)
+
+def _has_settled(histories: Iterable[tuple[Tensor | None, Tensor]]) -> bool:
+    """Whether a unit's histories came out as they went in, given each before and after."""
+    return all(same_bits(*pair) for pair in histories)
 
 
 def same_bits(a: Tensor | None, b: Tensor) -> bool:

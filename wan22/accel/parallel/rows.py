@@ -2,57 +2,59 @@
 
 Each rank has a run of the rows, at every resolution. A convolution sees one row more on either side, which
 the neighbours send; beyond the picture there are zeros, as ever. Attention in the middle sees whole frames,
-which are put together for it, at the lowest resolution.
+which are gathered for it, at the lowest resolution.
 
 Shapes: b batch, c channels, t h w frames, rows, columns, of all ranks together or of one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ...models.autoencoder import patchify
+from ...models.autoencoder import AutoencoderKLWan
 from ...models.autoencoder_layers import AttentionBlock, CausalConv3d, Downsample, Upsample
-from ...models.temporal_cache import SettledPrefix, TemporalCache
-from ..methods import is_own, patch_method
+from ...models.temporal_cache import SettledPrefix
+from ..methods import is_own
 from .mesh import gathered
 
-METHODS = ("encode_chunk", "decode_chunk", "_encode_next")
+_shared: WeakSet[nn.Module] = WeakSet()
 
 
 class RowParallel:
     """Shares an autoencoder's rows among ranks while it encodes and decodes, until detached.
 
-    All ranks are given the same pixels or latents, and get the same result. Clips of fewer latent rows than
-    ranks, and those that are decoded in strips, each rank computes by itself.
+    All ranks are given the same pixels or latents, and get the same result. Each rank computes by itself what
+    is decoded in strips, and clips of fewer latent rows than ranks.
 
     Args:
-        vae: an AutoencoderKLWan.
+        vae: the autoencoder.
         group: the ranks.
 
     Raises:
-        ValueError: a chunk's method is replaced already, by a compilation say.
+        ValueError: the VAE is compiled, or its rows are shared already.
     """
 
-    def __init__(self, vae: Any, group: Any) -> None:
-        if not all(is_own(vae, name) for name in METHODS):
+    def __init__(self, vae: AutoencoderKLWan, group: Any) -> None:
+        if vae in _shared or not all(is_own(part, "forward") for part in (vae.encoder, vae.decoder)):
             raise ValueError(
                 "the VAE is compiled, or its rows are shared already; pipe.compile(vae=False) leaves it alone"
             )
+        _shared.add(vae)
         self.vae, self.group = vae, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._shares: tuple[int, ...] = ()  # latent rows of each rank, of the clip that is being computed
+        self._shares: tuple[int, ...] = ()  # latent rows of each rank, of the chunk that is being computed
         self._to_first = False
-        self._prefixes: WeakKeyDictionary[SettledPrefix, SettledTogether] = WeakKeyDictionary()
         self._handles: list[Any] = []
+        self._around(vae.encoder, self._share_pixels, self._join_moments)
+        self._around(vae.decoder, self._share_latents, self._join_pixels)
         for module in vae.modules():
             if isinstance(module, CausalConv3d) and module.kernel_size[1] > 1:
                 self._see_beyond(module, crop=1)
@@ -63,19 +65,14 @@ class RowParallel:
             elif isinstance(module, Downsample):
                 self._handles.append(module.register_forward_pre_hook(self._see_below))
             elif isinstance(module, AttentionBlock):
-                self._handles.append(module.register_forward_pre_hook(self._put_together))
-                self._handles.append(module.register_forward_hook(self._take_part))
-        patch_method(vae, "encode_chunk", self._encode_chunk)
-        patch_method(vae, "decode_chunk", self._decode_chunk)
-        patch_method(vae, "_encode_next", self._encode_next)
+                self._around(module, self._gather_frames, self._take_own)
 
     def detach(self) -> None:
         """Let each rank compute by itself, as before."""
         for handle in self._handles:
             handle.remove()
-        for name in METHODS:
-            vars(self.vae).pop(name, None)
         self._handles = []
+        _shared.discard(self.vae)
 
     @contextmanager
     def to_first(self) -> Iterator[None]:
@@ -86,54 +83,57 @@ class RowParallel:
         finally:
             self._to_first = False
 
+    def _around(self, module: nn.Module, before: Any, after: Any) -> None:
+        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
     # ---- chunks ----
 
-    def _encode_chunk(
-        self, vae: Any, x: torch.Tensor, cache: TemporalCache | None = None
-    ) -> tuple[torch.Tensor, TemporalCache | None]:
-        """Encode this rank's rows of "b 3 t h w", and put the moments of all ranks together."""
-        with self._sharing(x.shape[3] // vae.spatial_stride) as shared:
-            part, cache = type(vae).encode_chunk(vae, self._own(x) if shared else x, cache)
-            return self._joined(part) if shared else part, cache
+    def _share_pixels(self, encoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give the encoder this rank's rows; settled units are those that have settled on every rank."""
+        x, *rest = arguments
+        if not self._share(x.shape[3] * self.vae.patch_size // self.vae.spatial_stride):
+            return None
+        for settled in rest:
+            if isinstance(settled, SettledPrefix):
+                settled.agree = partial(self._agree, x.device)
+        return (self._own(x), *rest)
 
-    def _encode_next(
-        self, vae: Any, x: torch.Tensor, cache: TemporalCache, settled: SettledPrefix
-    ) -> torch.Tensor:
-        """Encode the next chunk "b 3 t h w", without what would be computed again on every rank."""
-        if torch.is_grad_enabled() or not settled.repeats(x):
-            self._prefixes.pop(settled, None)
-            return vae.encode_chunk(x, cache)[0]
-        with self._sharing(x.shape[3] // vae.spatial_stride) as shared:
-            if not shared:
-                return vae.encoder(patchify(x, vae.patch_size), cache, settled)
-            prefix = self._prefixes.setdefault(settled, SettledTogether(self.group, x.device))
-            return self._joined(vae.encoder(patchify(self._own(x), vae.patch_size), cache, prefix))
+    def _share_latents(self, decoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give the decoder this rank's rows, unless it decodes in strips."""
+        z, _, *strips = arguments
+        return (self._own(z), *arguments[1:]) if self._share(0 if strips else z.shape[3]) else None
 
-    def _decode_chunk(
-        self, vae: Any, z: torch.Tensor, cache: TemporalCache | None = None
-    ) -> tuple[torch.Tensor, TemporalCache | None]:
-        """Decode this rank's rows of "b c t h w", and put those of all ranks together."""
-        with self._sharing(z.shape[3]) as shared:
-            part, cache = type(vae).decode_chunk(vae, self._own(z) if shared else z, cache)
-            return self._joined(part, self._to_first) if shared else part, cache
+    def _share(self, rows: int) -> bool:
+        """Divide latent rows among the ranks, and return whether there are enough."""
+        bounds = [rank * rows // self.ranks for rank in range(self.ranks + 1)]
+        self._shares = tuple(stop - start for start, stop in pairwise(bounds)) if rows >= self.ranks else ()
+        return bool(self._shares)
 
-    @contextmanager
-    def _sharing(self, rows: int) -> Iterator[bool]:
-        """Share so many latent rows out meanwhile; tells whether there are enough."""
-        if rows >= self.ranks:
-            bounds = [rank * rows // self.ranks for rank in range(self.ranks + 1)]
-            self._shares = tuple(stop - start for start, stop in pairwise(bounds))
-        try:
-            yield bool(self._shares)
-        finally:
-            self._shares = ()
+    def _join_moments(self, encoder: nn.Module, arguments: Any, x: Tensor) -> Tensor:
+        """Return the moments "b c t h w" of all ranks' rows."""
+        return self._finish(x)
 
-    def _own(self, x: torch.Tensor) -> torch.Tensor:
+    def _join_pixels(self, decoder: nn.Module, arguments: Any, x: Tensor) -> Tensor:
+        """Return the pixels "b c t h w" of all ranks' rows; to the first rank alone, if that is asked for."""
+        return self._finish(x, self._to_first)
+
+    def _finish(self, x: Tensor, to_first: bool = False) -> Tensor:
+        x = self._joined(x, to_first) if self._shares else x
+        self._shares = ()
+        return x
+
+    def _agree(self, device: torch.device, settled: bool) -> bool:
+        """Whether a unit has settled on every rank: rows of one are seen by others."""
+        every = torch.tensor(int(settled), device=device)
+        dist.all_reduce(every, dist.ReduceOp.MIN, self.group)
+        return bool(every.item())
+
+    def _own(self, x: Tensor) -> Tensor:
         """Return this rank's rows of "… h w", at any resolution."""
         scale = x.shape[-2] // sum(self._shares)
         return x.split([rows * scale for rows in self._shares], dim=-2)[self.rank].contiguous()
 
-    def _joined(self, x: torch.Tensor, to_first: bool = False) -> torch.Tensor:
+    def _joined(self, x: Tensor, to_first: bool = False) -> Tensor:
         """Return the rows "… h w" of all ranks; or, on all but the first, this rank's as they are."""
         most, rows = max(self._shares), self._shares[self.rank]
         scale = x.shape[-2] // rows
@@ -147,11 +147,11 @@ class RowParallel:
 
     # ---- layers ----
 
-    def _put_together(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _gather_frames(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give attention whole frames."""
         return (self._joined(arguments[0]), *arguments[1:]) if self._shares else None
 
-    def _take_part(self, module: nn.Module, arguments: Any, x: torch.Tensor) -> torch.Tensor | None:
+    def _take_own(self, module: nn.Module, arguments: Any, x: Tensor) -> Tensor | None:
         """Take this rank's rows of what attention gives."""
         return self._own(x) if self._shares else None
 
@@ -162,11 +162,10 @@ class RowParallel:
             x, *rest = arguments
             return (self._with_neighbours(x), *rest) if self._shares else None
 
-        def after(module: nn.Module, arguments: Any, x: torch.Tensor) -> torch.Tensor | None:
+        def after(module: nn.Module, arguments: Any, x: Tensor) -> Tensor | None:
             return x[..., crop:-crop, :] if self._shares else None
 
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after))
+        self._around(module, before, after)
 
     def _see_below(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give a layer that halves the rows the next one below; under the picture's last it puts zeros."""
@@ -176,22 +175,20 @@ class RowParallel:
         _, below = self._neighbours(x, from_above=False)
         return (x if below is None else torch.cat([x, below], dim=-2), *rest)
 
-    def _clear_beyond(self, module: nn.Module, arguments: Any, x: torch.Tensor) -> None:
+    def _clear_beyond(self, module: nn.Module, arguments: Any, x: Tensor) -> None:
         """Make the rows beyond the picture zeros again, to which a bias was added."""
         if self._shares and self.rank == 0:
             x[..., :1, :] = 0
         if self._shares and self.rank + 1 == self.ranks:
             x[..., -1:, :] = 0
 
-    def _with_neighbours(self, x: torch.Tensor) -> torch.Tensor:
+    def _with_neighbours(self, x: Tensor) -> Tensor:
         """Return "… h w" with the neighbours' nearest rows around it, zeros where there is none."""
         zeros = x.new_zeros(x[..., :1, :].shape)
         above, below = self._neighbours(x)
         return torch.cat([zeros if above is None else above, x, zeros if below is None else below], dim=-2)
 
-    def _neighbours(
-        self, x: torch.Tensor, from_above: bool = True
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _neighbours(self, x: Tensor, from_above: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Return the nearest rows "… 1 w" of the ranks above (if they are asked for) and below."""
         above, below = self.rank > 0, self.rank + 1 < self.ranks
         top, bottom = x[..., :1, :], x[..., -1:, :]
@@ -208,24 +205,7 @@ class RowParallel:
             sent[self.rank + 1] = row if from_above else 0
             received[self.rank + 1] = row
         parts = torch.cat([edge.flatten() for edge in edges]) if edges else x.new_empty(0)
-        got = collectives.wait_tensor(collectives.all_to_all_single(parts, received, sent, self.group))
+        got = x.new_empty(sum(received))
+        dist.all_to_all_single(got, parts, received, sent, self.group)
         rows = [part.view(top.shape) for part in got.split(row)] if got.numel() else []
         return (rows.pop(0) if above and from_above else None), (rows.pop(0) if below else None)
-
-
-class SettledTogether(SettledPrefix):
-    """The units that have settled on every rank: rows of one are seen by others.
-
-    Args:
-        group: the ranks.
-        device: where they agree.
-    """
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        super().__init__()
-        self._group, self._device = group, device
-
-    def has_settled(self, histories: Sequence[tuple[torch.Tensor | None, torch.Tensor]]) -> bool:
-        """Whether a unit's histories came out as they went in, on every rank."""
-        mine = torch.tensor(int(super().has_settled(histories)), device=self._device)
-        return bool(collectives.all_reduce(mine, "min", self._group).item())
