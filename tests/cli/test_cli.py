@@ -17,7 +17,8 @@ from tests.checkpoints.lora_writers import save_one_layer
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 from wan22.cli.app import app
-from wan22.cli.running import _lora, name_of
+from wan22.cli.loading import split_strength
+from wan22.cli.running import free_name
 from wan22.pipelines.preview import Previewer
 
 QUICK = ["--steps", "2", "--frames", "5"]
@@ -425,16 +426,16 @@ def test_a_name_is_free_in_its_format(here):
     (here / "a.mp4").touch()
     (here / "b-0001.png").touch()
     (here / "c-1.gif").touch()
-    assert name_of("a").name == "a-2.mp4" and name_of("a", ending=".gif").name == "a.gif"
-    assert name_of("b", ending=".png").name == "b-2.png"
-    assert name_of("c", ending=".gif").name == "c-2.gif", "several videos have the name"
+    assert free_name("a").name == "a-2.mp4" and free_name("a", ending=".gif").name == "a.gif"
+    assert free_name("b", ending=".png").name == "b-2.png"
+    assert free_name("c", ending=".gif").name == "c-2.gif", "several videos have the name"
 
 
 def test_small_things(here):
-    assert _lora("a=b.safetensors=0.5") == ("a=b.safetensors", 0.5)
-    assert _lora("a.safetensors") == ("a.safetensors", 1.0)
+    assert split_strength("a=b.safetensors=0.5") == ("a=b.safetensors", 0.5)
+    assert split_strength("a.safetensors") == ("a.safetensors", 1.0)
     (here / "odd=2").touch()
-    assert _lora("odd=2") == ("odd=2", 1.0)
-    assert name_of("!!!").name == "video.mp4"
-    assert len(name_of("x" * 500).name) <= 64
-    assert name_of("两只猫 🐈 box").name == "两只猫-box.mp4"
+    assert split_strength("odd=2") == ("odd=2", 1.0)
+    assert free_name("!!!").name == "video.mp4"
+    assert len(free_name("x" * 500).name) <= 64
+    assert free_name("两只猫 🐈 box").name == "两只猫-box.mp4"

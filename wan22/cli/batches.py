@@ -1,93 +1,110 @@
-"""Many videos with one load: what is done is skipped, what fails is recorded, and the rest goes on."""
+"""`wan22 batch`: many videos with one load; finished ones are skipped, failures are recorded."""
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..accel.parallel.environment import is_first, launched
-from .running import INTERRUPTED, LOADING, fail, line_of, load, make, name_of, say
+from .loading import load
+from .options import Encoding, Loading, Reporting
+from .reporting import INTERRUPTED, Result, fail, line_of, say
+from .running import free_name, is_url, make
+from .signatures import PIPELINES, call_arguments
+
+if TYPE_CHECKING:
+    from .loading import Pipeline
 
 RECORD = "results.jsonl"
 IMAGES = ("image", "last_image")
 
+Item = dict[str, Any]
 
-def run_batch(file: Path, folder: Path, ending: str, options: Mapping[str, Any]) -> None:
+
+def run_batch(
+    file: Path, folder: Path, ending: str, loading: Loading, encoding: Encoding, reporting: Reporting
+) -> None:
     """Make the videos of a file's items, and record each in the folder's results.jsonl.
 
     Args:
         file: one item a line: JSON with the call's arguments and `name`; or, in a .txt, a prompt.
-        folder: for the videos.
-        ending: of their names.
-        options: those named in LOADING and the ones about saving.
+        folder: folder of the videos.
+        ending: ending of their names.
+        loading: how the pipeline is loaded.
+        encoding: how the videos are written.
+        reporting: what is printed.
 
     Raises:
-        ValueError: a line is no item, or the ending is none of a video's.
+        ValueError: a line is no item, or the ending is no video format's.
     """
     from ..video.writers import check_ending, check_quality
 
     check_ending(folder / f"video{ending}")
-    check_quality(folder / f"video{ending}", options.get("quality"), options.get("crf"))
+    check_quality(folder / f"video{ending}", encoding.quality, encoding.crf)
     items = read_items(file)
     folder.mkdir(parents=True, exist_ok=True)
-    done = _done(folder)
-    todo = [(key, item) for key, item in items if key not in done]
+    finished = _finished(folder)
+    todo = [(key, item) for key, item in items if key not in finished]
     if launched():
         from ..accel.parallel import processes
 
         processes.join()
-        todo = processes.shared(todo)  # the others may see another folder, or see it later
-    quiet, as_json = options["quiet"], options["as_json"]
-    say(f"{len(items)} items, {len(items) - len(todo)} of them done already", quiet)
-    saving = {name: options.get(name) for name in ("quality", "crf", "contact_sheet")}
-    task = "i2v" if any(item.get("image") is not None for _, item in items) else "t2v"
-    pipe = load(task, {name: options.get(name) for name in LOADING}, quiet) if todo else None
-    failed = []
+        todo = processes.shared(todo)  # other ranks may see another folder, or see it later
+    say(f"{len(items)} items, {len(items) - len(todo)} of them done already", reporting.quiet)
+    failed = 0
+    if todo:
+        pipe = load(_task(item for _, item in items), loading, reporting.quiet)
     for number, (key, item) in enumerate(todo, start=1):
-        say(f"{number} of {len(todo)}: {item['prompt']}", quiet)
+        say(f"{number} of {len(todo)}: {item['prompt']}", reporting.quiet)
         start = time.perf_counter()
         record: dict[str, Any] = {"key": key, "item": item}
-        stopped = fatal = False
+        fatal = False
         try:
-            call = {name: value for name, value in item.items() if name != "name"}
-            call |= {n: _beside(file, call[n]) for n in IMAGES if call.get(n) is not None}
-            target = (
-                folder / f"{item['name']}{ending}"
-                if "name" in item
-                else name_of(item["prompt"], folder, ending)
-            )
-            result = make(pipe, call, target, {**saving, "overwrite": "name" in item})
-            stopped = result.stopped
-            record |= {"status": "stopped" if stopped else "done", "files": result.files}
+            result = _make_item(pipe, item, file, folder, ending, encoding)
+            record |= {"status": "stopped" if result.stopped else "done", "files": result.files}
         except (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
-            # What is wrong with an item, all ranks find; what may be wrong with one of them ends them all.
+            # All ranks find what is wrong with an item; what may be wrong with one rank ends them all.
             fatal = launched() and not isinstance(error, ValueError | TypeError | FloatingPointError)
             record |= {"status": "failed", "error": line_of(error)}
-            failed.append(record)
+            failed += 1
             say(f"failed: {record['error']}")
         record["seconds"] = round(time.perf_counter() - start, 2)
         if is_first():
             with (folder / RECORD).open("a") as records:
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
         if fatal:
-            fail(f"item {number} of {len(todo)}: {record['error']}", as_json, 1)
-        if stopped:
+            fail(f"item {number} of {len(todo)}: {record['error']}", reporting.as_json, 1)
+        if record["status"] == "stopped":
             say("stopped; the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
-    if not is_first():
-        raise typer.Exit(1 if failed else 0)
-    summary = {"done": len(items) - len(failed), "failed": len(failed), "results": str(folder / RECORD)}
-    print(json.dumps(summary) if as_json else f"{summary['done']} done, {summary['failed']} failed: {folder}")
+    if is_first():
+        done = len(items) - failed
+        summary = {"done": done, "failed": failed, "results": str(folder / RECORD)}
+        print(json.dumps(summary) if reporting.as_json else f"{done} done, {failed} failed: {folder}")
     if failed:
         raise typer.Exit(1)
 
 
-def read_items(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return a file's items, each with a key that is its own.
+def _make_item(
+    pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: str, encoding: Encoding
+) -> Result:
+    """Make and save one item's video; its images are relative to the folder of the items' file."""
+    call = {argument: value for argument, value in item.items() if argument != "name"}
+    for argument in IMAGES:
+        if (image := item.get(argument)) is not None and not is_url(image):
+            call[argument] = str(file.parent / Path(image).expanduser())
+    name = item.get("name")
+    target = free_name(item["prompt"], folder, ending) if name is None else folder / f"{name}{ending}"
+    return make(pipe, partial(pipe, **call), target, encoding, overwrite=name is not None)
+
+
+def read_items(file: Path) -> list[tuple[str, Item]]:
+    """Return a file's items, each with a key of its own.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,13 +112,13 @@ def read_items(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    items: list[tuple[str, dict[str, Any]]] = []
+    items: list[tuple[str, Item]] = []
     seen: dict[str, int] = {}
     names: dict[str, int] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
-        item = {"prompt": line.strip()} if file.suffix == ".txt" else _parsed(line, file, number)
+        item = {"prompt": line.strip()} if file.suffix == ".txt" else _parsed(line, f"{file}, line {number}")
         if (name := item.get("name")) is not None and names.setdefault(name, number) != number:
             raise ValueError(f"{file}, line {number}: the name {name!r} is line {names[name]}'s, too")
         digest = hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()[:16]
@@ -110,17 +127,14 @@ def read_items(file: Path) -> list[tuple[str, dict[str, Any]]]:
     return items
 
 
-def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
-    from ..pipelines.i2v import WanI2VPipeline
-
-    where = f"{file}, line {number}"
+def _parsed(line: str, where: str) -> Item:
     try:
         item = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}; for plain prompts name the file .txt") from error
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
         raise ValueError(f'{where}: an item is {{"prompt": "…"}} with further arguments of the call')
-    known = set(WanI2VPipeline.__call__.__annotations__) | {"name"}
+    known = {"name"}.union(*map(call_arguments, PIPELINES))
     if unknown := sorted(item.keys() - known):
         raise ValueError(f"{where}: there is no argument {unknown[0]!r}")
     if (name := item.get("name")) is not None and (not isinstance(name, str) or Path(name).name != name):
@@ -128,26 +142,25 @@ def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
     return item
 
 
-def _done(folder: Path) -> set[str]:
+def _task(items: Iterable[Item]) -> str:
+    """Return the first task whose pipeline takes all of the items' arguments."""
+    used = {name for item in items for name, value in item.items() if value is not None} - {"name"}
+    return next(task for task in PIPELINES if used <= call_arguments(task).keys())
+
+
+def _finished(folder: Path) -> set[str]:
     """Return the keys of the items whose videos are there."""
     file = folder / RECORD
     if not file.is_file():
         return set()
-    done = set()
+    finished = set()
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # the run ended while it wrote this
+        except ValueError:  # a killed run's last line
             continue
-        # By their names: the folder may be called otherwise from here.
+        # By their names only: the folder's path may be another from here.
         files = [folder / Path(path).name for path in record.get("files", ())]
         if record["status"] == "done" and all(file.exists() for file in files):
-            done.add(record["key"])
-    return done
-
-
-def _beside(file: Path, image: str) -> str:
-    """Return an image's path, which counts from where the items' file is."""
-    if image.startswith(("http://", "https://")):
-        return image
-    return str(file.parent / Path(image).expanduser())
+            finished.add(record["key"])
+    return finished

@@ -1,187 +1,218 @@
-"""The options that several commands share, declared once; each names the argument that it becomes."""
+"""The options of the commands, each declared once, and how a command gets them."""
 
-from enum import Enum
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from typer import Argument, Option
 
-VIDEO, LOADING, SAMPLING, OUTPUT = "The video", "The checkpoint and the machine", "Sampling", "Output"
+from .signatures import call_arguments
+
+# ---- a call's arguments; they are declared and described at the pipelines ----
+
+# What a command line says in another way.
+POSITIONAL = ("image", "prompt")
+FLAGS = {
+    "num_frames": ("--num-frames", "--frames"),
+    "num_inference_steps": ("--steps", "--num-inference-steps"),
+    "guidance_scale": ("--guidance-scale", "-g"),
+    "num_videos_per_prompt": ("--num-videos", "-n"),
+}
+HELP = {
+    "prompt": "What the video shows.",
+    "negative_prompt": "What to avoid; default is the checkpoint's.",
+    "image": "The first frame: file or URL.",
+    "last_image": "The last frame, file or URL; for I2V-A14B and FLF checkpoints.",
+    "fit": "How an image of another aspect is fitted: crop, pad or stretch.",
+    "num_videos_per_prompt": "Videos of this prompt, with seed, seed + 1, …",
+    "seed": "Seed of the first video's noise; default is drawn and printed.",
+    "sigmas": "Noise levels instead of steps and shift: 1.0,0.8,0.3",
+    "timesteps": "Timesteps instead of steps and shift, 0 to 1000: 1000,750,500",
+    "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
+    "preview": "File that shows the video while it is made: .png, .gif, .webp.",
+    "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
+}
 
 
-class Dtype(str, Enum):
-    """How the transformers compute."""
+class CallOptions:
+    """Options for the arguments of a pipeline's call.
 
-    stored = "stored"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
+    Args:
+        task: "t2v" or "i2v".
+        names: which arguments; default is all that can be typed.
+        positional: those without a flag.
+    """
+
+    def __init__(self, task: str, names: Sequence[str] = (), positional: Sequence[str] = POSITIONAL) -> None:
+        known = call_arguments(task)
+        self.kinds = {name: known[name].kind for name in names or known}
+        self.parameters = []
+        for name, kind in self.kinds.items():
+            help = _in_flags(HELP.get(name, known[name].help), known)
+            typed: Any = kind if isinstance(kind, type) else str
+            if name in positional:
+                self.parameters.append(_parameter(name, Annotated[typed, Argument(help=help)]))
+            else:
+                option = Option(*flags_of(name), help=help, rich_help_panel="Video")
+                self.parameters.append(_parameter(name, Annotated[typed | None, option], None))
+
+    def collect(self, **values: Any) -> dict[str, Any]:
+        """Return the arguments that are given.
+
+        Raises:
+            ValueError: a text cannot be parsed.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            if not isinstance(kind := self.kinds[name], type):
+                given[name] = kind(flags_of(name)[0], value)
+        return given
 
 
-class Fit(str, Enum):
-    """How an image of another aspect is fitted."""
-
-    crop = "crop"
-    pad = "pad"
-    stretch = "stretch"
+def flags_of(name: str) -> tuple[str, ...]:
+    """Return the flags of an argument."""
+    return FLAGS.get(name, (f"--{name.replace('_', '-')}",))
 
 
-Prompt = Annotated[str, Argument(help="What is to be seen.", show_default=False)]
-NegativePrompt = Annotated[
-    str | None,
-    Option(help="What is not to be seen; default is the checkpoint's.", rich_help_panel=VIDEO),
-]
-Height = Annotated[int | None, Option(help="Pixels; default is the checkpoint's.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, Option(help="Pixels; default is the checkpoint's.", rich_help_panel=VIDEO)]
-NumFrames = Annotated[
-    int | None,
-    Option(
-        "--num-frames",
-        "--frames",
-        help="1 + a multiple of 4; default is the checkpoint's.",
-        rich_help_panel=VIDEO,
-    ),
-]
-Seed = Annotated[int | None, Option(help="Of the noise; default is drawn and told.", rich_help_panel=VIDEO)]
-NumVideos = Annotated[
-    int, Option("--num-videos", "-n", help="Videos of this prompt: seed, seed + 1, …", rich_help_panel=VIDEO)
-]
-LastImage = Annotated[str | None, Option(help="The last frame, file or URL.", rich_help_panel=VIDEO)]
-MaxArea = Annotated[
-    int | None, Option(help="Pixels in all, where the size follows the image.", rich_help_panel=VIDEO)
-]
-FitOption = Annotated[
-    Fit | None, Option("--fit", help="How an image of another aspect is fitted.", rich_help_panel=VIDEO)
-]
+def _in_flags(text: str, names: Iterable[str]) -> str:
+    """Return a docstring's entry as a help text: a sentence that names flags."""
+    for name in names:
+        if "_" in name:
+            text = re.sub(rf"\b{name}\b", flags_of(name)[0], text)
+    return (text[0].upper() + text[1:]).replace("[", "\\[")
 
-Model = Annotated[
-    str | None,
-    Option(
-        "--model",
-        "-m",
-        help="Name (see `wan22 models`), hub repository, folder, or file of the only or the high-noise "
+
+# ---- the other options ----
+
+
+def _option(panel: str, help: str, *flags: str, default: Any = None) -> Any:
+    info = {"flags": flags, "help": help, "rich_help_panel": panel, "show_default": False}
+    return field(default=default, metadata=info)
+
+
+_model, _saving = partial(_option, "Model"), partial(_option, "Saving")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which weights are loaded, and where to."""
+
+    model: str | None = _model(
+        "Name (see `wan22 models`), hub repository, folder, or file of the only or the high-noise "
         "transformer. Default: the miniature inside wan22, which draws coloured shapes.",
-        rich_help_panel=LOADING,
-        show_default=False,
-    ),
-]
-Low = Annotated[
-    str | None, Option(help="File of the low-noise transformer, beside a file.", rich_help_panel=LOADING)
-]
-Vae = Annotated[str | None, Option(help="File of the VAE, beside a file.", rich_help_panel=LOADING)]
-TextEncoder = Annotated[
-    str | None, Option(help="File of the text encoder, beside a file.", rich_help_panel=LOADING)
-]
-Tokenizer = Annotated[
-    str | None,
-    Option(help="Folder or repository, beside a file: google/umt5-xxl.", rich_help_panel=LOADING),
-]
-Revision = Annotated[str | None, Option(help="Commit or branch of a repository.", rich_help_panel=LOADING)]
-DtypeOption = Annotated[
-    Dtype | None,
-    Option(
-        "--dtype",
-        help="Default: as stored; fp32 for the miniature on a CPU.",
-        rich_help_panel=LOADING,
-    ),
-]
-Device = Annotated[
-    str | None, Option(help="cuda, cuda:1, cpu, mps; default is the best there is.", rich_help_panel=LOADING)
-]
-Memory = Annotated[
-    str | None,
-    Option(help='What of the GPU\'s memory may be used: "auto", "12GB".', rich_help_panel=LOADING),
-]
-Quantize = Annotated[
-    str | None, Option(help="fp8, fp8_dynamic or int8: changes the result.", rich_help_panel=LOADING)
-]
-Compile = Annotated[bool, Option("--compile", help="Compile the models first.", rich_help_panel=LOADING)]
-Accelerate = Annotated[
-    bool, Option("--accelerate", help="Faster; results move by rounding.", rich_help_panel=LOADING)
-]
-Attention = Annotated[str | None, Option(help="The attention kernel's name.", rich_help_panel=LOADING)]
-LoraOption = Annotated[
-    list[str] | None,
-    Option(
-        "--lora",
-        help="LoRA for all transformers: file, folder or repository; with =0.8 its strength. Repeatable.",
-        rich_help_panel=LOADING,
-    ),
-]
-LoraHigh = Annotated[str | None, Option(help="LoRA of the high-noise expert.", rich_help_panel=LOADING)]
-LoraLow = Annotated[str | None, Option(help="LoRA of the low-noise expert.", rich_help_panel=LOADING)]
-ParallelOption = Annotated[
-    str | None,
-    Option(
-        "--parallel",
-        help='Under torchrun: "auto", which is the default, or such as "cfg=2,ulysses=4,fsdp=true".',
-        rich_help_panel=LOADING,
-    ),
-]
-Tiling = Annotated[
-    bool, Option("--tiling", help="VAE in blended tiles: changes the result.", rich_help_panel=LOADING)
-]
+        *("--model", "-m"),
+    )
+    dtype: Literal["stored", "bf16", "fp16", "fp32"] | None = _model(
+        "Default: as stored; fp32 for the miniature on a CPU."
+    )
+    device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
+    memory: str | None = _model('GPU memory to use: "12GB", or "auto" for what is free.')
 
-Steps = Annotated[
-    int | None,
-    Option("--steps", "--num-inference-steps", help="Denoising steps.", rich_help_panel=SAMPLING),
-]
-Guidance = Annotated[
-    float | None,
-    Option("--guidance-scale", "-g", help="Of the high-noise or only transformer.", rich_help_panel=SAMPLING),
-]
-Guidance2 = Annotated[
-    float | None,
-    Option("--guidance-scale-2", help="Of the low-noise transformer.", rich_help_panel=SAMPLING),
-]
-FlowShift = Annotated[float | None, Option(help="Of the noise schedule.", rich_help_panel=SAMPLING)]
-Sigmas = Annotated[
-    str | None, Option(help="Noise levels instead of steps: 1.0,0.8,0.3", rich_help_panel=SAMPLING)
-]
-Timesteps = Annotated[
-    str | None, Option(help="Timesteps instead of steps: 1000,750,500", rich_help_panel=SAMPLING)
-]
-Recipe = Annotated[
-    str | None,
-    Option(help="lightning-4: for LoRAs distilled to four steps.", rich_help_panel=SAMPLING),
-]
-MaxSequenceLength = Annotated[
-    int, Option(help="Tokens at which a prompt is cut.", rich_help_panel=SAMPLING, min=1, max=512)
-]
-AttentionKwargs = Annotated[
-    str | None,
-    Option(help='JSON: {"scale": 0.5} multiplies all LoRAs by it.', rich_help_panel=SAMPLING),
-]
-NoiseDevice = Annotated[
-    str | None, Option(help="Where the noise is drawn; cpu is the same everywhere.", rich_help_panel=SAMPLING)
-]
 
-Output = Annotated[
-    Path | None,
-    Option(
-        "--output",
-        "-o",
-        help="File: .mp4, .gif, .webp, .png, .npy. Default: named after the prompt.",
-        rich_help_panel=OUTPUT,
-        show_default=False,
-    ),
-]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT)]
-Quality = Annotated[int | None, Option(help="1 to 100, for .mp4 and .webp.", rich_help_panel=OUTPUT)]
-Crf = Annotated[int | None, Option(help="H.264's own scale, 0 to 51, for .mp4.", rich_help_panel=OUTPUT)]
-ContactSheet = Annotated[
-    bool, Option("--contact-sheet", help="Also save a picture of some frames.", rich_help_panel=OUTPUT)
-]
-PreviewOption = Annotated[
-    Path | None,
-    Option("--preview", help="File that shows the video meanwhile: .png, .gif.", rich_help_panel=OUTPUT),
-]
-PreviewEvery = Annotated[int | None, Option(help="Steps between previews.", rich_help_panel=OUTPUT)]
-PreviewDecoder = Annotated[
-    Path | None,
-    Option(help="Tiny autoencoder for finer previews: taew2_1, taew2_2.", rich_help_panel=OUTPUT),
-]
-Json = Annotated[
-    bool, Option("--json", help="Print the result as JSON, and nothing else.", rich_help_panel=OUTPUT)
-]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)]
+@dataclass(frozen=True)
+class Loading(Source):
+    """How a pipeline is loaded and set up."""
+
+    quantize: str | None = _model("fp8, fp8_dynamic or int8: changes the result.")
+    low: str | None = _model("Low-noise transformer, beside a --model file.")
+    vae: str | None = _model("VAE, beside a --model file.")
+    text_encoder: str | None = _model("Text encoder, beside a --model file.")
+    tokenizer: str | None = _model("Folder or repository, beside a --model file: google/umt5-xxl.")
+    revision: str | None = _model("Commit or branch of a repository.")
+    lora: list[str] | None = _model(  # noqa: RUF009 (a dataclasses.field)
+        "LoRA for all transformers: file, folder or repository; =0.8 after it is its strength. Repeatable."
+    )
+    lora_high: str | None = _model("LoRA for the high-noise expert.")
+    lora_low: str | None = _model("LoRA for the low-noise expert.")
+    parallel: str | None = _model('Under torchrun: "auto", the default, or cfg=2,ulysses=4,fsdp=true.')
+    attention: str | None = _model("Name of the attention kernel.")
+    accelerate: bool = _model("Faster; results change by rounding.", default=False)
+    compile: bool = _model("Compile the models first.", default=False)
+    tiling: bool = _model("VAE in blended tiles: changes the result.", default=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which file a video is written to."""
+
+    output: Path | None = _saving(  # noqa: RUF009 (a dataclasses.field)
+        "File: .mp4, .gif, .webp, .png, .npy. Default: named after the prompt.", "--output", "-o"
+    )
+    overwrite: bool = _saving("Replace existing files.", default=False)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How videos are written."""
+
+    quality: int | None = _saving("1 to 100, for .mp4 and .webp; default 90.")
+    crf: int | None = _saving("For .mp4, instead of quality: H.264's scale, 0 to 51.")
+    contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
+
+
+@dataclass(frozen=True)
+class Printing:
+    """How results are printed."""
+
+    as_json: bool = _saving("Print the result as JSON, and nothing else.", "--json", default=False)
+
+
+@dataclass(frozen=True)
+class Reporting(Printing):
+    """How results and progress are printed."""
+
+    quiet: bool = _saving("Show no progress.", "--quiet", "-q", default=False)
+
+
+# ---- commands ----
+
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of a command that stands for several options into these options.
+
+    Such a parameter is annotated with one of the dataclasses above, or with `Annotated[…, CallOptions(…)]`.
+    """
+    hints: dict[str, Any] = get_type_hints(function, include_extras=True)
+    options: dict[str, list[inspect.Parameter]] = {}
+    collect: dict[str, Callable[..., Any]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints[name]
+        call = next((extra for extra in get_args(hint) if isinstance(extra, CallOptions)), None)
+        if call is not None:
+            options[name], collect[name] = call.parameters, call.collect
+        elif isinstance(hint, type) and is_dataclass(hint):
+            options[name], collect[name] = _fields(hint), hint
+        else:
+            options[name] = [_parameter(name, hint, parameter.default)]
+            collect[name] = lambda **value: next(iter(value.values()))
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        parts = {
+            name: {option.name: values[option.name] for option in group} for name, group in options.items()
+        }
+        function(**{name: collect[name](**part) for name, part in parts.items()})
+
+    parameters = [option for group in options.values() for option in group]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _fields(cls: Any) -> list[inspect.Parameter]:
+    """Return a dataclass's fields as options; True and False are a flag that is given or not."""
+    parameters = []
+    for item in fields(cls):
+        flags = item.metadata["flags"] or flags_of(item.name)
+        option = Option(*flags, **{k: v for k, v in item.metadata.items() if k != "flags"})
+        parameters.append(_parameter(item.name, Annotated[item.type, option], item.default))
+    return parameters
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)

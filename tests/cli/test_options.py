@@ -1,0 +1,73 @@
+"""Commands are built from the pipelines' signatures, and answer without loading a library."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import wan22
+from wan22.cli.options import FLAGS, HELP, CallOptions
+from wan22.cli.signatures import PIPELINES, call_arguments
+
+# What is not typed on a command line: tensors, what Python calls back, what it returns.
+PYTHON_ONLY = {
+    *("self", "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds"),
+    *("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_every_argument_of_a_call_is_an_option_or_for_python_only(task):
+    signature = inspect.signature(getattr(wan22, PIPELINES[task]).__call__)
+    options = CallOptions(task)
+    names = [name for name in signature.parameters if name not in PYTHON_ONLY]
+    assert [parameter.name for parameter in options.parameters] == names
+    for parameter in options.parameters:
+        (info,) = parameter.annotation.__metadata__
+        assert info.help and info.help[0] == info.help[0].upper()
+        assert not re.search(r"\b[a-z]+_[a-z_]+\b", info.help), "Python's names are flags here"
+
+
+def test_the_tables_name_arguments_that_there_are():
+    known = {name for task in PIPELINES for name in call_arguments(task)}
+    assert FLAGS.keys() | HELP.keys() <= known
+
+
+def test_texts_become_values():
+    options = CallOptions("t2v")
+    values = {"sigmas": "1,0.5", "attention_kwargs": '{"scale": 2}', "seed": 3, "height": None}
+    assert options.collect(**values) == {"sigmas": [1.0, 0.5], "attention_kwargs": {"scale": 2}, "seed": 3}
+
+
+def answer(arguments, **environment):
+    """Run the command line in a process of its own; return stdout and the heavy libraries that it loaded."""
+    code = (
+        "import atexit, json, sys\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}\n"
+        "atexit.register(lambda: print(json.dumps(sorted(heavy & set(sys.modules))), file=sys.stderr))\n"
+        "from wan22.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return done.stdout, json.loads(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--help"], "reproduce"), (["--version"], wan22.__version__), (["models"], "Wan2.2-T2V-A14B")]
+    + [([command, "--help"], "--quality") for command in ("t2v", "i2v", "batch", "reproduce")],
+)
+def test_what_makes_no_video_loads_no_library(arguments, word):
+    out, loaded = answer(arguments)
+    assert word in out and not loaded
+
+
+def test_completion_of_a_flag():
+    words = {"COMP_WORDS": "wan22 t2v --num-v", "COMP_CWORD": "2", "_WAN22_COMPLETE": "complete_bash"}
+    out, loaded = answer([], **words)
+    assert out.split() == ["--num-videos"] and not loaded

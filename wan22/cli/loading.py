@@ -1,0 +1,212 @@
+"""Load and set up the pipeline that the options of a command describe."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..accel.parallel.environment import launched
+from ..presets import PRESETS
+from .options import Loading, flags_of
+from .reporting import say
+from .signatures import PIPELINES
+
+if TYPE_CHECKING:
+    from ..pipelines.i2v import WanI2VPipeline
+    from ..pipelines.t2v import WanT2VPipeline
+
+    Pipeline = WanT2VPipeline | WanI2VPipeline
+
+
+# Options for the other models of a pipeline whose --model is a file; the first may be left out.
+BESIDE_A_FILE = ("low", "vae", "text_encoder", "tokenizer")
+
+
+def load(
+    task: str,
+    options: Loading,
+    quiet: bool,
+    loras: Sequence[Mapping[str, Any]] = (),
+    dtype: Mapping[str, str] | None = None,
+) -> "Pipeline":
+    """Load a pipeline and set it up; under torchrun the ranks share its work.
+
+    Args:
+        task: key of PIPELINES.
+        options: those of the command.
+        quiet: whether to show no progress.
+        loras: arguments of load_lora_weights, beside those of the options.
+        dtype: names of dtypes by component, instead of the options'.
+
+    Returns: the pipeline.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: an option breaks its rule, or the options contradict each other.
+    """
+    import wan22
+
+    from ..accel.parallel import processes
+
+    if options.model is None:
+        say(f"no --model given: this is tiny-{task}, the miniature inside wan22, of coloured shapes", quiet)
+    if quiet:
+        _silence_loading()
+    layout = parse_layout(options.parallel)
+    if launched() and options.device is not None:
+        raise ValueError(f"--device {options.device}: each rank has a device of its own; leave it out")
+    device = str(processes.own_device()) if launched() else check_device(options.device or best_device())
+    arguments = {
+        "memory": options.memory,
+        "quantize": options.quantize,
+        "parallel": layout if launched() else None,
+        "loras": [*_loras(options), *loras],
+        "dtype": _by_component(dtype) if dtype is not None else _dtype(options, device),
+    }
+    cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
+    source = find_model(options.model, task)
+    parts = {name: part for name in BESIDE_A_FILE if (part := getattr(options, name)) is not None}
+    hub = {} if options.revision is None else {"revision": options.revision}
+    if not Path(source).is_file():
+        if parts:
+            raise ValueError(f"{flags_of(next(iter(parts)))[0]} goes with a --model that is a file")
+        pipe = cls.from_pretrained(source, **hub, **arguments)
+    elif hub:
+        raise ValueError(f"--revision {options.revision} is for repositories; {source} is a file")
+    elif missing := [flags_of(name)[0] for name in BESIDE_A_FILE[1:] if name not in parts]:
+        raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
+    else:
+        pipe = cls.from_single_file(source, **parts, **arguments)
+    _set_up(pipe, options, quiet)
+    if not launched() and options.memory is None and device != "cpu":
+        pipe.to(device)
+    return pipe
+
+
+def _set_up(pipe: "Pipeline", options: Loading, quiet: bool) -> None:
+    """Attach what the options ask for beside the weights."""
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
+    if options.tiling:
+        pipe.vae.enable_tiling()
+    if options.accelerate:
+        pipe.accelerate()
+    if options.attention is not None:
+        pipe.set_attention_backend(options.attention)
+    if options.compile:
+        pipe.compile()
+
+
+def find_model(model: str | None, task: str) -> str | Path:
+    """Return the path or repository that `--model` stands for; by default, the task's miniature.
+
+    Raises:
+        ValueError: it is neither a known name, a path, nor a repository's name.
+    """
+    from ..assets import tiny_checkpoint
+
+    if model is None:
+        return tiny_checkpoint(task)
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    names = {preset.name.lower(): preset for preset in PRESETS}
+    if (preset := names.get(model.lower())) is not None:
+        return preset.repo or tiny_checkpoint(preset.name.removeprefix("tiny-"))
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model
+    near = difflib.get_close_matches(model.lower(), names, 1, 0.4) or list(names)[:1]
+    raise ValueError(
+        f"there is no file or folder {model}, and no checkpoint of that name; say {names[near[0]].name}, or "
+        "see `wan22 models`"
+    )
+
+
+def best_device() -> str:
+    """Return the best device that there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str) -> str:
+    """Return a device's name; raise ValueError if the device is not there."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} is not there; {best_device()} is") from error
+    return name
+
+
+def _dtype(options: Loading, device: str) -> Any:
+    """Return from_pretrained's dtype for `--dtype`."""
+    import torch
+
+    if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
+        return torch.float32 if options.model is None and device == "cpu" else None
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
+    dtype = names[options.dtype]
+    # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
+    return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
+
+
+def _by_component(names: Mapping[str, str]) -> dict[str, Any]:
+    import torch
+
+    return {component: getattr(torch, name) for component, name in names.items()}
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Split "file=0.8" into the LoRA and its strength."""
+    found = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+    if found is None or Path(text).expanduser().exists():
+        return text, 1.0
+    return found[1], float(found[2])
+
+
+def _loras(options: Loading) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of load_lora_weights for each LoRA of the options."""
+    for text in options.lora or ():
+        name, strength = split_strength(text)
+        yield {"lora": name, "strength": strength}
+    pair = {"high": options.lora_high, "low": options.lora_low}
+    if given := {slot: lora for slot, lora in pair.items() if lora is not None}:
+        yield given
+
+
+def parse_layout(text: str | None) -> dict[str, Any]:
+    """Return parallelize's arguments for "auto", None, or a layout such as "cfg=2,ulysses=4,fsdp=true".
+
+    Raises:
+        ValueError: it is none of these, or this process is alone.
+    """
+    if text is None:
+        return {}
+    if not launched():
+        raise ValueError(
+            f"--parallel {text} is for several ranks: torchrun --nproc-per-node=2 -m wan22.cli …"
+        )
+    values = {"true": True, "false": False} | {str(n): n for n in range(1, 1025)}
+    layout = {}
+    for part in text.split(",") if text != "auto" else ():
+        name, _, value = part.partition("=")
+        kind = {"cfg": int, "ulysses": int, "ring": int, "fsdp": bool, "vae": bool}.get(name)
+        if kind is None or type(values.get(value)) is not kind:
+            raise ValueError(
+                f'--parallel {text} must be "auto", or some of cfg=2,ulysses=4,ring=2,fsdp=true,vae=false'
+            )
+        layout[name] = values[value]
+    return layout
+
+
+def _silence_loading() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for module in (diffusers_logging, transformers_logging):
+        module.disable_progress_bar()

@@ -1,0 +1,105 @@
+"""What a person and a script read: results, progress and errors, and the exit codes."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ..accel.parallel.environment import is_first, launched, rank
+
+# Results go to stdout, everything else to stderr, so that a script reads nothing but results.
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+INTERRUPTED = 130
+# How long ranks other than the first wait before they report an error. If the first rank has it, too, or
+# caused it, its exit ends them within this time.
+GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command made.
+
+    Args:
+        files: written files.
+        recipe: the recipe as plain values.
+        seconds: time spent, by what it was spent on.
+        stopped: whether Ctrl-C ended the run.
+    """
+
+    files: list[str]
+    recipe: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def report(result: Result, as_json: bool) -> None:
+    """Print a result on the first rank, and exit with 130 if Ctrl-C ended the run."""
+    if is_first() and as_json:
+        print(json.dumps(asdict(result)))
+    elif is_first():
+        print(*result.files, sep="\n")
+        seeds = ", ".join(map(str, result.recipe["seeds"]))
+        spent = (f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
+        say(", ".join((f"seed {seeds}", *spent)))
+    if result.stopped:
+        say(f"stopped after step {result.recipe['steps_done']} of {result.recipe['num_inference_steps']}")
+        sys.stdout.flush()
+        raise typer.Exit(INTERRUPTED)
+
+
+def report_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command end an error with one line and exit code 1, or 130 after Ctrl-C."""
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        try:
+            command(**values)
+        except KeyboardInterrupt:
+            fail("interrupted", values.get("as_json", False), INTERRUPTED)
+        except typer.Exit:  # a RuntimeError, too
+            raise
+        except (OSError, ValueError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+            fail(line_of(error), values.get("as_json", False), 1)
+
+    return run
+
+
+def line_of(error: BaseException) -> str:
+    """Return an error as one line, with its type where the message alone is not meant for a person."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    plain = isinstance(error, ValueError | FileNotFoundError | FileExistsError) or kind in text
+    return (text or kind) if plain or not text else f"{kind}: {text}"
+
+
+def fail(message: str, as_json: bool, code: int) -> None:
+    """Exit with an error; one of several ranks exits at once, whatever it waits for."""
+    if not is_first():
+        time.sleep(GRACE_SECONDS)
+    if as_json and is_first():
+        print(json.dumps({"error": message}))
+    where = "" if is_first() else f" of rank {rank()}"
+    err.print(f"[red]error{where}:[/red] {escaped(message)}")
+    if launched():
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """Print to stderr on the first rank."""
+    if not quiet and is_first():
+        err.print(escaped(message))
+
+
+def escaped(text: str) -> str:
+    """Return text in which Rich finds no markup."""
+    return text.replace("[", "\\[")
