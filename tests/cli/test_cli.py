@@ -121,6 +121,29 @@ def test_models_of_every_kind(here):
     assert "--low goes with a --model that is a file" in err
 
 
+def single_files():
+    """Return the options for the miniature's weights as single files."""
+    folder, weights = tiny_checkpoint(), "diffusion_pytorch_model.safetensors"
+    options = {
+        "--model": folder / "transformer" / weights,
+        "--low": folder / "transformer_2" / weights,
+        "--vae": folder / "vae" / weights,
+        "--text-encoder": folder / "text_encoder" / "model.safetensors",
+        "--tokenizer": folder / "tokenizer",
+    }
+    return [part for pair in options.items() for part in pair]
+
+
+def test_single_files_take_every_option(here):
+    """A budget for the memory was ignored, quantising refused."""
+    _, err = run("t2v", "a", *single_files(), "--memory", "1KB", *QUICK, code=1)
+    assert "1KB" in err and not list(here.iterdir())
+    _, err = run("t2v", "a", *single_files(), "--revision", "main", *QUICK, code=1)
+    assert "--revision main is for repositories" in err
+    run("t2v", "a", *single_files(), "--memory", "auto", "--quantize", "int8", *QUICK, "-o", "a.mp4", "-q")
+    assert read_recipe("a.mp4").changes == {"quantized": ("transformer", "transformer_2")}
+
+
 def test_made_again(here):
     run("t2v", "a", *QUICK, "--seed", 7, "-o", "a.mp4", "-q", "--dtype", "bf16")
     out, _ = run("reproduce", "a.mp4", "-q")
@@ -129,8 +152,12 @@ def test_made_again(here):
     _, err = run("reproduce", "a.mp4", "--model", "tiny-ti2v", "-q", code=1)
     assert "is another file" in err
     run("t2v", "a", *QUICK, "--seed", 7, "-o", "b.mp4", "-q", "--attention", "math")
-    run("reproduce", "b.mp4", "-q")
+    run("reproduce", "b.mp4", "-q", "--contact-sheet")
     assert np.array_equal(read("b.mp4")[1], read("b-again.mp4")[1]), "by the same kernel"
+    assert (here / "b-again-sheet.png").exists()
+    run("t2v", "a", *single_files(), *QUICK, "--seed", 7, "-o", "c.mp4", "-q")
+    run("reproduce", "c.mp4", *single_files(), "-q")
+    assert np.array_equal(read("c.mp4")[1], read("c-again.mp4")[1])
 
 
 def test_json_is_all_that_scripts_read(here):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from .options import CallOptions, Encoding, Loading, Printing, Reporting, Source, Target, expanded
+from .options import CallOptions, Encoding, Loading, Printing, Reporting, Target, expanded
 from .reporting import report_errors
 
 app = typer.Typer(
@@ -105,7 +105,7 @@ def batch(
 def reproduce(
     file: Annotated[Path, Argument(help="Video that was saved with its recipe.")],
     replaced: Annotated[Call, CallOptions("i2v", ("image", "last_image", "seed"), positional=())],
-    source: Source,
+    loading: Loading,
     target: Target,
     encoding: Encoding,
     reporting: Reporting,
@@ -116,7 +116,7 @@ def reproduce(
     """
     from .reproduce import reproduce_file
 
-    reproduce_file(file, replaced, source, target, encoding, reporting)
+    reproduce_file(file, replaced, loading, target, encoding, reporting)
 
 
 @command

@@ -37,7 +37,7 @@ def load(
         options: those of the command.
         quiet: whether to show no progress.
         loras: arguments of load_lora_weights, beside those of the options.
-        dtype: names of dtypes by component, instead of the options'.
+        dtype: names of dtypes by component, unless the options name one.
 
     Returns: the pipeline.
 
@@ -57,12 +57,12 @@ def load(
     if launched() and options.device is not None:
         raise ValueError(f"--device {options.device}: each rank has a device of its own; leave it out")
     device = str(processes.own_device()) if launched() else check_device(options.device or best_device())
-    arguments = {
+    arguments: dict[str, Any] = {
         "memory": options.memory,
         "quantize": options.quantize,
         "parallel": layout if launched() else None,
         "loras": [*_loras(options), *loras],
-        "dtype": _by_component(dtype) if dtype is not None else _dtype(options, device),
+        "dtype": _dtype(options, device, dtype),
     }
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
@@ -78,16 +78,16 @@ def load(
         raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
     else:
         pipe = cls.from_single_file(source, **parts, **arguments)
-    _set_up(pipe, options, quiet)
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
     if not launched() and options.memory is None and device != "cpu":
         pipe.to(device)
+    _set_up(pipe, options)
     return pipe
 
 
-def _set_up(pipe: "Pipeline", options: Loading, quiet: bool) -> None:
+def _set_up(pipe: "Pipeline", options: Loading) -> None:
     """Attach what the options ask for beside the weights."""
-    if quiet:
-        pipe.set_progress_bar_config(disable=True)
     if options.tiling:
         pipe.vae.enable_tiling()
     if options.accelerate:
@@ -143,22 +143,18 @@ def check_device(name: str) -> str:
     return name
 
 
-def _dtype(options: Loading, device: str) -> Any:
-    """Return from_pretrained's dtype for `--dtype`."""
+def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) -> Any:
+    """Return the constructors' dtype."""
     import torch
 
+    if options.dtype is None and recorded is not None:
+        return {component: getattr(torch, name) for component, name in recorded.items()}
     if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
         return torch.float32 if options.model is None and device == "cpu" else None
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
     dtype = names[options.dtype]
     # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
-
-
-def _by_component(names: Mapping[str, str]) -> dict[str, Any]:
-    import torch
-
-    return {component: getattr(torch, name) for component, name in names.items()}
 
 
 def split_strength(text: str) -> tuple[str, float]:

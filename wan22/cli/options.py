@@ -98,8 +98,8 @@ _model, _saving = partial(_option, "Model"), partial(_option, "Saving")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Which weights are loaded, and where to."""
+class Loading:
+    """How a pipeline is loaded and set up."""
 
     model: str | None = _model(
         "Name (see `wan22 models`), hub repository, folder, or file of the only or the high-noise "
@@ -111,12 +111,6 @@ class Source:
     )
     device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
     memory: str | None = _model('GPU memory to use: "12GB", or "auto" for what is free.')
-
-
-@dataclass(frozen=True)
-class Loading(Source):
-    """How a pipeline is loaded and set up."""
-
     quantize: str | None = _model("fp8, fp8_dynamic or int8: changes the result.")
     low: str | None = _model("Low-noise transformer, beside a --model file.")
     vae: str | None = _model("VAE, beside a --model file.")

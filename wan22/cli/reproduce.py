@@ -1,14 +1,14 @@
 """`wan22 reproduce`: make a video again from the recipe in its file."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..video.recipe import Recipe
 from .loading import load
-from .options import Encoding, Loading, Reporting, Source, Target
+from .options import Encoding, Loading, Reporting, Target
 from .reporting import report, say
 from .running import free_name, make
 from .signatures import PIPELINES
@@ -17,7 +17,7 @@ from .signatures import PIPELINES
 def reproduce_file(
     file: Path,
     replaced: Mapping[str, Any],
-    source: Source,
+    loading: Loading,
     target: Target,
     encoding: Encoding,
     reporting: Reporting,
@@ -27,7 +27,7 @@ def reproduce_file(
     Args:
         file: video with its recipe.
         replaced: arguments of the call that replace the recipe's.
-        source: what to load instead of the recipe's checkpoint, and how.
+        loading: how the pipeline is loaded; by default as the recipe tells.
         target: file of the video.
         encoding: how it is written.
         reporting: what is printed.
@@ -36,34 +36,34 @@ def reproduce_file(
 
     recipe = read_recipe(file)
     task = next((task for task, name in PIPELINES.items() if name == recipe.pipeline), "t2v")
-    dtypes = recipe.dtypes if source.dtype is None else None
-    pipe = load(task, _setup(recipe, source), reporting.quiet, _loras(recipe), dtypes)
+    pipe = load(task, _recorded(recipe, loading), reporting.quiet, _loras(recipe, loading), recipe.dtypes)
     output = target.output or free_name(f"{file.stem} again")
     say(f"{recipe}, to {output}", reporting.quiet)
     run = partial(pipe.reproduce, recipe, **replaced)
     report(make(pipe, run, output, encoding, target.overwrite), reporting.as_json)
 
 
-def _setup(recipe: Recipe, source: Source) -> Loading:
-    """Return the options that load and set up a pipeline as it was for a recipe."""
+def _recorded(recipe: Recipe, given: Loading) -> Loading:
+    """Return options, and where none is given, what a recipe tells of how its pipeline was set up."""
     origin, changes = recipe.origin, recipe.changes
-    options = asdict(source)
-    if source.model is None:
-        options["model"] = origin.place if origin is not None else recipe.checkpoint
-        if origin is not None and "/" in origin.place:
-            options["revision"] = origin.revision
     kernels = changes.get("attention", ())
-    return Loading(
-        **options,
-        attention=kernels[0] if len(kernels) == 1 else None,
-        accelerate=bool(changes.get("accelerated")),
-        compile=bool(changes.get("compiled")),
-        tiling=bool(changes.get("tiled")),
-    )
+    known: dict[str, Any] = {"attention": kernels[0] if len(kernels) == 1 else None}
+    known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
+    known["tiling"] = "tiled" in changes
+    if given.model is None:
+        known["model"] = recipe.checkpoint if origin is None else origin.place
+        known["revision"] = origin.revision if origin is not None and "/" in origin.place else None
+    return replace(given, **{name: value for name, value in known.items() if not getattr(given, name)})
 
 
-def _loras(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the arguments of load_lora_weights for a recipe's LoRAs."""
+def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:
+    """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given.
+
+    Raises:
+        ValueError: a LoRA was no file.
+    """
+    if given.lora or given.lora_high or given.lora_low:
+        return []
     loras = []
     for lora in recipe.loras:
         if lora.source is None:
