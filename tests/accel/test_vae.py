@@ -7,9 +7,9 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
 from tests.models.vaes import FAMILIES, PeakMemory, random_latents, random_video, relative_error, tiny_vae
+from wan22 import AutoencoderKLWan
 from wan22.accel import vae as module
 from wan22.accel.vae import SubpixelConv2d, accelerate, detach
-from wan22.models.autoencoder import AutoencoderKLWan
 from wan22.models.autoencoder_layers import CausalConv3d
 from wan22.models.temporal_cache import TemporalCache
 

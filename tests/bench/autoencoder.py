@@ -24,11 +24,11 @@ from tests.bench.harness import (
     relative_error,
     watched_memory,
 )
+from wan22 import AutoencoderKLWan
 from wan22.accel import cpu
 from wan22.accel.planning.meta_models import VAE_22
 from wan22.accel.planning.trace import peak_bytes
 from wan22.accel.vae import accelerate
-from wan22.models.autoencoder import AutoencoderKLWan
 from wan22.models.temporal_cache import TemporalCache
 
 # What differs from the defaults, which are those of 2.1.

@@ -15,9 +15,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock as
 from torch import nn
 
 from tests.bench.harness import DTYPES, Row, Settings, compare, main, relative_error
+from wan22 import WanTransformer3DModel
 from wan22.accel import cpu
 from wan22.models.rope import rotary_tables
-from wan22.models.transformer import WanTransformer3DModel, WanTransformerBlock
+from wan22.models.transformer import WanTransformerBlock
 from wan22.presets import MAX_TEXT_TOKENS
 
 Weights = dict[str, torch.Tensor]

@@ -17,7 +17,9 @@ from tests.models.vaes import (
     relative_error,
     tiny_vae,
 )
-from wan22.models.autoencoder import LATENTS_MEAN, LATENTS_STD, AutoencoderKLWan, patchify, unpatchify
+from wan22 import AutoencoderKLWan
+from wan22.models import autoencoder
+from wan22.models.autoencoder import LATENTS_MEAN, LATENTS_STD, patchify, unpatchify
 from wan22.models.autoencoder_layers import DuplicateUp
 from wan22.models.temporal_cache import TemporalCache
 
@@ -88,6 +90,23 @@ def test_golden(name):
 
 
 # Diffusers.
+
+
+@both_families
+def test_the_plain_model_returns_tensors(family):
+    """The same numbers as the class for diffusers, whose state dict it loads."""
+    vae = tiny_vae(family)
+    plain = autoencoder.AutoencoderKLWan(**CONFIGS[family])
+    plain.load_state_dict(vae.state_dict())
+    x = random_video(vae, 1, 3, 2, 2)
+    with torch.no_grad():
+        moments = plain.encode(x)
+        assert torch.equal(moments, vae.encode(x).latent_dist.parameters)
+        pieces = x.split(4, dim=2)
+        for own, posterior in zip(plain.encode_stream(pieces), vae.encode_stream(pieces), strict=True):
+            assert torch.equal(own, posterior.parameters)
+        assert torch.equal(plain(x), vae(x).sample)
+        assert torch.equal(plain(x), plain.decode(moments.chunk(2, dim=1)[0]))
 
 
 @both_families

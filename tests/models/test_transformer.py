@@ -255,6 +255,15 @@ def test_timesteps_are_never_rounded_to_bf16():
 # ---- properties ----
 
 
+def test_the_plain_model_returns_a_tensor():
+    """The same numbers as the class for diffusers, whose state dict it loads."""
+    model, inputs = random_model(WITH_IMAGE), random_inputs(WITH_IMAGE)
+    plain = transformer_module.WanTransformer3DModel(**WITH_IMAGE)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs), model(**inputs).sample)
+
+
 def test_one_timestep_per_token_equals_one_per_sample():
     model, inputs = random_model(SMALL), random_inputs(SMALL, b=2)
     per_token = inputs | {"timestep": inputs["timestep"][:, None].expand(2, 3 * 2 * 3)}

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.official_vae_keys import vae_state_dict
-from wan22.models.autoencoder import AutoencoderKLWan
+from wan22 import AutoencoderKLWan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("2.1", "2.2")

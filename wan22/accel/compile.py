@@ -40,7 +40,7 @@ class Compiled:
     ) -> None:
         _refuse_graphs(options)
         options = {"fullgraph": True} | options
-        modules = [
+        modules: list[nn.Module] = [
             module
             for model in transformers
             for module in model.modules()

@@ -10,10 +10,6 @@ an object of the caller's. The model itself never changes while it runs.
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .autoencoder_coders import Decoder3d, Encoder3d
@@ -34,7 +30,7 @@ LATENTS_STD = (
 )
 
 
-class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
+class AutoencoderKLWan(MemoryModes, nn.Module):
     """The video autoencoder of Wan 2.1 (4x8x8, 16 channels) or, by configuration, 2.2 (4x16x16, 48 channels).
 
     Config names and state-dict keys are those of diffusers' class of the same name; checkpoints go both ways.
@@ -59,10 +55,6 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
     Source: Wan2.2 wan/modules/vae2_1.py and vae2_2.py, WanVAE_.
     """
 
-    _supports_gradient_checkpointing = False
-    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
-
-    @register_to_config
     def __init__(
         self,
         base_dim: int = 96,
@@ -96,9 +88,15 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         )
         assign_cache_keys(self)
 
-        self.patch_size = patch_size or 1
+        self.in_channels, self.z_dim, self.patch_size = in_channels, z_dim, patch_size or 1
+        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
         self.temporal_stride = 2 ** sum(map(bool, temperal_downsample))
         self.spatial_stride = 2 ** (len(dim_mult) - 1) * self.patch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        return self.quant_conv.weight.dtype
 
     # Chunks: one step through a clip. These are what `torch.compile` gets.
 
@@ -128,16 +126,13 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
 
     # Clips.
 
-    def encode(
-        self, x: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Encode a clip.
 
         Args:
             x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
-            return_dict: whether to return an output object or a tuple.
             chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
-        Returns: the posterior of the raw (not normalised) latents.
+        Returns: moments of the raw (not normalised) latents, "b 2c t h w": mean and log variance.
         Raises: ValueError: shape or chunk_latents is not as above.
         """
         self._check_video(x)
@@ -145,18 +140,13 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         self._check_chunk_latents(chunk_latents)
         s = self.spatial_stride
         tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
-        moments = blend_tiles((self._encode_clip(tile.cut(x, s), chunk_latents) for tile in tiles), tiles)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return blend_tiles((self._encode_clip(tile.cut(x, s), chunk_latents) for tile in tiles), tiles)
 
-    def decode(
-        self, z: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
-    ) -> DecoderOutput | tuple[Tensor]:
+    def decode(self, z: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Decode a clip.
 
         Args:
             z: raw (not normalised) latents, "b c t h w".
-            return_dict: whether to return an output object or a tuple.
             chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
         Returns: pixels, "b 3 t h w" in [-1, 1].
         Raises: ValueError: shape or chunk_latents is not as above.
@@ -165,18 +155,15 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         self._check_chunk_latents(chunk_latents)
         tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
         parts = (self._decode_clip(tile.cut(z), chunk_latents) for tile in tiles)
-        sample = blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
 
-    def encode_stream(
-        self, frames: Iterable[Tensor], chunk_latents: int = 1
-    ) -> Iterator[DiagonalGaussianDistribution]:
+    def encode_stream(self, frames: Iterable[Tensor], chunk_latents: int = 1) -> Iterator[Tensor]:
         """Encode a clip that arrives piece by piece, in the memory of one chunk and without gradients.
 
         Args:
             frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
             chunk_latents: latent frames to compute at a time.
-        Returns: an iterator over the posteriors of consecutive latents, together those of `encode`.
+        Returns: an iterator over the moments of consecutive latents, together those of `encode`.
         Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
             not as above.
         """
@@ -196,25 +183,9 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         self._check_chunk_latents(chunk_latents)
         return self._decode_stream(z, chunk_latents)
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode a clip.
-
-        Args:
-            sample: pixels, "b 3 t h w" in [-1, 1].
-            sample_posterior: whether to draw the latents; otherwise they are the posterior's mean.
-            return_dict: whether to return an output object or a tuple.
-            generator: randomness of the draw.
-        Returns: pixels, shaped like sample.
-        """
-        (posterior,) = self.encode(sample, return_dict=False)
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+    def forward(self, sample: Tensor) -> Tensor:
+        """Encode a clip "b 3 t h w" and decode the mean of its latents."""
+        return self.decode(self.encode(sample)[:, : self.z_dim])
 
     def normalize_latents(self, z: Tensor) -> Tensor:
         """Give raw latents "b c t h w" mean 0 and deviation 1 per channel, as the transformer's; float32."""
@@ -259,9 +230,7 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)
 
     @torch.no_grad()
-    def _encode_stream(
-        self, frames: Iterable[Tensor], chunk_latents: int
-    ) -> Iterator[DiagonalGaussianDistribution]:
+    def _encode_stream(self, frames: Iterable[Tensor], chunk_latents: int) -> Iterator[Tensor]:
         """Encode chunk by chunk; every tile keeps a cache of its own."""
         s, seen = self.spatial_stride, 0
         states: dict[Tile, tuple[TemporalCache, SettledPrefix]] = {}
@@ -272,7 +241,7 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
             tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
             states = states or {tile: (TemporalCache(), SettledPrefix()) for tile in tiles}
             parts = (self.quant_conv(self._encode_next(tile.cut(x, s), *states[tile])) for tile in tiles)
-            yield DiagonalGaussianDistribution(blend_tiles(parts, tiles))
+            yield blend_tiles(parts, tiles)
 
     @torch.no_grad()
     def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
@@ -295,15 +264,14 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
         # float32: the sampler's latents are, and half types would round them once more on each way.
         z = z.to(wide(z.dtype))
         mean, std = (
-            z.new_tensor(values)[:, None, None, None]
-            for values in (self.config.latents_mean, self.config.latents_std)
+            z.new_tensor(values)[:, None, None, None] for values in (self.latents_mean, self.latents_std)
         )
         # The official code keeps the reciprocal; rounding it first gives its last bit.
         return mean, 1 / std, z
 
     def _check_video(self, x: Tensor) -> None:
         """Raise ValueError unless x can be encoded, whatever its number of frames."""
-        channels = self.config.in_channels // self.patch_size**2
+        channels = self.in_channels // self.patch_size**2
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
         self._check_dtype("video", x)
@@ -321,7 +289,7 @@ class AutoencoderKLWan(MemoryModes, ModelMixin, ConfigMixin):
 
     def _check_latents(self, z: Tensor) -> None:
         """Raise ValueError unless z can be decoded."""
-        channels = self.config.z_dim
+        channels = self.z_dim
         if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}; it must be (b, {channels}, t, h, w)")
         self._check_dtype("latents", z)

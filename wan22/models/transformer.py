@@ -8,16 +8,9 @@ model); the large linear layers and attention run in the dtype of `encoder_hidde
 """
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .attention import attention, check_backend
@@ -136,7 +129,7 @@ class WanTransformerBlock(nn.Module):
         return add_gated(x, self.ffn(y), gate3)
 
 
-class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class WanTransformer3DModel(nn.Module):
     """Predicts the flow velocity of noisy video latents.
 
     Args:
@@ -160,19 +153,6 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     Source: Wan2.2 wan/modules/model.py, WanModel; names are those of diffusers 0.42.1.
     """
 
-    _no_split_modules = ["WanTransformerBlock"]
-    _repeated_blocks = ["WanTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "time_proj", "norm", "proj_out"]
-    # What the official code leaves in float32 under its bf16 autocast, and the patch embedding: it feeds the
-    # float32 residual stream, and costs nothing beside a block.
-    _keep_in_fp32_modules = [
-        *("patch_embedding", "time_embedder", "time_proj", "scale_shift_table", "proj_out"),
-        *("norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_added_k"),
-    ]
-    # Trained along but used nowhere, in the official code as in diffusers: image rows have no queries.
-    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
-
-    @register_to_config
     def __init__(
         self,
         patch_size: tuple[int, int, int] = (1, 2, 2),
@@ -213,16 +193,13 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         self.proj_out = Float32Linear(dim, self.out_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_hidden_states_image: torch.Tensor | None = None,
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    ) -> torch.Tensor:
         """Predict the flow velocity of noisy latents.
 
         Args:
@@ -232,8 +209,6 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             encoder_hidden_states: text rows, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 rows, zero past the prompt's end, all of them attended to.
             encoder_hidden_states_image: CLIP rows of Wan 2.1 I2V, "b s image_dim".
-            return_dict: False returns a tuple.
-            attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
 
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
 
@@ -259,8 +234,7 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         # With the blocks spread over devices, the stream arrives on another one than it started from.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
         x = self.proj_out(modulate(self.norm_out(x), scale, shift))
-        velocity = self._unpatchify(x, grid)
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        return self._unpatchify(x, grid)
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the kernel that computes attention, for all layers.
@@ -308,7 +282,3 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 f"latent frame ({b}, {t}), or for one per token ({b}, {t * h * w})."
             )
         return t, h, w
-
-
-# Lets diffusers' step caches (enable_cache) find the block's input and output.
-TransformerBlockRegistry.register(WanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.loading.alignment import align_weights
-from ..models.autoencoder import AutoencoderKLWan
-from ..models.transformer import WanTransformer3DModel
+from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ..presets import MAX_TEXT_TOKENS, Preset, closest_preset, find_preset
 from ..video.result import WanStream, WanVideo
 from . import checks

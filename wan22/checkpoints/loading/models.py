@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ...models import autoencoder, transformer
 from ..files import hub
 from ..files.weights import read_json, shards_of
 from ..naming.configs import (
@@ -24,6 +22,7 @@ from ..naming.configs import (
     transformer_config,
 )
 from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
+from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .fill import account, empty_weights
 from .quantized_linear import expanded_state
 from .stored import Config, ModelFormat, read_as
@@ -207,8 +206,8 @@ class FromFiles:
         return single[0] if single else place
 
 
-class WanTransformer3DModel(FromFiles, transformer.WanTransformer3DModel):
-    """`wan22.models.transformer.WanTransformer3DModel`, loadable from any file."""
+class WanTransformer3DModel(FromFiles, DiffusersTransformer):
+    """`wan22.models.transformer.WanTransformer3DModel` as a model of diffusers, loadable from any file."""
 
     _kind = "transformer"
     _official_files = ("*.safetensors", "*.safetensors.index.json")
@@ -227,14 +226,8 @@ class WanTransformer3DModel(FromFiles, transformer.WanTransformer3DModel):
         refuse_other_transformers(source, names)
 
 
-class AutoencoderKLWan(FromFiles, autoencoder.AutoencoderKLWan):
-    """`wan22.models.autoencoder.AutoencoderKLWan`, loadable from any file."""
-
-    # What brings an offloaded model to its device, accelerate's hook, knows only of `forward` otherwise.
-    encode = apply_forward_hook(autoencoder.AutoencoderKLWan.encode)
-    decode = apply_forward_hook(autoencoder.AutoencoderKLWan.decode)
-    encode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.encode_stream)
-    decode_stream = apply_forward_hook(autoencoder.AutoencoderKLWan.decode_stream)
+class AutoencoderKLWan(FromFiles, DiffusersAutoencoder):
+    """`wan22.models.autoencoder.AutoencoderKLWan` as a model of diffusers, loadable from any file."""
 
     _kind = "vae"
     _official_files = ("*VAE.pth",)

@@ -11,7 +11,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
-from ...models import autoencoder, transformer
 from ...schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
 from ...schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
 from ...schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
@@ -39,9 +38,7 @@ def from_diffusers_model(component: Any) -> Any:
         ValueError: the model was changed since it was loaded, by a LoRA or a quantiser say.
     """
     ours = _MODELS.get(type(component).__name__)
-    if ours is None or isinstance(
-        component, (autoencoder.AutoencoderKLWan, transformer.WanTransformer3DModel)
-    ):
+    if ours is None or isinstance(component, ours):
         return component
     with empty_weights():
         model = ours.from_config(component.config)

@@ -1,0 +1,155 @@
+"""The models as diffusers' models: config, adapters, step caches, output objects, hooks of an offload.
+
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from ...models.autoencoder import AutoencoderKLWan
+from ...models.transformer import WanTransformer3DModel, WanTransformerBlock
+
+# Lets diffusers' step caches (enable_cache) find the block's input and output.
+TransformerBlockRegistry.register(WanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """The transformer with diffusers' mixins; config and state-dict names are those of diffusers 0.42.1."""
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    _no_split_modules = ["WanTransformerBlock"]
+    _repeated_blocks = ["WanTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "time_proj", "norm", "proj_out"]
+    # What the official code leaves in float32 under its bf16 autocast, and the patch embedding: it feeds the
+    # float32 residual stream, and costs nothing beside a block.
+    _keep_in_fp32_modules = [
+        *("patch_embedding", "time_embedder", "time_proj", "scale_shift_table", "proj_out"),
+        *("norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_added_k"),
+    ]
+    # Trained along but used nowhere, in the official code as in diffusers: image tokens have no queries.
+    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+
+    __init__ = register_to_config(WanTransformer3DModel.__init__)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the flow velocity of noisy latents.
+
+        Args:
+            hidden_states: as `wan22.models.transformer.WanTransformer3DModel.forward` takes it.
+            timestep: the same.
+            encoder_hidden_states: the same.
+            encoder_hidden_states_image: the same.
+            return_dict: False returns a tuple.
+            attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
+        """
+        velocity = super().forward(
+            hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+
+class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
+    """The autoencoder with diffusers' mixins; config and state-dict names are those of diffusers 0.42.1.
+
+    Its methods are hooked, as what brings an offloaded model to its device knows only of `forward` otherwise.
+    """
+
+    config: Any
+    device: torch.device
+
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
+
+    __init__ = register_to_config(AutoencoderKLWan.__init__)
+    dtype = ModelMixin.dtype  # layerwise casting computes in another dtype than that of the parameters
+
+    @apply_forward_hook
+    def encode(
+        self, x: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode a clip to the posterior of its raw latents.
+
+        Args:
+            x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
+            return_dict: False returns a tuple.
+            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
+
+        Raises: ValueError: shape or chunk_latents is not as above.
+        """
+        posterior = DiagonalGaussianDistribution(super().encode(x, chunk_latents))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode a clip to pixels, "b 3 t h w" in [-1, 1].
+
+        Args:
+            z: raw (not normalised) latents, "b c t h w".
+            return_dict: False returns a tuple.
+            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
+
+        Raises: ValueError: shape or chunk_latents is not as above.
+        """
+        sample = super().decode(z, chunk_latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def encode_stream(
+        self, frames: Iterable[Tensor], chunk_latents: int = 1
+    ) -> Iterator[DiagonalGaussianDistribution]:
+        """Encode a clip that arrives piece by piece; the posteriors together are that of `encode`.
+
+        Args:
+            frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
+            chunk_latents: latent frames to compute at a time.
+
+        Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
+            not as above.
+        """
+        return map(DiagonalGaussianDistribution, super().encode_stream(frames, chunk_latents))
+
+    decode_stream = apply_forward_hook(AutoencoderKLWan.decode_stream)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Encode and decode a clip.
+
+        Args:
+            sample: pixels, "b 3 t h w" in [-1, 1].
+            sample_posterior: whether to draw the latents; otherwise they are the posterior's mean.
+            return_dict: False returns a tuple.
+            generator: randomness of the draw.
+        """
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
