@@ -1,14 +1,17 @@
 """Every README: its Python runs, with the miniatures for the released checkpoints; its links exist."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.main import get_group
 
 from tests.prompts.stubs import completion, serving
 from wan22 import read_recipe, tiny_checkpoint
+from wan22.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 READMES = {
@@ -23,6 +26,13 @@ CODE = {
     for name, text in READMES.items()
     if (blocks := re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 }
+COMMANDS = [
+    line
+    for text in READMES.values()
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if re.match(r"wan22 |torchrun .* -m wan22.cli ", line)
+]
 LORAS = Path(__file__).parent / "loras"
 LIGHTNING = "lightx2v/Wan2.2-Lightning/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 # What a machine without a GPU cannot do, or not in seconds. Longer texts are replaced first.
@@ -98,6 +108,12 @@ def test_its_python_runs(name, released):
     if "kite.mp4" in MADE[name]:
         assert Image.open("kite-sheet.png").size[0] > 64
         assert Image.open("now.png").size[0] >= 256
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_its_commands_are_understood(line):
+    _, name, *arguments = shlex.split(line.partition("-m ")[2] if line.startswith("torchrun") else line)
+    get_group(app).commands[name].make_context(name, arguments)
 
 
 def test_every_replacement_is_of_use():
