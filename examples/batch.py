@@ -1,4 +1,4 @@
-"""Many prompts, several seeds each, one load. Every file tells by its recipe how it was made."""
+"""Many prompts with several seeds each, loaded once. Every file carries its recipe."""
 
 import argparse
 import time
@@ -40,5 +40,5 @@ for file in files:
     recipe = read_recipe(file)
     print(f"video:         {file}")
     print(f"recipe:        seed {recipe.seeds[0]}, {recipe.prompts[0]}")
-# pipe.reproduce(file) makes a file's video again.
+# pipe.reproduce(file) makes the video of a file again.
 print(f"time:          {seconds:.1f} s for {len(files)} videos, loading included")

@@ -1,8 +1,8 @@
-"""A video in little memory: memory= says how much there is for the weights, quantize= makes them smaller.
+"""A video in little memory: memory= is a budget, quantize= makes the weights smaller.
 
-memory="auto" takes what is free, "12GB" that much of a GPU: models, or their blocks, come to it when they are
-needed, and the video stays the same. quantize="fp8" or "int8" halves bf16 transformers: there is less to keep
-and to move, and the video changes. Without a GPU, "auto" tells whether the host's memory is enough.
+memory="auto" takes the free memory, "12GB" that much of a GPU: models, or their blocks, are moved to the GPU
+when they are needed, and the video stays the same. quantize="fp8" or "int8" halves bf16 transformers, and the
+video changes. Without a GPU, "auto" checks that the host's memory is enough.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from wan22 import WanT2VPipeline, tiny_checkpoint
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompt", nargs="?", default="a red circle moves to the right on a blue background")
 parser.add_argument("--checkpoint", default=tiny_checkpoint("t2v"), help="folder or hub repository")
-parser.add_argument("--memory", default="auto", help='"auto", or of a GPU such as "12GB"')
+parser.add_argument("--memory", default="auto", help='"auto", or GPU memory such as "12GB"')
 parser.add_argument("--quantize", default="int8", choices=["none", "int8", "fp8", "fp8_dynamic"])
 parser.add_argument("--seed", type=int, default=4)
 parser.add_argument("--output", type=Path, default=Path("outputs/low_memory.mp4"))

@@ -1,6 +1,6 @@
 """Many prompts on all GPUs of a Ray cluster, one pipeline on each; a second start makes what is missing.
 
-`ray start` joins machines that all see the folder of the videos; this runs on one. It needs wan22[ray].
+It runs on one machine, or on those joined by `ray start` that share the output folder. It needs wan22[ray].
 """
 
 import argparse
@@ -24,14 +24,14 @@ if len(args.prompts) == 1 and Path(args.prompts[0]).is_file():
 
 
 class Maker:
-    """An actor of Ray's: its pipeline is loaded once, on a GPU of its own."""
+    """A Ray actor that loads its pipeline once, on its own GPU."""
 
     def __init__(self) -> None:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.pipe = WanT2VPipeline.from_pretrained(args.checkpoint, dtype=dtype).to(device)
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
-        """Make a video; its file is there only once it is whole."""
+        """Make a video; its file appears only when it is complete."""
         self.pipe(item["prompt"], seed=0).save(item["file"])
         return item | {"maker": ray.get_runtime_context().get_actor_id() or ""}
 

@@ -1,8 +1,8 @@
 """One video on all GPUs: torchrun --nproc-per-node=4 examples/multi_gpu.py "a prompt".
 
-Each rank computes its share and the first one saves; as one process it is a script like any other. --cfg,
---ulysses and --ring say who shares what, their product is the number of ranks; without them it is the layout
-that moves the least. --fsdp divides the weights, for GPUs that they would fill.
+Each rank computes its share and the first one saves; with one process it is a script like any other. --cfg,
+--ulysses and --ring set the layout, their product is the number of ranks; the default sends the least.
+--fsdp shards the weights, for GPUs that whole ones would fill.
 """
 
 import argparse

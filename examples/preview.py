@@ -1,4 +1,4 @@
-"""See a video while it is made: by a file that each preview replaces, and by a function that gets them."""
+"""Previews while a video is made: a file that each one replaces, and a function that receives them."""
 
 import argparse
 import time
@@ -23,7 +23,7 @@ pipe = WanT2VPipeline.from_pretrained(args.checkpoint, dtype=dtype).to(device)
 options = {"seed": args.seed, "preview_decoder": args.decoder}
 start = time.perf_counter()
 
-# A file, for a viewer that reloads it: .gif or .webp for all frames, .png for the middle one.
+# A file for a viewer that reloads it: .gif or .webp holds all frames, .png the middle one.
 moving = args.output.with_name("preview-now.gif")
 video = pipe(args.prompt, preview=moving, **options)
 

@@ -9,7 +9,7 @@ encoder: `high` and `low`, the experts of text to video; `i2v-high` and `i2v-low
 run at the same time. `--resume` goes on from the last saved step. Started by `torchrun --nproc-per-node 2`,
 two processes share each step.
 
-Axes: b batch, c channels, t h w latent frames, rows, columns, s text rows, d their width, l tokens.
+Axes: b batch, c channels, t h w latent frames, rows, columns, s text tokens, d their width, l video tokens.
 """
 
 from __future__ import annotations
