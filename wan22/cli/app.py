@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from .options import CallOptions, Encoding, Loading, Printing, Reporting, Target, expanded
+from .options import CallOptions, Loading, Printing, Saving, Target, expanded
 from .reporting import report_errors
 
 app = typer.Typer(
@@ -40,13 +40,7 @@ def root(
 
 
 @command
-def t2v(
-    call: Annotated[Call, CallOptions("t2v")],
-    loading: Loading,
-    target: Target,
-    encoding: Encoding,
-    reporting: Reporting,
-) -> None:
+def t2v(call: Annotated[Call, CallOptions("t2v")], loading: Loading, target: Target, saving: Saving) -> None:
     """Make a video of a prompt.
 
     wan22 t2v "a red circle moves to the right on a blue background"
@@ -57,17 +51,11 @@ def t2v(
     """
     from .running import generate
 
-    generate("t2v", call, loading, target, encoding, reporting)
+    generate("t2v", call, loading, target, saving)
 
 
 @command
-def i2v(
-    call: Annotated[Call, CallOptions("i2v")],
-    loading: Loading,
-    target: Target,
-    encoding: Encoding,
-    reporting: Reporting,
-) -> None:
+def i2v(call: Annotated[Call, CallOptions("i2v")], loading: Loading, target: Target, saving: Saving) -> None:
     """Make a video that starts from an image.
 
     wan22 i2v shapes.png "a white triangle moves to the left on a blue background"
@@ -76,7 +64,7 @@ def i2v(
     """
     from .running import generate
 
-    generate("i2v", call, loading, target, encoding, reporting)
+    generate("i2v", call, loading, target, saving)
 
 
 @command
@@ -86,8 +74,7 @@ def batch(
     ],
     output: Annotated[Path, Option("--output", "-o", help="Folder for the videos and results.jsonl.")],
     loading: Loading,
-    encoding: Encoding,
-    reporting: Reporting,
+    saving: Saving,
     ending: Annotated[str, Option(help="Format of the videos.")] = ".mp4",
 ) -> None:
     """Make a video of each line of a file; finished ones are skipped, failures are recorded.
@@ -98,7 +85,7 @@ def batch(
     """
     from .batches import run_batch
 
-    run_batch(file, output, ending, loading, encoding, reporting)
+    run_batch(file, output, ending, loading, saving)
 
 
 @command
@@ -107,8 +94,7 @@ def reproduce(
     replaced: Annotated[Call, CallOptions("i2v", ("image", "last_image", "seed"), positional=())],
     loading: Loading,
     target: Target,
-    encoding: Encoding,
-    reporting: Reporting,
+    saving: Saving,
 ) -> None:
     """Make a video again from the recipe in its file.
 
@@ -116,7 +102,7 @@ def reproduce(
     """
     from .reproduce import reproduce_file
 
-    reproduce_file(file, replaced, loading, target, encoding, reporting)
+    reproduce_file(file, replaced, loading, target, saving)
 
 
 @command

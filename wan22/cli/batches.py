@@ -12,7 +12,7 @@ import typer
 
 from ..accel.parallel.environment import is_first, launched
 from .loading import load
-from .options import Encoding, Loading, Reporting
+from .options import Loading, Saving
 from .reporting import INTERRUPTED, Result, fail, line_of, say
 from .running import free_name, is_url, make
 from .signatures import PIPELINES, call_arguments
@@ -26,9 +26,7 @@ IMAGES = ("image", "last_image")
 Item = dict[str, Any]
 
 
-def run_batch(
-    file: Path, folder: Path, ending: str, loading: Loading, encoding: Encoding, reporting: Reporting
-) -> None:
+def run_batch(file: Path, folder: Path, ending: str, loading: Loading, saving: Saving) -> None:
     """Make the videos of a file's items, and record each in the folder's results.jsonl.
 
     Args:
@@ -36,8 +34,7 @@ def run_batch(
         folder: folder of the videos.
         ending: ending of their names.
         loading: how the pipeline is loaded.
-        encoding: how the videos are written.
-        reporting: what is printed.
+        saving: how the videos are written and reported.
 
     Raises:
         ValueError: a line is no item, or the ending is no video format's.
@@ -45,7 +42,7 @@ def run_batch(
     from ..video.writers import check_ending, check_quality
 
     check_ending(folder / f"video{ending}")
-    check_quality(folder / f"video{ending}", encoding.quality, encoding.crf)
+    check_quality(folder / f"video{ending}", saving.quality, saving.crf)
     items = read_items(file)
     folder.mkdir(parents=True, exist_ok=True)
     finished = _finished(folder)
@@ -55,17 +52,17 @@ def run_batch(
 
         processes.join()
         todo = processes.shared(todo)  # other ranks may see another folder, or see it later
-    say(f"{len(items)} items, {len(items) - len(todo)} of them done already", reporting.quiet)
+    say(f"{len(items)} items, {len(items) - len(todo)} of them done already", saving.quiet)
     failed = 0
     if todo:
-        pipe = load(_task(item for _, item in items), loading, reporting.quiet)
+        pipe = load(_task(item for _, item in items), loading, saving.quiet)
     for number, (key, item) in enumerate(todo, start=1):
-        say(f"{number} of {len(todo)}: {item['prompt']}", reporting.quiet)
+        say(f"{number} of {len(todo)}: {item['prompt']}", saving.quiet)
         start = time.perf_counter()
         record: dict[str, Any] = {"key": key, "item": item}
         fatal = False
         try:
-            result = _make_item(pipe, item, file, folder, ending, encoding)
+            result = _make_item(pipe, item, file, folder, ending, saving)
             record |= {"status": "stopped" if result.stopped else "done", "files": result.files}
         except (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
             # All ranks find what is wrong with an item; what may be wrong with one rank ends them all.
@@ -78,21 +75,19 @@ def run_batch(
             with (folder / RECORD).open("a") as records:
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
         if fatal:
-            fail(f"item {number} of {len(todo)}: {record['error']}", reporting.as_json, 1)
+            fail(f"item {number} of {len(todo)}: {record['error']}", saving.as_json, 1)
         if record["status"] == "stopped":
             say("stopped; the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
     if is_first():
         done = len(items) - failed
         summary = {"done": done, "failed": failed, "results": str(folder / RECORD)}
-        print(json.dumps(summary) if reporting.as_json else f"{done} done, {failed} failed: {folder}")
+        print(json.dumps(summary) if saving.as_json else f"{done} done, {failed} failed: {folder}")
     if failed:
         raise typer.Exit(1)
 
 
-def _make_item(
-    pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: str, encoding: Encoding
-) -> Result:
+def _make_item(pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: str, saving: Saving) -> Result:
     """Make and save one item's video; its images are relative to the folder of the items' file."""
     call = {argument: value for argument, value in item.items() if argument != "name"}
     for argument in IMAGES:
@@ -100,7 +95,7 @@ def _make_item(
             call[argument] = str(file.parent / Path(image).expanduser())
     name = item.get("name")
     target = free_name(item["prompt"], folder, ending) if name is None else folder / f"{name}{ending}"
-    return make(pipe, partial(pipe, **call), target, encoding, overwrite=name is not None)
+    return make(pipe, partial(pipe, **call), target, name is not None, saving)
 
 
 def read_items(file: Path) -> list[tuple[str, Item]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..presets import PRESETS, Preset, release_of
+from .reporting import escaped
 
 out = Console(highlight=False, soft_wrap=True)
 VIDEOS = (".mp4", ".gif", ".webp", ".png")
@@ -102,25 +103,23 @@ def _model(content: Any) -> dict[str, Any]:
 
 
 def _layout(path: Path, source: Any) -> str:
-    if source.index is not None:
-        return "Diffusers"
     if source.whole:
-        return "official"
+        return "official" if source.index is None else "Diffusers"
     return "GGUF" if path.suffix == ".gguf" else "one model's weights"
 
 
 def _loader(path: Path, source: Any, transformers: list[Any]) -> str:
-    if not source.whole:
-        cls = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
-        kind = next(iter(source.models.values())).kind
-        one = f'{cls[kind]}.from_single_file("{path}")' if kind in cls else ""
-        named = {"vae": "vae=", "text_encoder": "text_encoder="}.get(kind, "")
-        many = f'WanT2VPipeline.from_single_file({named}"{path}", …)'
-        return f"{one}, or {many}" if one else many
-    channels = transformers[0].settings["in_channels"]
-    both = "WanT2VPipeline and WanI2VPipeline"
-    pipeline = {16: "WanT2VPipeline", 36: "WanI2VPipeline"}.get(channels, both)
-    return f'{pipeline}.from_pretrained("{path}")'
+    """Return the Python that loads it."""
+    if source.whole:
+        pipelines = {16: "WanT2VPipeline", 36: "WanI2VPipeline"}
+        both = "WanT2VPipeline and WanI2VPipeline"
+        name = pipelines.get(transformers[0].settings["in_channels"], both)
+        return f'{name}.from_pretrained("{path}")'
+    kind = next(iter(source.models.values())).kind
+    named = "" if kind == "transformer" else f"{kind}="
+    pipeline = f'WanT2VPipeline.from_single_file({named}"{path}", …)'
+    cls = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}.get(kind)
+    return f'{cls}.from_single_file("{path}"), or {pipeline}' if cls else pipeline
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:
@@ -132,19 +131,15 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in values.items():
         if value not in (None, (), ("",), (None,), {}):
-            table.add_row(name.replace("_", " "), _plain(value))
+            table.add_row(name.replace("_", " "), escaped(_text(value)))
     out.print(table)
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any, inner: bool = False) -> str:
+    """Return a value in words: an entry a line, and what is inside of an entry on its line."""
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {_inline(inner)}" for name, inner in value.items()).replace("[", "\\[")
-    if isinstance(value, tuple | list):
-        return "\n".join(_inline(inner) for inner in value).replace("[", "\\[")
-    return _inline(value).replace("[", "\\[")
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_inline(inner)}" for name, inner in value.items())
+        entries = [f"{name}{'' if inner else ':'} {_text(entry, True)}" for name, entry in value.items()]
+        return (", " if inner else "\n").join(entries)
+    if isinstance(value, tuple | list) and not inner:
+        return "\n".join(_text(entry, True) for entry in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 """Load and set up the pipeline that the options of a command describe."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     Pipeline = WanT2VPipeline | WanI2VPipeline
 
-
 # Options for the other models of a pipeline whose --model is a file; the first may be left out.
 BESIDE_A_FILE = ("low", "vae", "text_encoder", "tokenizer")
 
@@ -28,7 +28,7 @@ def load(
     options: Loading,
     quiet: bool,
     loras: Sequence[Mapping[str, Any]] = (),
-    dtype: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> "Pipeline":
     """Load a pipeline and set it up; under torchrun the ranks share its work.
 
@@ -37,9 +37,7 @@ def load(
         options: those of the command.
         quiet: whether to show no progress.
         loras: arguments of load_lora_weights, beside those of the options.
-        dtype: names of dtypes by component, unless the options name one.
-
-    Returns: the pipeline.
+        dtypes: names of dtypes by component, unless the options name one.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -47,22 +45,17 @@ def load(
     """
     import wan22
 
-    from ..accel.parallel import processes
-
     if options.model is None:
         say(f"no --model given: this is tiny-{task}, the miniature inside wan22, of coloured shapes", quiet)
     if quiet:
         _silence_loading()
-    layout = parse_layout(options.parallel)
-    if launched() and options.device is not None:
-        raise ValueError(f"--device {options.device}: each rank has a device of its own; leave it out")
-    device = str(processes.own_device()) if launched() else check_device(options.device or best_device())
+    layout, device = parse_layout(options.parallel), find_device(options.device)
     arguments: dict[str, Any] = {
         "memory": options.memory,
         "quantize": options.quantize,
-        "parallel": layout if launched() else None,
+        "parallel": layout,
         "loras": [*_loras(options), *loras],
-        "dtype": _dtype(options, device, dtype),
+        "dtype": _dtype(options, device, dtypes),
     }
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
@@ -80,14 +73,8 @@ def load(
         pipe = cls.from_single_file(source, **parts, **arguments)
     if quiet:
         pipe.set_progress_bar_config(disable=True)
-    if not launched() and options.memory is None and device != "cpu":
+    if layout is None and options.memory is None and device != "cpu":
         pipe.to(device)
-    _set_up(pipe, options)
-    return pipe
-
-
-def _set_up(pipe: "Pipeline", options: Loading) -> None:
-    """Attach what the options ask for beside the weights."""
     if options.tiling:
         pipe.vae.enable_tiling()
     if options.accelerate:
@@ -96,6 +83,7 @@ def _set_up(pipe: "Pipeline", options: Loading) -> None:
         pipe.set_attention_backend(options.attention)
     if options.compile:
         pipe.compile()
+    return pipe
 
 
 def find_model(model: str | None, task: str) -> str | Path:
@@ -123,24 +111,26 @@ def find_model(model: str | None, task: str) -> str | Path:
     )
 
 
-def best_device() -> str:
-    """Return the best device that there is."""
+def find_device(name: str | None) -> str:
+    """Return the device that `--device` names, by default the best there is; a rank has one of its own.
+
+    Raises:
+        ValueError: it is not there, or this is one of several ranks.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    from ..accel.parallel import processes
 
-
-def check_device(name: str) -> str:
-    """Return a device's name; raise ValueError if the device is not there."""
-    import torch
-
+    best = str(processes.own_device())
+    if launched() and name is not None:
+        raise ValueError(f"--device {name}: each rank has a device of its own; leave it out")
+    if best == "cpu" and torch.backends.mps.is_available() and not launched():
+        best = "mps"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name or best)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} is not there; {best_device()} is") from error
-    return name
+        raise ValueError(f"--device {name} is not there; {best} is") from error
+    return name or best
 
 
 def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) -> Any:
@@ -175,28 +165,27 @@ def _loras(options: Loading) -> Iterator[dict[str, Any]]:
         yield given
 
 
-def parse_layout(text: str | None) -> dict[str, Any]:
-    """Return parallelize's arguments for "auto", None, or a layout such as "cfg=2,ulysses=4,fsdp=true".
+def parse_layout(text: str | None) -> dict[str, Any] | None:
+    """Return parallelize's arguments for `--parallel`; None for a process of its own.
 
     Raises:
-        ValueError: it is none of these, or this process is alone.
+        ValueError: it is neither "auto" nor a layout such as cfg=2,ulysses=4,fsdp=true; or this is no rank.
     """
-    if text is None:
-        return {}
     if not launched():
+        if text is None:
+            return None
+        start = "torchrun --nproc-per-node=2 -m wan22.cli …"
+        raise ValueError(f"--parallel {text} is for several ranks: {start}")
+    kinds = {"cfg": int, "ulysses": int, "ring": int, "fsdp": bool, "vae": bool}
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text not in (None, "auto") else []
+        layout = {name: json.loads(value) for name, value in pairs}
+    except ValueError:
+        layout = {"": None}
+    if any(type(value) is not kinds.get(name) for name, value in layout.items()):
         raise ValueError(
-            f"--parallel {text} is for several ranks: torchrun --nproc-per-node=2 -m wan22.cli …"
+            f'--parallel {text} must be "auto", or some of cfg=2,ulysses=4,ring=2,fsdp=true,vae=false'
         )
-    values = {"true": True, "false": False} | {str(n): n for n in range(1, 1025)}
-    layout = {}
-    for part in text.split(",") if text != "auto" else ():
-        name, _, value = part.partition("=")
-        kind = {"cfg": int, "ulysses": int, "ring": int, "fsdp": bool, "vae": bool}.get(name)
-        if kind is None or type(values.get(value)) is not kind:
-            raise ValueError(
-                f'--parallel {text} must be "auto", or some of cfg=2,ulysses=4,ring=2,fsdp=true,vae=false'
-            )
-        layout[name] = values[value]
     return layout
 
 

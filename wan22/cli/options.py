@@ -1,6 +1,7 @@
 """The options of the commands, each declared once, and how a command gets them."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -12,9 +13,8 @@ from typer import Argument, Option
 
 from .signatures import call_arguments
 
-# ---- a call's arguments; they are declared and described at the pipelines ----
+# ---- a call's arguments: the pipelines declare and describe them, a command line says some differently ----
 
-# What a command line says in another way.
 POSITIONAL = ("image", "prompt")
 FLAGS = {
     "num_frames": ("--num-frames", "--frames"),
@@ -49,11 +49,11 @@ class CallOptions:
 
     def __init__(self, task: str, names: Sequence[str] = (), positional: Sequence[str] = POSITIONAL) -> None:
         known = call_arguments(task)
-        self.kinds = {name: known[name].kind for name in names or known}
+        self.types = {name: known[name].type for name in names or known}
         self.parameters = []
-        for name, kind in self.kinds.items():
+        for name, kind in self.types.items():
             help = _in_flags(HELP.get(name, known[name].help), known)
-            typed: Any = kind if isinstance(kind, type) else str
+            typed: Any = str if kind in (list, dict) else kind
             if name in positional:
                 self.parameters.append(_parameter(name, Annotated[typed, Argument(help=help)]))
             else:
@@ -61,29 +61,38 @@ class CallOptions:
                 self.parameters.append(_parameter(name, Annotated[typed | None, option], None))
 
     def collect(self, **values: Any) -> dict[str, Any]:
-        """Return the arguments that are given.
-
-        Raises:
-            ValueError: a text cannot be parsed.
-        """
+        """Return the arguments that are given; raise ValueError if one cannot be parsed."""
         given = {name: value for name, value in values.items() if value is not None}
-        for name, value in given.items():
-            if not isinstance(kind := self.kinds[name], type):
-                given[name] = kind(flags_of(name)[0], value)
-        return given
+        return {name: _parsed(flags_of(name)[0], value, self.types[name]) for name, value in given.items()}
 
 
 def flags_of(name: str) -> tuple[str, ...]:
-    """Return the flags of an argument."""
+    """Return the flags of an argument or a field."""
     return FLAGS.get(name, (f"--{name.replace('_', '-')}",))
 
 
 def _in_flags(text: str, names: Iterable[str]) -> str:
-    """Return a docstring's entry as a help text: a sentence that names flags."""
+    """Return a docstring's entry as help: a sentence that names flags."""
     for name in names:
         if "_" in name:
             text = re.sub(rf"\b{name}\b", flags_of(name)[0], text)
     return (text[0].upper() + text[1:]).replace("[", "\\[")
+
+
+def _parsed(flag: str, value: Any, kind: type) -> Any:
+    rules = {
+        list: "numbers with commas between: 1.0,0.5",
+        dict: "a JSON object, such as '{\"scale\": 0.5}'",
+    }
+    if kind not in rules:
+        return value
+    try:
+        parsed = [float(part) for part in value.split(",")] if kind is list else json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, kind):
+        raise ValueError(f"{flag} {value} must be {rules[kind]}")
+    return parsed
 
 
 # ---- the other options ----
@@ -95,6 +104,7 @@ def _option(panel: str, help: str, *flags: str, default: Any = None) -> Any:
 
 
 _model, _saving = partial(_option, "Model"), partial(_option, "Saving")
+JSON = ("Print the result as JSON, and nothing else.", "--json")
 
 
 @dataclass(frozen=True)
@@ -140,25 +150,20 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How videos are written."""
+class Printing:
+    """How results are printed."""
+
+    as_json: bool = _saving(*JSON, default=False)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How videos are written and reported."""
 
     quality: int | None = _saving("1 to 100, for .mp4 and .webp; default 90.")
     crf: int | None = _saving("For .mp4, instead of quality: H.264's scale, 0 to 51.")
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
-
-
-@dataclass(frozen=True)
-class Printing:
-    """How results are printed."""
-
-    as_json: bool = _saving("Print the result as JSON, and nothing else.", "--json", default=False)
-
-
-@dataclass(frozen=True)
-class Reporting(Printing):
-    """How results and progress are printed."""
-
+    as_json: bool = _saving(*JSON, default=False)
     quiet: bool = _saving("Show no progress.", "--quiet", "-q", default=False)
 
 
@@ -171,38 +176,37 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
     Such a parameter is annotated with one of the dataclasses above, or with `Annotated[…, CallOptions(…)]`.
     """
     hints: dict[str, Any] = get_type_hints(function, include_extras=True)
-    options: dict[str, list[inspect.Parameter]] = {}
-    collect: dict[str, Callable[..., Any]] = {}
+    groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
         call = next((extra for extra in get_args(hint) if isinstance(extra, CallOptions)), None)
         if call is not None:
-            options[name], collect[name] = call.parameters, call.collect
+            groups[name] = call.parameters, call.collect
         elif isinstance(hint, type) and is_dataclass(hint):
-            options[name], collect[name] = _fields(hint), hint
+            groups[name] = _fields(hint), hint
         else:
-            options[name] = [_parameter(name, hint, parameter.default)]
-            collect[name] = lambda **value: next(iter(value.values()))
+            alone = _parameter(name, hint, parameter.default)
+            groups[name] = [alone], lambda **value: next(iter(value.values()))
 
     @wraps(function)
     def command(**values: Any) -> None:
-        parts = {
-            name: {option.name: values[option.name] for option in group} for name, group in options.items()
-        }
-        function(**{name: collect[name](**part) for name, part in parts.items()})
+        arguments = {}
+        for name, (options, collect) in groups.items():
+            arguments[name] = collect(**{option.name: values[option.name] for option in options})
+        function(**arguments)
 
-    parameters = [option for group in options.values() for option in group]
+    parameters = [parameter for options, _ in groups.values() for parameter in options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
 def _fields(cls: Any) -> list[inspect.Parameter]:
-    """Return a dataclass's fields as options; True and False are a flag that is given or not."""
+    """Return a dataclass's fields as options; a bool is a flag that is given or not."""
     parameters = []
     for item in fields(cls):
-        flags = item.metadata["flags"] or flags_of(item.name)
-        option = Option(*flags, **{k: v for k, v in item.metadata.items() if k != "flags"})
+        info = dict(item.metadata)
+        option = Option(*(info.pop("flags") or flags_of(item.name)), **info)
         parameters.append(_parameter(item.name, Annotated[item.type, option], item.default))
     return parameters
 

@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from ..accel.parallel.environment import is_first, launched, rank
+from ..video.recipe import Recipe
 
 # Results go to stdout, everything else to stderr, so that a script reads nothing but results.
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -25,32 +26,29 @@ GRACE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Result:
-    """What a command made.
-
-    Args:
-        files: written files.
-        recipe: the recipe as plain values.
-        seconds: time spent, by what it was spent on.
-        stopped: whether Ctrl-C ended the run.
-    """
+    """What a command made: written files, their recipe, and seconds by what they were spent on."""
 
     files: list[str]
-    recipe: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-    stopped: bool = False
+    recipe: Recipe
+    seconds: Mapping[str, float]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self.recipe.steps_done is not None
 
 
 def report(result: Result, as_json: bool) -> None:
     """Print a result on the first rank, and exit with 130 if Ctrl-C ended the run."""
+    recipe = result.recipe
     if is_first() and as_json:
-        print(json.dumps(asdict(result)))
+        print(json.dumps({**vars(result), "recipe": recipe.to_dict(), "stopped": result.stopped}))
     elif is_first():
         print(*result.files, sep="\n")
-        seeds = ", ".join(map(str, result.recipe["seeds"]))
-        spent = (f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
-        say(", ".join((f"seed {seeds}", *spent)))
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
+        say(f"seed {', '.join(map(str, recipe.seeds))}; {spent}")
     if result.stopped:
-        say(f"stopped after step {result.recipe['steps_done']} of {result.recipe['num_inference_steps']}")
+        say(f"stopped after step {recipe.steps_done} of {recipe.num_inference_steps}")
         sys.stdout.flush()
         raise typer.Exit(INTERRUPTED)
 
@@ -74,7 +72,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Return an error as one line, with its type where the message alone is not meant for a person."""
+    """Return an error as one line, with its type where the message was not written for a person."""
     text, kind = " ".join(str(error).split()), type(error).__name__
     plain = isinstance(error, ValueError | FileNotFoundError | FileExistsError) or kind in text
     return (text or kind) if plain or not text else f"{kind}: {text}"
@@ -86,8 +84,7 @@ def fail(message: str, as_json: bool, code: int) -> None:
         time.sleep(GRACE_SECONDS)
     if as_json and is_first():
         print(json.dumps({"error": message}))
-    where = "" if is_first() else f" of rank {rank()}"
-    err.print(f"[red]error{where}:[/red] {escaped(message)}")
+    err.print(f"[red]error{'' if is_first() else f' of rank {rank()}'}:[/red] {escaped(message)}")
     if launched():
         sys.stdout.flush()
         os._exit(code)

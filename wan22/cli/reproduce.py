@@ -8,19 +8,14 @@ from typing import Any
 
 from ..video.recipe import Recipe
 from .loading import load
-from .options import Encoding, Loading, Reporting, Target
+from .options import Loading, Saving, Target
 from .reporting import report, say
 from .running import free_name, make
 from .signatures import PIPELINES
 
 
 def reproduce_file(
-    file: Path,
-    replaced: Mapping[str, Any],
-    loading: Loading,
-    target: Target,
-    encoding: Encoding,
-    reporting: Reporting,
+    file: Path, replaced: Mapping[str, Any], loading: Loading, target: Target, saving: Saving
 ) -> None:
     """Load what a recipe names, set it up as it was, make the video, save it.
 
@@ -28,19 +23,18 @@ def reproduce_file(
         file: video with its recipe.
         replaced: arguments of the call that replace the recipe's.
         loading: how the pipeline is loaded; by default as the recipe tells.
-        target: file of the video.
-        encoding: how it is written.
-        reporting: what is printed.
+        target: file of the new video.
+        saving: how it is written.
     """
     from ..video.metadata import read_recipe
 
     recipe = read_recipe(file)
     task = next((task for task, name in PIPELINES.items() if name == recipe.pipeline), "t2v")
-    pipe = load(task, _recorded(recipe, loading), reporting.quiet, _loras(recipe, loading), recipe.dtypes)
-    output = target.output or free_name(f"{file.stem} again")
-    say(f"{recipe}, to {output}", reporting.quiet)
+    pipe = load(task, _recorded(recipe, loading), saving.quiet, _loras(recipe, loading), recipe.dtypes)
+    path = target.output or free_name(f"{file.stem} again")
+    say(f"{recipe}, to {path}", saving.quiet)
     run = partial(pipe.reproduce, recipe, **replaced)
-    report(make(pipe, run, output, encoding, target.overwrite), reporting.as_json)
+    report(make(pipe, run, path, target.overwrite, saving), saving.as_json)
 
 
 def _recorded(recipe: Recipe, given: Loading) -> Loading:

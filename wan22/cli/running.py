@@ -12,52 +12,39 @@ from typing import TYPE_CHECKING, Any
 
 from ..accel.parallel.environment import is_first, launched
 from .loading import load
-from .options import Encoding, Loading, Reporting, Target
+from .options import Loading, Saving, Target, flags_of
 from .reporting import Result, report, say
 
 if TYPE_CHECKING:
     from .loading import Pipeline
 
 
-def generate(
-    task: str,
-    call: Mapping[str, Any],
-    loading: Loading,
-    target: Target,
-    encoding: Encoding,
-    reporting: Reporting,
-) -> None:
+def generate(task: str, call: Mapping[str, Any], loading: Loading, target: Target, saving: Saving) -> None:
     """Load a pipeline, run one call, save its videos, report."""
     for name in ("preview_every", "preview_decoder"):
         if name in call and "preview" not in call:
-            raise ValueError(f"--{name.replace('_', '-')} needs --preview FILE")
+            raise ValueError(f"{flags_of(name)[0]} needs --preview FILE")
     image = call.get("image")
     if image is not None and not is_url(image) and not Path(image).expanduser().is_file():
         raise FileNotFoundError(f"there is no file {image}")
-    output = target.output or free_name(call["prompt"])
-    pipe = load(task, loading, reporting.quiet)
-    say(f"{pipe.checkpoint_name} on {pipe.device}, to {output}", reporting.quiet)
+    path = target.output or free_name(call["prompt"])
+    pipe = load(task, loading, saving.quiet)
+    say(f"{pipe.checkpoint_name} on {pipe.device}, to {path}", saving.quiet)
     count = call.get("num_videos_per_prompt", 1)
-    result = make(pipe, partial(pipe, **call), output, encoding, target.overwrite, count)
-    report(result, reporting.as_json)
+    report(make(pipe, partial(pipe, **call), path, target.overwrite, saving, count), saving.as_json)
 
 
 def make(
-    pipe: "Pipeline",
-    run: Callable[[], Any],
-    target: Path,
-    encoding: Encoding,
-    overwrite: bool,
-    count: int = 1,
+    pipe: "Pipeline", run: Callable[[], Any], path: Path, overwrite: bool, saving: Saving, count: int = 1
 ) -> Result:
     """Make videos and save them.
 
     Args:
         pipe: the pipeline, which Ctrl-C stops.
-        run: the call, which returns the videos.
-        target: file of the video; several get numbers.
-        encoding: how it is written.
+        run: a call of it.
+        path: file of the video; several get numbers.
         overwrite: whether existing files are replaced.
+        saving: how the videos are written.
         count: how many videos the call makes.
 
     Raises:
@@ -66,24 +53,23 @@ def make(
     """
     from ..video import writers
 
-    writers.check_ending(target)
-    writers.check_quality(target, encoding.quality, encoding.crf)
-    sheet = target.with_name(f"{target.stem}-sheet.png")
+    writers.check_ending(path)
+    writers.check_quality(path, saving.quality, saving.crf)
+    sheet = path.with_name(f"{path.stem}-sheet.png")
     if is_first():
-        writers.numbered(target, count, overwrite)
-        if encoding.contact_sheet and sheet.exists() and not overwrite:
+        writers.numbered(path, count, overwrite)
+        if saving.contact_sheet and sheet.exists() and not overwrite:
             raise FileExistsError(f"{sheet} exists; overwrite=True replaces it")
     start = time.perf_counter()
     with stopping_on_ctrl_c(pipe):
         video = run()
     made = time.perf_counter()
-    files = video.save(target, overwrite, quality=encoding.quality, crf=encoding.crf)
-    if encoding.contact_sheet and is_first():
+    files = video.save(path, overwrite, quality=saving.quality, crf=saving.crf)
+    if saving.contact_sheet and is_first():
         video.contact_sheet().save(sheet)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
-    stopped = video.recipe.steps_done is not None
-    return Result([str(file) for file in files], video.recipe.to_dict(), seconds, stopped)
+    return Result([str(file) for file in files], video.recipe, seconds)
 
 
 @contextmanager

@@ -4,73 +4,40 @@ The classes themselves would import torch, and `--help` and completion would tak
 """
 
 import ast
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 # The pipelines, by the name of their file and of their command.
 PIPELINES = {"t2v": "WanT2VPipeline", "i2v": "WanI2VPipeline"}
-
-
-@dataclass(frozen=True)
-class CallArgument:
-    """An argument of a call that can be typed on a command line.
-
-    Args:
-        kind: int, float, str, or a function that parses a flag's text.
-        help: its entry in the docstring, as one line.
-    """
-
-    kind: Callable[..., Any]
-    help: str
-
-
-def numbers(flag: str, text: str) -> list[float]:
-    """Parse "1.0,0.5"; raise ValueError for something else."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} {text} must be numbers with commas between: 1.0,0.5") from None
-
-
-def json_object(flag: str, text: str) -> dict[str, Any]:
-    """Parse '{"scale": 0.5}'; raise ValueError for something else."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{flag} {text} must be a JSON object, such as '{{\"scale\": 0.5}}'")
-    return found
-
-
-# How the types of arguments are typed on a command line. An argument that takes none of these is for Python
+# Types that can be typed on a command line, and as what. An argument that takes none of them is for Python
 # only: tensors, generators, callbacks, the form in which frames are returned.
-KINDS: dict[str, Callable[..., Any]] = {
+TYPED = {
     **{"int": int, "float": float, "str": str, "Any": str, "Prompt": str, "Fit": str},
-    **{"Sequence[float]": numbers, "dict[str, Any]": json_object},
+    **{"Sequence[float]": list, "dict[str, Any]": dict},
 }
+
+
+class CallArgument(NamedTuple):
+    """An argument of a call that can be typed: as what, and its entry in the docstring."""
+
+    type: type
+    help: str
 
 
 @cache
 def call_arguments(task: str) -> Mapping[str, CallArgument]:
-    """Return the arguments of a pipeline's call that can be typed on a command line.
-
-    Args:
-        task: key of PIPELINES.
-    """
+    """Return the arguments of a pipeline's call that can be typed on a command line."""
     call = _call(task)
     described: dict[str, str] = {}
     for other in (*PIPELINES, task):  # a docstring leaves out what another one has said
         described |= _described(ast.get_docstring(_call(other)) or "")
     found = {}
     for argument in (*call.args.args[1:], *call.args.kwonlyargs):
-        kinds = [KINDS[member] for member in _members(argument.annotation) if member in KINDS]
-        if kinds:
-            found[argument.arg] = CallArgument(kinds[0], described[argument.arg])
+        members = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
+        if types := [TYPED[member] for member in members if member in TYPED]:
+            found[argument.arg] = CallArgument(types[0], described[argument.arg])
     return found
 
 
@@ -81,15 +48,8 @@ def _call(task: str) -> ast.FunctionDef:
     return next(n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
 
 
-def _members(annotation: ast.expr | None) -> list[str]:
-    """Return the members of a union as they are written."""
-    if isinstance(annotation, ast.BinOp):
-        return [*_members(annotation.left), *_members(annotation.right)]
-    return [] if annotation is None else [ast.unparse(annotation)]
-
-
 def _described(docstring: str) -> dict[str, str]:
-    """Return the entries of a docstring's "Args:"."""
+    """Return the entries of a docstring's "Args:", each as one line."""
     entries: dict[str, str] = {}
     name = ""
     for line in docstring.partition("Args:\n")[2].partition("\n\n")[0].splitlines():
