@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from wan22.checkpoints.converting.convert import DTYPES, SHARD_SIZE, convert, plan
-from wan22.checkpoints.converting.layouts import LAYOUTS
+from wan22.checkpoints.converting.plan import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

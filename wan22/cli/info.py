@@ -46,7 +46,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no model of Wan, or holds what has no place.
     """
-    from ..checkpoints.converting.contents import read_source
+    from ..checkpoints.converting.source import read_source
 
     source = read_source(path)
     models = {slot: _model(content) for slot, content in source.models.items()}

@@ -27,7 +27,7 @@ from tests.pipelines.loading.repositories import FORMS, error_to_golden, write_o
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, tiny_checkpoint
 from wan22.checkpoints.converting import convert as module
 from wan22.checkpoints.converting.convert import convert, plan
-from wan22.checkpoints.converting.layouts import Entry
+from wan22.checkpoints.converting.plan import OutputTensor
 from wan22.checkpoints.files.safetensors import read_header
 
 TRANSFORMERS = ("expert_t2v_high", "dit_t2v_hd128", "dit_t2v_hd32", "dit_i2v_hd32", "dit_ti2v_hd24")
@@ -451,7 +451,7 @@ def test_memory_is_that_of_a_tensor(to, tmp_path, monkeypatch):
         weights |= {f"blocks.{i}.norm{n}.weight": torch.ones(1024) for n in (1, 2)}
         weights[f"blocks.{i}.pos_embedding.embedding.weight"] = torch.ones(32, 16)
     save_file(weights, tmp_path / "t5.safetensors")
-    seen, calls = [], {"values": Entry.values, "save": torch.save}
+    seen, calls = [], {"values": OutputTensor.values, "save": torch.save}
 
     def measured(name):
         def call(*args, **kwargs):
@@ -461,7 +461,7 @@ def test_memory_is_that_of_a_tensor(to, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(Entry, "values", measured("values"))
+    monkeypatch.setattr(OutputTensor, "values", measured("values"))
     monkeypatch.setattr(torch, "save", measured("save"))
     out = tmp_path / ("out.safetensors" if to == "single-file" else "out")
     before = anonymous_memory()

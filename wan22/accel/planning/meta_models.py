@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoints.loading.dtypes import dtype_within_island
+from ...checkpoints.loading.dtypes import dtype_for
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
@@ -94,10 +94,8 @@ def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = 
         else set()
     )
     for path, parameter in model.named_parameters():
-        inside = not kept.isdisjoint(path.split("."))
         owner = model.get_submodule(path.rpartition(".")[0])
-        own = dtype_within_island(owner, stored or dtype, dtype) if inside else dtype
-        parameter.data = parameter.data.to(own)
+        parameter.data = parameter.data.to(dtype_for(owner, path, stored or dtype, dtype, kept))
 
 
 def outline(components: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from ...checks import check_choice, parse_bytes
 from ..files.hub import is_repository_name
 from ..files.safetensors import STORED_DTYPES
-from .contents import SUFFIXES, Source, read_source
-from .layouts import LAYOUTS, Entry, OutputFile, Plan, make_plan
+from ..files.weights import SUFFIXES
+from .plan import LAYOUTS, OutputFile, OutputTensor, Plan, make_plan
+from .source import Source, read_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_SIZE = "5GB"
@@ -37,12 +38,7 @@ def plan(
     shard_size: int | str = SHARD_SIZE,
     attention_head_dim: int | None = None,
 ) -> Plan:
-    """Say what `convert` with the same arguments would write; nothing is written.
-
-    Returns: the plan; its `describe()` yields a line for each tensor.
-
-    Raises: as `convert`.
-    """
+    """Return what `convert` with the same arguments would write; its `describe()` has a line per tensor."""
     return _prepare(source, destination, to, dtype, shard_size, attention_head_dim)[1]
 
 
@@ -62,15 +58,15 @@ def convert(
     when it is complete. After an interruption, the same call goes on with the file at which it stopped.
 
     Args:
-        source: a repository, of the hub or a folder, in the Diffusers or the official layout; a folder of
-            single files; one model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
-        destination: what is to be written and is not there yet: a folder; for one model to "single-file",
-            a file that ends in .safetensors.
+        source: repository, of the hub or a folder, in the Diffusers or the official layout; folder of single
+            files; one model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
+        destination: folder that is not there yet; for one model to "single-file", a file that ends in
+            .safetensors.
         to: "diffusers", "official", or "single-file": official names, and of a repository one file per model.
-        dtype: of all tensors, a dtype or "bf16", "fp16", "fp32"; None: as they are stored, bfloat16 for those
+        dtype: dtype of all tensors, or "bf16", "fp16", "fp32"; None: as they are stored, bfloat16 for those
             that are quantised.
-        shard_size: of the largest file in bytes, or such as "5GB"; single files and .pth are not divided.
-        attention_head_dim: of a transformer whose source does not tell it; None: 128, that of all released.
+        shard_size: largest file, such as "5GB", or in bytes; single files and .pth are not divided.
+        attention_head_dim: size of a transformer's head where the source does not tell it; None: 128.
         verify: whether to read the result again and compare each tensor with the source.
         progress: whether to show a bar.
 
@@ -117,7 +113,7 @@ def _prepare(
     shard_size: int | str,
     attention_head_dim: int | None,
 ) -> tuple[Source, Plan, dict[str, Any]]:
-    """Check all arguments, read the source's headers; return that, the plan, and the request in short."""
+    """Check all arguments and read the source's headers; return source, plan, and the request in short."""
     check_choice("to", to, LAYOUTS)
     if isinstance(dtype, str):
         check_choice("dtype", dtype, DTYPES)
@@ -197,36 +193,36 @@ def _write_files(files: list[OutputFile], partial: Path, progress: bool) -> None
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(path.name + _TEMPORARY)
             write = _write_pth if path.suffix == ".pth" else _write_safetensors
-            write(unfinished, file.entries, bar.update)
+            write(unfinished, file.tensors, bar.update)
             unfinished.rename(path)
 
 
-def _write_safetensors(path: Path, entries: tuple[Entry, ...], advance: Callable[[int], Any]) -> None:
+def _write_safetensors(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[[int], Any]) -> None:
     """Write a file tensor by tensor, where safetensors' own function takes all of them at once."""
-    entries = tuple(sorted(entries, key=lambda entry: -entry.dtype.itemsize))  # so that each lies aligned
+    tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))  # so that each lies aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        code = _CODES[entry.dtype]
-        header[entry.key] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        code = _CODES[tensor.dtype]
+        header[tensor.key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            file.write(_raw(entry.values()).numpy().data)
-            advance(entry.nbytes)
+        for tensor in tensors:
+            file.write(_raw(tensor.values()).numpy().data)
+            advance(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())  # before its name says that it is finished
 
 
-def _write_pth(path: Path, entries: tuple[Entry, ...], advance: Callable[[int], Any]) -> None:
+def _write_pth(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[[int], Any]) -> None:
     """Write PyTorch's format, which takes all tensors at once: through a file, from where they are mapped."""
     scratch = path.with_name(f"{path.name}.scratch")
-    _write_safetensors(scratch, entries, advance)
+    _write_safetensors(scratch, tensors, advance)
     mapped = load_file(scratch)
-    torch.save({entry.key: mapped[entry.key] for entry in entries}, path)
+    torch.save({tensor.key: mapped[tensor.key] for tensor in tensors}, path)
     del mapped
     scratch.unlink()
 
@@ -237,20 +233,16 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _verify(source: Source, work: Plan, folder: Path) -> None:
-    """Read a result with the loader and compare each tensor with the source.
-
-    Raises:
-        ValueError: one is missing or differs; the first is named.
-    """
+    """Read a result with the loader, and refuse the first tensor that differs from the source."""
     head_dims = [model.settings.get("attention_head_dim") for model in source.models.values()]
     written = read_source(folder, next((size for size in head_dims if size), None))
     for file in work.files:
-        for entry in file.entries:
-            there = written.models[entry.slot].tensors[entry.name]
-            expected = entry.values()
+        for tensor in file.tensors:
+            there = written.models[tensor.component].tensors[tensor.name]
+            expected = tensor.values()
             if (
                 not isinstance(there, torch.Tensor)
                 or (there.dtype, there.shape) != (expected.dtype, expected.shape)
                 or not torch.equal(_raw(there), _raw(expected))
             ):
-                raise ValueError(f"{file.path}: {entry.key} differs from {entry.origin} of {source.path}")
+                raise ValueError(f"{file.path}: {tensor.key} differs from {tensor.origin} of {source.path}")

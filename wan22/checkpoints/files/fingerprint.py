@@ -10,11 +10,10 @@ SAMPLES = 1000
 
 
 def fingerprint(path: Path) -> str:
-    """Return what tells a weight file from others, without reading it whole.
+    """Return a hash of a weight file's size, of its header, and of some values of each tensor.
 
-    Its size, its header with every tensor's name and shape, and some values of each tensor are hashed: a
-    fine-tuned checkpoint has the same header, but other values. Of formats other than safetensors it is the
-    beginning, and samples all over the file.
+    A fine-tuned checkpoint has the same header, but other values. Of formats other than safetensors, samples
+    all over the file are hashed.
     """
     stat = path.stat()
     return _fingerprint(path, stat.st_size, stat.st_mtime_ns)

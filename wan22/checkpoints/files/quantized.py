@@ -21,8 +21,8 @@ class ScaledNumbers:
     """Float8 or int8 numbers, kept as bytes, times a scale.
 
     Args:
-        kind: the dtype of the numbers.
-        groups: groups of inputs with a scale of their own; None for one scale for all.
+        kind: dtype of the numbers.
+        groups: number of groups of inputs, each with its scale; None: one scale for all.
     """
 
     kind: torch.dtype
@@ -31,9 +31,8 @@ class ScaledNumbers:
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values: products in float32, rounded once to a dtype."""
         data, scale = parts["data"], parts["scale"]
-        # The numbers are exact in the half dtypes, too, and a product in place with a float32 tensor of at
-        # least one dimension is computed in float32 and rounded once: the same values, with a third of the
-        # memory traffic.
+        # The numbers are exact in the half dtypes, and an in-place product with a float32 tensor of at least
+        # one dimension is computed in float32 and rounded once: the same values, a third of the traffic.
         direct = dtype in HALF and data.device.type not in FLOAT32_FIRST
         values = data.view(self.kind).to(dtype if direct else torch.float32)
         if self.groups is None:
@@ -48,11 +47,11 @@ class GgufBlocks:
     """Blocks of GGUF.
 
     Args:
-        kind: name of their type, such as "Q4_K".
-        shape: of the tensor.
+        kind: their type, such as "Q4_K".
+        shape: shape of the tensor.
 
     Raises:
-        ValueError: there is no way to read blocks of this type.
+        ValueError: blocks of this type cannot be read.
     """
 
     kind: str
@@ -84,9 +83,9 @@ class QuantizedTensor:
     """A tensor in fewer bytes than its values.
 
     Args:
-        shape: of the values.
+        shape: shape of the values.
         format: how the parts make up the values.
-        parts: the tensors that are stored for it.
+        parts: the tensors that are stored.
     """
 
     shape: tuple[int, ...]
@@ -101,11 +100,11 @@ class QuantizedTensor:
 
 
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
-    """Return a float8 tensor that is to be multiplied by a scale.
+    """Return a float8 tensor times a scale.
 
     Args:
-        data: float8.
-        scale: one number; for data of "o i" also "o", "o 1" or "o g 1"; None for 1.
+        data: float8 numbers.
+        scale: one number; for data "o i" also "o", "o 1" or "o g 1"; None for 1.
 
     Raises:
         ValueError: the scale is of another shape.

@@ -35,13 +35,11 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
-    """Return the floating dtype in which most bytes of a component's safetensors weights are stored.
+    """Return the floating dtype of most bytes of a folder's safetensors files; None without any.
 
     Args:
-        folder: of one component in the Diffusers layout, with one file or several shards.
-        variant: such as "fp16": only files named so are read, if there are any; None: only those without one.
-
-    Returns: the dtype, or None without safetensors files.
+        folder: one component in the Diffusers layout.
+        variant: part of the files' names, such as "fp16", if there are such; None: the files without one.
     """
     files = sorted(folder.glob("*.safetensors"))
     files = [f for f in files if (f".{variant}" in f.name if variant else "." not in f.stem)] or files

@@ -17,7 +17,7 @@ from .pth import read_pth
 from .quantized import QuantizedTensor
 from .safetensors import read_safetensors
 
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".gguf")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")  # of weights, in whatever format
 _MISTAKEN = {
     b"<": "a web page, saved in place of the file",
     b"version https://git-lfs": "a git-lfs pointer to the file; fetch it with git lfs pull",
@@ -26,13 +26,7 @@ _MISTAKEN = {
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A checkpoint's tensors under the names that the file gives them.
-
-    Args:
-        source: the file or folder.
-        tensors: memory-mapped.
-        metadata: of a safetensors or GGUF header.
-    """
+    """A checkpoint's tensors under the file's names, memory-mapped, and its header's metadata."""
 
     source: str
     tensors: Mapping[str, torch.Tensor | QuantizedTensor]
@@ -40,7 +34,7 @@ class WeightFile:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read a weight file; or a folder that holds one, or the index of one, in any number of shards.
+    """Read a weight file, an index of shards, or a folder that holds one of either.
 
     Raises:
         FileNotFoundError: there is nothing, or a shard is missing.
@@ -85,11 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Return which file holds each tensor, as the index of shards says.
-
-    Raises:
-        ValueError: the file is no such index.
-    """
+    """Return the name of the file that holds each tensor, as an index of shards says."""
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -106,13 +96,12 @@ def _read_shards(index: Path) -> WeightFile:
     shards = {name: read_weights(folder / name).tensors for name in names}
     if lost := sorted(key for key, name in places.items() if key not in shards[name]):
         raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
-    return WeightFile(
-        str(folder), {key: tensor for shard in shards.values() for key, tensor in shard.items()}
-    )
+    tensors = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    return WeightFile(str(folder), tensors)
 
 
 def weight_files(path: Path) -> list[Path]:
     """Return the weight files that a path names: itself, or those of the folder, in order."""
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_ENDINGS]
+    return [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]

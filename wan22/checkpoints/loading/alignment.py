@@ -4,19 +4,14 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
-# What PyTorch's own allocator gives on CPU, in bytes.
-CPU_ALIGNMENT = 64
+CPU_ALIGNMENT = 64  # bytes, as PyTorch's own allocator gives on the CPU
 
 
 def align_weights(model: nn.Module | None) -> None:
     """Copy, in place, those weights that lie at an odd address, if the model runs on the CPU.
 
-    The weights of a memory-mapped file lie wherever its header ends, and the CPU's matrix kernels add up in
-    another order at another alignment: the same bf16 weights in two files gave latents 1.4e-2 apart. Each odd
-    one is copied by itself, and only before a run on the CPU; on the way to another device nothing is.
-
-    Args:
-        model: whose weights; None is left alone.
+    Memory-mapped weights lie wherever the file's header ends, and the CPU's matrix kernels add up in another
+    order at another alignment: the same bf16 weights in two files gave latents 1.4e-2 apart.
     """
     if model is None or get_module_execution_device(model).type != "cpu":
         return

@@ -25,16 +25,7 @@ def empty_weights() -> Iterator[None]:
 
 
 def account(source: str, missing: Iterable[str], extra: Iterable[str]) -> None:
-    """Refuse a checkpoint that lacks weights of a model, or has some that it has no place for.
-
-    Args:
-        source: the file, for errors.
-        missing: names of parameters without a weight.
-        extra: names of weights without a parameter.
-
-    Raises:
-        ValueError: there are any; the first few are named.
-    """
+    """Refuse a checkpoint that lacks weights of a model, or has extra ones; the first few are named."""
     if names := list(missing):
         raise ValueError(f"{source} lacks {listed(names)}")
     if names := list(extra):
@@ -51,21 +42,20 @@ def fill(
 ) -> Model:
     """Give a model on the meta device its weights, in place.
 
-    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one. Quantised
-    weights of linear layers stay quantised.
+    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one.
 
     Args:
         model: its parameters are replaced.
         source: the file, for errors.
-        tensors: under the model's own names.
-        dtype: of the parameters; None: that of the file, bfloat16 for what was quantised.
-        dequantize: whether to expand quantised weights, too.
-        in_float32: names of modules and parameters that are float32 where dtype is a half one.
+        tensors: weights by the model's own names.
+        dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
+        dequantize: whether to expand quantised weights of linear layers, which stay quantised otherwise.
+        in_float32: names of modules and parameters that are float32 in a half-precision model.
 
-    Returns: the model, ready to run.
+    Returns: the model, in evaluation mode.
 
     Raises:
-        ValueError: a parameter is missing, is left over, or has another shape; the first few are named.
+        ValueError: a weight is missing, is left over, or has another shape; the first few are named.
     """
     expected = shapes_of(model.state_dict())
     found = shapes_of(tensors)
@@ -74,27 +64,25 @@ def fill(
         name = min(wrong)
         rule = f"{name} is {found[name]}, it must be {expected[name]}"
         raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
-    kept = set(in_float32)
-    quantized: list[tuple[str, QuantizedTensor]] = []
+    quantized: dict[str, QuantizedTensor] = {}
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        if isinstance(tensor, QuantizedTensor) and type(owner) is nn.Linear and not dequantize:
-            quantized.append((path, tensor))
-            continue
-        target = dtype or (torch.bfloat16 if isinstance(tensor, QuantizedTensor) else tensor.dtype)
-        stored = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
-        target = dtype_for(owner, name, stored, target, kept)
+        if isinstance(tensor, QuantizedTensor):
+            if type(owner) is nn.Linear and not dequantize:
+                quantized[path] = tensor
+                continue
+            stored, asked = torch.float32, dtype or torch.bfloat16
+        else:
+            stored, asked = tensor.dtype, dtype or tensor.dtype
+        target = dtype_for(owner, name, stored, asked, in_float32)
         value = expanded(tensor).to(target)
         if value is tensor and dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory
         owner.register_parameter(attribute, nn.Parameter(value))
-    for path, weight in quantized:
+    for path, weight in quantized.items():  # once their biases are there
         parent, _, attribute = path.rpartition(".")
-        linear = model.get_submodule(path)
-        setattr(
-            model.get_submodule(parent),
-            attribute,
-            QuantizedLinear(weight, linear._parameters["bias"], dtype or torch.bfloat16),
-        )
+        bias = model.get_submodule(path)._parameters["bias"]
+        layer = QuantizedLinear(weight, bias, dtype or torch.bfloat16)
+        setattr(model.get_submodule(parent), attribute, layer)
     return model.eval()

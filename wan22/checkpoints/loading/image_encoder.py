@@ -1,4 +1,4 @@
-"""Load the CLIP image encoder of Wan 2.1 from its official file, or under transformers' names."""
+"""Load Wan 2.1's CLIP image encoder from its official file, or under transformers' names."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,20 +19,16 @@ _FUSED = "attn.to_qkv."
 _PREFIX = "vision_model."  # of all names in some releases of transformers, and in their files
 
 
-class ImageEncoderFormat(ModelFormat):
-    """The image half of CLIP, transformers' CLIPVisionModel."""
-
+class _ImageEncoderFormat(ModelFormat):
     kind = "image_encoder"
     noun = "CLIP's image encoder"
     # The text half of CLIP, and what follows the layer whose output Wan takes.
     unused = ("textual.", "log_scale", "visual.head")
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
-        """Return the official file's table."""
         return (IMAGE_ENCODER,)
 
     def prepare(self, tensors: Tensors) -> Tensors:
-        """Divide the official queries, keys and values, and give the embeddings transformers' shapes."""
         result: Tensors = {}
         for name, tensor in tensors.items():
             name = name.removeprefix(_PREFIX)
@@ -47,59 +43,44 @@ class ImageEncoderFormat(ModelFormat):
                 result[name] = tensor
         return result
 
-    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        """Return CLIPVisionConfig's arguments."""
-        if given.get("model_type") == "clip_vision_model":
-            return dict(given)
-        return image_encoder_config(source, shapes) | known
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
+        own = given.get("model_type") == "clip_vision_model"
+        return given if own else image_encoder_config(source, shapes)
 
     def build(self, config: Config) -> nn.Module:
-        """Return the encoder on the meta device."""
-        from transformers import CLIPVisionModel
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
         with empty_weights():
-            return CLIPVisionModel(self._config(config))
+            return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
 
-    def settings(self, config: Config) -> dict[str, Any]:
-        """Return config.json as transformers writes it."""
-        settings = self._config(config)
+    def settings(self, config: Config) -> Config:
+        from transformers import CLIPVisionConfig
+
+        settings = CLIPVisionConfig.from_dict(config)
         settings.architectures = ["CLIPVisionModel"]
         return json.loads(settings.to_json_string())
 
     def body(self, model: nn.Module) -> nn.Module:
-        """Return what some releases of transformers have one level deeper."""
-        return getattr(model, "vision_model", model)
+        return getattr(model, _PREFIX[:-1], model)
 
     def finished(self, model: nn.Module) -> nn.Module:
-        """Return the model with numbered positions, which no file holds."""
         embeddings: Any = self.body(model).embeddings
-        device = embeddings.class_embedding.device
-        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+        positions = torch.arange(embeddings.num_positions, device=embeddings.class_embedding.device)
+        embeddings.position_ids = positions[None]  # in no file
         return model
 
-    @staticmethod
-    def _config(config: Config) -> Any:
-        from transformers import CLIPVisionConfig
 
-        return CLIPVisionConfig.from_dict(dict(config))
+IMAGE_ENCODER_FORMAT = _ImageEncoderFormat()
 
 
 def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """Load the image half of models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth.
+    """Load transformers' CLIPVisionModel from models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth.
 
-    Args:
-        path: the file.
-        dtype: dtype of the parameters; None: as they are stored.
-
-    Returns: transformers' CLIPVisionModel, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, is another model's, or holds weights that have no place.
+    Args and errors as of `WanTransformer3DModel.from_single_file`.
 
     Source: Wan2.1 wan/modules/clip.py, VisionTransformer.
     """
-    return read_as(ImageEncoderFormat(), Path(path)).load(dtype)
+    return read_as(IMAGE_ENCODER_FORMAT, Path(path)).load(dtype)
 
 
 def load_image_processor() -> Any:

@@ -27,82 +27,74 @@ from .fill import account, empty_weights
 from .quantized_linear import expanded_state
 from .stored import Config, ModelFormat, read_as
 
+# Arguments of `from_pretrained` that are ours, and values of others that are; all else is for diffusers.
+_OWN = hub.OPTIONS | {"dtype", "torch_dtype", "dequantize", "subfolder", "variant"}
+_DEFAULTS = {"low_cpu_mem_usage": (None, True), "use_safetensors": (None, True)}
 
-class DiffusersFormat(ModelFormat):
-    """A transformer or an autoencoder, under diffusers' names.
 
-    Args:
-        cls: the class to build.
-    """
+class _DiffusersFormat(ModelFormat):
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
 
-    def __init__(self, cls: "type[FromFiles]") -> None:
-        self.cls, self.kind = cls, cls._kind
-        self.ignored = set(cls._keys_to_ignore_on_load_unexpected or ())
-
-    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
-        """Return the official table, which may depend on the sizes that the names tell."""
-        return (self.cls._keys(names),)
+    @abstractmethod
+    def official_config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config: ...
 
     def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
-        """Return the file's name of each of the model's; tensors of modules that no model uses are left out.
+        ignored = set(self.cls._keys_to_ignore_on_load_unexpected or ())
+        return super().names(source, [n for n in names if ignored.isdisjoint(n.split("."))])
 
-        Raises:
-            ValueError: there are names that the table does not know, or another transformer's.
-        """
-        names = [name for name in names if self.ignored.isdisjoint(name.split("."))]
-        self.cls._refuse_others(source, names)
-        return super().names(source, names)
-
-    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        """Return the class's arguments, or the whole config.json of the Diffusers layout."""
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
         if given.get("_class_name") == self.cls.__name__:
-            return dict(given)
-        table = self.cls._keys(shapes).inverse
-        return self.cls._config(source, {str(table.rename(n)): s for n, s in shapes.items()}, given, known)
+            return given
+        official = self.tables(shapes)[0].inverse
+        shapes = {str(official.rename(name)): shape for name, shape in shapes.items()}
+        return self.official_config(source, shapes, given, known)
 
     def build(self, config: Config) -> nn.Module:
-        """Return the model on the meta device."""
-        cls: Any = self.cls
         with empty_weights():
-            return cls.from_config(dict(config)) if "_class_name" in config else cls(**config)
+            return self.cls.from_config(config) if "_class_name" in config else self.cls(**config)
 
-    def settings(self, config: Config) -> dict[str, Any]:
-        """Return config.json as diffusers writes it."""
+    def settings(self, config: Config) -> Config:
         model: Any = self.build(config)
         return json.loads(model.to_json_string())
 
     def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
-        """Return what the model's formulas need in float32."""
         return model._keep_in_fp32_modules or ()
+
+
+class _TransformerFormat(_DiffusersFormat):
+    kind = "transformer"
+
+    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
+        return (TRANSFORMER,)
+
+    def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
+        refuse_other_transformers(source, names)
+        return super().names(source, names)
+
+    def official_config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
+        if {"dim", "num_heads"} <= given.keys():  # what the shapes do not tell
+            head_dim = given["dim"] // given["num_heads"]
+            known = {"attention_head_dim": head_dim, "eps": given["eps"]} | known
+        return transformer_config(source, shapes, known.get("attention_head_dim")) | known
+
+
+class _AutoencoderFormat(_DiffusersFormat):
+    kind = "vae"
+
+    def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
+        layout = autoencoder_layout(names)
+        return (autoencoder_keys(layout.residual, layout.blocks, layout.levels),)
+
+    def official_config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
+        return autoencoder_config(source, shapes) | known
 
 
 class FromFiles:
     """Lets a model be loaded from any file or folder that holds its weights."""
 
-    _kind: str
+    _format: type[_DiffusersFormat]
     _official_files: tuple[str, ...]  # patterns of the weights' names in the official layout
-    _keys_to_ignore_on_load_unexpected: Any
-
-    @classmethod
-    @abstractmethod
-    def _keys(cls, names: Iterable[str]) -> KeyTable:
-        """Return the table from official names to ours for the model with these names, in either naming."""
-
-    @classmethod
-    @abstractmethod
-    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        """Return the configuration of the model with these tensors, under official names.
-
-        Args:
-            source: the file, for errors.
-            shapes: shapes of the tensors.
-            given: the official config.json; ignored if it is another model's.
-            known: entries that the caller gives.
-        """
-
-    @classmethod
-    def _refuse_others(cls, source: str, names: Iterable[str]) -> None:
-        """Refuse by name a model of the family that is not supported."""
 
     @classmethod
     def from_single_file(
@@ -117,11 +109,11 @@ class FromFiles:
 
         Args:
             path: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF; or a folder of shards.
-            dtype: of the parameters; None: as they are stored, bfloat16 for those that were quantised.
+            dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
             dequantize: whether to expand quantised weights, which stay quantised otherwise.
             torch_dtype: another name for dtype.
-            **config: entries of the configuration that are not what the shapes say, such as
-                attention_head_dim, 128 in every released transformer.
+            **config: entries of the configuration that the shapes do not tell, such as attention_head_dim,
+                128 in every released transformer.
 
         Returns: the model, in evaluation mode.
 
@@ -129,7 +121,7 @@ class FromFiles:
             FileNotFoundError: there is no such file, or a shard is missing.
             ValueError: the file cannot be read, is another model's, or holds weights that have no place.
         """
-        return read_as(DiffusersFormat(cls), Path(path), known=config).load(dtype or torch_dtype, dequantize)
+        return read_as(cls._format(cls), Path(path), known=config).load(dtype or torch_dtype, dequantize)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -148,37 +140,36 @@ class FromFiles:
         """
         source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         root, access = Path(source).expanduser(), {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}
+
+        def download(*names: str) -> Path:
+            patterns = [str(Path(subfolder, name)) for name in names]
+            return Path(snapshot_download(source, allow_patterns=patterns, **access))
+
         local = root.exists()
         if not local:
             hub.check_repository_name(source)
-            wanted = [str(Path(subfolder, "config.json")), str(Path(subfolder, "*.index*.json"))]
             try:
-                root = Path(snapshot_download(source, allow_patterns=wanted, **access))
+                root = download("config.json", "*.index*.json")
             except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
                 return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         place = root / subfolder
-        config = read_json(place / "config.json")
+        config, known = read_json(place / "config.json"), {}
         if config.get("_class_name") == cls.__name__:
-            files = diffusers_weights(place, kwargs.get("variant"))
-            if "quantization_config" in config or needs_diffusers(kwargs):
+            path, *shards = _diffusers_weights(place, kwargs.get("variant"))
+            ours = "quantization_config" not in config and not _needs_diffusers(kwargs)
+            if ours and not local:
+                download(path.name, *(shard.name for shard in shards))
+            if not ours or not path.is_file():  # weights that are not safetensors
                 return cls._from_diffusers(source, **kwargs)
+        else:
             if not local:
-                names = [str(Path(subfolder, file.name)) for file in files]
-                snapshot_download(source, allow_patterns=names, **access)
-            if not files[0].is_file():  # not safetensors
-                return cls._from_diffusers(source, **kwargs)
-            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-            stored = read_as(DiffusersFormat(cls), files[0], config)
-            model = stored.load(dtype, kwargs.get("dequantize", False))
-            model.register_to_config(_name_or_path=source)
-            return model
-        if not local:
-            wanted_files = [str(Path(subfolder, pattern)) for pattern in cls._official_files]
-            snapshot_download(source, allow_patterns=wanted_files, **access)
-        options = {k: v for k, v in kwargs.items() if k != "subfolder" and k not in hub.OPTIONS}
-        dtype, dequantize = options.pop("dtype", None), options.pop("dequantize", False)
-        dtype = dtype or options.pop("torch_dtype", None)
-        return read_as(DiffusersFormat(cls), cls._weights_in(place), config, options).load(dtype, dequantize)
+                download(*cls._official_files)
+            path = cls._official_weights(place)
+            known = {name: value for name, value in kwargs.items() if name not in _OWN}
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        model = read_as(cls._format(cls), path, config, known).load(dtype, kwargs.get("dequantize", False))
+        model.register_to_config(_name_or_path=source)
+        return model
 
     @classmethod
     def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -196,12 +187,11 @@ class FromFiles:
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def _weights_in(cls, place: Path) -> Path:
-        """Return what to read in the official layout: the file itself, the folder, or the one file in it."""
-        files = [path for pattern in cls._official_files for path in sorted(place.glob(pattern))]
-        single = [path for path in files if path.suffix == ".pth"]
+    def _official_weights(cls, place: Path) -> Path:
+        """Return what to read in the official layout: the file itself, the folder, or the one .pth in it."""
+        single = [p for pattern in cls._official_files for p in place.glob(pattern) if p.suffix == ".pth"]
         if len(single) > 1:
-            names = ", ".join(path.name for path in single)
+            names = ", ".join(sorted(path.name for path in single))
             raise ValueError(f"{place} holds several {cls.__name__}: {names}; give the path of one")
         return single[0] if single else place
 
@@ -209,45 +199,22 @@ class FromFiles:
 class WanTransformer3DModel(FromFiles, DiffusersTransformer):
     """`wan22.models.transformer.WanTransformer3DModel` as a model of diffusers, loadable from any file."""
 
-    _kind = "transformer"
+    _format = _TransformerFormat
     _official_files = ("*.safetensors", "*.safetensors.index.json")
-
-    @classmethod
-    def _keys(cls, names: Iterable[str]) -> KeyTable:
-        return TRANSFORMER
-
-    @classmethod
-    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        known = _official_settings(given) | known
-        return transformer_config(source, shapes, known.get("attention_head_dim")) | known
-
-    @classmethod
-    def _refuse_others(cls, source: str, names: Iterable[str]) -> None:
-        refuse_other_transformers(source, names)
 
 
 class AutoencoderKLWan(FromFiles, DiffusersAutoencoder):
     """`wan22.models.autoencoder.AutoencoderKLWan` as a model of diffusers, loadable from any file."""
 
-    _kind = "vae"
+    _format = _AutoencoderFormat
     _official_files = ("*VAE.pth",)
 
-    @classmethod
-    def _keys(cls, names: Iterable[str]) -> KeyTable:
-        layout = autoencoder_layout(names)
-        return autoencoder_keys(layout.residual, layout.blocks, layout.levels)
 
-    @classmethod
-    def _config(cls, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        return autoencoder_config(source, shapes) | known
+TRANSFORMER_FORMAT = _TransformerFormat(WanTransformer3DModel)
+AUTOENCODER_FORMAT = _AutoencoderFormat(AutoencoderKLWan)
 
 
-# What diffusers' own loader is for: values of other arguments than these, or other values of these.
-_OWN = hub.OPTIONS | {"dtype", "torch_dtype", "dequantize", "subfolder", "variant"}
-_DEFAULTS = {"low_cpu_mem_usage": (None, True), "use_safetensors": (None, True)}
-
-
-def needs_diffusers(options: dict[str, Any]) -> bool:
+def _needs_diffusers(options: dict[str, Any]) -> bool:
     """Return whether arguments of `from_pretrained` ask for something that only diffusers' loader does."""
     others = {name: value for name, value in options.items() if name not in _OWN}
     return any(
@@ -256,22 +223,10 @@ def needs_diffusers(options: dict[str, Any]) -> bool:
     )
 
 
-def diffusers_weights(place: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors files of a folder in the Diffusers layout: one, or an index and what it lists.
-
-    Args:
-        place: the folder, of which the index must be there if it has one.
-        variant: such as "fp16", part of the files' names.
-    """
+def _diffusers_weights(place: Path, variant: str | None) -> list[Path]:
+    """Return the safetensors files of a folder in the Diffusers layout: one, or an index and its shards."""
     ending = f".{variant}" if variant else ""
     index = place / f"diffusion_pytorch_model.safetensors.index{ending}.json"
     if not index.is_file():
         return [place / f"diffusion_pytorch_model{ending}.safetensors"]
     return [index, *(place / name for name in sorted(set(shards_of(index).values())))]
-
-
-def _official_settings(config: Config) -> dict[str, Any]:
-    """Return what an official transformer's config.json says that the shapes do not."""
-    if not {"dim", "num_heads"} <= config.keys():
-        return {}
-    return {"attention_head_dim": config["dim"] // config["num_heads"], "eps": config["eps"]}

@@ -21,9 +21,9 @@ class QuantizedLinear(nn.Linear):
     """A linear layer whose weight is expanded at each call, in float32 and then to the input's dtype.
 
     Args:
-        weight: "o i".
+        weight: quantised weight, "o i".
         bias: "o", or None.
-        dtype: that the layer has for those who ask for its weight.
+        dtype: dtype of the `weight` property.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """What is stored for the weight."""
+        """The tensors that are stored for the weight."""
         return {name: getattr(self, name) for name in self._parts}
 
     def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,23 +1,18 @@
-"""Recognise what a weight file or a model's folder holds: the one way for loaders, converter and `info`."""
+"""Recognise what a weight file or a model's folder holds: one way for loaders, converter and `wan22 info`."""
 
 from pathlib import Path
 from typing import Any
 
 from ..files.weights import WeightFile, read_json, read_weights
 from ..naming.dialects import stripped
-from ..naming.names import listed
-from .image_encoder import ImageEncoderFormat
-from .models import AutoencoderKLWan, DiffusersFormat, WanTransformer3DModel
-from .stored import ModelFormat, StoredModel, read_as
-from .text_encoder import TextEncoderFormat
+from ..naming.names import count_known, listed
+from .image_encoder import IMAGE_ENCODER_FORMAT
+from .models import AUTOENCODER_FORMAT, TRANSFORMER_FORMAT
+from .stored import StoredModel, read_as
+from .text_encoder import TEXT_ENCODER_FORMAT
 
-FORMATS: dict[str, ModelFormat] = {
-    "transformer": DiffusersFormat(WanTransformer3DModel),
-    "vae": DiffusersFormat(AutoencoderKLWan),
-    "text_encoder": TextEncoderFormat(),
-    "image_encoder": ImageEncoderFormat(),
-}
-RECOGNIZED = ("transformer", "vae", "text_encoder")  # CLIP is read only where it is expected
+RECOGNIZED = {format.kind: format for format in (TRANSFORMER_FORMAT, AUTOENCODER_FORMAT, TEXT_ENCODER_FORMAT)}
+FORMATS = {**RECOGNIZED, "image_encoder": IMAGE_ENCODER_FORMAT}  # which is read only where it is expected
 
 
 def read_model(
@@ -48,7 +43,10 @@ def read_model(
 
 def _recognize(file: WeightFile) -> str:
     names = list(stripped(file.tensors).values())
-    counts = {kind: FORMATS[kind].count(names) for kind in RECOGNIZED}
+    counts = {
+        kind: max(count_known(names, table) for table in format.tables(names))
+        for kind, format in RECOGNIZED.items()
+    }
     best = max(counts, key=lambda kind: counts[kind])
     if not counts[best]:
         raise ValueError(

@@ -25,7 +25,7 @@ Config = dict[str, Any]
 class ModelFormat(ABC):
     """How one kind of model is stored: the names of its tensors, its configuration, how it is built."""
 
-    kind: str
+    kind: str  # "transformer", "vae", "text_encoder" or "image_encoder"
     noun = "this model"  # in errors
     unused: tuple[str, ...] = ()  # how names begin that files hold and the model has no parameter for
 
@@ -34,7 +34,7 @@ class ModelFormat(ABC):
         """Return the tables from names in files to the model's own, the official one first."""
 
     @abstractmethod
-    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
         """Return the model's configuration.
 
         Args:
@@ -52,7 +52,7 @@ class ModelFormat(ABC):
         """Return the model on the meta device."""
 
     @abstractmethod
-    def settings(self, config: Config) -> dict[str, Any]:
+    def settings(self, config: Config) -> Config:
         """Return config.json of the Diffusers layout."""
 
     def prepare(self, tensors: Tensors) -> Tensors:
@@ -60,7 +60,7 @@ class ModelFormat(ABC):
         return tensors
 
     def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
-        """Return the file's name of each of the model's own names.
+        """Return the file's name of each of the model's own.
 
         Raises:
             ValueError: there are names that no table knows.
@@ -82,10 +82,6 @@ class ModelFormat(ABC):
     def finished(self, model: nn.Module) -> nn.Module:
         """Return a filled model with what is no weight of a file."""
         return model
-
-    def count(self, names: Sequence[str]) -> int:
-        """Return how many of a file's names the best of the tables knows."""
-        return max(max(table.count(names), table.inverse.count(names)) for table in self.tables(names))
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class StoredModel:
 
     @property
     def sizes(self) -> Counter[str]:
-        """Bytes of the file's weights by their dtype, "quantised" for any that is not a plain one."""
+        """Bytes of the file's weights by their dtype, or "quantised"."""
         sizes: Counter[str] = Counter()
         for name in self.official_names:
             tensor = self.tensors[name]
@@ -130,7 +126,7 @@ class StoredModel:
         return sizes
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Config:
         """config.json of the Diffusers layout."""
         return self.format.settings(self.config)
 
@@ -173,14 +169,9 @@ def read_as(
     file = read_weights(file.expanduser()) if isinstance(file, Path) else file
     used = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(format.unused)}
     file = WeightFile(file.source, used, file.metadata)
-    origins = {name: key for key, name in stripped(file.tensors).items()}
     tensors = format.prepare(normalize(file))
-    names = format.names(file.source, tensors)
+    names, keys = format.names(file.source, tensors), {name: key for key, name in stripped(used).items()}
     own = {name: tensors[theirs] for name, theirs in names.items()}
-    return StoredModel(
-        format,
-        file.source,
-        own,
-        {name: origins.get(theirs, theirs) for name, theirs in names.items()},
-        format.config(file.source, shapes_of(own), given or {}, known or {}),
-    )
+    origins = {name: keys.get(theirs, theirs) for name, theirs in names.items()}
+    config = format.config(file.source, shapes_of(own), given or {}, known or {})
+    return StoredModel(format, file.source, own, origins, config)

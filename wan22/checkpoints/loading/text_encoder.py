@@ -19,22 +19,17 @@ from .stored import Config, ModelFormat, read_as
 _EMBEDDING, _COPY = "shared.weight", "encoder.embed_tokens.weight"
 
 
-class TextEncoderFormat(ModelFormat):
-    """umT5's encoder, transformers' UMT5EncoderModel."""
-
+class _TextEncoderFormat(ModelFormat):
     kind = "text_encoder"
     noun = "umT5"
     # Parts of the whole umT5 that encoding does not need, and the tokenizer inside ComfyUI's file.
     unused = ("decoder.", "lm_head.", "dec.", "output.", "spiece_model")
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
-        """Return the official files' table, and GGUF's."""
         return TEXT_ENCODER, TEXT_ENCODER_GGUF
 
     def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
-        """Return the file's name of each of transformers' names, the embedding's two included."""
-        names = set(names)
-        found = super().names(source, sorted(names - {_COPY}))
+        found = super().names(source, [name for name in names if name != _COPY])
         if _COPY in names:
             found[_COPY] = _COPY
         for name, other in ((_EMBEDDING, _COPY), (_COPY, _EMBEDDING)):
@@ -42,31 +37,23 @@ class TextEncoderFormat(ModelFormat):
                 found.setdefault(name, found[other])
         return found
 
-    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> dict[str, Any]:
-        """Return UMT5Config's arguments."""
-        if given.get("model_type") == "umt5":
-            return dict(given)
-        return text_encoder_config(source, shapes) | known
+    def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
+        return given if given.get("model_type") == "umt5" else text_encoder_config(source, shapes)
 
     def build(self, config: Config) -> nn.Module:
-        """Return the encoder on the meta device."""
-        from transformers import UMT5EncoderModel
+        from transformers import UMT5Config, UMT5EncoderModel
 
         with empty_weights():
-            return UMT5EncoderModel(self._config(config))
+            return UMT5EncoderModel(UMT5Config.from_dict(config))
 
-    def settings(self, config: Config) -> dict[str, Any]:
-        """Return config.json as transformers writes it."""
-        settings = self._config(config)
+    def settings(self, config: Config) -> Config:
+        from transformers import UMT5Config
+
+        settings = UMT5Config.from_dict(config)
         settings.architectures = ["UMT5EncoderModel"]
         return json.loads(settings.to_json_string())
 
     def checked(self, source: str, tensors: Tensors) -> Tensors:
-        """Return tensors, unless the embedding is all zero, or differs from its copy.
-
-        Raises:
-            ValueError: it does.
-        """
         embedding, copy = tensors[_EMBEDDING], tensors[_COPY]
         values = expanded(embedding)
         if copy is not embedding and not torch.equal(expanded(copy), values):
@@ -76,33 +63,19 @@ class TextEncoderFormat(ModelFormat):
         return tensors
 
     def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
-        """Return what transformers keeps in float32 in a float16 model."""
-        return (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+        return (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()  # as transformers does
 
     def finished(self, model: Any) -> nn.Module:
-        """Return the model with one embedding under its two names."""
         model.encoder.embed_tokens.weight = model.shared.weight
         return model
 
-    @staticmethod
-    def _config(config: Config) -> Any:
-        from transformers import UMT5Config
 
-        return UMT5Config.from_dict(dict(config))
+TEXT_ENCODER_FORMAT = _TextEncoderFormat()
 
 
 def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
-    """Load umT5's encoder from a weight file of any format.
+    """Load umT5's encoder, transformers' UMT5EncoderModel, from a file of any format or a folder of shards.
 
-    Args:
-        path: file, or folder of shards.
-        dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
-        dequantize: whether to expand quantised weights, which stay quantised otherwise.
-
-    Returns: transformers' UMT5EncoderModel, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: there is no such file, or a shard is missing.
-        ValueError: the file cannot be read, is another model's, or holds weights that have no place.
+    Args and errors as of `WanTransformer3DModel.from_single_file`.
     """
-    return read_as(TextEncoderFormat(), Path(path)).load(dtype, dequantize)
+    return read_as(TEXT_ENCODER_FORMAT, Path(path)).load(dtype, dequantize)

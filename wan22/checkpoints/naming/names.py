@@ -1,6 +1,6 @@
 """Tensors' names: a model's own for those of a file, and lists of them for errors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .dialects import Tensors
 from .keys import KeyTable
@@ -9,6 +9,11 @@ from .keys import KeyTable
 def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor's values."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def count_known(names: Collection[str], table: KeyTable) -> int:
+    """Return how many names a table knows, in the direction in which they are more."""
+    return max(table.count(names), table.inverse.count(names))
 
 
 def own_names(
@@ -26,7 +31,7 @@ def own_names(
         ValueError: there are names that the best table does not know; the first few are listed.
     """
     names = list(names)
-    table = max(tables, key=lambda table: max(table.count(names), table.inverse.count(names)))
+    table = max(tables, key=lambda table: count_known(names, table))
     if table.count(names) >= table.inverse.count(names):
         own = {name: table.rename(name) for name in names}
     else:

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ...accel.planning.meta_models import released_models
-from ...checkpoints.converting.contents import EXPERTS, TOKENIZERS
+from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
 from ...presets import Preset, find_preset
 from .checkpoint import TRANSFORMERS, Wanted, is_folder
 from .single_files import Files, SingleFiles, check_options

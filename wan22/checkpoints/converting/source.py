@@ -1,23 +1,24 @@
-"""What a file or folder holds: models, told from their tensors, and what a repository has beside them."""
+"""What is to be converted: the models in a file or folder, and what a repository has beside them."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files.weights import read_json
+from ..files.hub import EXPERTS, TOKENIZERS
+from ..files.weights import SUFFIXES, read_json, shards_of
 from ..loading.recognize import read_model
 from ..loading.stored import StoredModel
-from ..naming.configs import HEAD_DIM
-from ..naming.names import listed, shapes_of
+from ..naming.names import listed
 
-EXPERTS = ("high_noise_model", "low_noise_model")  # their folders in the official layout
-TOKENIZERS = ("google/umt5-xxl", "tokenizer")  # its folder in the official layout, and in Diffusers'
-MODELS = {"transformer": "transformer", "transformer_2": "transformer"}  # components and their kinds
-MODELS |= {kind: kind for kind in ("vae", "text_encoder")}
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")  # of weights, whatever they are
+# Components of a pipeline, and their kinds.
+MODELS = {
+    "transformer": "transformer",
+    "transformer_2": "transformer",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Source:
 
     Args:
         path: the file or folder.
-        models: by component of a pipeline.
+        models: models by component of a pipeline.
         whole: whether it is a repository, and not one model.
-        tokenizer: its folder.
+        tokenizer: folder of the tokenizer.
         index: model_index.json of the Diffusers layout.
         folders: further components of the Diffusers layout, such as the scheduler.
     """
@@ -45,8 +46,8 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
     """Read a weight file, a model's folder, or a repository in any layout; weights stay memory-mapped.
 
     Args:
-        path: of it.
-        head_dim: of a transformer for which no config.json tells it; None: that of every released one.
+        path: file or folder.
+        head_dim: size of a transformer's head where no config.json tells it; None: 128, that of all released.
 
     Raises:
         FileNotFoundError: something is missing; it is named.
@@ -57,32 +58,19 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
             f"there is no file or folder {path}, and a repository's name is like org/name"
         )
     if path.is_file():
-        content = read_content(path, {}, head_dim)
-        return Source(path, {content.kind: content})
+        model = _read(path, {}, head_dim)
+        return Source(path, {model.kind: model})
     if (path / "model_index.json").is_file():
         return _diffusers_repository(path, head_dim)
     return _folder(path, head_dim)
 
 
-def read_content(path: Path, config: dict[str, Any], head_dim: int | None = None) -> StoredModel:
-    """Read one model's file or folder, and account for each of its tensors as the loader does.
-
-    Args:
-        path: file, or folder of shards.
-        config: config.json beside it; ignored if it is another model's.
-        head_dim: as in `read_source`.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: it cannot be read, is no model of Wan, or holds weights that have no place.
-    """
-    stored = read_model(path, config=config, head_dim=head_dim)
-    stored.format.checked(stored.source, stored.tensors)
-    stored.meta_model()
-    return stored
-
-
-# ---- repositories ----
+def _read(path: Path, config: dict[str, Any], head_dim: int | None) -> StoredModel:
+    """Read one model, and check and account for each of its tensors as the loader does."""
+    model = read_model(path, config=config, head_dim=head_dim)
+    model.format.checked(model.source, model.tensors)
+    model.meta_model()
+    return model
 
 
 def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
@@ -97,7 +85,7 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
         if name not in MODELS:
             folders[name] = folder
             continue
-        models[name] = read_content(folder, read_json(folder / "config.json"), head_dim)
+        models[name] = _read(folder, read_json(folder / "config.json"), head_dim)
         if models[name].kind != MODELS[name]:
             raise ValueError(f"{folder} holds a {models[name].kind}, not a {MODELS[name]}")
     return Source(path, models, True, folders.pop("tokenizer", None), index, folders)
@@ -105,7 +93,7 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
 
 def _folder(path: Path, head_dim: int | None) -> Source:
     """Read a folder in the official layout, one model's folder, or a folder of single files."""
-    found = [(place, read_content(place, config, head_dim)) for place, config in _weights_in(path)]
+    found = {place: _read(place, config, head_dim) for place, config in _weights_in(path)}
     if not found:
         raise FileNotFoundError(
             f"{path} holds no weights: neither model_index.json, nor {' and '.join(EXPERTS)}, nor files "
@@ -113,13 +101,13 @@ def _folder(path: Path, head_dim: int | None) -> Source:
         )
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_dir()), None)
     if len(found) == 1 and tokenizer is None:
-        ((_, content),) = found
-        return Source(path, {content.kind: content})
-    models = _experts(path, {place: content for place, content in found if content.kind == "transformer"})
-    for place, content in found:
-        if content.kind in models and content.kind != "transformer":
-            raise ValueError(f"{path} holds two of {content.kind}: {models[content.kind].source} and {place}")
-        models.setdefault(content.kind, content)
+        (model,) = found.values()
+        return Source(path, {model.kind: model})
+    models = _experts(path, {place: model for place, model in found.items() if model.kind == "transformer"})
+    for place, model in found.items():
+        if model.kind in models and model.kind != "transformer":
+            raise ValueError(f"{path} holds two of {model.kind}: {models[model.kind].source} and {place}")
+        models.setdefault(model.kind, model)
     return Source(path, models, True, tokenizer)
 
 
@@ -127,9 +115,9 @@ def _weights_in(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the weight files, and folders of shards, in a folder and the folders in it, with config.json."""
     found = []
     for place in (path, *sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))):
-        config, shards = read_json(place / "config.json"), set()
-        for index in place.glob("*.safetensors.index.json"):
-            shards |= set(json.loads(index.read_text())["weight_map"].values())
+        config = read_json(place / "config.json")
+        indices = place.glob("*.safetensors.index.json")
+        shards = {name for index in indices for name in shards_of(index).values()}
         found += [(place, config)] if shards else []
         files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
         found += [(file, config) for file in files if file.name not in shards]
@@ -140,10 +128,11 @@ def _experts(path: Path, found: dict[Path, StoredModel]) -> dict[str, StoredMode
     """Tell which transformer is which; no tensor says so, only their names do."""
     names = {place: str(place.relative_to(path)).lower() for place in found}
     if len(found) == 1:
+        ((place, model),) = found.items()
         for expert, other in (EXPERTS, EXPERTS[::-1]):
-            if names[next(iter(found))].startswith(expert):
+            if names[place].startswith(expert):
                 raise FileNotFoundError(f"{path} has {expert}, but no {other}")
-        return {"transformer": next(iter(found.values()))}
+        return {"transformer": model}
     high = [place for place, name in names.items() if "high" in name]
     low = [place for place, name in names.items() if re.search("(?<!f)low", name)]
     if found and (len(found) > 2 or len(high) != 1 or len(low) != 1 or high == low):
@@ -152,19 +141,3 @@ def _experts(path: Path, found: dict[Path, StoredModel]) -> dict[str, StoredMode
             "one with 'high' in its name (for high noise) and one with 'low'"
         )
     return {"transformer": found[high[0]], "transformer_2": found[low[0]]} if found else {}
-
-
-def lost_settings(content: StoredModel, to: str) -> list[str]:
-    """Return the settings that a file without config.json, or an official one's, does not keep."""
-    if content.kind == "text_encoder":
-        return []
-    names = {"attention_head_dim"} & content.settings.keys()
-    known = {name: content.settings[name] for name in names}
-    config = content.format.config(content.source, shapes_of(content.tensors), {}, known)
-    bare = content.format.settings(config)
-    if content.kind == "transformer" and to == "official":
-        bare["eps"] = content.settings["eps"]
-    elif content.kind == "transformer":
-        bare["attention_head_dim"] = HEAD_DIM
-        bare["num_attention_heads"] = content.settings["num_attention_heads"]
-    return sorted(n for n, value in bare.items() if not n.startswith("_") and content.settings[n] != value)
