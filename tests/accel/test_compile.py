@@ -18,6 +18,7 @@ from tests.builders import (
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.models.vaes import tiny_vae
+from tests.tiers import slow
 from wan22.accel.compile import Compiled
 from wan22.models.rope import rotary_tables
 
@@ -57,7 +58,7 @@ def test_one_compilation_for_all_layers_experts_and_prompts(pipe):
     assert "forward" not in vars(pipe.transformer.blocks[0])
 
 
-@pytest.mark.parametrize("form", [random_i2v_pipeline, random_ti2v_pipeline], ids=["i2v", "ti2v"])
+@pytest.mark.parametrize("form", [random_i2v_pipeline, *slow([random_ti2v_pipeline])], ids=["i2v", "ti2v"])
 def test_image_to_video(form):
     torch._dynamo.reset()
     names = [n for n in MODELS if getattr(form(), n) is not None]

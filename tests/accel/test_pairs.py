@@ -8,10 +8,13 @@ import torch
 from tests.accel.features import CHANGING, SAME, frames, own, streamed
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
+from tests.tiers import slow
 from wan22.accel import cpu
 
 # What changes the result comes first in each pair, as both are there in what the pair is compared with.
 PAIRS = [pair for pair in combinations([*CHANGING, *SAME], 2) if not set(pair) <= set(CHANGING)]
+# Compiling takes most of the time.
+SLOW = [pair for pair in PAIRS if "compile" in pair and "lora" not in pair]
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +40,12 @@ def check(form, pair, tmp_path):
     assert torch.equal(frames(pipe, form), expected)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("pair", [*(p for p in PAIRS if p not in SLOW), *slow(SLOW)], ids="+".join)
 def test_pairs(pair, tmp_path):
     check("t2v", pair, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["i2v", "ti2v"])
 @pytest.mark.parametrize("name", SAME)
 def test_with_a_lora_in_the_other_forms(name, form, tmp_path):

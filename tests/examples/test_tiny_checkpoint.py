@@ -36,6 +36,7 @@ def test_videos_of_held_out_prompts_show_what_was_asked(scores):
     assert scores["shape"] >= 0.8
 
 
+@pytest.mark.slow
 def test_the_prompt_is_what_makes_them_so(pipe):
     """Without it the scores are near chance: 1 in 6 colours, 1 in 5 backgrounds, 1 in 5 motions."""
     scenes = judge.choose_scenes(20, 0, "held_out", clips.CORE_MOTIONS)

@@ -1,5 +1,6 @@
 """The embedded checkpoints for image to video, judged by what is seen in their videos."""
 
+import functools
 import json
 
 import clips
@@ -14,18 +15,20 @@ SHARED = {"i2v": {"text_encoder", "tokenizer", "vae"}, "ti2v": {"tokenizer"}}
 SCENES = judge.choose_scenes(10, 0, "held_out", clips.CORE_MOTIONS)
 
 
+@functools.cache
 def load(name, pipeline=WanI2VPipeline):
     pipe = pipeline.from_pretrained(tiny_checkpoint(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.fixture(scope="module", params=SHARED)
+@pytest.fixture(params=SHARED)
 def pipe(request):
     return load(request.param)
 
 
-def make(pipe, last=False):
+@functools.cache
+def made(pipe, last=False):
     """Return videos of held-out scenes, their scores, and how well they keep the given frames."""
     given = judge.given_frames(SCENES, 0, pipe.preset.height, last)
     prompts = [clips.canonical(scene) for scene in SCENES]
@@ -35,13 +38,14 @@ def make(pipe, last=False):
 
 
 def test_videos_go_on_from_the_image_as_the_prompt_says(pipe):
-    _, scores, given = make(pipe)
+    _, scores, given = made(pipe)
     assert given["image"]["mean"] >= 28
     assert scores["color"] >= 0.9
     assert scores["background"] >= 0.9
     assert scores["motion"] >= 0.8
 
 
+@pytest.mark.slow
 def test_the_prompt_decides_the_motion(pipe):
     """One image, five prompts."""
     image = judge.given_frames(SCENES[4:5], 0, pipe.preset.height, False)["image"][0]
@@ -64,21 +68,22 @@ def centre(frame):
 
 def test_videos_arrive_at_the_last_image():
     pipe = load("i2v")
-    videos, scores, given = make(pipe, last=True)
+    videos, scores, given = made(pipe, last=True)
     assert given["image"]["mean"] >= 27.5
     assert given["last_image"]["mean"] >= 25
     assert scores["motion"] >= 0.8
-    without, *_ = make(pipe)
+    without, *_ = made(pipe)
     last = judge.given_frames(SCENES, 0, 64, True)["last_image"]
     moving = [i for i, scene in enumerate(SCENES) if scene.motion != "still"]
     off, off_without = (
-        np.mean([np.linalg.norm(centre(made[i, -1]) - centre(last[i])) for i in moving])
-        for made in (videos, without)
+        np.mean([np.linalg.norm(centre(frames[i, -1]) - centre(last[i])) for i in moving])
+        for frames in (videos, without)
     )
     assert off <= 2, "pixels, of 64"
     assert off <= 0.7 * off_without
 
 
+@pytest.mark.slow
 def test_text_alone_makes_videos_too():
     """TI2V-5B serves both tasks."""
     pipe = load("ti2v", WanT2VPipeline)

@@ -5,11 +5,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.accel import features
-from tests.accel.features import CHANGING, FORMS, frames, own
+from tests.accel.features import CHANGING, frames, own
 from tests.accel.parallel.ranks import on_ranks
 from tests.builders import bf16_pipeline
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
+from tests.tiers import slow
 from wan22.accel import cpu
 from wan22.accel.parallel import parallelize
 
@@ -77,7 +78,7 @@ def together(rank, form, lora):
     return found
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["t2v", *slow(["i2v", "ti2v"])])
 def test_with_one_other(form, tmp_path):
     lora = save(make_lora(own(form).transformer, 1), tmp_path / "lora.safetensors")
     for found in on_ranks(2, together, form, lora):

@@ -5,6 +5,7 @@ import torch
 
 from tests.accel.parallel.ranks import on_ranks
 from tests.builders import random_vae
+from tests.tiers import slow
 from wan22.accel import vae as acceleration
 from wan22.accel.parallel.rows import RowParallel
 
@@ -67,7 +68,7 @@ def errors(rank):
     return found
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, *slow([4])])
 def test_decoding(count):
     for found in on_ranks(count, errors):
         assert len(found) == 2 * (4 * (len(ROWS) + 1) + 1)
@@ -114,7 +115,7 @@ def encoding_errors(rank):
     return found
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, *slow([4])])
 def test_encoding(count):
     for found in on_ranks(count, encoding_errors):
         assert len(found) == 2 * 2 * 5 * (len(ROWS) + 1)

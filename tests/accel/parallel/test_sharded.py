@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tests.accel.parallel.ranks import on_ranks
 from tests.accel.parallel.test_sequence import inputs, run
 from tests.builders import SMALL, bf16_pipeline, random_pipeline, random_text_encoder, random_transformer
+from tests.tiers import slow
 from wan22 import WanT2VPipeline, WanTransformer3DModel
 from wan22.accel.offload.layout import blocks_of
 from wan22.accel.parallel import parallelize
@@ -53,7 +54,7 @@ def comparisons(rank, folder):
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, *slow([3])])
 def test_what_is_computed(count, tmp_path):
     random_transformer(0).save_pretrained(tmp_path)
     results = on_ranks(count, comparisons, str(tmp_path))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.accel.parallel.ranks import environment, torchrun
+from tests.tiers import slow
 from tests.waiting import HANG, until
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 
@@ -78,7 +79,7 @@ def is_of(file, alone):
     return np.linalg.norm(np.load(file) - alone) <= 1e-5 * np.linalg.norm(alone)
 
 
-@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
+@pytest.mark.parametrize("count", [2, *slow((0, 1))])
 def test_one_script_on_any_number_of_ranks(count, alone, tmp_path):
     # Of several ranks each must end on Ctrl-C in whatever it waits for, where Python's handler would not run.
     handler = "signal.SIG_DFL if pipe.parallel is not None else signal.default_int_handler"
