@@ -172,8 +172,7 @@ class WanPipeline(CompatiblePipeline, DecodingPipeline, LoraPipeline):
         previewer = self.make_previewer(plan)
         logger.info("%s", plan.recipe)
         videos = len(plan.generators)
-        prompts = videos // request.num_videos_per_prompt
-        self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames, prompts, videos)
+        self.make_room(plan.recipe.height, plan.recipe.width, plan.recipe.num_frames, videos)
         with self.running():
             embeds, negative_embeds = self.encode_plan(plan)
             condition = self.make_condition(plan)

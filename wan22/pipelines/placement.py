@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # More save no memory: what the layers remember of earlier frames is then the larger part.
 MOST_STRIPS = 4
 # Of what a plan is made for, what each call has of its own.
-_OF_A_CALL = ("height", "width", "num_frames", "prompts", "videos")
+_OF_A_CALL = ("height", "width", "num_frames", "videos")
 
 
 class PlacedPipeline(AcceleratedPipeline):
@@ -166,14 +166,13 @@ class PlacedPipeline(AcceleratedPipeline):
 
     # ---- what a call asks ----
 
-    def make_room(self, height: int, width: int, num_frames: int, prompts: int = 1, videos: int = 1) -> None:
+    def make_room(self, height: int, width: int, num_frames: int, videos: int = 1) -> None:
         """Plan anew for more than was planned for; without a budget, say that it may not fit.
 
         Args:
             height: pixels. Larger frames take more to decode, however few they are.
             width: likewise.
             num_frames: of each video.
-            prompts: whose keys and values are kept.
             videos: to be made at once.
 
         Raises:
@@ -184,11 +183,11 @@ class PlacedPipeline(AcceleratedPipeline):
             return
         columns, rows, _ = plan.size
         larger = height * width * num_frames > plan.pixels or height * width > columns * rows
-        if not larger and prompts <= plan.prompts and videos <= plan.videos:
+        if not larger and videos <= plan.videos:
             return
         size = {"height": height, "width": width, "num_frames": num_frames}
         if self._budget is not None:
-            self.fit(**self._budget, **size, prompts=prompts, videos=videos)
+            self.fit(**self._budget, **size, videos=videos)
         else:
             message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
             logger.warning(message, *plan.size, plan.videos)

@@ -1,14 +1,13 @@
 """A model's weights divided among ranks; block by block they come together for as long as it computes."""
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ...checkpoints.loading.dtypes import dtypes_in
 from ..offload.layout import blocks_of
+from ..planning.meta_models import meta_copy
 from ..quantize import is_quantized
 
 
@@ -47,12 +46,7 @@ def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
         ValueError: the model is quantised, or not on the CPU.
     """
     check(model)
-    targets = dtypes_in(model, dtype)
-    places = {
-        id(whole): nn.Parameter(torch.empty_like(whole, dtype=targets[name], device="meta"), False)
-        for name, whole in model.named_parameters()
-    }
-    part = copy.deepcopy(model, places)
+    part = meta_copy(model, dtypes=dtypes_in(model, dtype), attached=True)
     for block in blocks_of(part):
         fully_shard(block, mesh=mesh)
     fully_shard(part, mesh=mesh, reshard_after_forward=True)

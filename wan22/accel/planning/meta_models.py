@@ -1,8 +1,7 @@
-"""Models without weights, on the meta device: what a plan is made of before anything is loaded."""
+"""Models on the meta device: of released checkpoints, and copies of loaded models without their weights."""
 
-import functools
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...checkpoints.loading.dtypes import dtype_for
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
+from ..offload.layout import blocks_of
 
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
 
@@ -50,8 +50,13 @@ VAE_22: dict[str, Any] = {
 }
 
 
-def released_models(preset: Preset) -> dict[str, Any]:
-    """Return a released checkpoint's models as its repository stores them: bf16, the VAE in float32."""
+def released_models(preset: Preset, stored: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:
+    """Return a released checkpoint's models on the meta device.
+
+    Args:
+        preset: the checkpoint.
+        stored: dtypes of its files by component name; default is bfloat16, and float32 for the VAE.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     layers, ffn_dim = _DEPTHS[preset.dim]
@@ -74,70 +79,83 @@ def released_models(preset: Preset) -> dict[str, Any]:
             models["transformer_2"] = WanTransformer3DModel(**config)
         if wan21_image:
             models["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**_CLIP_VIT_H))
-        vae = AutoencoderKLWan(**VAE_22) if outputs == 48 else AutoencoderKLWan()
-    for model in models.values():
-        store_as(model, torch.bfloat16)
-    return {**models, "vae": vae}
+        models["vae"] = AutoencoderKLWan(**VAE_22) if outputs == 48 else AutoencoderKLWan()
+    dtypes = dict.fromkeys(models, torch.bfloat16) | {"vae": torch.float32} | dict(stored or {})
+    for name, model in models.items():
+        store_as(model, dtypes[name])
+    return models
 
 
 def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
-    """Give a model's parameters a dtype, but those that a transformer keeps in float32.
+    """Give a model on the meta device the dtypes that its weights have once they are loaded.
 
     Args:
-        model: on the meta device.
-        dtype: that is asked for.
-        stored: that of the files; None: the same.
+        model: on the meta device; changed in place.
+        dtype: dtype asked for.
+        stored: dtype of the files; default is `dtype`.
     """
-    kept = (
-        set(WanTransformer3DModel._keep_in_fp32_modules)
-        if isinstance(model, WanTransformer3DModel)
-        else set()
-    )
-    for path, parameter in model.named_parameters():
-        owner = model.get_submodule(path.rpartition(".")[0])
-        parameter.data = parameter.data.to(dtype_for(owner, path, stored or dtype, dtype, kept))
+    kept = model._keep_in_fp32_modules if isinstance(model, WanTransformer3DModel) else ()
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        parameter.data = parameter.data.to(dtype_for(owner, name, stored or dtype, dtype, kept))
 
 
-def outline(components: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of a pipeline's models without their weights, LoRAs and quantised layers included."""
+def meta_copies(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Return meta copies of a pipeline's models, by component name."""
     return {name: meta_copy(components[name]) for name in MODELS if components.get(name) is not None}
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a module whose parameters and buffers become meta tensors; tied ones stay tied.
+def meta_copy(
+    model: nn.Module,
+    blocks: int | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    attached: bool = False,
+) -> Any:
+    """Copy a model without its weights: parameters and buffers become meta tensors; tied ones stay tied.
 
-    Hooks, and methods that were put on a module from outside, are left behind.
+    Other attributes are shared with the model, which stays as it is; quantised layers and LoRAs are included.
+
+    Args:
+        model: any model, compiled ones included.
+        blocks: how many of its blocks the copy has; None: all.
+        dtypes: dtypes of the copy's parameters by name; None: the model's.
+        attached: whether hooks and patched methods are copied; otherwise they are left behind.
+
+    Returns: the copy, without gradients.
     """
-    known: dict[int, Any] = {}
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    left_out = set() if blocks is None else {id(block) for block in blocks_of(model)[blocks:]}
+    dtype_of = {id(p): dtypes[name] for name, p in model.named_parameters()} if dtypes else {}
+    copies: dict[int, Any] = {}  # by the original's id
+
+    def once(original: Any, make: Callable[[Any], Any]) -> Any:
+        if original is not None and id(original) not in copies:
+            copies[id(original)] = make(original)
+        return copies.get(id(original))
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = dtype_of.get(id(tensor), tensor.dtype)
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+        return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
 
     def bare(module: nn.Module) -> nn.Module:
-        if id(module) in known:
-            return known[id(module)]
-        twin = known[id(module)] = module.__class__.__new__(module.__class__)
-        twin.__dict__.update({k: v for k, v in vars(module).items() if not _is_attached(k, v)})
-        twin.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+        twin = module.__class__.__new__(module.__class__)
+        own = {name: value for name, value in vars(module).items() if not _is_hook(name, value)}
+        for name, value in vars(module).items():
+            if isinstance(value, dict) and "_hooks" in name:
+                own[name] = type(value)(value if attached else ())
+            elif isinstance(value, MethodType) and attached:
+                own[name] = MethodType(value.__func__, twin if value.__self__ is module else value.__self__)
         for kind in ("_parameters", "_buffers"):
-            twin.__dict__[kind] = {
-                name: _meta(tensor, known) for name, tensor in module.__dict__[kind].items()
-            }
-        twin.__dict__["_modules"] = {
-            name: None if child is None else bare(child) for name, child in module._modules.items()
-        }
+            own[kind] = {name: once(tensor, empty) for name, tensor in own[kind].items()}
+        children = {name: child for name, child in module._modules.items() if id(child) not in left_out}
+        own["_modules"] = {name: once(child, bare) for name, child in children.items()}
+        vars(twin).update(own)
         return twin
 
     return bare(model)
 
 
-def _is_attached(name: str, value: Any) -> bool:
-    return isinstance(value, MethodType | functools.partial) or name == "_hf_hook"
-
-
-def _meta(tensor: torch.Tensor | None, known: dict[int, Any]) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    if id(tensor) not in known:
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        known[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-        )
-    return known[id(tensor)]
+def _is_hook(name: str, value: Any) -> bool:
+    """Whether an attribute was put on a module from outside: a patched method or what moves its weights."""
+    return isinstance(value, MethodType | partial) or name in ("_hf_hook", "_compiled_call_impl")

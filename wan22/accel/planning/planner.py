@@ -1,9 +1,10 @@
-"""What fits: the fastest way to make a video within a budget of memory, without changing the result.
+"""The fastest way to make a video within a memory budget that leaves the result as it is.
 
 Times are the slower one of arithmetic and copies, at rates measured on the machine.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from ..quantize import is_quantized
 from ..quantize import quantize as quantize_model
 from .costs import Task
 from .machine import GB, Machine
-from .meta_models import outline, released_models
+from .meta_models import meta_copies, released_models
 from .plans import Phase, Plan
 
 # Strips that a video is decoded in, fewest first: each takes longer than the one before.
 STRIPS = (None, 2, 4)
-# What the libraries underneath take for themselves: on a device the workspaces of cuBLAS; on the host the
-# buffers of BLAS and oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
+# Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
+# oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
 WORKSPACE, HOST_WORKSPACE = 64 * 2**20, 160 * 2**20
 
 
@@ -36,7 +37,6 @@ def plan(
     ram: str | float | None = None,
     disk: str | float | None = None,
     *,
-    prompts: int = 1,
     videos: int = 1,
     quantize: str | None = None,
     guided: bool = True,
@@ -47,14 +47,13 @@ def plan(
     Args:
         target: a pipeline, or a preset of `wan22.presets` (its bf16 checkpoint then).
         height: pixels, a multiple of 16 (TI2V-5B: 32); default is the checkpoint's own.
-        width: likewise.
-        num_frames: 1 + a multiple of 4; likewise.
-        vram: memory of the device, "12GB" (1e9 bytes each), "11.5GiB", or bytes; default is what is free.
-        ram: memory of the host, likewise.
-        disk: bytes a second that weights are read with where the host's memory is short of them.
-        prompts: that a call gets.
-        videos: that it makes, of all prompts.
-        quantize: "fp8", "int8" or "fp8_dynamic", to plan for quantised transformers: that changes the result.
+        width: pixels, a multiple of 16 (TI2V-5B: 32); default is the checkpoint's own.
+        num_frames: 1 + a multiple of 4; default is the checkpoint's own.
+        vram: device memory: "12GB" (1e9 bytes each), "11.5GiB", or bytes; default is what is free.
+        ram: host memory, written likewise; default is what is free.
+        disk: bytes a second that weights are read with where host memory is short of them.
+        videos: number of videos of a call, of all prompts.
+        quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is "cuda" if there is one or vram is given, or else "cpu".
 
@@ -67,24 +66,23 @@ def plan(
     ranks = getattr(target, "parallel", None)
     if ranks is not None:
         ranks.check_whole()
-    check_positive_int("prompts", prompts)
     check_positive_int("videos", videos)
     preset = target if isinstance(target, Preset) else target.preset
-    models = released_models(preset) if isinstance(target, Preset) else outline(target.components)
+    models = released_models(preset) if isinstance(target, Preset) else meta_copies(target.components)
     size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)
     name = preset.name if isinstance(target, Preset) else target.checkpoint_name
-    held, on_device = ({}, 0) if isinstance(target, Preset) else _held(target, models)
-    task = Task(name, models, size, quantize, guided, prompts, videos, held)
+    anonymous, on_device = ({}, 0) if isinstance(target, Preset) else _held(target, models)
+    task = Task(name, models, size, quantize, guided, videos, anonymous)
     for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
         check_size(axis, value, multiple)
     check_num_frames(size[2], models["vae"].temporal_stride)
-    taken = {"cpu": sum(held.values()) + task.packed, "cuda": on_device}
+    taken = {"cpu": sum(anonymous.values()) + task.packed, "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
     if quantize:
         for slot in task.experts:
-            if not is_quantized(task.models[slot]):
-                quantize_model(task.models[slot], quantize)
-                held[slot] = bytes_of(task.models[slot])
+            if not is_quantized(models[slot]):
+                quantize_model(models[slot], quantize)
+                anonymous[slot] = bytes_of(models[slot])
     for found in _candidates(task, machine):
         if found.fits:
             return found
@@ -92,12 +90,7 @@ def plan(
 
 
 def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """Return the bytes of each model's weights that are on the host and in no file, and of all on devices.
-
-    Args:
-        pipe: the pipeline.
-        models: those that it has, by name.
-    """
+    """Return the bytes of each model's weights that are on the host and in no file, and of all on devices."""
     files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
     for name in models:
         model = getattr(pipe, name)
@@ -106,49 +99,45 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
         for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
             if weight.device.type != "cpu":
                 on_device += weight.nbytes
-            elif files.ranges and weight not in files:  # none are known where the system does not tell
+            elif files.ranges and weight not in files:  # no ranges: the system does not list mappings
                 held[name] += weight.nbytes
     return held, on_device
+
+
+# ---- ways to make the video ----
 
 
 def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
     """Yield ways to make the video, fastest first."""
     if not machine.has_device:
-        for keep in (True, False):
-            for strips in STRIPS:
-                yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips, keep)
+        for strips in STRIPS:
+            yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips)
         return
     resident = dict.fromkeys(task.models, Placement("resident"))
     on_demand = dict.fromkeys(task.models, Placement("on_demand"))
-    experts = {name: Placement("resident") for name in task.experts}
-    for placements in (resident, on_demand | experts, on_demand):
+    experts = dict.fromkeys(task.experts, Placement("resident"))
+    streamed = (on_demand | experts for experts in _streamed_experts(task, machine))
+    for placements in chain((resident, on_demand | experts, on_demand), streamed):
         for strips in STRIPS:
-            for encoders in _encoder_placements(task, machine, placements):
-                yield _planned(task, machine, placements | encoders, strips, True)
-    for keep in (True, False):
-        for experts in _streaming(task, machine, keep):
-            for strips in STRIPS:
-                for encoders in _encoder_placements(task, machine, on_demand):
-                    yield _planned(task, machine, on_demand | encoders | experts, strips, keep)
+            for encoders in _encoder_placements(task, placements):
+                yield _planned(task, machine, placements | encoders, strips)
 
 
-def _encoder_placements(
-    task: Task, machine: Machine, placements: Mapping[str, Placement]
-) -> Iterator[dict[str, Placement]]:
-    """Yield placements of the encoders: as given, in a stream of blocks, on the host."""
+def _encoder_placements(task: Task, placements: Mapping[str, Placement]) -> Iterator[dict[str, Placement]]:
+    """Yield placements of the encoders: as given, streamed block by block, on the host."""
     yield {name: placements[name] for name in task.encoders}
     if any(placements[name].kind == "on_demand" for name in task.encoders):
         yield {
             name: Placement("streamed") if len(blocks_of(task.models[name])) > 2 else Placement("host")
             for name in task.encoders
         }
-        yield {name: Placement("host") for name in task.encoders}
+        yield dict.fromkeys(task.encoders, Placement("host"))
 
 
-def _streaming(task: Task, machine: Machine, keep: bool) -> Iterator[dict[str, Placement]]:
-    """Yield the placement of the transformers with the most resident blocks that fit, from faster sources."""
+def _streamed_experts(task: Task, machine: Machine) -> Iterator[dict[str, Placement]]:
+    """Yield the placement of the transformers with the most resident blocks that fit; faster source first."""
     first = task.experts[0]
-    room = machine.vram - task.denoise(keep) - WORKSPACE
+    room = machine.vram - task.denoise() - WORKSPACE
     sources: tuple[Source, ...] = ("pinned", "mmap")
     for source in sources:
         for resident in range(len(blocks_of(task.models[first])), -1, -1):
@@ -158,38 +147,16 @@ def _streaming(task: Task, machine: Machine, keep: bool) -> Iterator[dict[str, P
                 break
 
 
-def _planned(
-    task: Task, machine: Machine, placements: dict[str, Placement], strips: int | None, keep: bool
-) -> Plan:
-    """Work out what a way to make the video takes."""
-    held = {name: task.device_bytes(name, placements[name]) for name in task.models}
+# ---- what a way takes ----
 
-    stay = {name for name in held if placements[name].kind == "resident"}
-    always = sum(held[name] for name in stay)
 
-    def weights(active: Iterable[str]) -> int:
-        """Bytes on the device while some models run, one after another: what is resident, and the largest."""
-        return always + max((held[name] for name in active if name not in stay), default=0)
-
-    text = task.text(n for n in task.encoders if placements[n].kind != "host" or not machine.has_device)
-    workspace = WORKSPACE if machine.has_device else HOST_WORKSPACE
-    step = task.denoise(keep) + workspace
-    coming = sum(held[name] for name in task.experts if placements[name].kind == "on_demand")
-    prefetch = weights(task.experts) < always + coming and always + coming + step <= machine.vram
-    phases: tuple[Phase, ...] = (
-        Phase("text", weights(task.encoders), text),
-        Phase("denoise", always + coming if prefetch else weights(task.experts), step),
-        Phase("decode", weights(["vae"]), task.decode(strips) + workspace),
-    )
-    everything = sum(map(task.bytes_of, task.models))
+def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None) -> Plan:
     weights_on_host = sum(_on_host(task, name, placement) for name, placement in placements.items())
-    host = weights_on_host + task.packed + _passing(task, placements)
-    if not machine.has_device:
-        # Everything lies in the host's memory once it has been used; what is in files comes and goes.
-        extra = {"decode": task.pixels}
-        phases = tuple(
-            Phase(p.name, everything + task.packed, p.activations + extra.get(p.name, 0)) for p in phases
-        )
+    if machine.has_device:
+        phases, prefetch = _device_phases(task, machine, placements, strips)
+        host = weights_on_host + task.packed + _passing(task, placements)
+    else:
+        phases, prefetch = _host_phases(task, strips), False
         host = max(phase.total for phase in phases)
     return Plan(
         name=task.name,
@@ -197,27 +164,58 @@ def _planned(
         machine=machine,
         placements=placements,
         strips=strips,
-        keep=keep,
         prefetch=prefetch,
         quantize=task.quantize,
         phases=phases,
         host=host,
-        mapped=everything - weights_on_host,
+        mapped=sum(map(task.bytes_of, task.models)) - weights_on_host,
         step_seconds=_step_seconds(task, machine, placements),
-        prompts=task.prompts,
         videos=task.videos,
     )
 
 
+def _device_phases(
+    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None
+) -> tuple[tuple[Phase, ...], bool]:
+    """Return a call's phases on a device, and whether both experts fit there while one runs."""
+    held = {name: task.device_bytes(name, placement) for name, placement in placements.items()}
+    resident = sum(held[name] for name, placement in placements.items() if placement.kind == "resident")
+
+    def weights(active: Iterable[str]) -> int:
+        """Bytes while some models run one after another: the resident models, and the largest other one."""
+        return resident + max((held[n] for n in active if placements[n].kind != "resident"), default=0)
+
+    text = task.text(name for name in task.encoders if placements[name].kind != "host")
+    one, step = weights(task.experts), task.denoise() + WORKSPACE
+    both = resident + sum(held[name] for name in task.experts if placements[name].kind == "on_demand")
+    prefetch = one < both and both + step <= machine.vram
+    phases = (
+        Phase("text", weights(task.encoders), text),
+        Phase("denoise", both if prefetch else one, step),
+        Phase("decode", weights(["vae"]), task.decode(strips) + WORKSPACE),
+    )
+    return phases, prefetch
+
+
+def _host_phases(task: Task, strips: int | None) -> tuple[Phase, ...]:
+    """Return a call's phases on the CPU, where all weights that have been used stay in memory."""
+    weights = sum(map(task.bytes_of, task.models)) + task.packed
+    return (
+        Phase("text", weights, task.text(task.encoders)),
+        Phase("denoise", weights, task.denoise() + HOST_WORKSPACE),
+        Phase("decode", weights, task.decode(strips) + HOST_WORKSPACE + task.pixels),
+    )
+
+
 def _on_host(task: Task, name: str, placement: Placement) -> int:
-    """Return the bytes of a model's weights that the host's memory holds, whatever else it is short of."""
-    # Where a model runs on the host, those of a file may be copied: its kernels want other addresses.
+    """Return the bytes of a model's weights that host memory holds, however short it is."""
+    # A model that runs on the host may copy mapped weights, for its kernels want other addresses.
     whole = placement.source == "pinned" or placement.kind == "host"
     return task.bytes_of(name) if whole else min(task.anonymous.get(name, 0), task.bytes_of(name))
 
 
 def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
-    """Return the bytes of the host that come and go beside a device: buffers, videos, what encoders make."""
+    """Return the bytes of host memory beside weights: staging buffers, videos, encoders that run there."""
     staged = any(p.kind != "host" and p.source == "mmap" for p in placements.values())
     encoders = [name for name in task.encoders if placements[name].kind == "host"]
     encoding = task.text(encoders) + HOST_WORKSPACE if encoders else 0
@@ -241,14 +239,17 @@ def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placeme
     return seconds
 
 
+# ---- where nothing fits ----
+
+
 def _what_would_fit(task: Task, machine: Machine) -> str:
     """Say how much the smallest way takes, and which other videos would fit."""
     smallest = min(_candidates(task, machine), key=lambda p: p.device_peak)
     width, height, frames = task.size
+    where = "device" if machine.has_device else "host"
     message = (
         f"{task.name} at {width}x{height} with {frames} frames does not fit into {machine}: it takes "
-        f"at least {smallest.device_peak / GB:.2f} GB "
-        + ("of the device" if machine.has_device else "of the host")
+        f"at least {smallest.device_peak / GB:.2f} GB of the {where}"
     )
     if machine.has_device and smallest.host > machine.ram:
         message += f" and {smallest.host / GB:.2f} GB of the host"

@@ -37,7 +37,6 @@ class Plan:
         machine: that it is made for.
         placements: of each model.
         strips: that a video is decoded in; None: whole frames.
-        keep: whether keys and values of the prompts are kept from step to step.
         prefetch: whether the second expert comes while the first one still runs.
         quantize: how the transformers are quantised; None: they are not.
         phases: of a call, in order.
@@ -45,8 +44,7 @@ class Plan:
             the device's weights and the videos pass through.
         mapped: bytes of weights at home in files; the system drops their pages when it needs the room.
         step_seconds: of one step, both guidance passes; None where no rates are known.
-        prompts: that a call gets.
-        videos: that it makes.
+        videos: number of videos of a call.
     """
 
     name: str
@@ -54,14 +52,12 @@ class Plan:
     machine: Machine
     placements: Mapping[str, Placement]
     strips: int | None
-    keep: bool
     prefetch: bool
     quantize: str | None
     phases: tuple[Phase, ...]
     host: int
     mapped: int
     step_seconds: float | None = None
-    prompts: int = 1
     videos: int = 1
 
     @property

@@ -1,16 +1,14 @@
-"""What a computation costs, told from its shapes: it runs on the meta device, where nothing is computed.
+"""Peak memory of a computation, traced on the meta device, where nothing is computed.
 
-Counted are the bytes of all tensors that are alive at once, as PyTorch's allocator would hand them out. What
-kernels take for themselves is not: fused attention takes next to nothing, a convolution may take more.
+Counts the bytes of all tensors that are alive at once, rounded as PyTorch's allocator rounds. Workspaces of
+kernels are not counted: fused attention takes next to nothing, a convolution may take more.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +18,7 @@ from ..offload.layout import GRAIN
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it; `peak` is the most that were alive at any time."""
+    """Counts the bytes of tensors made inside it; `peak` is the largest sum of those alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            # A view of something made before is nothing new.
+            # A view of an argument takes no memory.
             if id(storage) not in given:
                 self._alive[storage] = -(-storage.nbytes() // GRAIN) * GRAIN
         self.peak = max(self.peak, sum(self._alive.values()))
@@ -46,7 +44,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets PyTorch's attention return at once; on the meta device it would lay out all logits."""
+    """Replaces PyTorch's attention, which would materialise all logits on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,27 +55,13 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Return the most bytes that a function's tensors take at once, its results included.
+def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Return the most bytes that a function's tensors take at once, its result included.
 
     Args:
         function: makes all its tensors on the meta device.
-        *args: for the function; tensors made before do not count.
-        **kwargs: likewise.
+        *args: its arguments; their tensors do not count.
     """
     with torch.no_grad(), FusedAttention(), LiveBytes() as live:
-        function(*args, **kwargs)
+        function(*args)
     return live.peak
-
-
-def on_meta(model: nn.Module) -> Callable[..., Any]:
-    """Return a function that calls a model with its weights on the meta device; the model stays as it is."""
-    weights: Mapping[str, torch.Tensor] = {
-        name: tensor.detach().to("meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, weights, args, kwargs)  # type: ignore[arg-type]
-
-    return call
