@@ -10,40 +10,14 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from tests.checkpoints.lora_writers import save_one_layer
+from tests.cli.commands import QUICK, picture, run
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
-from wan22.cli.app import app
 from wan22.cli.loading import split_strength
 from wan22.cli.running import free_name
 from wan22.pipelines.preview import Previewer
-
-QUICK = ["--steps", "2", "--frames", "5"]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments, code=0):
-    """Run a command; return what it wrote to stdout, and to stderr as one line without frames."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
-
-
-def picture(path, size=(64, 64)):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size).save(path)
-    return path
-
 
 # ---- making videos ----
 
@@ -207,169 +181,13 @@ def test_a_second_ctrl_c_ends_at_once(interrupted, here):
     assert not (here / "a.mp4").exists()
 
 
-# ---- many ----
-
-
-def items(here, *lines):
-    (here / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return here / "list.jsonl"
-
-
-def records(here):
-    return [json.loads(line) for line in (here / "out" / "results.jsonl").read_text().splitlines()]
-
-
-SHORT = {"num_inference_steps": 2, "num_frames": 5}
-
-
-def test_a_batch(here):
-    file = items(
-        here,
-        {"prompt": "a red circle", "seed": 1, **SHORT},
-        {"prompt": "bad", "height": 50, "width": 64, **SHORT},
-        {"prompt": "three", "name": "drei 🐈", **SHORT},
-        {"prompt": "a red circle", "seed": 1, **SHORT},
-    )
-    out, err = run("batch", file, "-o", "out", "--json", code=1)
-    assert json.loads(out) == {"done": 3, "failed": 1, "results": "out/results.jsonl"}
-    assert "failed: height=50" in err and "4 items, 0 of them done already" in err
-    assert sorted(p.name for p in (here / "out").iterdir()) == [
-        "a-red-circle-2.mp4",
-        "a-red-circle.mp4",
-        "drei 🐈.mp4",
-        "results.jsonl",
-    ]
-    assert [r["status"] for r in records(here)] == ["done", "failed", "done", "done"]
-    assert "height=50" in records(here)[1]["error"]
-    times = {p: p.stat().st_mtime_ns for p in (here / "out").glob("*.mp4")}
-    _, err = run("batch", file, "-o", "out", code=1)
-    assert "4 items, 3 of them done already" in err, "only what failed is tried again"
-    assert times == {p: p.stat().st_mtime_ns for p in (here / "out").glob("*.mp4")}
-    (here / "out" / "a-red-circle.mp4").unlink()
-    file = items(here, {"prompt": "a red circle", "seed": 1, **SHORT})
-    out, _ = run("batch", file, "-o", "out")
-    assert out == "1 done, 0 failed: out\n"
-    assert (here / "out" / "a-red-circle.mp4").exists(), "a video that is gone is made again"
-    assert read_recipe(here / "out" / "a-red-circle.mp4").seeds == (1,)
-    with (here / "out" / "results.jsonl").open("a") as file_of_records:
-        file_of_records.write('{"key": "cut of')  # a run that was killed
-    run("batch", file, "-o", "out")
-
-
-def test_a_batch_of_plain_prompts(here):
-    (here / "list.txt").write_text("\ufeffred\n\nblue – 蓝\nred\n", encoding="utf-8")
-    run("batch", "list.txt", "-o", "out", "--ending", ".gif", "-q")
-    assert [r["item"]["prompt"] for r in records(here)] == ["red", "blue – 蓝", "red"]
-    assert sorted(p.name for p in (here / "out").glob("*.gif")) == ["blue-蓝.gif", "red-2.gif", "red.gif"]
-
-
-def test_a_batch_is_known_by_its_folder_from_anywhere(here, monkeypatch):
-    file = items(here, {"prompt": "one", **SHORT})
-    run("batch", file, "-o", "out", "-q")
-    (here / "elsewhere").mkdir()
-    monkeypatch.chdir(here / "elsewhere")
-    _, err = run("batch", file, "-o", "../out")
-    assert "1 items, 1 of them done already" in err
-
-
-def test_a_batchs_ending_is_refused_before_anything_is_made(here):
-    file = items(here, {"prompt": "one", **SHORT})
-    _, err = run("batch", file, "-o", "out", "--ending", ".avi", code=1)
-    assert "video.avi must end in .mp4" in err and not (here / "out").exists()
-
-
-def test_a_batch_with_images(here):
-    (here / "lists").mkdir()
-    picture(here / "lists" / "a.png")
-    (here / "lists" / "list.jsonl").write_text(json.dumps({"prompt": "it moves", "image": "a.png", **SHORT}))
-    run("batch", "lists/list.jsonl", "-o", "out", "-q")
-    assert read_recipe(next((here / "out").glob("*.mp4"))).images == ("lists/a.png",)
-
-
-def test_a_batch_goes_on_after_ctrl_c(here, monkeypatch):
-    file = items(here, {"prompt": "one", **SHORT}, {"prompt": "two", **SHORT})
-    with monkeypatch.context() as patch:
-        patch.setattr(WanT2VPipeline, "expect", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        _, err = run("batch", file, "-o", "out", code=130)
-    assert "the same command goes on from here" in err
-    assert [r["status"] for r in records(here)] == ["stopped"]
-    out, _ = run("batch", file, "-o", "out", "-q")
-    assert out.startswith("2 done, 0 failed")
-    assert [r["status"] for r in records(here)] == ["stopped", "done", "done"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[]", 'line 2: an item is {"prompt"'),
-        ('{"prompt": 5}', 'line 2: an item is {"prompt"'),
-        ('{"prompt": "a", "stepz": 5}', "line 2: there is no argument 'stepz'"),
-        ('{"prompt": "a", "name": "../x"}', "line 2: name='../x' must be a file's name"),
-        ('{"prompt": "a", "name": "first"}', "line 2: the name 'first' is line 1's, too"),
-    ],
-)
-def test_lines_that_are_no_items(line, message, here):
-    (here / "list.jsonl").write_text('{"prompt": "a", "name": "first"}\n' + line)
-    _, err = run("batch", "list.jsonl", "-o", "out", code=1)
-    assert message in err
-    assert not (here / "out").exists()
-
-
-# ---- telling ----
-
-
-def test_the_recipe_of_a_video(here):
-    run("t2v", "a [bold] cat", *QUICK, "--seed", 5, "-o", "a.mp4", "-q")
-    out, _ = run("info", "a.mp4")
-    assert re.search(r"prompts\s+a \[bold\] cat", out) and re.search(r"seeds\s+5", out)
-    assert json.loads(run("info", "a.mp4", "--json")[0])["prompts"] == ["a [bold] cat"]
-
-
-def test_what_a_checkpoint_is(here):
-    found = json.loads(run("info", tiny_checkpoint(), "--json")[0])
-    assert (found["layout"], found["variant"], found["experts"]) == ("Diffusers", "tiny-t2v", 2)
-    assert found["loads with"].startswith("WanT2VPipeline.from_pretrained(")
-    assert set(found["models"]) == {"transformer", "transformer_2", "vae", "text_encoder"}
-    assert next(iter(found["models"]["transformer"]["dtypes"])) == "bfloat16"
-    file = tiny_checkpoint() / "vae" / "diffusion_pytorch_model.safetensors"
-    found = json.loads(run("info", file, "--json")[0])
-    assert found["models"]["vae"]["kind"] == "vae"
-    assert found["loads with"].startswith("AutoencoderKLWan.from_single_file(")
-    assert "tiny-t2v" in run("info", tiny_checkpoint())[0]
-    broken = load_file(file)
-    broken["mystery.weight"] = broken.pop("post_quant_conv.weight")
-    save_file(broken, here / "broken.safetensors")
-    _, err = run("info", "broken.safetensors", code=1)
-    assert "mystery.weight" in err
-
-
-def test_names(here):
-    assert json.loads(run("info", "Wan2.2-T2V-A14B", "--json")[0])["transformers"] == 2
-    out, _ = run("models")
-    assert "Wan-AI/Wan2.2-TI2V-5B-Diffusers" in out and "Apache-2.0" in out and "tiny-i2v" in out
-    assert {m["name"] for m in json.loads(run("models", "--json")[0])} >= {"Wan2.2-T2V-A14B", "tiny-t2v"}
-
-
-def test_converting(here):
-    heads = ["--attention-head-dim", 64]
-    out, _ = run("convert", tiny_checkpoint(), "out", "--to", "official", "--dry-run", *heads)
-    assert "GB, in" in out and not (here / "out").exists()
-    run("convert", tiny_checkpoint(), "out", "--to", "official", *heads)
-    assert (here / "out" / "high_noise_model").is_dir()
-    _, err = run("convert", tiny_checkpoint(), "out", "--to", "official", code=1)
-    assert "out" in err
-    _, err = run("convert", tiny_checkpoint(), "o", "--to", "disk", code=1)
-    assert "'disk'" in err
+# ---- what a person mistypes ----
 
 
 def test_help_has_examples():
     for command in ("t2v", "i2v", "batch", "reproduce", "convert", "info", "models"):
         assert f"wan22 {command}" in run(command, "--help")[0].split("Usage", 1)[1].split("\n", 1)[1]
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version")[0])
-
-
-# ---- what a person mistypes ----
 
 
 @pytest.mark.parametrize(
