@@ -9,18 +9,11 @@ from tests.accel.features import CHANGING, SAME, frames, own, streamed
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.tiers import slow
-from wan22.accel import cpu
 
 # What changes the result comes first in each pair, as both are there in what the pair is compared with.
 PAIRS = [pair for pair in combinations([*CHANGING, *SAME], 2) if not set(pair) <= set(CHANGING)]
 # Compiling takes most of the time.
 SLOW = [pair for pair in PAIRS if "compile" in pair and "lora" not in pair]
-
-
-@pytest.fixture(autouse=True)
-def small_layers_too(monkeypatch):
-    """Let oneDNN compute the small layers of these models as well."""
-    monkeypatch.setattr(cpu, "_LARGE", 0)
 
 
 def check(form, pair, tmp_path):

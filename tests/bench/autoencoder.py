@@ -25,7 +25,6 @@ from tests.bench.harness import (
     watched_memory,
 )
 from wan22 import AutoencoderKLWan
-from wan22.accel import cpu
 from wan22.accel.planning.meta_models import VAE_22
 from wan22.accel.planning.trace import peak_bytes
 from wan22.accel.vae import accelerate
@@ -66,7 +65,6 @@ def both_ways(family: str, dtype: torch.dtype, settings: Settings) -> list[Row]:
     """Decode and encode a short clip."""
     ours, theirs = random_vaes(family, dtype)
     accelerate(ours)
-    cpu.accelerate(ours)
     side = 64 if settings.quick else 128
     z, x = random_latents(ours, FRAMES, side, side), random_video(ours, FRAMES, side)
     cases = {

@@ -14,7 +14,7 @@ from tests.builders import latents_of, random_i2v_pipeline, random_pipeline
 from tests.golden_data import relative_error
 from tests.pipelines.test_acceleration import out_of_memory_below
 from wan22 import WanT2VPipeline, accel, presets
-from wan22.accel import cpu, vae
+from wan22.accel import vae
 from wan22.accel.offload.layout import Placement, bytes_of
 from wan22.accel.planning.meta_models import released_models
 from wan22.checkpoints.lora.adapters import adapters_of
@@ -77,8 +77,7 @@ def test_a_step_cache_begins_anew_with_each_video():
         assert torch.equal(latents_of(pipe, prompt), latents)
 
 
-def test_accelerated_while_models_are_on_the_device(monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", 0)
+def test_accelerated_while_models_are_on_the_device():
     pipe, device = own_pipeline(), RecordingDevice()
     plain = latents_of(pipe, output_type="pt")
     pipe.apply(plan_in(pipe, 1e9), device)
@@ -91,16 +90,13 @@ def test_accelerated_while_models_are_on_the_device(monkeypatch):
 
 def test_weights_are_laid_out_for_where_they_are_used(monkeypatch):
     """Those of a plan, for the device: not where they are at home."""
-    monkeypatch.setattr(cpu, "_LARGE", 0)
     monkeypatch.setattr(vae, "_faster_contiguous", lambda weight, device: device.type == "cpu")
     pipe, device = own_pipeline(), RecordingDevice()
     pipe.accelerate()
-    assert cpu.packed_bytes(pipe.vae) > 0
     assert pipe.vae.decoder.conv_in.weight.is_contiguous()
     device.torch_device = torch.device("meta")  # one that is not the CPU
     pipe.apply(plan_in(pipe, 1e9), device)
     pipe.accelerate()
-    assert cpu.packed_bytes(pipe.vae) == 0
     assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -214,10 +210,9 @@ def test_decoding_is_as_before_once_a_plan_is_released(before, monkeypatch):
     assert pipe.vae.use_tiling
 
 
-def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path, monkeypatch):
+def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path):
     from tests.checkpoints.lora_writers import make_lora, save
 
-    monkeypatch.setattr(cpu, "_LARGE", 0)
     pipe = own_pipeline()
     lora = save(make_lora(pipe.transformer, 1), tmp_path / "a.safetensors")
     pipe.load_lora_weights(lora)
@@ -230,7 +225,6 @@ def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path, monkeypatch):
     gc.collect()
     assert kept
     assert [weight() for weight in kept] == [None] * len(kept)
-    assert cpu.packed_bytes(pipe.vae) == 0
 
 
 def test_wan_21_for_images_has_an_image_encoder():

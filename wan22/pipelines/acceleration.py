@@ -4,7 +4,6 @@ from abc import abstractmethod
 from typing import Any
 
 from ..accel import attention
-from ..accel import cpu as cpu_acceleration
 from ..accel import vae as vae_acceleration
 from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
@@ -82,16 +81,14 @@ class AcceleratedPipeline(LoadablePipeline):
     # ---- kernels and weights ----
 
     def accelerate(self) -> None:
-        """Compute the same faster: results move by rounding, see `accel.vae` and `accel.cpu` for the bounds.
+        """Compute the same faster: results move by rounding, see `accel.vae` for the bounds.
 
-        The VAE works with channels innermost in memory; products and convolutions on the CPU are oneDNN's;
-        the attention kernel is the fastest exact one. Weights that are loaded later need it again, and so do
+        The VAE works with channels innermost in memory, and upsamples inside a convolution; the attention
+        kernel is the fastest exact one. Weights that are loaded later need it again, and so do
         models that run elsewhere later: on a GPU in place of the CPU.
         """
         self.come_home()
         vae_acceleration.accelerate(self.vae)
-        for model in (self.vae, *self.transformers):
-            cpu_acceleration.accelerate(model)
         if self.transformers:
             self.set_attention_backend("auto")
         self._accelerated = True
@@ -100,8 +97,6 @@ class AcceleratedPipeline(LoadablePipeline):
         """Undo `accelerate`, to the bit."""
         self.come_home()
         vae_acceleration.detach(self.vae)
-        for model in (self.vae, *self.transformers):
-            cpu_acceleration.detach(model)
         for model in self.transformers:
             model.set_attention_backend("native")
         self._accelerated = False

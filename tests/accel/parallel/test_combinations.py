@@ -11,7 +11,6 @@ from tests.builders import bf16_pipeline
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.tiers import slow
-from wan22.accel import cpu
 from wan22.accel.parallel import parallelize
 
 BOUND = 2e-5
@@ -38,7 +37,6 @@ def compiled_graphs(pipe, form):
 
 
 def together(rank, form, lora):
-    cpu._LARGE = 0  # let oneDNN compute the small layers of these models as well
     found = {}
     for name in (*CHANGING, *SAME):
         pipe = own(form)

@@ -21,7 +21,6 @@ from tests.builders import (
 )
 from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
-from wan22.accel import cpu
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task, forward_flops
@@ -334,17 +333,6 @@ def test_less_memory_on_a_cpu(pipe):
     second = accel.plan(pipe, ram=first.host - 1, **size)
     assert second.host < first.host
     assert second.strips is not None
-
-
-def test_packed_weights_are_planned(monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", 0)
-    pipe = own_pipeline()
-    plain = accel.plan(pipe, **SIZE, ram="8GB", device="cpu")
-    cpu.accelerate(pipe.vae)
-    packed = cpu.packed_bytes(pipe.vae)
-    weights = sum(m.weight.nbytes for m in pipe.vae.modules() if isinstance(m, torch.nn.Conv3d))
-    assert packed >= weights > 0
-    assert accel.plan(pipe, **SIZE, ram="8GB", device="cpu").host == plain.host + packed
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ...presets import MAX_TEXT_TOKENS
-from ..cpu import packed_bytes
 from ..offload.layout import Placement, blocks_of, bytes_of, device_bytes
 from .meta_models import meta_copy
 from .trace import peak_bytes
@@ -94,11 +93,6 @@ class Task:
         """Bytes of the videos in float32, which the host holds twice at the end."""
         width, height, frames = self.size
         return self.videos * 3 * width * height * frames * 4
-
-    @property
-    def packed(self) -> int:
-        """Bytes of the weights that the CPU's kernels keep in their own order as well."""
-        return sum(packed_bytes(model) for model in self.models.values())
 
     def text(self, names: Iterable[str]) -> int:
         """Activation bytes of these encoders, for the longest prompt or an image."""

@@ -76,7 +76,7 @@ def plan(
     for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
         check_size(axis, value, multiple)
     check_num_frames(size[2], models["vae"].temporal_stride)
-    taken = {"cpu": sum(anonymous.values()) + task.packed, "cuda": on_device}
+    taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
     if quantize:
         for slot in task.experts:
@@ -154,7 +154,7 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
     weights_on_host = sum(_on_host(task, name, placement) for name, placement in placements.items())
     if machine.has_device:
         phases, prefetch = _device_phases(task, machine, placements, strips)
-        host = weights_on_host + task.packed + _passing(task, placements)
+        host = weights_on_host + _passing(task, placements)
     else:
         phases, prefetch = _host_phases(task, strips), False
         host = max(phase.total for phase in phases)
@@ -199,7 +199,7 @@ def _device_phases(
 
 def _host_phases(task: Task, strips: int | None) -> tuple[Phase, ...]:
     """Return a call's phases on the CPU, where all weights that have been used stay in memory."""
-    weights = sum(map(task.bytes_of, task.models)) + task.packed
+    weights = sum(map(task.bytes_of, task.models))
     return (
         Phase("text", weights, task.text(task.encoders)),
         Phase("denoise", weights, task.denoise() + HOST_WORKSPACE),
