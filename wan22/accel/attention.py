@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..models.attention import Kernel, native, register
+from ..private_apis import uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def use(
     Raises:
         ValueError: the kernel cannot be used.
     """
-    model = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
+    model = uncompiled(model)
     device = torch.device(device or get_module_execution_device(model))
     dtype = dtype or model.dtype
     chosen = select(name, device, dtype, model.head_dim)

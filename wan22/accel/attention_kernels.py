@@ -12,8 +12,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ..models.attention import native
-
-aten = torch.ops.aten
+from ..private_apis import (
+    cudnn_attention,
+    efficient_attention,
+    flash_attention,
+    flash_attention_for_cpu,
+    math_attention,
+    sdpa_choice,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -62,7 +68,7 @@ def running_kernel(
     """
     keys = keys or queries
     q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, k))
+    choice = SDPBackend(sdpa_choice(q, k, k))
     return choice.name.removesuffix("_ATTENTION").lower()
 
 
@@ -135,25 +141,25 @@ def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     q, k, v = _heads_first(query, key, value)
     if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2)
-    return aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2)
+        return flash_attention_for_cpu(q, k, v)[0].transpose(1, 2)
+    return flash_attention(q, k, v)[0].transpose(1, 2)
 
 
 def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     q, k, v = _heads_first(query, key, value)
     trained = query.requires_grad or key.requires_grad or value.requires_grad
-    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, trained)[0].transpose(1, 2)
+    return cudnn_attention(q, k, v, None, trained)[0].transpose(1, 2)
 
 
 def _efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     q, k, v = _heads_first(query, key, value)
     trained = query.requires_grad or key.requires_grad or value.requires_grad
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, trained)[0].transpose(1, 2)
+    return efficient_attention(q, k, v, None, trained)[0].transpose(1, 2)
 
 
 def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     q, k, v = _heads_first(query, key, value)
-    return aten._scaled_dot_product_attention_math(q, k, v)[0].transpose(1, 2)
+    return math_attention(q, k, v)[0].transpose(1, 2)
 
 
 # ---- kernels of other libraries ----

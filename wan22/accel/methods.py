@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..private_apis import version
+
 
 def is_own(module: nn.Module, name: str) -> bool:
     """Whether a module's method is its class's; who took another away may have left that on the module."""
@@ -27,4 +29,4 @@ def identity(tensor: torch.Tensor) -> tuple[int, int | None]:
     Tensors made in torch.inference_mode do not count what is written to them, and compiled code cannot ask.
     """
     unknown = torch.compiler.is_compiling() or tensor.is_inference()
-    return id(tensor), None if unknown else tensor._version
+    return id(tensor), None if unknown else version(tensor)

@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
 from ..checkpoints.loading.quantized_linear import QuantizedLinear
 from ..checkpoints.lora.adapters import adapters_of, has_adapters
+from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from .offload.layout import blocks_of, bytes_of
 
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Rows of a weight that are converted at a time, so that their float32 copies stay small.
 ROWS = 1024
-# What torch._scaled_mm asks of both sizes of a weight.
+# What the float8 product asks of both sizes of a weight.
 MULTIPLE = 16
 
 
@@ -58,14 +58,14 @@ def quantize(model: Any, method: Any, block: int | None = None) -> Any:
         ImportError: torchao is not installed, and the configuration is its own.
     """
     layers = check(model, method, block)
-    inner = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
+    inner = uncompiled(model)
     if isinstance(method, str):
         for name in list(layers):
             # Taken out of the table, so that no two weights are there twice.
             _put(inner, name, _quantized(layers.pop(name), method, block))
     else:
         _quantize_by_torchao(inner, method, set(layers))
-    _maybe_remove_and_reapply_group_offloading(inner)  # so that the new layers are offloaded, too
+    reapply_group_offloading(inner)  # so that the new layers are offloaded, too
     return model
 
 
@@ -82,7 +82,7 @@ def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Lin
     Raises:
         ValueError: see `quantize`.
     """
-    layers = _layers_to_quantize(getattr(model, "_orig_mod", model))
+    layers = _layers_to_quantize(uncompiled(model))
     if isinstance(method, str):
         check_method(method)
         _check_fit(method, block, layers)
@@ -104,7 +104,7 @@ def dequantize(model: Any) -> Any:
     Raises:
         ValueError: no layer is quantised.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     names = [name for name, module in inner.named_modules() if _is_quantized(module)]
     if not names:
         raise ValueError(f"no layer of this {type(inner).__name__} is quantised")
@@ -114,7 +114,7 @@ def dequantize(model: Any) -> Any:
             _put(inner, name, layer.expand())
         else:
             layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
-    _maybe_remove_and_reapply_group_offloading(inner)
+    reapply_group_offloading(inner)
     return model
 
 
@@ -151,9 +151,7 @@ def _scaled_by_rows(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
     """Multiply "l i" by "i o" with scales "l 1" and "1 o": one kernel, from compute capability 9.0."""
-    return torch._scaled_mm(
-        x, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda
-    )
+    return scaled_mm(x, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
 
 
 def _scaled_afterwards(
@@ -161,7 +159,7 @@ def _scaled_afterwards(
 ) -> torch.Tensor:
     """Do the same where a kernel takes one scale for all, as on 8.9: both kinds factor out of the sums."""
     one = torch.ones((), device=x.device)
-    out = torch._scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
+    out = scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
     return out.mul_(scale).mul_(weight_scale)
 
 
@@ -271,7 +269,7 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
     if any(_is_quantized(layer) for layer in layers.values()):
         raise ValueError(f"this {kind} is quantised already; call dequantize first, or load it again")
     for name, layer in layers.items():
-        if hasattr(layer, "_hf_hook") and layer.weight.is_meta:
+        if accelerate_hook(layer) and layer.weight.is_meta:
             raise ValueError(
                 f"{name}.weight is not there (offloaded piece by piece); quantize before "
                 "enable_sequential_cpu_offload"
@@ -376,7 +374,7 @@ def report(
     Raises:
         ValueError: no layer of the second one is quantised.
     """
-    plain, quantized = (getattr(model, "_orig_mod", model) for model in (plain, quantized))
+    plain, quantized = (uncompiled(model) for model in (plain, quantized))
     inputs = _random_inputs(plain, size, rows) if inputs is None else inputs
     others = dict(_linears(quantized))
     layers = {

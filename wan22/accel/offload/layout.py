@@ -3,7 +3,7 @@
 What a placement takes on the device follows from that, to the byte, before anything is loaded.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...checks import check_choice
+from ...private_apis import own_tensors
 
 # Where tensors of a slab begin: what kernels ask for at most.
 ALIGNMENT = 256
@@ -258,8 +259,7 @@ def _ceil(number: int, multiple: int) -> int:
 
 def _tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[torch.Tensor]:
     """Yield a module's parameters and buffers, but not those of the modules in it that are left out."""
-    own: list[Mapping[str, torch.Tensor | None]] = [module._parameters, module._buffers]
-    for tensors in own:
+    for tensors in own_tensors(module):
         yield from (tensor for tensor in tensors.values() if tensor is not None)
     for child in module.children():
         if not any(child is other for other in without):

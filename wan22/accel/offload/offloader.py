@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from torch import nn
 
+from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from .devices import Device
 from .layout import Placement
 from .streaming import ModelStreamer
@@ -86,7 +86,7 @@ class ModelOffloader:
         """Let models be as they were before, on the CPU."""
         for name, turn in list(self._turns.items()):
             model, _ = self.models[name]
-            if getattr(model, "_hf_hook", None) is not turn:  # somebody put another in its place
+            if accelerate_hook(model) is not turn:  # somebody put another in its place
                 turn.detach_hook(model)
                 continue
             remove_hook_from_module(model)
@@ -199,16 +199,16 @@ def _check_free(name: str, model: nn.Module) -> None:
     Raises:
         ValueError: with the one who does, and what to call.
     """
-    if hasattr(model, "_orig_mod"):
+    if uncompiled(model) is not model:
         raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook = accelerate_hook(module)
         if isinstance(hook, OffloadHook):
             raise ValueError(f"{name} is already offloaded, as {hook.name}; detach that offloader first")
         if hook is not None:
             kind = type(hook).__name__
             raise ValueError(f"{name} is offloaded by accelerate ({kind}); call remove_all_hooks() first")
-    if _get_top_level_group_offload_hook(model) is not None:
+    if is_group_offloaded(model):
         raise ValueError(f"{name} is offloaded in groups by diffusers; load it anew without")
 
 

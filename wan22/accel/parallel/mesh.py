@@ -111,12 +111,14 @@ def _made(layout: Layout, device_type: str, world: Any) -> Groups:
     # The ranks of a Ulysses group are neighbours: their tokens, put together, are a run of the video's.
     sizes = layout.cfg, layout.ring, layout.ulysses
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
+    pair = layout.cfg, layout.ring * layout.ulysses
+    passes = init_device_mesh(device_type, pair, mesh_dim_names=("cfg", "sequence"))
     return Groups(
         ring=mesh["ring"].get_group(),
         ulysses=mesh["ulysses"].get_group(),
-        sequence=mesh["ring", "ulysses"]._flatten("sequence").get_group(),
-        guidance=mesh["cfg"].get_group(),
-        mesh=mesh._flatten("all"),
+        sequence=passes["sequence"].get_group(),
+        guidance=passes["cfg"].get_group(),
+        mesh=init_device_mesh(device_type, (layout.ranks,), mesh_dim_names=("all",)),
     )
 
 

@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
 
 from ...models.attention import Kernel, attention, register, unregister
+from ...private_apis import (
+    all_to_all_single,
+    efficient_attention,
+    flash_attention,
+    flash_attention_for_cpu,
+    permute_tensor,
+    wait_tensor,
+)
 from ..offload.layout import blocks_of
 from .mesh import Groups, gathered
 
-aten = torch.ops.aten
 _numbers = itertools.count()
 
 
@@ -159,8 +165,8 @@ class SequenceParallel:
 
     def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
         """Send each rank of the Ulysses group its part, and return what they sent."""
-        sent = collectives.all_to_all_single(parts.contiguous(), None, None, self.groups.ulysses)
-        return collectives.wait_tensor(sent)
+        sent = all_to_all_single(parts.contiguous(), None, None, self.groups.ulysses)
+        return wait_tensor(sent)
 
     def _ring(self, query: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         """Attend to the keys and values "2 b s n d" of each rank of the ring in turn."""
@@ -170,13 +176,13 @@ class SequenceParallel:
         for step in range(size):
             # The next block travels while this one is attended to.
             last = step + 1 == size
-            coming = None if last else collectives.permute_tensor(block.flatten(), onwards, self.groups.ring)
+            coming = None if last else permute_tensor(block.flatten(), onwards, self.groups.ring)
             owner, run = (rank - step) % size, block.shape[2]
             filled = min(max(self.tokens - owner * run, 0), run)
             if filled:
                 part = attention_and_logits(query, block[0, :, :filled], block[1, :, :filled])
                 total = part if total is None else added(*total, *part)
-            block = block if coming is None else collectives.wait_tensor(coming).view_as(block)
+            block = block if coming is None else wait_tensor(coming).view_as(block)
         assert total is not None, "the first rank of a ring has tokens"
         return total[0].to(query.dtype)
 
@@ -197,11 +203,11 @@ def attention_and_logits(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # b l n d -> b n l d
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.device.type == "cpu":
-        out, logits = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out, logits = flash_attention_for_cpu(q, k, v)
     elif query.dtype in (torch.float16, torch.bfloat16):
-        out, logits = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        out, logits = flash_attention(q, k, v)[:2]
     else:
-        out, logits = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        out, logits = efficient_attention(q, k, v, None, True)[:2]
         logits = logits[:, :, : q.shape[2]]  # whose length is a multiple of 32
     return out.transpose(1, 2).to(wide), logits.transpose(1, 2)[..., None].to(wide)
 

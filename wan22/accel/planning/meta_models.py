@@ -12,6 +12,7 @@ from ...checkpoints.loading.dtypes import dtype_for
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
+from ...private_apis import own_modules, uncompiled
 from ..offload.layout import blocks_of
 
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
@@ -123,7 +124,7 @@ def meta_copy(
 
     Returns: the copy, without gradients.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = uncompiled(model)
     left_out = set() if blocks is None else {id(block) for block in blocks_of(model)[blocks:]}
     dtype_of = {id(p): dtypes[name] for name, p in model.named_parameters()} if dtypes else {}
     copies: dict[int, Any] = {}  # by the original's id
@@ -148,7 +149,7 @@ def meta_copy(
                 own[name] = MethodType(value.__func__, twin if value.__self__ is module else value.__self__)
         for kind in ("_parameters", "_buffers"):
             own[kind] = {name: once(tensor, empty) for name, tensor in own[kind].items()}
-        children = {name: child for name, child in module._modules.items() if id(child) not in left_out}
+        children = {name: child for name, child in own_modules(module).items() if id(child) not in left_out}
         own["_modules"] = {name: once(child, bare) for name, child in children.items()}
         vars(twin).update(own)
         return twin

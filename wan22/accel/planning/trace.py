@@ -4,20 +4,19 @@ Counts the bytes of all tensors that are alive at once, rounded as PyTorch's all
 kernels are not counted: fused attention takes next to nothing, a convolution may take more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...private_apis import DispatchMode
 from ..offload.layout import GRAIN
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(DispatchMode):
     """Counts the bytes of tensors made inside it; `peak` is the largest sum of those alive at once."""
 
     def __init__(self) -> None:
@@ -39,8 +38,13 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in an operator's arguments or results."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.cache_utils import CacheMixin
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from ...models.autoencoder import AutoencoderKLWan
 from ...models.transformer import WanTransformer3DModel, WanTransformerBlock
+from ...private_apis import register_block
 
-# Lets diffusers' step caches (enable_cache) find the block's input and output.
-TransformerBlockRegistry.register(WanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+register_block(WanTransformerBlock)
 
 
 class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

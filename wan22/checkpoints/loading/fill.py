@@ -8,6 +8,7 @@ import torch
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
+from ...private_apis import own_tensors
 from ..files.quantized import QuantizedTensor, expanded
 from ..naming.dialects import Tensors
 from ..naming.names import listed, shapes_of
@@ -82,7 +83,7 @@ def fill(
         owner.register_parameter(attribute, nn.Parameter(value))
     for path, weight in quantized.items():  # once their biases are there
         parent, _, attribute = path.rpartition(".")
-        bias = model.get_submodule(path)._parameters["bias"]
+        bias = own_tensors(model.get_submodule(path))[0]["bias"]
         layer = QuantizedLinear(weight, bias, dtype or torch.bfloat16)
         setattr(model.get_submodule(parent), attribute, layer)
     return model.eval()

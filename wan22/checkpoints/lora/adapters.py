@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
 from ...models.layers import Float32Linear, wide
+from ...private_apis import mark_peft_layers, own_tensors, reapply_group_offloading, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
 from .dialects import Change, Lora
@@ -181,7 +181,7 @@ class Adapters:
     def _is_plain(self, name: str) -> bool:
         """Whether a parameter is one, and not what a quantised layer expands at each call."""
         owner, attribute = self._owner(name)
-        return type(owner._parameters.get(attribute)) is nn.Parameter
+        return type(own_tensors(owner)[0].get(attribute)) is nn.Parameter
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, attribute = name.rpartition(".")
@@ -191,7 +191,7 @@ class Adapters:
 
 def adapters_of(model: Any) -> Adapters:
     """Return a transformer's adapters: those that it has, or an empty set that is now its own."""
-    model = getattr(model, "_orig_mod", model)  # inside of what torch.compile returned
+    model = uncompiled(model)
     if "adapters" not in vars(model):
         vars(model)["adapters"] = Adapters(model)
     return vars(model)["adapters"]
@@ -199,7 +199,7 @@ def adapters_of(model: Any) -> Adapters:
 
 def has_adapters(model: Any) -> bool:
     """Return whether `adapters_of` was ever asked for a transformer."""
-    return "adapters" in vars(getattr(model, "_orig_mod", model))
+    return "adapters" in vars(uncompiled(model))
 
 
 def lora_layers(model: nn.Module) -> list[Any]:
@@ -245,8 +245,8 @@ def _attach(model: Any, lora: Lora, adapter: str) -> None:
             inject_adapter_in_model(_config(kind, changes), model, adapter)
         for name, change in changes.items():
             _fill(model.get_submodule(name), adapter, change)
-    model._hf_peft_config_loaded = True  # what the model's methods in diffusers ask for
-    _maybe_remove_and_reapply_group_offloading(model)  # so that the new layers are offloaded, too
+    mark_peft_layers(model, True)
+    reapply_group_offloading(model)  # so that the new layers are offloaded, too
 
 
 def _config(kind: str, changes: Mapping[str, Change]) -> Any:
@@ -291,6 +291,6 @@ def _detach(model: Any) -> None:
             layer: Any = module
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(name, None)
-    _maybe_remove_and_reapply_group_offloading(model)
+    vars(model).pop("peft_config", None)
+    mark_peft_layers(model, False)
+    reapply_group_offloading(model)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...checkpoints.files.hub import OPTIONS
+from ...private_apis import signature_keys
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -34,7 +35,7 @@ class Wanted:
     @classmethod
     def of(cls, pipeline: type[DiffusionPipeline], options: Mapping[str, Any]) -> "Wanted":
         """Sort the arguments of a pipeline's constructor, without those of a download."""
-        names = {name for names in pipeline._get_signature_keys(pipeline) for name in names}
+        names = {name for names in signature_keys(pipeline) for name in names}
         own = {"dtype", "torch_dtype", "dequantize"}
         return cls(
             {name: value for name, value in options.items() if name in names},

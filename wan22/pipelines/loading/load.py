@@ -16,6 +16,7 @@ from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
+from ...private_apis import signature_keys
 from .checkpoint import TRANSFORMERS, Checkpoint, Wanted
 from .diffusers_layout import DiffusersLayout
 from .official_layout import OfficialLayout, config_files
@@ -138,7 +139,7 @@ def check_budget(
 
 def without_weights(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint, wanted: Wanted) -> Any:
     """Return a pipeline whose models are on the meta device; None if the checkpoint does not say enough."""
-    names = pipeline._get_signature_keys(pipeline)[0]
+    names = signature_keys(pipeline)[0]
     models: dict[str, Any] = checkpoint.outline(wanted)
     models = {name: part for name, part in {**models, **wanted.given}.items() if name in names}
     transformers = [models[name] for name in TRANSFORMERS if models.get(name) is not None]

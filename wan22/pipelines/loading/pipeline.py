@@ -12,6 +12,7 @@ from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.quantized_linear import expanded_state
 from ...presets import Preset
+from ...private_apis import signature_keys
 from ..provenance import ProvenancePipeline
 from . import hub_classes
 from .checkpoint import Wanted
@@ -146,7 +147,7 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
             pipeline: one of ours or of diffusers' Wan pipelines.
             **kwargs: components and settings that replace the other's.
         """
-        components, settings = cls._get_signature_keys(cls)
+        components, settings = signature_keys(cls)
         known = {
             **pipeline.components,
             **{k: v for k, v in pipeline.config.items() if k in settings},
@@ -177,7 +178,7 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
         loaded = super().load_config(*args, **kwargs)
         config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
         # TI2V-5B may name, as absent, what only the other pipeline could have.
-        known = {name for names in cls._get_signature_keys(cls) for name in names}
+        known = {name for names in signature_keys(cls) for name in names}
         config = {n: _with_our_class(v) for n, v in config.items() if v != [None, None] or n in known}
         config["_class_name"] = cls.__name__
         return (config, *rest) if rest else config

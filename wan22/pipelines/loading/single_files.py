@@ -12,6 +12,7 @@ from ...checkpoints.loading.image_encoder import load_image_encoder, load_image_
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...checkpoints.loading.text_encoder import load_text_encoder
 from ...presets import has_timestep_per_token, release_of
+from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
 from ...video.progress import progress_bar
 from .checkpoint import TRANSFORMERS, Wanted
@@ -72,7 +73,7 @@ class SingleFiles:
         parts = load_components(self.files, wanted)
         if parts["vae"] is None:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
-        names = {name for names in pipeline._get_signature_keys(pipeline) for name in names}
+        names = {name for names in signature_keys(pipeline) for name in names}
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
         pipe.came_from(self.source, self.files.of(wanted))
         return pipe

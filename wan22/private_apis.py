@@ -1,0 +1,103 @@
+"""Every private name of PyTorch, accelerate and diffusers that wan22 uses: why, and what replaces it.
+
+A test keeps such names out of all other files. pyproject.toml caps the libraries at the versions that this
+file has been run with.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Counts the bytes that are alive while a model runs on the meta device. PyTorch has no public name for it.
+DispatchMode = TorchDispatchMode
+
+# Collectives within a compiled block, which run beside the next computation. Replaced by those of
+# torch.distributed, once torch.compile traces them with async_op=True.
+all_to_all_single = _functional_collectives.all_to_all_single
+permute_tensor = _functional_collectives.permute_tensor
+wait_tensor = _functional_collectives.wait_tensor
+
+# The attention kernels one by one. Replaced by torch.nn.attention.sdpa_kernel, once its choice is the
+# thread's: today two threads that enter and leave it in turn leave the restriction of one behind.
+cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
+flash_attention_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+math_attention = torch.ops.aten._scaled_dot_product_attention_math
+
+# Which of them scaled_dot_product_attention runs, as a number of torch.nn.attention.SDPBackend. PyTorch has
+# no public question: torch.backends.cuda.can_use_flash_attention and its sisters leave the order out.
+sdpa_choice = torch._fused_sdp_choice
+
+# Products of float8 matrices. Replaced by torch.nn.functional.scaled_mm, where torch is 2.10 or later.
+scaled_mm = torch._scaled_mm
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to. PyTorch has no public name for it."""
+    return tensor._version
+
+
+def own_tensors(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
+    """Return a module's own parameters and buffers, absent ones included.
+
+    Module.named_parameters leaves out absent and tied ones, and attributes may be computed.
+    """
+    return module._parameters, module._buffers
+
+
+def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Return a module's own modules, absent and repeated ones included, as Module.named_children is not."""
+    return module._modules
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the model inside what torch.compile returned. PyTorch has no public name for it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return accelerate's hook on a module, or None. accelerate only adds and removes hooks in public."""
+    return getattr(module, "_hf_hook", None)
+
+
+def is_group_offloaded(model: nn.Module) -> bool:
+    """Whether diffusers offloads a model in groups. diffusers has no public question."""
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    return _get_top_level_group_offload_hook(model) is not None
+
+
+def reapply_group_offloading(model: nn.Module) -> None:
+    """Let a model's new layers be offloaded, too. diffusers does so for its own LoRAs alone."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(model)
+
+
+def register_block(kind: type[nn.Module]) -> None:
+    """Let diffusers' step caches find the input and output of a class of blocks.
+
+    diffusers has no public way for classes that are not its own.
+    """
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    TransformerBlockRegistry.register(kind, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+def mark_peft_layers(model: nn.Module, loaded: bool) -> None:
+    """Tell diffusers' own methods of a model whether it has PEFT's layers. diffusers tells them itself only
+    where it has loaded the adapter.
+    """
+    vars(model).pop("_hf_peft_config_loaded", None)
+    if loaded:
+        vars(model)["_hf_peft_config_loaded"] = True
+
+
+def signature_keys(pipeline: type[Any]) -> tuple[set[str], set[str]]:
+    """Return the names of a diffusers pipeline's components and of its settings. There is no public name."""
+    return pipeline._get_signature_keys(pipeline)
