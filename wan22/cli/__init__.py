@@ -4,11 +4,7 @@ from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line.
-
-    Args:
-        arguments: without the program's name; None: those it was called with.
-    """
+    """Run the command line with arguments; by default, those that the program was started with."""
     from .app import app
 
     app(arguments, prog_name="wan22")

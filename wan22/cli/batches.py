@@ -27,14 +27,7 @@ Item = dict[str, Any]
 
 
 def run_batch(file: Path, folder: Path, ending: str, loading: Loading, saving: Saving) -> None:
-    """Make the videos of a file's items, and record each in the folder's results.jsonl.
-
-    Args:
-        file: one item a line: JSON with the call's arguments and `name`; or, in a .txt, a prompt.
-        folder: folder of the videos.
-        ending: ending of their names.
-        loading: how the pipeline is loaded.
-        saving: how the videos are written and reported.
+    """Make the videos of a file's items in a folder, and record each in its results.jsonl.
 
     Raises:
         ValueError: a line is no item, or the ending is no video format's.
@@ -91,7 +84,7 @@ def _make_item(pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: s
     """Make and save one item's video; its images are relative to the folder of the items' file."""
     call = {argument: value for argument, value in item.items() if argument != "name"}
     for argument in IMAGES:
-        if (image := item.get(argument)) is not None and not is_url(image):
+        if isinstance(image := item.get(argument), str) and not is_url(image):
             call[argument] = str(file.parent / Path(image).expanduser())
     name = item.get("name")
     target = free_name(item["prompt"], folder, ending) if name is None else folder / f"{name}{ending}"
@@ -99,7 +92,7 @@ def _make_item(pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: s
 
 
 def read_items(file: Path) -> list[tuple[str, Item]]:
-    """Return a file's items, each with a key of its own.
+    """Return a file's items, each with a key of its own: one a line, in a .txt a prompt, else JSON.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -34,14 +34,10 @@ def load(
 
     Args:
         task: key of PIPELINES.
-        options: those of the command.
+        options: the command's.
         quiet: whether to show no progress.
         loras: arguments of load_lora_weights, beside those of the options.
-        dtypes: names of dtypes by component, unless the options name one.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: an option breaks its rule, or the options contradict each other.
+        dtypes: dtype names by component, unless the options name one.
     """
     import wan22
 
@@ -87,11 +83,7 @@ def load(
 
 
 def find_model(model: str | None, task: str) -> str | Path:
-    """Return the path or repository that `--model` stands for; by default, the task's miniature.
-
-    Raises:
-        ValueError: it is neither a known name, a path, nor a repository's name.
-    """
+    """Return the path or repository that `--model` stands for; by default, the task's miniature."""
     from ..assets import tiny_checkpoint
 
     if model is None:
@@ -112,11 +104,7 @@ def find_model(model: str | None, task: str) -> str | Path:
 
 
 def find_device(name: str | None) -> str:
-    """Return the device that `--device` names, by default the best there is; a rank has one of its own.
-
-    Raises:
-        ValueError: it is not there, or this is one of several ranks.
-    """
+    """Return the device that `--device` names, by default the best there is; a rank has one of its own."""
     import torch
 
     from ..accel.parallel import processes
@@ -166,11 +154,7 @@ def _loras(options: Loading) -> Iterator[dict[str, Any]]:
 
 
 def parse_layout(text: str | None) -> dict[str, Any] | None:
-    """Return parallelize's arguments for `--parallel`; None for a process of its own.
-
-    Raises:
-        ValueError: it is neither "auto" nor a layout such as cfg=2,ulysses=4,fsdp=true; or this is no rank.
-    """
+    """Return parallelize's arguments for `--parallel`; None for a process of its own."""
     if not launched():
         if text is None:
             return None

@@ -22,7 +22,7 @@ def reproduce_file(
     Args:
         file: video with its recipe.
         replaced: arguments of the call that replace the recipe's.
-        loading: how the pipeline is loaded; by default as the recipe tells.
+        loading: options that replace what the recipe tells of the pipeline.
         target: file of the new video.
         saving: how it is written.
     """
@@ -38,7 +38,7 @@ def reproduce_file(
 
 
 def _recorded(recipe: Recipe, given: Loading) -> Loading:
-    """Return options, and where none is given, what a recipe tells of how its pipeline was set up."""
+    """Return the given options, completed with those that set a pipeline up as a recipe tells."""
     origin, changes = recipe.origin, recipe.changes
     kernels = changes.get("attention", ())
     known: dict[str, Any] = {"attention": kernels[0] if len(kernels) == 1 else None}
@@ -51,11 +51,7 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
 
 
 def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:
-    """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given.
-
-    Raises:
-        ValueError: a LoRA was no file.
-    """
+    """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given."""
     if given.lora or given.lora_high or given.lora_low:
         return []
     loras = []

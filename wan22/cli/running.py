@@ -37,15 +37,7 @@ def generate(task: str, call: Mapping[str, Any], loading: Loading, target: Targe
 def make(
     pipe: "Pipeline", run: Callable[[], Any], path: Path, overwrite: bool, saving: Saving, count: int = 1
 ) -> Result:
-    """Make videos and save them.
-
-    Args:
-        pipe: the pipeline, which Ctrl-C stops.
-        run: a call of it.
-        path: file of the video; several get numbers.
-        overwrite: whether existing files are replaced.
-        saving: how the videos are written.
-        count: how many videos the call makes.
+    """Run a call of a pipeline, which makes `count` videos, and save them.
 
     Raises:
         ValueError: the file's ending or quality breaks its rule; before the run.
