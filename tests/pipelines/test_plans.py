@@ -240,9 +240,10 @@ def test_wan_21_for_images_has_an_image_encoder():
 def test_an_image_encoder_is_planned_before_it_is_loaded(tmp_path):
     from wan22 import WanI2VPipeline
     from wan22.pipelines.loading.checkpoint import Wanted
-    from wan22.pipelines.loading.load import locate, without_weights
+    from wan22.pipelines.loading.load import locate, outlined_pipeline
 
     random_i2v_pipeline(experts=1).save_pretrained(tmp_path)
-    outlined = without_weights(WanI2VPipeline, locate(str(tmp_path), {}), Wanted())
+    outline = locate(str(tmp_path), {}).outline(Wanted())
+    outlined = outlined_pipeline(WanI2VPipeline, outline, Wanted())
     assert all(p.is_meta for p in outlined.image_encoder.parameters())
     assert "image_encoder" in plan_in(outlined, 1e9).placements

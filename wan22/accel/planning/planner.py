@@ -41,6 +41,7 @@ def plan(
     quantize: str | None = None,
     guided: bool = True,
     device: str | torch.device | None = None,
+    converted: Mapping[str, int] | None = None,
 ) -> Plan:
     """Find the fastest way to make a video that fits, without changing the result.
 
@@ -56,6 +57,8 @@ def plan(
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is "cuda" if there is one or vram is given, or else "cpu".
+        converted: for a pipeline without weights, the bytes of each model that loading will convert from what
+            its file holds, so that they need the host's memory.
 
     Returns: the plan; print it.
 
@@ -78,6 +81,7 @@ def plan(
     check_num_frames(size[2], models["vae"].temporal_stride)
     taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
+    anonymous |= converted or {}
     if quantize:
         for slot in task.experts:
             if not is_quantized(models[slot]):

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ...accel.planning.meta_models import store_as
 from ...checkpoints.files.hub import OPTIONS
 from ...private_apis import signature_keys
 
@@ -51,6 +52,27 @@ class Wanted:
         return self.dtype
 
 
+@dataclass
+class Outline:
+    """A checkpoint's models without their weights.
+
+    Args:
+        models: models on the meta device, in the sizes and dtypes that they would be loaded in.
+        converted: bytes of each model that loading converts from what its file holds, so that they are in
+            the host's memory and not mapped from the file.
+    """
+
+    models: dict[str, Any] = field(default_factory=dict)
+    converted: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, model: nn.Module, stored: torch.dtype, asked: torch.dtype | None) -> None:
+        """Add a model whose weights are stored in a dtype, and loaded in the one asked for, if any."""
+        store_as(model, asked or stored, stored)
+        self.models[name] = model
+        as_stored = {stored} & {asked or stored}  # what is kept in float32 is copied
+        self.converted[name] = sum(p.nbytes for p in model.parameters() if p.dtype not in as_stored)
+
+
 class Checkpoint(Protocol):
     """A checkpoint in one of the layouts.
 
@@ -62,8 +84,8 @@ class Checkpoint(Protocol):
     source: str
     kind: str | None
 
-    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
-        """Return the models on the meta device, as they would be loaded, without reading weights.
+    def outline(self, wanted: Wanted) -> Outline:
+        """Return the models that would be loaded, without reading weights.
 
         Of a repository that is not here, configurations alone are downloaded; what they do not describe is
         missing.

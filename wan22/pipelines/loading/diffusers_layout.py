@@ -1,6 +1,5 @@
 """The Diffusers layout: model_index.json, and a folder for each component."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...accel.planning.meta_models import MODELS, store_as
+from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.safetensors import stored_dtype
+from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import CONVERTED_FLOW_SHIFT
 from ..schedule import reshifted, scheduler_shift
-from .checkpoint import TRANSFORMERS, Wanted, is_folder
+from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,16 @@ class DiffusersLayout:
         if index.get("expand_timesteps") and self.kind in _PIPELINES:
             self.kind = "ti2v"  # which serves both tasks, under whichever name it was saved
 
-    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
-        """Return the models that there are configurations of, on the meta device."""
-        models = {}
+    def outline(self, wanted: Wanted) -> Outline:
+        """Return the models that there are configurations of, without reading weights."""
+        outline, variant = Outline(), wanted.others.get("variant")
         for name in MODELS:
-            path = self.folder / name / "config.json"
-            if path.is_file() and name not in wanted.given:
-                models[name] = model_of(name, json.loads(path.read_text()))
-                stored = stored_dtype(path.parent, wanted.others.get("variant"))
-                store_as(models[name], wanted.dtype_of(name) or stored or torch.bfloat16, stored)
-        return models
+            folder = self.folder / name
+            if (folder / "config.json").is_file() and name not in wanted.given:
+                model = model_of(name, read_json(folder / "config.json"))
+                stored = stored_dtype(folder, variant) or indexed_dtype(folder, variant, model)
+                outline.add(name, model, stored or torch.bfloat16, wanted.dtype_of(name))
+        return outline
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline as diffusers does, with all of its options; a repository is downloaded first."""
@@ -99,17 +99,22 @@ def model_of(name: str, config: dict[str, Any]) -> Any:
         return UMT5EncoderModel(UMT5Config.from_dict(config))
 
 
-def dtypes_in(folder: Path, wanted: Wanted) -> torch.dtype | dict[str, torch.dtype]:
-    """Return the dtypes to load a folder's components in, with the stored ones where none is asked for."""
-    asked = dict(wanted.dtype) if isinstance(wanted.dtype, Mapping) else {"default": wanted.dtype}
-    if None not in asked.values():
-        return wanted.dtype  # type: ignore[return-value]
-    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    found = {path.name: stored_dtype(path, wanted.others.get("variant")) for path in folders}
-    stored = {"default": torch.float32} | {name: dtype for name, dtype in found.items() if dtype is not None}
-    if asked.get("default") is None:
-        asked = dict.fromkeys(stored) | asked
-    return {name: stored.get(name, stored["default"]) if d is None else d for name, d in asked.items()}
+def indexed_dtype(folder: Path, variant: str | None, model: nn.Module) -> torch.dtype | None:
+    """Return the dtype in which shards that are not here are stored, told from the size in their index."""
+    ending = f".{variant}" if variant else ""
+    for index in folder.glob(f"*.safetensors.index{ending}.json"):
+        size = read_json(index).get("metadata", {}).get("total_size", 0)
+        itemsize = round(size / sum(parameter.numel() for parameter in model.parameters()))
+        return {2: torch.bfloat16, 4: torch.float32}.get(itemsize)
+    return None
+
+
+def dtypes_in(folder: Path, wanted: Wanted) -> dict[str, torch.dtype]:
+    """Return the dtypes to load a folder's components in, the stored ones where none is asked for."""
+    names = ["default", *(path.name for path in sorted(folder.iterdir()) if path.is_dir())]
+    stored = {name: stored_dtype(folder / name, wanted.others.get("variant")) for name in names}
+    found = {name: wanted.dtype_of(name) or dtype for name, dtype in stored.items()}
+    return {"default": torch.float32} | {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
 def correct_shift(pipe: Any) -> None:

@@ -17,12 +17,12 @@ from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
 from ...private_apis import signature_keys
-from .checkpoint import TRANSFORMERS, Checkpoint, Wanted
+from .checkpoint import TRANSFORMERS, Checkpoint, Outline, Wanted
 from .diffusers_layout import DiffusersLayout
 from .official_layout import OfficialLayout, config_files
 from .single_files import settings_of
 
-_SMALL_FILES = ["model_index.json", "config.json", "*/config.json"]
+_SMALL_FILES = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]
 
 
 def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
@@ -54,23 +54,12 @@ def load_pipeline(
     pipeline: type[DiffusionPipeline],
     checkpoint: Checkpoint,
     wanted: Wanted,
-    *,
     memory: str | float | None = None,
     quantize: str | None = None,
     parallel: str | Mapping[str, Any] | None = None,
     loras: Any = (),
 ) -> Any:
-    """Load a pipeline and set it up; see `LoadablePipeline.from_pretrained`.
-
-    Args:
-        pipeline: the class.
-        checkpoint: what to load.
-        wanted: components, dtypes and further options.
-        memory: "auto", or a GPU's memory that may be used.
-        quantize: how to quantise the transformers.
-        parallel: "auto", or arguments of `parallelize`.
-        loras: a LoRA, or a list of them.
-    """
+    """Load a pipeline and set it up; see `LoadablePipeline.from_pretrained` for the arguments."""
     check_kind(pipeline, checkpoint)
     shares = None if parallel is None else arguments_of(parallel)
     together = shares is not None and launched()
@@ -124,10 +113,12 @@ def check_budget(
     Raises:
         ValueError: nothing fits, or the budget is a GPU's and there is none.
     """
-    outlined = without_weights(pipeline, checkpoint, wanted)
+    outline = checkpoint.outline(wanted)
+    outlined = outlined_pipeline(pipeline, outline, wanted)
+    vram = None if memory == "auto" else memory
     if outlined is not None:
-        plan(outlined, vram=None if memory == "auto" else memory, quantize=quantize)
-    if memory != "auto":
+        plan(outlined, vram=vram, quantize=quantize, converted=outline.converted)
+    if vram is not None:
         try:
             CudaDevice()
         except ValueError as error:
@@ -137,11 +128,10 @@ def check_budget(
             ) from error
 
 
-def without_weights(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint, wanted: Wanted) -> Any:
-    """Return a pipeline whose models are on the meta device; None if the checkpoint does not say enough."""
+def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Outline, wanted: Wanted) -> Any:
+    """Return a pipeline whose models are on the meta device; None if the outline does not say enough."""
     names = signature_keys(pipeline)[0]
-    models: dict[str, Any] = checkpoint.outline(wanted)
-    models = {name: part for name, part in {**models, **wanted.given}.items() if name in names}
+    models = {n: part for n, part in {**outline.models, **wanted.given}.items() if n in names}
     transformers = [models[name] for name in TRANSFORMERS if models.get(name) is not None]
     if models.get("vae") is None or not transformers:
         return None

@@ -1,19 +1,19 @@
 """The official layout: a folder for each expert, or none, and .pth files beside them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import nn
 
 from ...accel.planning.meta_models import released_models
 from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
+from ...checkpoints.files.weights import read_json
 from ...presets import Preset, find_preset
-from .checkpoint import TRANSFORMERS, Wanted, is_folder
-from .single_files import Files, SingleFiles, check_options
+from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
+from .single_files import SingleFiles, check_options
 
 TOKENIZER = TOKENIZERS[0]
 _CLIP = "models_clip*.pth"
@@ -37,13 +37,23 @@ class OfficialLayout:
 
     def __init__(self, source: str, folder: Path, hub: Mapping[str, Any]) -> None:
         self.source, self.folder, self.hub = source, folder, hub
-        self.configs = [json.loads(path.read_text()) for path in config_files(folder)]
+        self.configs = [read_json(path) for path in config_files(folder)]
         self.kind = next((config.get("model_type") for config in self.configs), None)
 
-    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
-        """Return the models of the release that the configurations belong to, on the meta device."""
-        preset = self._preset()
-        return {} if preset is None else released_models(preset)
+    def outline(self, wanted: Wanted) -> Outline:
+        """Return the models that would be loaded; of a repository that is not here, those of its release."""
+        try:
+            return self._files().outline(wanted)
+        except FileNotFoundError:
+            if is_folder(self.source):
+                raise
+        outline, preset = Outline(), self._preset()
+        for name, model in ({} if preset is None else released_models(preset)).items():
+            if name not in wanted.given:
+                # All released repositories are so.
+                stored = torch.bfloat16 if name == "text_encoder" else torch.float32
+                outline.add(name, model, stored, wanted.dtype_of(name))
+        return outline
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline of this class; a repository is downloaded first.
@@ -55,9 +65,12 @@ class OfficialLayout:
         check_options(wanted)
         if not is_folder(self.source):
             snapshot_download(self.source, allow_patterns=list(FILES), **self.hub)
-        pipe = SingleFiles(official_files(self.folder), self.source).load(pipeline, wanted)
+        pipe = self._files().load(pipeline, wanted)
         pipe.register_to_config(_name_or_path=self.source)
         return pipe
+
+    def _files(self) -> SingleFiles:
+        return SingleFiles(official_files(self.folder), self.source)
 
     def _preset(self) -> Preset | None:
         known = [config for config in self.configs if {"dim", "in_dim"} <= config.keys()]
@@ -77,7 +90,7 @@ def config_files(folder: Path) -> list[Path]:
     return [folder / name for name in CONFIGS if (folder / name).is_file()]
 
 
-def official_files(folder: Path) -> Files:
+def official_files(folder: Path) -> dict[str, Path]:
     """Find the components in a folder of the official layout.
 
     Raises:
@@ -94,13 +107,13 @@ def official_files(folder: Path) -> Files:
                 f"{' and '.join(EXPERTS)} or *.safetensors (the official one)"
             )
         experts = [folder]
-    return Files(
+    patterns = {"vae": "*VAE.pth", "text_encoder": "models_t5*.pth", "tokenizer": TOKENIZER}
+    if list(folder.glob(_CLIP)):  # Wan 2.1 for images
+        patterns["image_encoder"] = _CLIP
+    return {
         **dict(zip(TRANSFORMERS, experts, strict=False)),
-        vae=_one(folder, "*VAE.pth"),
-        text_encoder=_one(folder, "models_t5*.pth"),
-        tokenizer=_one(folder, TOKENIZER),
-        image_encoder=_one(folder, _CLIP) if list(folder.glob(_CLIP)) else None,  # Wan 2.1 for images
-    )
+        **{name: _one(folder, pattern) for name, pattern in patterns.items()},
+    }
 
 
 def _one(folder: Path, pattern: str) -> Path:

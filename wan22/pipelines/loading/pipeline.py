@@ -18,7 +18,7 @@ from . import hub_classes
 from .checkpoint import Wanted
 from .diffusers_layout import MARK
 from .load import load_pipeline, locate
-from .single_files import Files, SingleFiles
+from .single_files import SingleFiles
 
 
 class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
@@ -79,9 +79,7 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
         hub = {name: options[name] for name in OPTIONS & options.keys()}
         checkpoint = locate(str(pretrained_model_name_or_path), hub)
         wanted = Wanted.of(cls, options)
-        return load_pipeline(
-            cls, checkpoint, wanted, memory=memory, quantize=quantize, parallel=parallel, loras=loras
-        )
+        return load_pipeline(cls, checkpoint, wanted, memory, quantize, parallel, loras)
 
     @classmethod
     def from_single_file(
@@ -129,15 +127,7 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
         paths = {name: Path(p).expanduser() for name, p in parts.items() if isinstance(p, str | Path)}
         models = {name: part for name, part in parts.items() if name not in paths and part is not None}
         wanted = Wanted.of(cls, options | models)
-        return load_pipeline(
-            cls,
-            SingleFiles(Files(**paths)),
-            wanted,
-            memory=memory,
-            quantize=quantize,
-            parallel=parallel,
-            loras=loras,
-        )
+        return load_pipeline(cls, SingleFiles(paths), wanted, memory, quantize, parallel, loras)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -148,17 +138,11 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
             **kwargs: components and settings that replace the other's.
         """
         components, settings = signature_keys(cls)
-        known = {
-            **pipeline.components,
-            **{k: v for k, v in pipeline.config.items() if k in settings},
-            **kwargs,
-        }
-        unknown = sorted(set(kwargs) - set(components) - set(settings))
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(components + settings)}"
-            )
-        pipe = cls(**{name: value for name, value in known.items() if name in (*components, *settings)})
+        names = [*components, *settings]
+        if unknown := sorted(kwargs.keys() - set(names)):
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}")
+        known = {**pipeline.config, **pipeline.components, **kwargs}
+        pipe = cls(**{name: value for name, value in known.items() if name in names})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, ProvenancePipeline):
             pipe._place, pipe._files_of = pipeline._place, pipeline._files_of

@@ -1,82 +1,82 @@
 """Components in single files, each of any format."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...checkpoints.loading.image_encoder import load_image_encoder, load_image_processor
-from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
-from ...checkpoints.loading.text_encoder import load_text_encoder
+from ...accel.planning.meta_models import MODELS
+from ...checkpoints.loading.image_encoder import load_image_processor
+from ...checkpoints.loading.recognize import read_model
+from ...checkpoints.loading.stored import StoredModel
 from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
 from ...video.progress import progress_bar
-from .checkpoint import TRANSFORMERS, Wanted
+from .checkpoint import TRANSFORMERS, Outline, Wanted
 
-_CONFIG = ("attention_head_dim",)  # entries of the transformers' configuration that a caller may give
-
-
-@dataclass(frozen=True)
-class Files:
-    """Paths of a pipeline's components.
-
-    Args:
-        transformer: file, or folder of shards, of the high-noise expert or the only transformer.
-        transformer_2: the same of the low-noise expert.
-        vae: file.
-        text_encoder: file.
-        tokenizer: folder.
-        image_encoder: file of Wan 2.1's CLIP.
-    """
-
-    transformer: Path | None = None
-    transformer_2: Path | None = None
-    vae: Path | None = None
-    text_encoder: Path | None = None
-    tokenizer: Path | None = None
-    image_encoder: Path | None = None
-
-    def of(self, wanted: Wanted) -> dict[str, Path]:
-        """Return the paths of the components that are to be loaded."""
-        return {n: path for n, path in vars(self).items() if path is not None and n not in wanted.given}
+# The models that may be files, and what kind of model each is.
+_KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transformer")
+_HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
 
 class SingleFiles:
     """A checkpoint whose components are files of any format.
 
     Args:
-        files: their paths.
+        paths: file of each component, a folder for the tokenizer and where there are shards.
         source: what the caller calls the whole; default is the paths.
     """
 
     kind: str | None = None
 
-    def __init__(self, files: Files, source: str | None = None) -> None:
-        self.files = files
-        self.source = source or ", ".join(str(path) for path in vars(files).values() if path is not None)
+    def __init__(self, paths: Mapping[str, Path], source: str | None = None) -> None:
+        self.paths = paths
+        self.source = source or ", ".join(map(str, paths.values()))
 
-    def outline(self, wanted: Wanted) -> dict[str, nn.Module]:
-        """Return the models on the meta device."""
-        return {}
+    def outline(self, wanted: Wanted) -> Outline:
+        """Return the models that would be loaded, without reading weights."""
+        outline = Outline()
+        for name in self.paths.keys() & _KINDS.keys() - wanted.given.keys():
+            stored = self._stored(name, wanted)
+            dtype = wanted.dtype_of(name)
+            model = stored.meta_model(dtype, wanted.dequantize)
+            outline.models[name], outline.converted[name] = model, converted_bytes(stored, model, dtype)
+        return outline
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
-        """Load the components, and choose the settings that belong to them.
+        """Load the components, and choose the settings that belong to them; what is given comes first.
 
         Raises:
             ValueError: an argument is for the Diffusers layout alone, or there is no VAE.
         """
         check_options(wanted)
-        parts = load_components(self.files, wanted)
+        paths = {name: path for name, path in self.paths.items() if name not in wanted.given}
+        parts: dict[str, Any] = dict.fromkeys((*_KINDS, "tokenizer")) | dict(wanted.given)
+        for name, path in (bar := progress_bar(paths.items(), desc="loading", unit="component")):
+            bar.set_postfix_str(name)
+            if name == "tokenizer":
+                parts[name] = load_tokenizer(path)
+            else:
+                parts[name] = self._stored(name, wanted).load(wanted.dtype_of(name), wanted.dequantize)
         if parts["vae"] is None:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
+        if "image_encoder" in self.paths:
+            parts.setdefault("image_processor", load_image_processor())
+        models = [parts[name] for name in TRANSFORMERS if parts[name] is not None]
+        if models:
+            two = "transformer_2" in self.paths or parts["transformer_2"] is not None
+            parts = settings_of(models[0].config, two) | parts
         names = {name for names in signature_keys(pipeline) for name in names}
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
-        pipe.came_from(self.source, self.files.of(wanted))
+        pipe.came_from(self.source, paths)
         return pipe
+
+    def _stored(self, name: str, wanted: Wanted) -> StoredModel:
+        return read_model(self.paths[name], _KINDS[name], head_dim=wanted.others.get(_HEAD_DIM))
 
 
 def check_options(wanted: Wanted) -> None:
@@ -85,38 +85,23 @@ def check_options(wanted: Wanted) -> None:
     Raises:
         ValueError: there are any; they are named.
     """
-    if unknown := sorted(wanted.others.keys() - set(_CONFIG)):
+    if unknown := sorted(wanted.others.keys() - {_HEAD_DIM}):
         raise ValueError(
             f"{', '.join(unknown)} cannot be used with official folders and single files, only with the "
             "Diffusers layout; save_pretrained writes that"
         )
 
 
-def load_components(files: Files, wanted: Wanted) -> dict[str, Any]:
-    """Load components, and choose the settings that belong to them; what the caller gives comes first."""
-
-    def transformer(path: Path, name: str) -> nn.Module:
-        return WanTransformer3DModel.from_pretrained(
-            path, dtype=wanted.dtype_of(name), dequantize=wanted.dequantize, **wanted.others
-        )
-
-    loaders: dict[str, Callable[[Path, str], Any]] = {
-        "transformer": transformer,
-        "transformer_2": transformer,
-        "vae": lambda path, name: AutoencoderKLWan.from_pretrained(path, dtype=wanted.dtype_of(name)),
-        "text_encoder": lambda path, name: load_text_encoder(path, wanted.dtype_of(name), wanted.dequantize),
-        "tokenizer": lambda path, name: load_tokenizer(path),
-        "image_encoder": lambda path, name: load_image_encoder(path, wanted.dtype_of(name)),
-    }
-    parts = {name: None for name in loaders} | dict(wanted.given)
-    for name, path in (bar := progress_bar(files.of(wanted).items(), desc="loading", unit="component")):
-        bar.set_postfix_str(name)
-        parts[name] = loaders[name](path, name)
-    if files.image_encoder is not None:
-        parts.setdefault("image_processor", load_image_processor())
-    two = files.transformer_2 is not None or parts["transformer_2"] is not None
-    models = [parts[name] for name in TRANSFORMERS if parts[name] is not None]
-    return (settings_of(models[0].config, two) if models else {}) | parts
+def converted_bytes(stored: StoredModel, model: nn.Module, asked: torch.dtype | None) -> int:
+    """Return the bytes of a model's weights that are not mapped from its file, where a dtype is asked for."""
+    as_stored = {n: t.dtype for n, t in stored.tensors.items() if isinstance(t, torch.Tensor)}
+    return sum(
+        parameter.nbytes
+        for name, parameter in stored.format.body(model).named_parameters()
+        # The parts of a quantised layer have names of their own, and are the file's. What is kept in float32
+        # is copied.
+        if name in stored.tensors and {as_stored.get(name), asked or parameter.dtype} != {parameter.dtype}
+    )
 
 
 def settings_of(config: Any, two: bool) -> dict[str, Any]:
