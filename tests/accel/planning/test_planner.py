@@ -20,6 +20,7 @@ from tests.builders import (
     random_pipeline,
 )
 from tests.builders import random_ti2v_pipeline as ti2v
+from tests.tiers import slow
 from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
@@ -89,7 +90,7 @@ def deeper(layers):
     return random_pipeline(**parts)
 
 
-@pytest.mark.parametrize("kind", ["resident", "on_demand", "streamed"])
+@pytest.mark.parametrize("kind", ["resident", "streamed", *slow(["on_demand"])])
 def test_what_is_planned_is_what_happens(kind):
     """On a device that records: the same latents, and the weights' bytes as planned."""
     pipe = deeper(8)
@@ -170,6 +171,7 @@ def test_quantised_transformers_are_planned_and_made():
     assert plan_in(pipe, 1e9, quantize="int8").device_peak == plan.device_peak
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_in_no_file():
     """So the host's memory holds them; 1.4 billion parameters."""
     options = {"height": 480, "width": 832, "vram": "24GB", "ram": "64GB"}
@@ -188,6 +190,7 @@ def test_the_expert_that_comes_next_is_fetched_if_there_is_room(room):
     assert any(set(SLOTS) <= set(names) for names in here) == room
 
 
+@pytest.mark.slow
 def test_room_for_the_next_expert_is_planned(pipe):
     """Where decoding is what the budget is short for, both experts fit beside a step; else one does."""
     both = sum(bytes_of(getattr(pipe, name)) for name in SLOTS)
@@ -351,6 +354,7 @@ def test_sizes_that_no_video_has(pipe, size, message):
         plan_in(pipe, 1e9, **size)
 
 
+@pytest.mark.slow
 def test_a_stream_from_files_where_pinned_memory_has_no_room_beside_the_text_encoder():
     """A model that runs on the host takes its share of the host's memory."""
     options = {"vram": "8GB", "height": 480, "width": 480, "num_frames": 17}
@@ -372,6 +376,7 @@ def test_flops_of_the_released_checkpoints():
         assert forward_flops(config, tokens) / 1e12 == pytest.approx(tera, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_is_planned_from_its_shapes_alone():
     """The sizes are those of the repository: 14.29 billion parameters an expert, 5.68 of umT5."""
     plan = accel.plan(presets.T2V_A14B, 480, 832, 81, vram="24GB", ram="64GB")
@@ -425,6 +430,7 @@ print(json.dumps({"planned": plan.device_peak, "measured": memory("VmHWM") - bef
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_planned_peak_is_the_measured_one():
     """A model of more than 1 GB on the CPU, in a process of its own, within 10 %."""
