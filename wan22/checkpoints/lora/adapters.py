@@ -12,7 +12,7 @@ from ...models.layers import Float32Linear, wide
 from ...private_apis import mark_peft_layers, own_tensors, reapply_group_offloading, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
-from .dialects import Change, Lora
+from .dialects import AdapterWeights, Lora
 
 
 class Adapters:
@@ -30,34 +30,33 @@ class Adapters:
         self.enabled = True
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}  # by adapter and parameter
         self._originals: dict[str, torch.Tensor] = {}  # of the parameters that differences are added to
-        # What was there before, of fused layers.
+        # Fused layers' weights from before.
         self._unfused: dict[Any, torch.Tensor | QuantizedLinear] = {}
 
     def load(self, name: str, lora: Lora, strength: float) -> None:
         """Add an adapter.
 
         Args:
-            name: of the adapter.
-            lora: what it changes; its tensors are copied.
-            strength: what its changes are multiplied by.
+            name: the adapter's name.
+            lora: its weights, which are copied.
+            strength: factor of the weights.
 
         Raises:
-            ValueError: weights are not there, or are quantised where the adapter changes them as a whole.
+            ValueError: weights are not there, or are quantised where the LoRA has whole differences.
         """
         self._refuse_fused()
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise ValueError(
                 "weights are offloaded one by one; load LoRAs before enable_sequential_cpu_offload"
             )
-        quantized = [parameter for parameter in lora.deltas if not self._is_plain(parameter)]
-        if quantized:
+        if quantized := [parameter for parameter in lora.deltas if not self._is_plain(parameter)]:
             raise ValueError(
                 f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
-        for path in (*lora.changes, *(delta.rpartition(".")[0] for delta in lora.deltas)):
+        for path in (*lora.layers, *(delta.rpartition(".")[0] for delta in lora.deltas)):
             _widen(self.model.get_submodule(path))
-        if lora.changes:
+        if lora.layers:
             _attach(self.model, lora, name)
         for parameter in lora.deltas.keys() - self._originals.keys():
             self._originals[parameter] = self._parameter(parameter).detach().clone()
@@ -72,13 +71,13 @@ class Adapters:
         self.apply()
 
     def enable(self, enabled: bool) -> None:
-        """Let the adapters count, or not, with the strengths that they have."""
+        """Switch all adapters on or off; their strengths are kept."""
         self._refuse_fused()
         self.enabled = enabled
         self.apply()
 
     def remove(self, names: Iterable[str]) -> None:
-        """Take adapters out, without a trace once the last one is gone."""
+        """Remove adapters; without the last one, the model has its own layers and weights again."""
         self.unfuse()
         for name in set(names) & self.strengths.keys():
             del self.strengths[name], self.sources[name], self._deltas[name]
@@ -98,7 +97,7 @@ class Adapters:
             self._set_scales(self._active())
 
     def apply(self) -> None:
-        """Make the model compute with the strengths as they are now."""
+        """Make the model compute with the present strengths."""
         active = self._active()
         self._set_scales(active)
         for parameter, original in self._originals.items():
@@ -128,10 +127,7 @@ class Adapters:
         """Add the active adapters to the weights, so that they cost no time; the weights before are kept.
 
         Args:
-            dequantize: whether to expand the quantised layers among them for it.
-
-        Raises:
-            ValueError: a layer is quantised.
+            dequantize: whether to expand quantised layers, which raise a ValueError otherwise.
         """
         self._refuse_fused()
         layers = [layer for layer in lora_layers(self.model) if not layer.disable_adapters]
@@ -159,7 +155,7 @@ class Adapters:
             layer.merge()
 
     def unfuse(self) -> None:
-        """Give fused layers the weights back that they had, to the bit."""
+        """Restore the fused layers' weights bitwise."""
         for layer in lora_layers(self.model) if self._unfused else ():
             if layer.merged:
                 layer.unmerge()
@@ -190,7 +186,7 @@ class Adapters:
 
 
 def adapters_of(model: Any) -> Adapters:
-    """Return a transformer's adapters: those that it has, or an empty set that is now its own."""
+    """Return a transformer's adapters, which are kept on it from the first call."""
     model = uncompiled(model)
     if "adapters" not in vars(model):
         vars(model)["adapters"] = Adapters(model)
@@ -210,7 +206,7 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters, also of the quantised ones, by the names before any LoRA."""
+    """Return the shapes of a model's parameters, quantised ones too, by their names before any LoRA."""
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -220,40 +216,38 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _innermost(layer: Any) -> Any:
-    """Return the one of PEFT's layers, which may stand around one another, that holds the model's own."""
+    """Return the innermost of PEFT's nested layers, which holds the model's own."""
     while hasattr(layer.base_layer, "base_layer"):
         layer = layer.base_layer
     return layer
 
 
 def _widen(layer: nn.Module) -> None:
-    """Give a layer that computes in float32 weights of that, so that what is added to them is not rounded."""
+    """Give a layer that computes in float32 such weights, so that what is added to them is not rounded."""
     layer = _innermost(layer).base_layer if hasattr(layer, "base_layer") else layer
     if isinstance(layer, Float32Linear):
         layer.to(wide(layer.weight.dtype))
 
 
 def _attach(model: Any, lora: Lora, adapter: str) -> None:
-    """Put PEFT's layers around those that an adapter changes, and give them its matrices."""
+    """Put PEFT's layers around the adapter's, and give them its matrices."""
     from peft import inject_adapter_in_model
 
-    for kind in sorted({change.kind for change in lora.changes.values()}):
-        changes = {name: change for name, change in lora.changes.items() if change.kind == kind}
+    for kind in sorted({weights.kind for weights in lora.layers.values()}):
+        layers = {name: weights for name, weights in lora.layers.items() if weights.kind == kind}
         with warnings.catch_warnings():
-            # That there will be several adapters is meant.
-            warnings.simplefilter("ignore", UserWarning)
-            inject_adapter_in_model(_config(kind, changes), model, adapter)
-        for name, change in changes.items():
-            _fill(model.get_submodule(name), adapter, change)
+            warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
+            inject_adapter_in_model(_config(kind, layers), model, adapter)
+        for name, weights in layers.items():
+            _fill(model.get_submodule(name), adapter, weights)
     mark_peft_layers(model, True)
     reapply_group_offloading(model)  # so that the new layers are offloaded, too
 
 
-def _config(kind: str, changes: Mapping[str, Change]) -> Any:
-    """Return PEFT's configuration of an adapter."""
+def _config(kind: str, layers: Mapping[str, AdapterWeights]) -> Any:
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    ranks = {name: change.rank for name, change in changes.items()}
+    ranks = {name: weights.rank for name, weights in layers.items()}
     options: dict[str, Any] = {"r": max(ranks.values()), "target_modules": list(ranks), "rank_pattern": ranks}
     if kind == "lokr":
         return LoKrConfig(**options)
@@ -262,28 +256,28 @@ def _config(kind: str, changes: Mapping[str, Change]) -> Any:
     return LoraConfig(**options, use_dora=kind == "dora")
 
 
-def _fill(layer: Any, adapter: str, change: Change) -> None:
+def _fill(layer: Any, adapter: str, weights: AdapterWeights) -> None:
     """Give one of PEFT's layers an adapter's matrices, in the dtype of the model's own weight."""
     base = layer.get_base_layer()
     device = (base.bias if isinstance(base, QuantizedLinear) else base.weight).device
     dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-    for name in layer.adapter_layer_names:  # what PEFT made of the sizes that it guessed
+    for name in layer.adapter_layer_names:  # PEFT guesses which parts there are
         parts = getattr(layer, name)
-        if adapter in parts and name not in change.parts:
+        if adapter in parts and name not in weights.parts:
             del parts[adapter]
-    for name, tensor in change.parts.items():
+    for name, tensor in weights.parts.items():
         parts = getattr(layer, name)
         weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
         if isinstance(parts, nn.ParameterDict):
             parts[adapter] = weight
         else:
             parts[adapter].weight = nn.Parameter(weight.flatten(), False) if "magnitude" in name else weight
-    layer.r[adapter] = change.rank
-    (layer.lora_alpha if hasattr(layer, "lora_alpha") else layer.alpha)[adapter] = change.scale_alpha
+    layer.r[adapter] = weights.rank
+    (layer.lora_alpha if hasattr(layer, "lora_alpha") else layer.alpha)[adapter] = weights.scale_alpha
 
 
 def _detach(model: Any) -> None:
-    """Put the model's own layers back in the place of PEFT's."""
+    """Replace PEFT's layers by the model's own."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in list(model.named_modules()):

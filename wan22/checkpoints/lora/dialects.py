@@ -1,8 +1,9 @@
-"""Bring every LoRA dialect to one form: pairs of matrices and additive deltas, under our parameters' names.
+"""Bring every LoRA dialect to one form: matrices and whole differences, under our parameters' names.
 
 Shapes: o outputs, i inputs of a layer, r rank.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from ..naming.keys import TRANSFORMER
 from ..naming.names import listed
 
 SLOTS = ("transformer", "transformer_2")
-# What programs write before a module's name, for the second expert in a file of both, and for the first.
-_SECOND = ("transformer_2.",)
+# What programs write before a module's name: for the second expert in a file of both, and otherwise.
+_SECOND = "transformer_2."
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 # These programs also write "_" in place of ".".
 _FLAT = ("lora_unet__", "lora_unet_", "lycoris_")
@@ -24,7 +25,7 @@ _PART = re.compile(
     r"(.+)\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up|lora_magnitude_vector)(?:\.(?!weight$)\w+)?\.weight"
     r"|(.+)\.(dora_scale|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|lora_magnitude_vector)"
 )
-# PEFT's names of the parts of an adapter's layer; the rest are the same everywhere.
+# PEFT's names of an adapter's parts; the others have the same name everywhere.
 _PEFT = {"lora_down": "lora_A", "lora.down": "lora_A", "lora_up": "lora_B", "lora.up": "lora_B"}
 _PEFT |= {"dora_scale": "lora_magnitude_vector"}
 _MAGNITUDE = "lora_magnitude_vector"
@@ -40,13 +41,13 @@ _OTHERS = {
 
 
 @dataclass
-class Change:
-    """What is added to a layer's weight: parts that PEFT multiplies.
+class AdapterWeights:
+    """An adapter's matrices for one layer, whose product is added to the layer's weight.
 
     Args:
-        parts: by PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector "o".
-            LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b"; LoHa: hada_w1_a to hada_w2_b.
-        alpha: the product is multiplied by alpha / r; None for r.
+        parts: matrices by PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector
+            "o". LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b"; LoHa: hada_w1_a to hada_w2_b.
+        alpha: the product is multiplied by alpha / r; None: by 1.
     """
 
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -78,56 +79,54 @@ class Change:
 
     @property
     def scale_alpha(self) -> float:
-        """What PEFT takes as alpha."""
+        """The alpha that PEFT takes."""
         whole = self.kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(self.parts)
         return self.rank if self.alpha is None or whole else self.alpha
 
     def shape(self) -> tuple[int, int]:
-        """Return outputs and inputs of the layer that this is for."""
+        """Return the number of outputs and inputs of the layer."""
         if self.kind in ("lora", "dora"):
             return self.parts["lora_B"].shape[0], self.parts["lora_A"][0].numel()
         if self.kind == "loha":
             return self.parts["hada_w1_a"].shape[0], self.parts["hada_w1_b"].shape[1]
-        sizes = [
-            self.parts[w].shape
-            if w in self.parts
-            else (len(self.parts[f"{w}_a"]), self.parts[f"{w}_b"].shape[1])
-            for w in ("lokr_w1", "lokr_w2")
-        ]
-        return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
+        outputs, inputs = (
+            [self.parts[w if w in self.parts else w + side] for w in ("lokr_w1", "lokr_w2")]
+            for side in ("_a", "_b")
+        )
+        return math.prod(len(w) for w in outputs), math.prod(w.shape[1] for w in inputs)
 
 
 @dataclass
 class Lora:
-    """What a file changes in one transformer.
+    """A file's weights for one transformer.
 
     Args:
-        changes: by layer.
-        deltas: by parameter, what is added to it.
+        layers: an adapter's matrices by layer.
+        deltas: differences to add, by parameter.
         unmatched: keys of the file that fit nothing in the transformer.
         source: the file; "" for a table of tensors.
     """
 
-    changes: dict[str, Change] = field(default_factory=dict)
+    layers: dict[str, AdapterWeights] = field(default_factory=dict)
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     source: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.changes or self.deltas)
+        return bool(self.layers or self.deltas)
 
 
 def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lora]:
     """Sort a LoRA file's tensors by the transformer and the layer that they change.
 
     Args:
-        file: as it was read; its tensors are not changed.
-        shapes: of the transformer's parameters, by our names.
+        file: the LoRA file; its tensors are not changed.
+        shapes: shapes of the transformer's parameters, by our names.
 
-    Returns: by slot: "transformer" for all keys but those that name "transformer_2".
+    Returns: LoRAs by transformer: "transformer" for all keys but those that name "transformer_2".
 
     Raises:
-        ValueError: the file is of another kind of adapter, which is named, or a layer is incomplete.
+        ValueError: the file is another kind of adapter, which is named, or a layer is incomplete.
     """
     for mark, kind in _OTHERS.items():
         if key := next((key for key in file.tensors if mark in key), None):
@@ -140,11 +139,11 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         slot, name = _slot(key)
         _sort_in(loras[slot], key, name, tensor, names)
     for lora in loras.values():
-        for name in [name for name, change in lora.changes.items() if not change.parts]:
-            del lora.changes[name]  # an alpha alone, which some programs write beside a whole difference
+        for name in [name for name, weights in lora.layers.items() if not weights.parts]:
+            del lora.layers[name]  # an alpha alone, which some programs write beside a whole difference
             if f"{name}.weight" not in lora.deltas:
                 lora.unmatched.append(f"{name}.alpha")
-        if half := [name for name, change in lora.changes.items() if not change.complete]:
+        if half := [name for name, weights in lora.layers.items() if not weights.complete]:
             raise ValueError(f"{file.source}: of {listed(half)} not all matrices are there")
         _drop_misfits(lora, shapes)
     return loras
@@ -168,17 +167,16 @@ def _names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def _slot(key: str) -> tuple[str, str]:
-    """Return the transformer that a key is for, and the key without prefixes."""
-    for prefix in _SECOND:
-        if key.startswith(prefix):
-            return SLOTS[1], key.removeprefix(prefix)
+    """Return a key's transformer, and the key without prefixes."""
+    if key.startswith(_SECOND):
+        return SLOTS[1], key.removeprefix(_SECOND)
     for prefix in (*_PREFIXES, *_FLAT):
         key = key.removeprefix(prefix)
     return SLOTS[0], key
 
 
 def _sort_in(lora: Lora, key: str, name: str, tensor: torch.Tensor, names: Mapping[str, str]) -> None:
-    """Put one tensor of a file where it belongs."""
+    """Add one tensor of a file to a LoRA, under our name."""
     for suffix, attribute in _DELTAS.items():
         if name.endswith(suffix):
             ours = names.get(name.removesuffix(suffix) + attribute)
@@ -193,23 +191,23 @@ def _sort_in(lora: Lora, key: str, name: str, tensor: torch.Tensor, names: Mappi
     if ours is None or not (match or name.endswith(".alpha")):
         lora.unmatched.append(key)
         return
-    change = lora.changes.setdefault(ours.removesuffix(".weight"), Change())
+    weights = lora.layers.setdefault(ours.removesuffix(".weight"), AdapterWeights())
     if match is None:
-        change.alpha = float(tensor)
+        weights.alpha = float(tensor)
     else:
         part = match[2] or match[4]
-        change.parts[_PEFT.get(part, part)] = tensor
+        weights.parts[_PEFT.get(part, part)] = tensor
 
 
 def _drop_misfits(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Count as unmatched what is for a layer of another size, such as I2V's patch embedding in T2V."""
-    for module, change in list(lora.changes.items()):
+    """Count weights for a layer of another size, such as I2V's patch embedding in T2V, as unmatched."""
+    for module, weights in list(lora.layers.items()):
         shape = shapes[f"{module}.weight"]
-        magnitude = change.parts.get(_MAGNITUDE)
-        fits = change.shape() == (shape[0], torch.Size(shape[1:]).numel())
+        magnitude = weights.parts.get(_MAGNITUDE)
+        fits = weights.shape() == (shape[0], math.prod(shape[1:]))
         if not fits or (magnitude is not None and magnitude.numel() != shape[0]):
             lora.unmatched.append(module)
-            del lora.changes[module]
+            del lora.layers[module]
     for name, delta in list(lora.deltas.items()):
         if tuple(delta.shape) != tuple(shapes[name]):
             lora.unmatched.append(name)

@@ -1,4 +1,7 @@
-"""Tell from the shapes of its tensors which model a file holds, and with which configuration."""
+"""A model's configuration, told from the names and shapes of its tensors.
+
+The functions raise ValueError where the tensors are another model's; `source` is the file, for that error.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,9 +10,10 @@ from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_KNOWN = "Wan model that is known here"  # in errors
 HEAD_DIM = 128  # of every released Wan transformer
 CLIP_HEAD_DIM = 80  # of the released image encoder, ViT-H
-# Parts that only other models of the family have, by the start of their names.
+# Parts of the family's other models, by the start of their names.
 OTHER_TRANSFORMERS = {
     "vace_blocks.": "VACE",
     "vace_patch_embedding.": "VACE",
@@ -40,45 +44,28 @@ LATENTS_STD_22 = (
 )
 
 
-def _unknown(source: str, rule: str) -> ValueError:
-    return ValueError(f"{source} is no Wan model that is known here: {rule}")
-
-
 def refuse_other_transformers(source: str, names: Iterable[str]) -> None:
-    """Refuse a transformer that does more than text and image to video.
-
-    Args:
-        source: the file, for the error.
-        names: of its tensors.
-
-    Raises:
-        ValueError: it is one; its kind is named.
-    """
+    """Refuse by name a transformer that does more than text and image to video."""
     for start, what in OTHER_TRANSFORMERS.items():
         if any(name.startswith(start) for name in names):
             raise ValueError(f"{source} is a transformer for {what}, which is not supported")
 
 
 def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None) -> dict[str, Any]:
-    """Return the configuration of the transformer with these tensors, under official names.
+    """Return the transformer's configuration.
 
     Args:
         source: the file, for errors.
-        shapes: of its tensors.
+        shapes: shapes by official names.
         head_dim: size of a head, which the shapes do not tell; None: that of every released transformer.
-
-    Raises:
-        ValueError: they are another model's.
     """
     get = _getter(source, shapes)
     dim, in_channels, *patch = get("patch_embedding.weight")
     head_dim = head_dim or HEAD_DIM
     heads, rest = divmod(dim, head_dim)
     if rest:
-        raise _unknown(
-            source,
-            f"its size {dim} is not a multiple of {head_dim}, the size of a head; give attention_head_dim",
-        )
+        rule = f"its size {dim} is not a multiple of {head_dim}, the size of a head; give attention_head_dim"
+        raise ValueError(f"{source} is no {_KNOWN}: {rule}")
     image = shapes.get("img_emb.proj.0.weight")
     positions = shapes.get("img_emb.emb_pos")
     return {
@@ -86,7 +73,7 @@ def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None)
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
         "in_channels": in_channels,
-        "out_channels": get("head.head.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        "out_channels": get("head.head.weight")[0] // math.prod(patch),
         "text_dim": get("text_embedding.0.weight")[1],
         "freq_dim": get("time_embedding.0.weight")[1],
         "ffn_dim": get("blocks.0.ffn.0.weight")[0],
@@ -103,9 +90,9 @@ class AutoencoderLayout:
     """How an autoencoder's blocks are grouped, which its tensors' names depend on.
 
     Args:
-        residual: whether it is of the 2.2 kind, with a shortcut around each resolution.
-        levels: resolutions.
-        blocks: residual blocks of each in the encoder; the decoder has one more.
+        residual: whether it is Wan 2.2's, with a shortcut around each resolution.
+        levels: number of resolutions.
+        blocks: residual blocks per resolution of the encoder; the decoder has one more.
     """
 
     residual: bool
@@ -115,40 +102,30 @@ class AutoencoderLayout:
     def ends(self) -> Iterator[tuple[str, str]]:
         """Yield for each resolution the official names of its last residual block and of its downsampler."""
         for level in range(self.levels):
-            first = level * (self.blocks + 1)
-            start, first = (
-                (f"encoder.downsamples.{level}.downsamples", 0)
-                if self.residual
-                else ("encoder.downsamples", first)
-            )
+            if self.residual:
+                start, first = f"encoder.downsamples.{level}.downsamples", 0
+            else:
+                start, first = "encoder.downsamples", level * (self.blocks + 1)
             yield f"{start}.{first + self.blocks - 1}", f"{start}.{first + self.blocks}"
 
 
 def autoencoder_layout(names: Iterable[str]) -> AutoencoderLayout:
-    """Tell an autoencoder's layout from its tensors' names, official ones or ours."""
+    """Return an autoencoder's layout, told from its tensors' names, official ones or ours."""
     names = set(names)
     if levels := _count(names, "decoder.up_blocks"):
         residual = _count(names, "encoder.down_blocks.0.resnets") > 0
         return AutoencoderLayout(residual, levels, _count(names, "decoder.up_blocks.0.resnets") - 1)
-    if _count(names, "encoder.downsamples.0.downsamples"):
-        levels = _count(names, "encoder.downsamples")
-        return AutoencoderLayout(True, levels, _count(names, f"encoder.downsamples.{levels - 1}.downsamples"))
     layers = _count(names, "encoder.downsamples")
+    if _count(names, "encoder.downsamples.0.downsamples"):
+        return AutoencoderLayout(True, layers, _count(names, f"encoder.downsamples.{layers - 1}.downsamples"))
     levels = 1 + sum(f"encoder.downsamples.{i}.resample.1.weight" in names for i in range(layers))
     return AutoencoderLayout(False, levels, (layers + 1) // levels - 1)
 
 
 def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of the autoencoder with these tensors, under official names.
+    """Return the autoencoder's configuration, from shapes by official names.
 
     Statistics of the latents are those of the released autoencoder with as many channels.
-
-    Args:
-        source: the file, for errors.
-        shapes: of its tensors.
-
-    Raises:
-        ValueError: they are another model's.
     """
     get, layout = _getter(source, shapes), autoencoder_layout(shapes)
     z_dim, (base, patched) = get("conv2.weight")[0], get("encoder.conv1.weight")[:2]
@@ -173,18 +150,8 @@ def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
 
 
 def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of umT5 with these tensors, under transformers' names.
-
-    Raises:
-        ValueError: they are another model's.
-    """
-
-    def get(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"{source} is no umT5: it has no {name}")
-        return shapes[name]
-
-    block = "encoder.block.0.layer"
+    """Return umT5's configuration, from shapes by transformers' names."""
+    get, block = _getter(source, shapes, "umT5"), "encoder.block.0.layer"
     vocabulary, dim = get("shared.weight")
     buckets, heads = get(f"{block}.0.SelfAttention.relative_attention_bias.weight")
     return {
@@ -200,31 +167,24 @@ def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
 
 
 def image_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of CLIP's image encoder with these tensors, under transformers' names.
-
-    Raises:
-        ValueError: they are another model's.
-    """
-    needed = ["embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"]
-    needed.append("encoder.layers.0.mlp.fc1.weight")
-    if missing := [name for name in needed if name not in shapes]:
-        raise ValueError(f"{source} is no CLIP image encoder: it has no {missing[0]}")
-    (dim, _, _, patch), (positions, _), (hidden, _) = (shapes[name] for name in needed)
+    """Return the configuration of CLIP's image encoder, from shapes by transformers' names."""
+    get = _getter(source, shapes, "CLIP image encoder")
+    dim, _, _, patch = get("embeddings.patch_embedding.weight")
     return {
         "hidden_size": dim,
-        "intermediate_size": hidden,
+        "intermediate_size": get("encoder.layers.0.mlp.fc1.weight")[0],
         "num_attention_heads": dim // CLIP_HEAD_DIM,
         "num_hidden_layers": _count(shapes, "encoder.layers"),
-        "image_size": math.isqrt(positions - 1) * patch,
+        "image_size": math.isqrt(get("embeddings.position_embedding.weight")[0] - 1) * patch,
         "patch_size": patch,
         "hidden_act": "gelu",
     }
 
 
-def _getter(source: str, shapes: Shapes) -> Callable[[str], tuple[int, ...]]:
+def _getter(source: str, shapes: Shapes, what: str = _KNOWN) -> Callable[[str], tuple[int, ...]]:
     def get(name: str) -> tuple[int, ...]:
         if name not in shapes:
-            raise _unknown(source, f"it has no {name}")
+            raise ValueError(f"{source} is no {what}: it has no {name}")
         return shapes[name]
 
     return get

@@ -13,7 +13,7 @@ from ..files.weights import WeightFile
 
 Tensors = dict[str, torch.Tensor | QuantizedTensor]
 
-# What may stand before all names of one model.
+# Prefixes that all names of a model may have.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "module.", "model.")
 # Beside a weight X.weight: its scale, under either name; the scale of the layer's inputs, of no use where the
 # weight is expanded and not the inputs rounded; and ComfyUI's note on how X is quantised.
@@ -84,7 +84,7 @@ def normalize(file: WeightFile) -> Tensors:
 
 
 def stripped(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of a file without what stands before all of them, by the file's own."""
+    """Return a file's names without the prefix that all have, by the names in the file."""
     plain = {name: name.replace(_COMPILED, "") for name in names}
     for prefix in _PREFIXES:
         # ComfyUI's marker may stand before the prefix.

@@ -14,15 +14,11 @@ _NUMBER = re.compile(r"\{\}|\d+")
 
 
 class KeyTable:
-    """Rules from one naming to another.
-
-    Args:
-        rules: pairs of patterns, with as many "{}" on both sides.
-    """
+    """Rules from one naming to another: pairs of patterns, with as many "{}" on both sides."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self.rules = tuple(rules)
-        # By the source with its numbers left out, so that a key is held against one or two rules, not all.
+        # By the source without its numbers, so that a key is compared with one or two rules, not all.
         self._rules_of: dict[str, list[tuple[re.Pattern[str], str]]] = {}
         for source, target in self.rules:
             self._rules_of.setdefault(_outline(source), []).append((_regex(source), target))
@@ -45,7 +41,7 @@ class KeyTable:
 
 
 def _outline(pattern: str) -> str:
-    """Return a key or a pattern with "#" for each number."""
+    """Return a key or pattern with "#" for each number."""
     return _NUMBER.sub("#", pattern)
 
 
@@ -151,13 +147,7 @@ def _autoencoder_rules(residual: bool, res_blocks: int, levels: int) -> Iterator
 
 
 def autoencoder_keys(residual: bool, res_blocks: int = 2, levels: int = 4) -> KeyTable:
-    """Return the table of an autoencoder.
-
-    Args:
-        residual: whether it is of the 2.2 kind, with a shortcut around each resolution.
-        res_blocks: residual blocks of each resolution of the encoder; the decoder has one more.
-        levels: resolutions.
-    """
+    """Return the table of an autoencoder with a layout as `AutoencoderLayout` describes it."""
     return KeyTable(_autoencoder_rules(residual, res_blocks, levels))
 
 
