@@ -1,4 +1,4 @@
-"""A video in four steps without guidance, by recipe="lightning-4" and a LoRA that was distilled to it.
+"""A video in four steps without guidance, by distilled="lightning-4" and a LoRA that was distilled to it.
 
 For T2V-A14B give --checkpoint Wan-AI/Wan2.2-T2V-A14B-Diffusers with --high and --low, Lightning's two files.
 The miniature checkpoint is not distilled, and there is no such LoRA for it: without arguments this shows the
@@ -30,7 +30,7 @@ if args.high or args.low:
 else:
     print("note:          no LoRA is given; what is not distilled to four steps makes poorer videos in them")
 start = time.perf_counter()
-video = pipe(args.prompt, seed=args.seed, recipe="lightning-4")
+video = pipe(args.prompt, seed=args.seed, distilled="lightning-4")
 seconds = time.perf_counter() - start
 
 (clip,) = video.save(args.output, overwrite=True)

@@ -22,8 +22,7 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-# What each room may import from the house; a room may always import from itself, and
-# from the checks.
+# What each part of the package may import from the others; it may always import from itself, and checks.
 MAY_IMPORT = {
     "checks": set(),
     "private_apis": set(),
@@ -39,17 +38,19 @@ MAY_IMPORT = {
     "cli": {"presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "assets", "video"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {".".join(("wan22", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
 
 
-def room_of(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def part_of(module):
+    return [*module.split("."), "__init__"][1]
 
 
-def imported_rooms(path):
-    """Return the rooms that a file imports from, wherever in the file it does so."""
+def imported_modules(path, late=True):
+    """Return the modules of this package that a file imports; `late`: inside functions, too."""
+    tree = ast.parse(path.read_text())
     package = ("wan22", *path.relative_to(ROOT).parts[:-1])
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = set()
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -59,24 +60,47 @@ def imported_rooms(path):
         else:
             continue
         for name in names:
-            if name.split(".")[0] == "wan22" and len(name.split(".")) > 1:
-                rooms.add(name.split(".")[1])
-    return {room for room in rooms if not room.startswith("__")}
+            # A name's own module, or the module that has the name.
+            found |= {m for m in (name, name.rpartition(".")[0]) if m in MODULES}
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    room = room_of(path)
-    if room == "__init__":
+def cycle_in(graph):
+    """Return modules that import each other in a loop, or an empty list."""
+    done = set()
+
+    def visit(module, path):
+        if module in path:
+            return path[path.index(module) :]
+        if module not in done:
+            for other in sorted(graph[module]):
+                if found := visit(other, [*path, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    part = part_of(module)
+    if part == "__init__":
         return
-    assert room in MAY_IMPORT, f"a new room {room}: say here what it may import"
-    assert imported_rooms(path) <= MAY_IMPORT[room] | {room, "checks"}
+    assert part in MAY_IMPORT, f"a new part {part}: say here what it may import"
+    imported = {part_of(other) for other in imported_modules(MODULES[module])}
+    assert imported <= MAY_IMPORT[part] | {part, "checks"}
+
+
+def test_no_modules_import_each_other():
+    assert cycle_in({module: imported_modules(path) for module, path in MODULES.items()}) == []
 
 
 def test_the_walk_sees_imports():
-    """Or the test above could not fail."""
-    assert imported_rooms(ROOT / "pipelines" / "base.py") >= {"checkpoints", "presets", "pipelines"}
-    assert imported_rooms(ROOT / "pipelines" / "loading" / "hub_classes.py") >= {"checkpoints", "schedulers"}
+    """Or the tests above could not fail."""
+    assert {"wan22.pipelines.parts", "wan22.presets"} <= imported_modules(ROOT / "pipelines" / "base.py")
+    assert "wan22.accel.planning.planner" in imported_modules(ROOT / "pipelines" / "attached" / "memory.py")
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
 
 
 def imported_packages(path):
@@ -95,7 +119,7 @@ def test_models_are_plain_torch():
     assert imported_packages(ROOT / "checkpoints" / "loading" / "diffusers_models.py") & frameworks
 
 
-def test_no_room_is_called_wan():
+def test_no_part_is_called_wan():
     """diffusers has a module of that name and would record our components as its own."""
     import diffusers
 

@@ -98,6 +98,6 @@ def mark_peft_layers(model: nn.Module, loaded: bool) -> None:
         vars(model)["_hf_peft_config_loaded"] = True
 
 
-def signature_keys(pipeline: type[Any]) -> tuple[set[str], set[str]]:
+def signature_keys(pipeline: type[Any]) -> tuple[list[str], list[str]]:
     """Return the names of a diffusers pipeline's components and of its settings. There is no public name."""
     return pipeline._get_signature_keys(pipeline)

@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from tests.cli.commands import picture, run
-from wan22 import WanT2VPipeline, read_recipe
+from wan22 import read_recipe
+from wan22.pipelines.attached.memory import Memory
 
 
 def items(here, *lines):
@@ -83,13 +84,13 @@ def test_a_batch_with_images(here):
     picture(here / "lists" / "a.png")
     (here / "lists" / "list.jsonl").write_text(json.dumps({"prompt": "it moves", "image": "a.png", **SHORT}))
     run("batch", "lists/list.jsonl", "-o", "out", "-q")
-    assert read_recipe(next((here / "out").glob("*.mp4"))).images == ("lists/a.png",)
+    assert read_recipe(next((here / "out").glob("*.mp4"))).image == ["lists/a.png"]
 
 
 def test_a_batch_goes_on_after_ctrl_c(here, monkeypatch):
     file = items(here, {"prompt": "one", **SHORT}, {"prompt": "two", **SHORT})
     with monkeypatch.context() as patch:
-        patch.setattr(WanT2VPipeline, "expect", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Memory, "prefetch_next", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         _, err = run("batch", file, "-o", "out", code=130)
     assert "the same command goes on from here" in err
     assert [r["status"] for r in records(here)] == ["stopped"]

@@ -17,7 +17,7 @@ from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 from wan22.cli.loading import split_strength
 from wan22.cli.running import free_name
-from wan22.pipelines.preview import Previewer
+from wan22.pipelines.call.preview import Previewer
 
 # ---- making videos ----
 
@@ -61,26 +61,26 @@ def test_every_option_reaches_the_call(here):
     recipe = read_recipe("out-2.webp")
     assert (recipe.height, recipe.width, recipe.num_frames, recipe.num_inference_steps) == (32, 48, 5, 2)
     assert (recipe.guidance_scale, recipe.guidance_scale_2, recipe.flow_shift) == (2.5, 1.5, 6.0)
-    assert recipe.negative_prompts == ("blue",) and recipe.seeds == (4,)
+    assert recipe.negative_prompt == ["blue"] and recipe.seeds == (4,)
     assert recipe.max_sequence_length == 9 and recipe.noise_device == "cpu"
     assert recipe.attention_kwargs == {"scale": 0.5}
     assert recipe.dtypes["transformer"] == "bfloat16" and recipe.dtypes["vae"] == "float32"
     assert recipe.loras[0].strengths == {"transformer": 0.5, "transformer_2": 0.5}
     assert recipe.changes["tiled"] and recipe.changes["accelerated"]
     assert Image.open("now.png").size[0] >= 256 and Image.open("out-sheet.png").size[0] > 256
-    assert result["recipe"]["seeds"] == [3, 4] and not result["stopped"]
+    assert result["recipe"]["call"]["seed"] == [3, 4] and not result["stopped"]
     run("t2v", "a", "--sigmas", "1,0.5", "--frames", 5, "-o", "b.mp4", "-q")
-    assert read_recipe("b.mp4").sigmas == (1.0, 0.5)
+    assert read_recipe("b.mp4").sigmas == [1.0, 0.5]
 
 
 def test_an_image(here):
     picture("a.png", (96, 64))
     run("i2v", "a.png", "it moves", "--max-area", 64 * 64, *QUICK, "-o", "a.mp4", "--fit", "pad", "-q")
     recipe = read_recipe("a.mp4")
-    assert recipe.images == ("a.png",) and recipe.fit == "pad"
+    assert recipe.image == ["a.png"] and recipe.fit == "pad"
     assert (recipe.width, recipe.height) == (64, 48)
     run("i2v", "a.png", "b", "--last-image", "a.png", "--model", "tiny-i2v", *QUICK, "-o", "b.mp4", "-q")
-    assert read_recipe("b.mp4").last_images == ("a.png",)
+    assert read_recipe("b.mp4").last_image == ["a.png"]
 
 
 def test_models_of_every_kind(here):
@@ -215,7 +215,7 @@ def test_help_has_examples():
         (["t2v", "x", "--device", "cuda:99"], "--device cuda:99 is not there"),
         (["t2v", "x", "--preview", "x.bmp"], "x.bmp must end in .png, .gif, .webp"),
         (["t2v", "x", "--preview-every", "2"], "--preview-every needs --preview FILE"),
-        (["t2v", "x", "--recipe", "fast"], "'fast' must be one of 'lightning-4'"),
+        (["t2v", "x", "--distilled", "fast"], "'fast' must be one of 'lightning-4'"),
         (["t2v", "x", "--attention", "flash9"], "flash9"),
         (["i2v", "gone.png", "x"], "there is no file gone.png"),
         (["i2v", "text.png", "x"], "text.png"),

@@ -12,8 +12,8 @@ from wan22 import tiny_checkpoint
 def test_the_recipe_of_a_video(here):
     run("t2v", "a [bold] cat", *QUICK, "--seed", 5, "-o", "a.mp4", "-q")
     out, _ = run("info", "a.mp4")
-    assert re.search(r"prompts\s+a \[bold\] cat", out) and re.search(r"seeds\s+5", out)
-    assert json.loads(run("info", "a.mp4", "--json")[0])["prompts"] == ["a [bold] cat"]
+    assert re.search(r"prompt\s+a \[bold\] cat", out) and re.search(r"seed\s+5", out)
+    assert json.loads(run("info", "a.mp4", "--json")[0])["call"]["prompt"] == ["a [bold] cat"]
 
 
 def test_what_a_checkpoint_is(here):

@@ -102,7 +102,7 @@ def test_lora(run, tmp_path):
 def test_few_steps(run):
     _, clip, sheet = run("few_steps.py")
     check_video(clip, sheet)
-    assert read_recipe(clip).few_steps == "lightning-4"
+    assert read_recipe(clip).distilled == "lightning-4"
 
 
 def test_batch(run, tmp_path):
@@ -116,7 +116,7 @@ def test_batch(run, tmp_path):
 def test_first_last_frame(run):
     _, clip, sheet = run("first_last_frame.py")
     check_video(clip, sheet)
-    assert len(read_recipe(clip).last_images) == 1
+    assert len(read_recipe(clip).last_image) == 1
 
 
 def test_preview(run, tmp_path):

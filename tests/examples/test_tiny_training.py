@@ -12,7 +12,7 @@ from PIL import Image
 from train_vae import CONFIGS
 
 import wan22
-from wan22.pipelines.conditions import FirstFrameCondition, TextCondition
+from wan22.pipelines.call.conditions import FirstFrameCondition, NoCondition
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "tiny"
 
@@ -138,7 +138,7 @@ def test_timesteps_are_those_of_the_pipeline(ti2v, monkeypatch, given):
     hook.remove()
     x, timestep = seen[0]
     assert torch.equal(x[:, :, 0], clips["latents"][:, :, 0]) == given
-    condition = FirstFrameCondition(x[:, :, :1]) if given else TextCondition()
+    condition = FirstFrameCondition(x[:, :, :1]) if given else NoCondition()
     for i, s in enumerate(sigma):
         expected = condition.model_inputs(i, x[i : i + 1], s[None] * 1000)["timestep"]
         per_token = expected.repeat_interleave(3 * 2 * 3 // expected.numel())

@@ -35,36 +35,36 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
     assert video.fps == recipe.fps == 12
     settings = {
         "checkpoint": "random-t2v",
-        "prompts": ("a red circle",),
-        "negative_prompts": (NEGATIVE_PROMPT,),
-        "seeds": recipe.seeds,
+        "pipeline": "WanT2VPipeline",
+        "call": {
+            "prompt": ["a red circle"],
+            "negative_prompt": [NEGATIVE_PROMPT],
+            "seed": list(recipe.seeds),
+            "height": 32,
+            "width": 48,
+            "num_frames": 5,
+            "num_inference_steps": 3,
+            "num_videos_per_prompt": 1,
+            "flow_shift": 5.0,
+            "guidance_scale": 3.0,
+            "guidance_scale_2": 2.0,
+            "max_sequence_length": 512,
+            "noise_device": "cpu",
+            **dict.fromkeys(("attention_kwargs", "distilled", "sigmas", "timesteps")),
+        },
         "height": 32,
         "width": 48,
         "num_frames": 5,
         "fps": 12,
         "scheduler": "FlowMatchUniPCScheduler",
         "num_inference_steps": 3,
-        "flow_shift": 5.0,
-        "guidance_scale": 3.0,
-        "guidance_scale_2": 2.0,
         "boundary_ratio": 0.875,
-        "images": (),
-        "last_images": (),
-        "fit": None,
-        "max_area": None,
-        "pipeline": "WanT2VPipeline",
-        "timesteps": None,
-        "sigmas": None,
-        "few_steps": None,
-        "max_sequence_length": 512,
-        "attention_kwargs": None,
-        "noise_device": "cpu",
         "origin": None,
         "loras": (),
         "dtypes": dict.fromkeys(("text_encoder", "transformer", "transformer_2", "vae"), "float32"),
         "changes": {},
         "steps_done": None,
-        "obstacle": None,
+        "not_reproducible_because": None,
     }
     around = ("scheduler_config", "device", "versions")
     found = recipe.to_dict()
@@ -108,14 +108,14 @@ def test_every_given_value_is_kept(pipe, tiny_preset):
     ).recipe
     assert (recipe.height, recipe.width, recipe.num_frames, recipe.num_inference_steps) == (48, 32, 9, 2)
     assert (recipe.guidance_scale, recipe.guidance_scale_2, recipe.flow_shift) == (2.5, 1.5, 3.0)
-    assert (recipe.seeds, recipe.negative_prompts, recipe.prompts) == ((11,), ("fog",), ("a",))
+    assert (recipe.seeds, recipe.negative_prompt, recipe.prompts) == ((11,), ["fog"], ("a",))
 
 
 def test_the_recipe_tells_what_guidance_did_not_use(pipe):
     recipe = pipe(
         "a", seed=0, output_type="latent", **{**SMALL, "guidance_scale": 1.0, "guidance_scale_2": 1.0}
     ).recipe
-    assert recipe.negative_prompts == (None,)
+    assert recipe.negative_prompt is None
 
 
 def test_the_shift_of_the_loaded_scheduler_counts(tiny_preset):

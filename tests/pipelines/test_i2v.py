@@ -20,7 +20,7 @@ from tests.builders import (
 )
 from tests.golden_data import relative_error
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, WanT2VPipeline
-from wan22.pipelines.images import load_picture
+from wan22.pipelines.call.images import load_picture
 
 ONE_SCALE = {k: v for k, v in SMALL.items() if k != "guidance_scale_2"}
 BY_AREA = {k: v for k, v in SMALL.items() if k not in ("height", "width")}
@@ -257,7 +257,7 @@ def test_the_recipe_tells_of_the_images(i2v, tmp_path):
     path = tmp_path / "a b.png"
     photo().save(path)
     recipe = i2v(path, "a", last_image=photo(), **SMALL, fit="pad").recipe
-    assert (recipe.images, recipe.last_images, recipe.fit) == ((str(path),), (None,), "pad")
+    assert (recipe.image, recipe.last_image, recipe.fit) == ([str(path)], [None], "pad")
 
 
 # ---- checkpoints ----
@@ -360,7 +360,7 @@ def given(**arguments):
         (
             lambda: random_i2v_pipeline(1),
             given(image_embeds=torch.zeros(3, 5, 24)),
-            r"\(3, 5, 24\); for 1 videos it must be \(1, s, 24\)",
+            r"\(3, 5, 24\); for 1 videos it must be \(1, l, 24\)",
         ),
     ],
 )

@@ -21,24 +21,28 @@ from wan22.video.writers import write_mp4
 H, W, T, FPS = 48, 64, 9, 12
 
 
-def recipe(count=1, **changed):
+def recipe(count=1, num_frames=T, versions=None, **call):
     settings = {
         "checkpoint": "test",
-        "prompts": ("a",) * count,
-        "negative_prompts": (None,) * count,
-        "seeds": tuple(range(count)),
+        "pipeline": "WanT2VPipeline",
+        "call": {
+            "prompt": ["a"] * count,
+            "seed": list(range(count)),
+            "num_videos_per_prompt": 1,
+            "flow_shift": 3.0,
+            "guidance_scale": 1.0,
+        }
+        | call,
         "height": H,
         "width": W,
-        "num_frames": T,
+        "num_frames": num_frames,
         "fps": FPS,
         "scheduler": "S",
         "num_inference_steps": 2,
-        "flow_shift": 3.0,
-        "guidance_scale": 1.0,
-        "guidance_scale_2": None,
         "boundary_ratio": None,
+        "versions": versions or {},
     }
-    return Recipe(**{**settings, **changed})
+    return Recipe(**settings)
 
 
 def clip(seed=0, height=H, width=W):
@@ -368,8 +372,8 @@ def test_arrays_keep_their_values(tmp_path):
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webp", "png"])
 def test_the_recipe_travels(ending, tmp_path):
-    prompts = ('a = b; #1 \\ "c"\n二', "e" * 5000)
-    given = recipe(2, prompts=prompts, negative_prompts=("n", None), versions={"wan22": "1"})
+    prompts = ['a = b; #1 \\ "c"\n二', "e" * 5000]
+    given = recipe(2, prompt=prompts, negative_prompt=["n", ""], versions={"wan22": "1"})
     files = WanVideo(frames=video(2).frames, fps=FPS, recipe=given).save(tmp_path / f"clip.{ending}")
     renamed = files[0].rename(tmp_path / "another name")
     assert read_recipe(renamed) == given.of(0)

@@ -32,7 +32,8 @@ def describe(name: str, as_json: bool) -> None:
     elif path.suffix.lower() in VIDEOS:
         from ..video.metadata import read_recipe
 
-        _print(read_recipe(path).to_dict(), as_json)
+        recipe = read_recipe(path).to_dict()
+        _print(recipe if as_json else {**recipe.pop("call"), **recipe}, as_json)
     else:
         _print(checkpoint(path), as_json)
 

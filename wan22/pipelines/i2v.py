@@ -11,8 +11,9 @@ from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanStream, WanVideo
 from .base import WanPipeline
-from .conditions import ChannelCondition, Condition, FirstFrameCondition, TextCondition
-from .images import (
+from .call.call import Call
+from .call.conditions import ChannelCondition, Condition, FirstFrameCondition, NoCondition
+from .call.images import (
     FITS,
     Fit,
     Picture,
@@ -25,7 +26,7 @@ from .images import (
     load_pictures,
     one_per_video,
 )
-from .request import Generators, ImageRequest, Plan, Prompt
+from .call.request import Generators, Prompt, Request
 
 
 class WanI2VPipeline(WanPipeline):
@@ -119,7 +120,7 @@ class WanI2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
-        recipe: str | None = None,
+        distilled: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -135,9 +136,9 @@ class WanI2VPipeline(WanPipeline):
             prompt: what happens: one or several; one serves any number of images.
             height: pixels, a multiple of 16 (TI2V-5B: 32); needs width. Without both, the image's aspect and
                 max_area decide.
-            width: likewise.
-            image_embeds: instead of the image encoder's rows (Wan 2.1): "s d", or "b s d" per video; for
-                first and last frame the rows of one after the other's, "2 s d" or "2b s d".
+            width: pixels, likewise a multiple of 16 or 32; needs height.
+            image_embeds: in place of the image encoder's tokens (Wan 2.1): "l d", or "b l d" per video; for
+                first and last frame one's tokens after the other's, "2 l d" or "2b l d".
             last_image: the last frame, like image; for I2V-A14B and FLF checkpoints.
             max_area: pixels that height times width may have; the checkpoint's by default.
             fit: how an image of another aspect becomes height x width: "crop" covers it, "pad" fits inside on
@@ -153,13 +154,11 @@ class WanI2VPipeline(WanPipeline):
 
         Source: Wan2.2 wan/image2video.py, WanI2V.generate; wan/textimage2video.py, WanTI2V.i2v.
         """
-        arguments = locals()
+        request = Request(locals())
         self.check_components()
-        arguments |= {
-            "image": load_pictures("image", image),
-            "last_image": load_pictures("last_image", last_image),
-        }
-        request = ImageRequest.of(arguments)
+        request = request.changed(
+            image=load_pictures("image", image), last_image=load_pictures("last_image", last_image)
+        )
         self._check_images(request)
         return self.run(request)
 
@@ -176,7 +175,12 @@ class WanI2VPipeline(WanPipeline):
         rule = closest_size if self.config.expand_timesteps else floor_size
         return rule(picture.size, max_area, self.cell)
 
-    def default_size(self, request: ImageRequest) -> tuple[int, int]:  # type: ignore[override]
+    def prompt_count(self, request: Request) -> int | None:
+        """Return the number of prompts that there must be: that of the images, if there are several."""
+        images = max(len(request.image), len(request.last_image))
+        return images if images > 1 else None
+
+    def default_size(self, request: Request) -> tuple[int, int]:
         """Return the height and width that follow from the images.
 
         Raises:
@@ -201,15 +205,15 @@ class WanI2VPipeline(WanPipeline):
         width, height = next(iter(sizes))
         return height, width
 
-    def followed_area(self, request: ImageRequest) -> int | None:  # type: ignore[override]
+    def followed_area(self, request: Request) -> int | None:
         """Return the pixels that height times width may have, where the size follows the images."""
         return self._area(request) if request.image and request.height is None else None
 
-    def _area(self, request: ImageRequest) -> int:
+    def _area(self, request: Request) -> int:
         """Return the pixels that height times width may have."""
         return self.preset.height * self.preset.width if request.max_area is None else request.max_area
 
-    def _check_images(self, request: ImageRequest) -> None:
+    def _check_images(self, request: Request) -> None:
         """Refuse images that the checkpoint does not take, or that contradict each other."""
         config = self.any_transformer.config
         if request.fit is not None:
@@ -246,12 +250,12 @@ class WanI2VPipeline(WanPipeline):
 
     # ---- conditioning ----
 
-    def make_condition(self, plan: Plan) -> Condition:
-        """Encode the images of a plan's videos, each image once."""
-        request: ImageRequest = plan.request  # type: ignore[assignment]
+    def make_condition(self, call: Call) -> Condition:
+        """Encode the images of a call's videos, each image once."""
+        request = call.request
         if not request.image:
-            return TextCondition()
-        count = len(plan.generators)
+            return NoCondition()
+        count = len(call.generators)
         pairs = list(
             zip(
                 one_per_video(request.image, count),
@@ -259,33 +263,33 @@ class WanI2VPipeline(WanPipeline):
                 strict=True,
             )
         )
-        rows = self._image_rows(request, pairs)
+        embeds = self._image_embeds(request, pairs)
         encoded: dict[tuple[int, int], torch.Tensor] = {}
         for first, last in pairs:
             key = id(first), id(last)
             if key not in encoded:
-                encoded[key] = self._encode_frames(plan, first, last)
+                encoded[key] = self._encode_frames(call, first, last)
         latents = [encoded[id(first), id(last)] for first, last in pairs]
         if self.config.expand_timesteps:
             return FirstFrameCondition(torch.cat(latents))
-        return ChannelCondition(latents, rows)
+        return ChannelCondition(latents, embeds)
 
-    def fitted(self, picture: Picture, plan: Plan) -> torch.Tensor:
-        """Return an image at a plan's size, "1 3 1 h w" in [-1, 1]."""
-        request: ImageRequest = plan.request  # type: ignore[assignment]
-        size = plan.recipe.width, plan.recipe.height
+    def fitted(self, picture: Picture, call: Call) -> torch.Tensor:
+        """Return an image at a call's size, "1 3 1 h w" in [-1, 1]."""
+        request = call.request
+        size = call.recipe.width, call.recipe.height
         tokens = self.config.expand_timesteps
         # Where an image has its own best size, less than a cell of stretching brings it there.
         follows = request.height is None and self.best_size(picture, self._area(request)) == size
-        fit = request.fit or ("stretch" if follows and not tokens else "crop")
+        fit: Fit = request.fit or ("stretch" if follows and not tokens else "crop")
         return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
 
-    def _encode_frames(self, plan: Plan, first: Picture, last: Picture | None) -> torch.Tensor:
+    def _encode_frames(self, call: Call, first: Picture, last: Picture | None) -> torch.Tensor:
         """Encode given frames as the transformer takes them, "1 c t h w" float32."""
-        images = [self.fitted(picture, plan) for picture in (first, last) if picture is not None]
+        images = [self.fitted(picture, call) for picture in (first, last) if picture is not None]
         if self.config.expand_timesteps:
             return self.encode_clip(images[:1])
-        between = plan.recipe.num_frames - len(images)
+        between = call.recipe.num_frames - len(images)
         if between < 0:
             raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
         # In pieces, so that a long clip of zeros never lies in memory whole.
@@ -312,36 +316,36 @@ class WanI2VPipeline(WanPipeline):
             )
         return vae.normalize_latents(latents).to(self._execution_device)
 
-    def _image_rows(
-        self, request: ImageRequest, pairs: Sequence[tuple[Picture, Picture | None]]
+    def _image_embeds(
+        self, request: Request, pairs: Sequence[tuple[Picture, Picture | None]]
     ) -> list[torch.Tensor] | None:
-        """Return each video's rows of the image encoder; None for checkpoints without."""
+        """Return each video's tokens of the image encoder; None for checkpoints without."""
         model = self.any_transformer
         if model.config.image_dim is None:
             return None
         per_video = 1 if pairs[0][1] is None else 2
-        rows = request.image_embeds
-        if rows is None:
+        embeds = request.image_embeds
+        if embeds is None:
             known: dict[int, torch.Tensor] = {}
             for picture in (p for pair in pairs for p in pair if p is not None):
                 if id(picture) not in known:
                     known[id(picture)] = self.encode_image(picture.to_pil())
-            rows = torch.cat([known[id(p)] for pair in pairs for p in pair if p is not None])
+            embeds = torch.cat([known[id(p)] for pair in pairs for p in pair if p is not None])
         else:
-            rows = rows[None] if rows.ndim == 2 else rows
-            if len(rows) == per_video:
-                rows = rows.repeat(len(pairs), 1, 1)
+            embeds = embeds[None] if embeds.ndim == 2 else embeds
+            if len(embeds) == per_video:
+                embeds = embeds.repeat(len(pairs), 1, 1)
         d = model.config.image_dim
-        if rows.ndim != 3 or rows.shape[2] != d or len(rows) != per_video * len(pairs):
+        if embeds.ndim != 3 or embeds.shape[2] != d or len(embeds) != per_video * len(pairs):
             raise ValueError(
-                f"image_embeds have shape {tuple(rows.shape)}; for {len(pairs)} videos it must be "
-                f"({per_video * len(pairs)}, s, {d}), or ({per_video}, s, {d}) for all alike"
+                f"image_embeds have shape {tuple(embeds.shape)}; for {len(pairs)} videos it must be "
+                f"({per_video * len(pairs)}, l, {d}), or ({per_video}, l, {d}) for all alike"
             )
-        return list(rows.to(self._execution_device, model.dtype).split(per_video))
+        return list(embeds.to(self._execution_device, model.dtype).split(per_video))
 
     @torch.no_grad()
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
-        """Return the image encoder's rows of one or several images, "b s d" (Wan 2.1).
+        """Return the image encoder's tokens of one or several images, "b l d" (Wan 2.1).
 
         Args:
             image: one PIL image or a list.
@@ -351,5 +355,5 @@ class WanI2VPipeline(WanPipeline):
         inputs = self.image_processor(images=image, return_tensors="pt")
         inputs = inputs.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)
         # The layer before the last is what Wan was trained with.
-        rows = self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
-        return rows.to(device or self._execution_device)
+        embeds = self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+        return embeds.to(device or self._execution_device)

@@ -8,8 +8,9 @@ import torch
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanStream, WanVideo
 from .base import WanPipeline
-from .conditions import TextCondition
-from .request import Generators, Plan, Prompt, Request
+from .call.call import Call
+from .call.conditions import NoCondition
+from .call.request import Generators, Prompt, Request
 
 
 class WanT2VPipeline(WanPipeline):
@@ -60,7 +61,7 @@ class WanT2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
-        recipe: str | None = None,
+        distilled: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -71,33 +72,33 @@ class WanT2VPipeline(WanPipeline):
             prompt: one or several.
             negative_prompt: what to avoid: one, or one per prompt; empty means the checkpoint's default.
             height: pixels, a multiple of 16 (TI2V-5B: 32).
-            width: likewise.
-            num_frames: 1 + a multiple of 4.
+            width: pixels, a multiple of 16 (TI2V-5B: 32).
+            num_frames: number of frames, 1 + a multiple of 4.
             num_inference_steps: denoising steps, at least 1.
-            guidance_scale: of the high-noise expert, and of the other where guidance_scale_2 is not given;
+            guidance_scale: scale of the high-noise expert, and of the other unless guidance_scale_2 is given;
                 1 turns guidance off.
-            guidance_scale_2: of the low-noise expert.
+            guidance_scale_2: scale of the low-noise expert.
             num_videos_per_prompt: videos of each prompt, one after the other.
             generator: source of the noise, one or one per video.
             latents: noise to start from, "b c t h w".
-            prompt_embeds: instead of prompt, "b s d" with up to 512 rows; `encode_prompt` makes them.
-            negative_prompt_embeds: instead of negative_prompt.
+            prompt_embeds: in place of prompt, "b l d" with up to 512 tokens; `encode_prompt` makes them.
+            negative_prompt_embeds: in place of negative_prompt.
             output_type: "np", "pil", "pt" or "latent", see WanVideo.frames; or "stream", see `stream`.
             return_dict: False returns a tuple of the frames.
             attention_kwargs: {"scale": s} multiplies the LoRAs attached to the transformers by s.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step; may return a
                 dict with replacements, and may set `pipe._interrupt = True` to stop.
-            callback_on_step_end_tensor_inputs: tensors it gets: latents, prompt_embeds,
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: latents, prompt_embeds,
                 negative_prompt_embeds.
             max_sequence_length: tokens at which a prompt is cut, at most 512.
-            seed: instead of generator: of the first video, the next get seed + 1, …; or one per video. None
+            seed: in place of generator: the first video's, the next get seed + 1, …; or one per video. None
                 draws one, which the recipe tells.
-            flow_shift: of the noise schedule.
-            sigmas: noise levels instead of num_inference_steps and flow_shift, as they are.
-            timesteps: likewise, 0 to 1000.
-            noise_device: where the noise is drawn; "cpu", the default, gives the same noise on every machine.
-            recipe: "lightning-4", for LoRAs and checkpoints distilled to four steps: the trained timesteps,
-                Euler's method, no guidance unless guidance_scale says so.
+            flow_shift: shift of the noise schedule.
+            sigmas: noise levels in place of num_inference_steps and flow_shift, 0 to 1, used as they are.
+            timesteps: timesteps in place of them, 0 to 1000, used as they are.
+            noise_device: device that draws the noise; "cpu", the default, gives the same noise everywhere.
+            distilled: "lightning-4", for LoRAs and checkpoints distilled to four steps: the trained
+                timesteps, Euler's method, no guidance unless guidance_scale says so.
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.
@@ -112,8 +113,8 @@ class WanT2VPipeline(WanPipeline):
 
         Source: Wan2.2 wan/text2video.py, WanT2V.generate.
         """
-        return self.run(Request.of(locals()))
+        return self.run(Request(locals()))
 
-    def make_condition(self, plan: Plan) -> TextCondition:
+    def make_condition(self, call: Call) -> NoCondition:
         """Return that there is nothing beside the text."""
-        return TextCondition()
+        return NoCondition()

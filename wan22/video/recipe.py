@@ -8,8 +8,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "wan22_recipe"
+# Arguments of a call with a value per prompt, per image or per video.
+PER_PROMPT = ("prompt", "negative_prompt", "seed", "image", "last_image")
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,10 @@ class Origin:
     """Where a pipeline's weights came from.
 
     Args:
-        place: the folder, repository or files, as they were given.
-        revision: the repository's commit; None for what is no repository's snapshot.
-        files: a fingerprint of each weight file, by the component and its name.
-        replaced: components that were given ready made, or replaced since: their files are not known.
+        place: folder, repository or files, as they were given.
+        revision: the repository's commit; None for anything but a repository's snapshot.
+        files: fingerprint of each weight file, by component and file name.
+        replaced: components given ready made or replaced since, whose files are not known.
     """
 
     place: str
@@ -31,13 +33,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class UsedLora:
-    """A LoRA that took part.
+    """An active LoRA.
 
     Args:
-        name: of the adapter.
-        source: the file, folder or repository; None for tensors that were in memory.
-        strengths: what its changes were multiplied by, by transformer.
-        files: a fingerprint of each of its files, by name.
+        name: the adapter's name.
+        source: file, folder or repository; None for tensors in memory.
+        strengths: factor of its weights in each transformer.
+        files: fingerprint of each of its files, by transformer.
     """
 
     name: str
@@ -48,70 +50,41 @@ class UsedLora:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of one call.
+    """Every setting of one call. The call's arguments are attributes, too: `recipe.guidance_scale`.
 
     Args:
-        checkpoint: the preset's name, or where the weights came from.
-        prompts: one per video.
-        negative_prompts: one per video; None where embeddings were given or guidance was off.
-        seeds: one per video; None where the caller gave latents.
-        height: pixels.
+        checkpoint: the preset's name, or the source of the weights.
+        pipeline: class name of the pipeline.
+        call: the call's arguments as plain values, completed with the checkpoint's settings:
+            `pipe(**recipe.call)` makes the video again. Images are paths or URLs, None for one in memory.
         width: pixels.
+        height: pixels.
         num_frames: frames.
         fps: frames per second.
-        scheduler: class name.
+        scheduler: class name of the scheduler.
         num_inference_steps: denoising steps.
-        flow_shift: of the noise schedule; None where timesteps or sigmas were given.
-        guidance_scale: of the high-noise expert, or the only transformer.
-        guidance_scale_2: of the low-noise expert.
-        boundary_ratio: where the experts switch; None for one transformer.
-        images: first frames, one or one per prompt, by path or URL; None for one that was in memory.
-        last_images: last frames, likewise.
-        fit: how the images were brought to the size; None: the official way.
-        max_area: pixels that height times width could have; None where the size did not follow the images.
-        pipeline: the class that was called.
-        timesteps: that were given.
-        sigmas: that were given.
-        few_steps: the recipe that was asked for by its name.
-        max_sequence_length: tokens at which prompts were cut.
-        attention_kwargs: that were given.
-        noise_device: where the noise was drawn.
+        boundary_ratio: share of 1000 at which the experts switch; None for one transformer.
         scheduler_config: the scheduler's settings.
-        origin: where the weights came from.
-        loras: that took part.
-        dtypes: of the components.
+        origin: the files behind the weights.
+        loras: the active LoRAs.
+        dtypes: dtype of each component.
         changes: what else moves the result, by rounding or by more: attention kernel, quantisation, tiling, …
-        device: that computed.
-        versions: of the packages.
+        device: the device's name.
+        versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
-        obstacle: why the video cannot be made again from this alone; None if it can.
+        not_reproducible_because: why the call alone does not give the video again; None if it does.
     """
 
     checkpoint: str
-    prompts: tuple[str | None, ...]
-    negative_prompts: tuple[str | None, ...]
-    seeds: tuple[int | None, ...]
-    height: int
+    pipeline: str
+    call: Mapping[str, Any]
     width: int
+    height: int
     num_frames: int
     fps: int
     scheduler: str
     num_inference_steps: int
-    flow_shift: float | None
-    guidance_scale: float
-    guidance_scale_2: float | None
-    boundary_ratio: float | None
-    images: tuple[str | None, ...] = ()
-    last_images: tuple[str | None, ...] = ()
-    fit: str | None = None
-    max_area: int | None = None
-    pipeline: str = ""
-    timesteps: tuple[float, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
-    few_steps: str | None = None
-    max_sequence_length: int = 512
-    attention_kwargs: Mapping[str, Any] | None = None
-    noise_device: str | None = None
+    boundary_ratio: float | None = None
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
     loras: tuple[UsedLora, ...] = ()
@@ -120,33 +93,46 @@ class Recipe:
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     steps_done: int | None = None
-    obstacle: str | None = None
+    not_reproducible_because: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "call" and name in self.call:  # "call" itself is missing while a copy is unpickled
+            return self.call[name]
+        raise AttributeError(f"a recipe has no {name!r}, and neither has its call")
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """The seed of each video; None where its noise was given."""
+        return tuple(self.call["seed"])
+
+    @property
+    def prompts(self) -> tuple[str | None, ...]:
+        """The prompt of each video; None where embeddings were given."""
+        repeat, prompts = self.call["num_videos_per_prompt"], self.call["prompt"]
+        return tuple(prompt for prompt in prompts for _ in range(repeat))
 
     def __str__(self) -> str:
-        scales = f"{self.guidance_scale:g}"
-        if self.guidance_scale_2 is not None:
-            scales += f"/{self.guidance_scale_2:g} (high/low noise, boundary {self.boundary_ratio:g})"
-        shift = "custom schedule" if self.flow_shift is None else f"shift {self.flow_shift:g}"
+        call = self.call
+        scales = f"{call['guidance_scale']:g}"
+        if call.get("guidance_scale_2") is not None:
+            scales += f"/{call['guidance_scale_2']:g} (high/low noise, boundary {self.boundary_ratio:g})"
+        shift = call.get("flow_shift")
         size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
         return (
-            f"{self.checkpoint}: {len(self.prompts)} x {size}, {self.num_inference_steps} steps of "
-            f"{self.scheduler}, {shift}, guidance {scales}, seeds {', '.join(map(str, self.seeds))}"
+            f"{self.checkpoint}: {len(self.seeds)} x {size}, {self.num_inference_steps} steps of "
+            f"{self.scheduler}, {'custom schedule' if shift is None else f'shift {shift:g}'}, "
+            f"guidance {scales}, seeds {', '.join(map(str, self.seeds))}"
         )
 
     def of(self, index: int) -> "Recipe":
         """Return the recipe of one of the videos alone."""
-
-        def one(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return values and (values[index * len(values) // len(self.prompts)],)
-
-        return replace(
-            self,
-            prompts=one(self.prompts),
-            negative_prompts=one(self.negative_prompts),
-            seeds=one(self.seeds),
-            images=one(self.images),
-            last_images=one(self.last_images),
-        )
+        videos = len(self.seeds)
+        own = {
+            name: [values[index * len(values) // videos]]
+            for name in PER_PROMPT
+            if isinstance(values := self.call.get(name), Sequence) and not isinstance(values, str) and values
+        }
+        return replace(self, call={**self.call, **own, "num_videos_per_prompt": 1})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -158,23 +144,50 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, in this version or an earlier one.
 
         Raises:
             ValueError: it is something else.
         """
         try:
             values = json.loads(text)
-            if values.pop(_KEY) > FORMAT:
+            version = values.pop(_KEY)
+            if version > FORMAT:
                 logger.info("the recipe was written by a newer wan22; what is new in it is left out")
+            values = _upgraded(values) if version == 1 else values
             known = {f.name for f in fields(cls)}
-            values = {name: _frozen(value) for name, value in values.items() if name in known}
+            values = {name: value for name, value in values.items() if name in known}
             if values.get("origin") is not None:
-                values["origin"] = Origin(**values["origin"])
+                values["origin"] = Origin(**_frozen(values["origin"]))
             values["loras"] = tuple(UsedLora(**lora) for lora in values.get("loras", ()))
-            return cls(**values)
+            for name in ("scheduler_config", "changes"):
+                values[name] = _frozen(values.get(name, {}))
+            recipe = cls(**values)
+            str(recipe)  # a call without seeds or scales is no recipe
+            return recipe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("this is no recipe of wan22") from error
+
+
+def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe of format 1, which held the settings of each video, in the present format."""
+    call: dict[str, Any] = {
+        "prompt": old["prompts"],
+        "negative_prompt": [text or "" for text in old["negative_prompts"]],
+        "seed": old["seeds"],
+        "num_videos_per_prompt": 1,
+        "distilled": old.get("few_steps"),
+        "image": old.get("images") or None,
+        "last_image": old.get("last_images") or None,
+    }
+    names = ("num_frames", "guidance_scale", "guidance_scale_2", "max_sequence_length", "noise_device")
+    call |= {name: old.get(name) for name in (*names, "attention_kwargs", "max_area", "fit")}
+    if call["distilled"] is None:
+        custom = [name for name in ("sigmas", "timesteps") if old.get(name) is not None]
+        call |= {name: old[name] for name in custom or ("num_inference_steps", "flow_shift")}
+    if call["max_area"] is None:
+        call |= {"height": old["height"], "width": old["width"]}
+    return {**old, "call": call, "not_reproducible_because": old.get("obstacle")}
 
 
 def _frozen(value: Any) -> Any:

@@ -56,10 +56,7 @@ class Pipe:
     def __init__(self, model):
         self.transformers, self.any_transformer = [model], model
         self._execution_device = torch.device("cpu")
-        self.parallel = self.memory_plan = None
-
-    def draw_seed(self):
-        return 0
+        self.ranks = self.parallel = self.memory_plan = None
 
 
 def differences(rank, layouts):

@@ -186,7 +186,7 @@ def test_the_expert_that_comes_next_is_fetched_if_there_is_room(room):
     plan = replace(moved(plan_in(pipe, 1e9), "on_demand"), prefetch=room)
     device = RecordingDevice()
     pipe.apply(plan, device)
-    latents_of(pipe, callback_on_step_end=lambda p, *_: here.append(p._offloader.on_device) or {})
+    latents_of(pipe, callback_on_step_end=lambda p, *_: here.append(p.memory._offloader.on_device) or {})
     assert any(set(SLOTS) <= set(names) for names in here) == room
 
 
@@ -205,7 +205,7 @@ def test_room_for_the_next_expert_is_planned(pipe):
 
 def test_a_larger_video_is_planned_anew_within_its_budget(monkeypatch):
     pipe = own_pipeline()
-    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.attached.memory.CudaDevice", lambda *_: RecordingDevice())
     first = pipe.fit("2GB", "8GB", **SIZE)
     latents_of(pipe, height=32, width=32, num_frames=5)
     assert pipe.memory_plan is first
@@ -230,7 +230,7 @@ def test_a_budget_is_checked_before_weights_are_loaded(tmp_path):
 
 
 def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
-    for module in ("placement", "loading.load"):
+    for module in ("attached.memory", "loading.load"):
         monkeypatch.setattr(f"wan22.pipelines.{module}.CudaDevice", lambda *_: RecordingDevice())
     plain = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="2GB")

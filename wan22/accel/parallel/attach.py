@@ -1,7 +1,7 @@
-"""Let a pipeline's ranks make its videos together."""
+"""Lets a pipeline's ranks make its videos together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ TRANSFORMERS = ("transformer", "transformer_2")
 DIVIDED = ("text_encoder", *TRANSFORMERS)
 # Beyond this share of a GPU's memory, whole weights leave too little for what is computed with them.
 MOST_WEIGHTS = 0.7
-# Methods of a pipeline that move, save or change weights.
-_OF_WEIGHTS = ("settle", "to", "apply", "save_pretrained")
+Value = TypeVar("Value")
+Frame = TypeVar("Frame")
 
 
 class Parallel:
@@ -31,11 +31,11 @@ class Parallel:
     saved; the others are silent, and their `save` writes nothing.
 
     Args:
-        pipe: the pipeline; each rank has its own, of the same weights.
-        layout: how many ranks share what.
-        vae: whether they share the VAE's rows, too.
+        pipe: the pipeline; each rank has its own, with the same weights.
+        layout: number of ranks along each axis of the mesh.
+        vae: whether the ranks share the VAE's rows, too.
         fsdp: whether each rank keeps only its part of the transformers' and the text encoder's weights.
-        dtype: that it converts its part of the transformers to; None: as they are.
+        dtype: dtype that each rank converts its part of the transformers to; None: as they are.
 
     Raises:
         ValueError: the layout does not suit, a step cache is enabled, the VAE is compiled, or weights cannot
@@ -59,6 +59,7 @@ class Parallel:
         if whole and pipe.memory_plan is not None:
             raise ValueError("fsdp=True, and a plan moves the models; call pipe.release() first")
         self.pipe, self.layout, self.fsdp, self.dtype = pipe, layout, fsdp, dtype
+        self._before = pipe.ranks
         device = processes.own_device()
         self.device = device if fsdp else pipe._execution_device
         self.groups = Groups.of(layout, self.device.type)
@@ -81,31 +82,23 @@ class Parallel:
         except BaseException:  # all, or nothing
             self._let_go()
             raise
-        self._settings = getattr(pipe, "_progress_bar_config", {})
-        self._put()
+        self.first = dist.get_rank(self.groups.all) == 0
+        pipe.ranks = self
 
     def detach(self) -> None:
         """Let each rank make videos of its own, as before; weights that were divided are on the CPU again."""
         if self.pipe is None:
             return
-        for name in self._methods:
-            vars(self.pipe).pop(name, None)
-        self.pipe._progress_bar_config = self._settings
-        self.pipe._parallel = None
+        self.pipe.ranks = self._before
         self._let_go()
         self.pipe = None
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the first rank."""
-        return dist.get_rank(self.groups.all) == 0
 
     @property
     def shares_rows(self) -> bool:
         """Whether the ranks share the VAE's rows."""
         return self._rows is not None
 
-    def check_whole(self, *_: Any, **__: Any) -> None:
+    def check_whole(self) -> None:
         """Refuse what needs whole weights.
 
         Raises:
@@ -137,52 +130,28 @@ class Parallel:
                     model.to("cpu")
         self._attached, self._whole = [], {}
 
-    # ---- what the pipeline does otherwise ----
+    # ---- what the pipeline asks ----
 
-    def _put(self) -> None:
-        """Put functions in the place of the pipeline's methods."""
-        self._methods: dict[str, Callable[..., Any]] = {
-            "draw_seed": self._draw_seed,
-            "is_asked_to_end": self._is_asked_to_end,
-            "frames": self._frames,
-            "finish": self._finish,
-        }
-        if self.layout.cfg == 2:
-            self._methods["run_passes"] = self._run_passes
-        if self._rows is not None:  # a rank by itself cannot try again in other pieces
-            self._methods["decode_stream"] = self.pipe.vae.decode_stream
-        if self.fsdp:
-            self._methods |= dict.fromkeys(_OF_WEIGHTS, self.check_whole)
-        if not self.first:
-            self._methods["make_previewer"] = lambda plan: None
-            self.pipe._progress_bar_config = {**self._settings, "disable": True}
-        vars(self.pipe).update(self._methods)
-        self.pipe._parallel = self
+    def agreed(self, value: Value) -> Value:
+        """Return the first rank's value."""
+        return processes.shared(value)
 
-    def _draw_seed(self) -> int:
-        """Draw a seed on the first rank, for all."""
-        return processes.shared(type(self.pipe).draw_seed(self.pipe))
-
-    def _is_asked_to_end(self) -> tuple[bool, bool]:
-        """Whether any rank is asked to end its call with this step; see WanPipeline."""
-        asked = torch.tensor(
-            type(self.pipe).is_asked_to_end(self.pipe), device=self.device, dtype=torch.int32
-        )
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank."""
+        asked = torch.tensor(flags, device=self.device, dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, self.groups.all)
-        stop, interrupt = asked.bool().tolist()
-        return stop, interrupt
+        return tuple(asked.bool().tolist())
 
-    def _run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-        """Run one of the two passes of a step, and get the other from the ranks that ran it."""
-        if len(passes) == 1:
-            return [passes[0]()]
+    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """Run the passes of a step; of two, run one and get the other from the ranks that ran it."""
+        if len(passes) == 1 or self.layout.cfg == 1:
+            return [run() for run in passes]
         own = passes[dist.get_rank(self.groups.guidance)]()
         return gathered(own, self.groups.guidance)
 
-    def _frames(self, latents: torch.Tensor) -> Iterator[Any]:
+    def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:
         """Decode a stream's frames for the first rank; the others do their part, and have none."""
-        frames = type(self.pipe).frames(self.pipe, latents)
-        if self._rows is None or self.pipe.vae.use_tiling:
+        if self._rows is None or vae.use_tiling:
             yield from frames if self.first else ()
             return
         while True:
@@ -192,13 +161,6 @@ class Parallel:
                 return
             if self.first:
                 yield frame
-
-    def _finish(self, plan: Any, latents: torch.Tensor) -> Any:
-        """Decode and wrap the result, which the first rank's `save` writes alone."""
-        result = type(self.pipe).finish(self.pipe, plan, latents)
-        if hasattr(result, "writes"):
-            result.writes = self.first
-        return result
 
 
 def parallelize(

@@ -98,7 +98,7 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
     for name in models:
         model = getattr(pipe, name)
-        weights = [*model.parameters(), *model.buffers(), *pipe.host_weights(name)]
+        weights = [*model.parameters(), *model.buffers(), *pipe.memory.host_weights(name)]
         plain = [weight for weight in weights if type(weight) in (nn.Parameter, torch.Tensor)]
         for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
             if weight.device.type != "cpu":

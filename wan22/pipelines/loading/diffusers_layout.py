@@ -15,7 +15,7 @@ from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import CONVERTED_FLOW_SHIFT
-from ..schedule import reshifted, scheduler_shift
+from ..call.schedule import reshifted, scheduler_shift
 from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ class DiffusersLayout:
         pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
         found = {name: folder / name for name in MODELS if (folder / name).is_dir()}
-        pipe.came_from(self.source, {n: path for n, path in found.items() if wanted.given.get(n) is None})
+        pipe.provenance.record_source(
+            self.source, {n: path for n, path in found.items() if wanted.given.get(n) is None}
+        )
         if wanted.given.get("scheduler") is None and MARK not in self.index:
             correct_shift(pipe)
         return pipe

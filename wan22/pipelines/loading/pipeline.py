@@ -13,7 +13,7 @@ from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.quantized_linear import expanded_state
 from ...presets import Preset
 from ...private_apis import signature_keys
-from ..provenance import ProvenancePipeline
+from ..attached.provenance import Provenance
 from . import hub_classes
 from .checkpoint import Wanted
 from .diffusers_layout import MARK
@@ -21,7 +21,7 @@ from .load import load_pipeline, locate
 from .single_files import SingleFiles
 
 
-class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
+class LoadablePipeline(DiffusionPipeline):
     """Base of the pipelines: what they are made from, and how they are saved.
 
     A subclass names the diffusers pipeline it stands for, and the kinds of checkpoints that it runs, in the
@@ -31,6 +31,7 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
     hub_class_name: str
     checkpoint_kinds: tuple[str, ...]
     scheduler: Any
+    provenance: Provenance
 
     @property
     def released(self) -> Preset | None:
@@ -144,8 +145,8 @@ class LoadablePipeline(ProvenancePipeline, DiffusionPipeline):
         known = {**pipeline.config, **pipeline.components, **kwargs}
         pipe = cls(**{name: value for name, value in known.items() if name in names})
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        if isinstance(pipeline, ProvenancePipeline):
-            pipe._place, pipe._files_of = pipeline._place, pipeline._files_of
+        if isinstance(pipeline, LoadablePipeline):
+            pipe.provenance.copy_from(pipeline.provenance)
         return pipe
 
     @classmethod

@@ -72,7 +72,7 @@ class SingleFiles:
             parts = settings_of(models[0].config, two) | parts
         names = {name for names in signature_keys(pipeline) for name in names}
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
-        pipe.came_from(self.source, paths)
+        pipe.provenance.record_source(self.source, paths)
         return pipe
 
     def _stored(self, name: str, wanted: Wanted) -> StoredModel:

@@ -54,7 +54,7 @@ def made_again(pipe, video, tmp_path, **changes):
         {"guidance_scale": 1, "negative_prompt": "blue"},
         {"sigmas": [1.0, 0.6, 0.2], "num_inference_steps": None},
         {"timesteps": torch.tensor([999.0, 500.0]), "num_inference_steps": None},
-        {"recipe": "lightning-4", "num_inference_steps": None},
+        {"distilled": "lightning-4", "num_inference_steps": None},
         {"max_sequence_length": 3, "negative_prompt": "a blue square", "attention_kwargs": {"scale": 0.5}},
     ],
 )
@@ -181,12 +181,12 @@ def test_other_weights_are_refused(pipe, tmp_path):
 
 def test_a_model_put_in_later_is_not_taken_for_the_files(tmp_path):
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
-    assert pipe.origin().replaced == ()
+    assert pipe.provenance.origin().replaced == ()
     pipe.transformer = WanTransformer3DModel.from_pretrained(tiny_checkpoint(), subfolder="transformer")
-    assert pipe.origin().replaced == ("transformer",)
-    assert not any(name.startswith("transformer/") for name in pipe.origin().files)
+    assert pipe.provenance.origin().replaced == ("transformer",)
+    assert not any(name.startswith("transformer/") for name in pipe.provenance.origin().files)
     given = WanT2VPipeline.from_pretrained(tiny_checkpoint(), transformer=pipe.transformer)
-    assert given.origin() == pipe.origin()
+    assert given.provenance.origin() == pipe.provenance.origin()
 
 
 def test_another_dtype_task_or_change_is_refused(pipe):
@@ -242,7 +242,7 @@ def test_fingerprints(tmp_path):
 def test_a_snapshot_tells_its_revision(tmp_path):
     folder = tmp_path / "models--x--y" / "snapshots" / "0123abc"
     shutil.copytree(tiny_checkpoint(), folder)
-    assert WanT2VPipeline.from_pretrained(folder).origin().revision == "0123abc"
+    assert WanT2VPipeline.from_pretrained(folder).provenance.origin().revision == "0123abc"
 
 
 def test_single_files_have_an_origin(tmp_path):
@@ -251,20 +251,20 @@ def test_single_files_have_an_origin(tmp_path):
     pipe = WanT2VPipeline.from_single_file(
         files["transformer"], vae=files["vae"], attention_head_dim=64, boundary_ratio=None
     )
-    assert set(pipe.origin().files) == {f"{name}/{path.name}" for name, path in files.items()}
+    assert set(pipe.provenance.origin().files) == {f"{name}/{path.name}" for name, path in files.items()}
 
 
 def test_the_miniatures_are_told_by_their_names():
     """Their folder is another one on every machine, and nothing of it goes into a file."""
     for name, cls in (("t2v", WanT2VPipeline), ("i2v", WanI2VPipeline)):
         pipe = cls.from_pretrained(tiny_checkpoint(name))
-        assert pipe.origin().place == f"tiny-{name}"
-        assert len(pipe.origin().files) == 4
+        assert pipe.provenance.origin().place == f"tiny-{name}"
+        assert len(pipe.provenance.origin().files) == 4
 
 
 def test_from_pipe_keeps_the_origin():
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
-    assert WanT2VPipeline.from_pipe(pipe).origin() == pipe.origin()
+    assert WanT2VPipeline.from_pipe(pipe).provenance.origin() == pipe.provenance.origin()
 
 
 # ---- streams, stopping ----
@@ -324,8 +324,8 @@ def test_stopping_gives_the_video_as_it_would_become(pipe):
 
 
 def test_a_stop_while_the_prompt_is_encoded_counts(pipe, monkeypatch):
-    encode = pipe.encode_plan
-    monkeypatch.setattr(pipe, "encode_plan", lambda plan: (pipe.stop(), encode(plan))[1])
+    encode = pipe.encode
+    monkeypatch.setattr(pipe, "encode", lambda call: (pipe.stop(), encode(call))[1])
     video = pipe("a", **{**SMALL, "num_inference_steps": 4, "seed": 1})
     assert video.recipe.steps_done == 1
 

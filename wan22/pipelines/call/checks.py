@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..presets import MAX_TEXT_TOKENS
+from ...presets import MAX_TEXT_TOKENS
+from .experts import Step
 
 
 def check_guidance(name: str, value: float) -> None:
@@ -18,9 +19,9 @@ def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None 
     """Return a list of prompts.
 
     Args:
-        name: of the argument.
+        name: the argument's name.
         prompt: one, or several.
-        count: how many there must be; one is repeated.
+        count: number that there must be; one is repeated.
 
     Raises:
         ValueError: it is neither a string nor a non-empty list of strings, or there are not `count`.
@@ -38,12 +39,12 @@ def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None 
 
 
 def check_embeds(name: str, embeds: Any, width: int, count: int | None = None) -> None:
-    """Refuse embeddings that are not "b s width" with at most 512 rows, for `count` prompts."""
+    """Refuse embeddings that are not "b l width" with at most 512 tokens l, for `count` prompts."""
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor 'b s {width}', not {describe(embeds)}")
-    b, s, d = embeds.shape
-    if b < 1 or d != width or not 1 <= s <= MAX_TEXT_TOKENS:
-        rule = f"it must be 'b s {width}' with 1 to {MAX_TEXT_TOKENS} rows s"
+        raise ValueError(f"{name} must be a floating-point tensor 'b l {width}', not {describe(embeds)}")
+    b, tokens, d = embeds.shape
+    if b < 1 or d != width or not 1 <= tokens <= MAX_TEXT_TOKENS:
+        rule = f"it must be 'b l {width}' with 1 to {MAX_TEXT_TOKENS} tokens l"
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}; {rule}")
     if not torch.isfinite(embeds).all():
         raise ValueError(f"{name} must be finite; it holds NaN or infinity")
@@ -68,3 +69,18 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.80}"
+
+
+def check_finite(latents: torch.Tensor, step: Step) -> None:
+    """Refuse latents that are not finite, naming the step and the model.
+
+    Raises:
+        FloatingPointError: they hold NaN or infinity.
+    """
+    if not torch.isfinite(latents).all():
+        expert, dtype = step.expert, step.expert.model and step.expert.model.dtype
+        where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {dtype}"
+        raise FloatingPointError(
+            f"the latents are not finite after step {step.number} of {step.count} "
+            f"(timestep {float(step.timestep):g}, {where})"
+        )

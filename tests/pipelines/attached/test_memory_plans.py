@@ -12,7 +12,7 @@ from tests.accel.offload.recording import RecordingDevice
 from tests.accel.planning.test_planner import SIZE, SLOTS, own_pipeline, plan_in
 from tests.builders import latents_of, random_i2v_pipeline, random_pipeline
 from tests.golden_data import relative_error
-from tests.pipelines.test_acceleration import out_of_memory_below
+from tests.pipelines.attached.test_acceleration import out_of_memory_below
 from wan22 import WanT2VPipeline, accel, presets
 from wan22.accel import vae
 from wan22.accel.offload.layout import Placement, bytes_of
@@ -23,7 +23,7 @@ from wan22.checkpoints.lora.adapters import adapters_of
 @pytest.fixture
 def fitted(monkeypatch):
     """A pipeline in a budget, on a device that records."""
-    monkeypatch.setattr("wan22.pipelines.placement.CudaDevice", lambda *_: RecordingDevice())
+    monkeypatch.setattr("wan22.pipelines.attached.memory.CudaDevice", lambda *_: RecordingDevice())
     pipe = own_pipeline()
     pipe.fit("2GB", "8GB", **SIZE)
     return pipe
@@ -107,7 +107,7 @@ def test_hooks_that_diffusers_took_away(fitted):
     assert torch.equal(
         latents_of(fitted, height=64, width=64), latents_of(own_pipeline(), height=64, width=64)
     )
-    assert fitted._offloader.on_device == ()  # no plan was made anew
+    assert fitted.memory._offloader.on_device == ()  # no plan was made anew
     assert fitted.memory_plan.size == (32, 32, 5)
     fitted.release()
     assert fitted.memory_plan is None

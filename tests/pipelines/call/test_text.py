@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import byte_tokenizer, golden_text_encoder, random_text_encoder
 from tests.golden_data import golden, relative_error
-from wan22.pipelines.text import MAX_TEXT_TOKENS, clean_prompt, encode_prompt, pad_rows
+from wan22.pipelines.call.text import MAX_TEXT_TOKENS, clean_prompt, encode_prompt, pad_tokens
 from wan22.presets import NEGATIVE_PROMPT
 
 CASES = [(f"case{c}", i) for c, sizes in enumerate(([64, 20, 1], [170], [33])) for i in range(len(sizes))]
@@ -138,11 +138,11 @@ def test_cut_at_512_tokens(parts, caplog):
     assert torch.equal(rows, encode_prompt(*parts, "a" * (MAX_TEXT_TOKENS - 1)))
 
 
-def test_pad_rows():
+def test_pad_tokens():
     rows = torch.randn(2, 5, 3)
-    padded = pad_rows(rows)
+    padded = pad_tokens(rows)
     assert padded.shape == (2, MAX_TEXT_TOKENS, 3)
     assert torch.equal(padded[:, :5], rows)
     assert not padded[:, 5:].any()
     full = torch.randn(1, MAX_TEXT_TOKENS, 3)
-    assert torch.equal(pad_rows(full), full)
+    assert torch.equal(pad_tokens(full), full)

@@ -1,4 +1,4 @@
-"""Setting the schedule of any flow-matching scheduler, ours or diffusers'."""
+"""The schedule and the steps of any flow-matching scheduler, ours or diffusers'."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,61 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..schedulers import FlowMatchScheduler
+from ...checks import as_int, check_choice, check_positive_int
+from ...presets import FEW_STEPS
+from ...schedulers import FlowMatchEulerScheduler, FlowMatchScheduler
+from .noise import NoisePerVideo
+from .request import Request
+
+
+def with_distilled(request: Request) -> Request:
+    """Fill in the timesteps and the guidance of the `distilled` setting that is asked for by name.
+
+    Raises:
+        ValueError: there is none of that name, or a schedule is given, too.
+    """
+    name = request.distilled
+    if name is None:
+        return request
+    check_choice("distilled", name, tuple(FEW_STEPS))
+    for other in ("num_inference_steps", "flow_shift", "sigmas", "timesteps"):
+        if getattr(request, other) is not None:
+            raise ValueError(f"distilled={name!r} has its own timesteps; leave {other} out")
+    scale = FEW_STEPS[name].guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return request.changed(timesteps=FEW_STEPS[name].timesteps, guidance_scale=scale)
+
+
+def scheduler_for(request: Request, scheduler: Any, device: torch.device, default_steps: int) -> Any:
+    """Return the scheduler of a call, its schedule set: the pipeline's, or Euler's for distilled models.
+
+    Args:
+        request: `num_inference_steps`, `flow_shift`, `sigmas`, `timesteps`, `distilled`.
+        scheduler: the pipeline's.
+        device: device of the timesteps.
+        default_steps: steps of a call that says nothing about its schedule.
+
+    Raises:
+        ValueError: the schedule contradicts itself, or the scheduler cannot follow it.
+    """
+    steps = as_int(request.num_inference_steps)
+    if steps is None and request.sigmas is None and request.timesteps is None:
+        steps = default_steps
+    if steps is not None:
+        check_positive_int("num_inference_steps", steps)
+    scheduler = FlowMatchEulerScheduler() if request.distilled else scheduler
+    return set_schedule(scheduler, device, steps, request.flow_shift, request.sigmas, request.timesteps)
+
+
+def take_step(
+    scheduler: Any,
+    velocity: torch.Tensor,
+    timestep: torch.Tensor,
+    latents: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """Return the latents after a solver's step; what it draws comes from the videos' own generators."""
+    with NoisePerVideo(generators):
+        return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
 def set_schedule(
@@ -21,11 +75,11 @@ def set_schedule(
 
     Args:
         scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers.
-        device: where the timesteps are used.
-        steps: denoising steps; may be None where sigmas or timesteps are given.
-        shift: of the schedule; None keeps the scheduler's.
-        sigmas: noise levels to use as they are.
-        timesteps: likewise, 0 to 1000.
+        device: device of the timesteps.
+        steps: denoising steps; may be None if sigmas or timesteps are given.
+        shift: shift of the schedule; None keeps the scheduler's.
+        sigmas: noise levels to use as they are, 0 to 1.
+        timesteps: timesteps to use as they are, 0 to 1000.
 
     Returns: the scheduler with the schedule; a new one where diffusers' has to be built anew for the shift.
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..checkpoints.loading.tiny_autoencoder import load_tiny_decoder
-from ..models.latent_rgb import latent_rgb_of, to_bytes
-from ..models.tiny_autoencoder import TinyDecoder
-from ..video.progress import in_notebook
+from ...checkpoints.loading.tiny_autoencoder import load_tiny_decoder
+from ...models.latent_rgb import latent_rgb_of, to_bytes
+from ...models.tiny_autoencoder import TinyDecoder
+from ...video.progress import in_notebook
 
 logger = logging.getLogger(__name__)
 

@@ -1,52 +1,25 @@
-"""What makes a pipeline faster, or its weights smaller, switched on and off by one line each."""
+"""What makes a pipeline's models faster, or their weights smaller, switched on and off by one line each."""
 
-from abc import abstractmethod
 from typing import Any
 
-from ..accel import attention
-from ..accel import vae as vae_acceleration
-from ..accel.compile import Compiled
-from ..accel.parallel import Parallel
-from ..accel.quantize import check, check_method, is_quantized, quantize
-from ..models.attention import computing_backend
-from ..models.transformer import WanAttention
-from .loading.pipeline import LoadablePipeline
+from ...accel import attention
+from ...accel import vae as vae_acceleration
+from ...accel.compile import Compiled
+from ...accel.quantize import check, check_method, is_quantized, quantize
+from ...models.attention import computing_backend
+from ...models.transformer import WanAttention
+from .part import Part
 
 
-class AcceleratedPipeline(LoadablePipeline):
+class Acceleration(Part):
     """Compilation, quantisation and attention kernels of a pipeline's models."""
 
-    transformers: list[Any]
-    any_transformer: Any
-    vae: Any
-    _compiled: Compiled | None = None
-    _accelerated = False
-    _parallel: Parallel | None = None
-
-    @property
-    def parallel(self) -> Parallel | None:
-        """The ranks that share this pipeline's work, see `wan22.accel.parallel.parallelize`."""
-        return self._parallel
-
-    def computed_on(self) -> str:
-        """Return what computes, for recipes: the device, and the ranks."""
-        device = super().computed_on()
-        return device if self._parallel is None else f"{device}, {self._parallel}"
-
-    @abstractmethod
-    def come_home(self) -> None:
-        """Let all models be where they are when the pipeline rests."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Let all models go home before their weights are changed."""
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.compiled: Compiled | None = None
+        self.accelerated = False
 
     # ---- compilation ----
-
-    @property
-    def compiled(self) -> Compiled | None:
-        """What `compile` attached, or None."""
-        return self._compiled
 
     def compile(self, vae: bool = True, **options: Any) -> None:
         """Compile the transformers' repeated block, once for all layers and experts, and the VAE's chunks.
@@ -58,15 +31,15 @@ class AcceleratedPipeline(LoadablePipeline):
 
         Args:
             vae: whether to compile the VAE, too.
-            **options: of torch.compile, such as `mode="max-autotune-no-cudagraphs"` or `backend`. CUDA graphs
-                cannot run block by block.
+            **options: arguments of torch.compile, such as `mode="max-autotune-no-cudagraphs"` or `backend`.
+                CUDA graphs cannot run block by block.
 
         Raises:
             ValueError: the options ask for CUDA graphs, or something else has replaced a block's forward.
         """
         self.uncompile()
-        vae = vae and not (self._parallel is not None and self._parallel.shares_rows)
-        self._compiled = Compiled(self.transformers, self.vae if vae else None, **options)
+        vae = vae and not self._pipe.ranks.shares_rows
+        self.compiled = Compiled(self._pipe.transformers, self._pipe.vae if vae else None, **options)
 
     def uncompile(self) -> None:
         """Run as before `compile`, to the bit.
@@ -74,9 +47,9 @@ class AcceleratedPipeline(LoadablePipeline):
         Raises:
             ValueError: a block's forward has been replaced since, by a step cache say.
         """
-        if self._compiled is not None:
-            self._compiled.detach()
-            self._compiled = None
+        if self.compiled is not None:
+            self.compiled.detach()
+            self.compiled = None
 
     # ---- kernels and weights ----
 
@@ -87,19 +60,23 @@ class AcceleratedPipeline(LoadablePipeline):
         kernel is the fastest exact one. Weights that are loaded later need it again, and so do
         models that run elsewhere later: on a GPU in place of the CPU.
         """
-        self.come_home()
-        vae_acceleration.accelerate(self.vae)
-        if self.transformers:
+        pipe = self._pipe
+        if pipe.memory.moves_models:
+            pipe.memory.offload_all()
+        vae_acceleration.accelerate(pipe.vae)
+        if pipe.transformers:
             self.set_attention_backend("auto")
-        self._accelerated = True
+        self.accelerated = True
 
     def decelerate(self) -> None:
         """Undo `accelerate`, to the bit."""
-        self.come_home()
-        vae_acceleration.detach(self.vae)
-        for model in self.transformers:
+        pipe = self._pipe
+        if pipe.memory.moves_models:
+            pipe.memory.offload_all()
+        vae_acceleration.detach(pipe.vae)
+        for model in pipe.transformers:
             model.set_attention_backend("native")
-        self._accelerated = False
+        self.accelerated = False
 
     def set_attention_backend(self, backend: str = "auto") -> str:
         """Choose the kernel that computes attention in all transformers, after trying it.
@@ -113,7 +90,7 @@ class AcceleratedPipeline(LoadablePipeline):
         Raises:
             ValueError: it is not available here, or its results are wrong; or there is no transformer.
         """
-        models = self.transformers or [self.any_transformer]  # which says that there is none
+        models = self._pipe.transformers or [self._pipe.any_transformer]  # which says that there is none
         return [attention.use(model, backend) for model in models][-1]
 
     def quantize(self, method: Any) -> None:
@@ -127,26 +104,26 @@ class AcceleratedPipeline(LoadablePipeline):
             ValueError: the method is unknown, or a model cannot be quantised as it is.
         """
         check_method(method)
-        models = [model for model in self.transformers if not is_quantized(model)]
+        models = [model for model in self._pipe.transformers if not is_quantized(model)]
         for model in models:
             check(model, method)
-        self.settle()
+        self._pipe.memory.offload_all()
         for model in models:
             quantize(model, method)
-        self.settle()  # lets go of the weights that were replaced
+        self._pipe.memory.offload_all()  # drops the weights that were replaced
 
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""
-        modules = [module for model in self.transformers for module in model.modules()]
+        pipe = self._pipe
+        modules = [module for model in pipe.transformers for module in model.modules()]
         kernels = {computing_backend(m.backend) for m in modules if isinstance(m, WanAttention)}
-        models = {
-            name: getattr(self, name, None) for name in ("text_encoder", "transformer", "transformer_2")
-        }
+        names = ("text_encoder", "transformer", "transformer_2")
+        models = {name: model for name in names if (model := getattr(pipe, name)) is not None}
         found = {
             "attention": tuple(sorted(kernels - {"native"})),
-            "quantized": tuple(name for name, m in models.items() if m is not None and is_quantized(m)),
-            "accelerated": self._accelerated,
+            "quantized": tuple(name for name, model in models.items() if is_quantized(model)),
+            "accelerated": self.accelerated,
             "compiled": self.compiled is not None,
-            "tiled": self.vae.use_tiling,
+            "tiled": pipe.vae.use_tiling,
         }
         return {what: value for what, value in found.items() if value}

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,11 +9,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
 
-from ..checkpoints.files.hub import OPTIONS, check_repository_name
-from ..checkpoints.files.weights import WeightFile, read_weights
-from ..checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
-from ..checkpoints.lora.dialects import SLOTS, Lora, read_lora, sections_of
-from ..checkpoints.naming.names import listed
+from ...checkpoints.files.hub import OPTIONS, check_repository_name
+from ...checkpoints.files.weights import WeightFile, read_weights
+from ...checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
+from ...checkpoints.lora.dialects import SLOTS, Lora, read_lora, sections_of
+from ...checkpoints.naming.names import listed
+from .part import Part
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ Strength = float | Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Place:
+class LoraSource:
     """Where in a folder or repository a LoRA's file is.
 
     Args:
@@ -64,18 +64,11 @@ class Place:
         return {name: self.hub[name] for name in names if name in self.hub}
 
 
-class LoraPipeline:
-    """LoRAs in the transformers of a pipeline; the methods have the names that diffusers gives them.
+class Loras(Part):
+    """LoRAs in a pipeline's transformers; the methods have the names that diffusers gives them.
 
     Adapters are active from when they are loaded until `set_adapters` leaves them out.
     """
-
-    transformer: Any
-    transformer_2: Any
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Bring all weights to where they can be changed."""
 
     def load_lora_weights(
         self,
@@ -120,11 +113,11 @@ class LoraPipeline:
         name = adapter_name or self._free_name()
         if name in self._strengths():
             raise ValueError(f"there is an adapter {name!r} already; choose another name")
-        loras = self._read_loras(lora, (high, low), Place(weight_name, subfolder, hub))
-        self.settle()
+        loras = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
+        self._pipe.memory.offload_all()
         strengths = _by_slot(strength)
         for slot, part in loras.items():
-            adapters_of(getattr(self, slot)).load(name, part, strengths[slot])
+            adapters_of(getattr(self._pipe, slot)).load(name, part, strengths[slot])
         return name
 
     def set_adapters(
@@ -151,7 +144,7 @@ class LoraPipeline:
                 f"{len(weights)} strengths for {len(names)} adapters; give {len(names)}, or one for all"
             )
         chosen = {name: _by_slot(1.0 if w is None else w) for name, w in zip(names, weights, strict=True)}
-        self.settle()
+        self._pipe.memory.offload_all()
         for slot, adapters in self._adapters().items():
             adapters.set({name: strengths[slot] for name, strengths in chosen.items()})
 
@@ -182,13 +175,13 @@ class LoraPipeline:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
-        self.settle()
+        self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
             adapters.remove(names)
 
     def unload_lora_weights(self) -> None:
         """Take all adapters out; the transformers are then as they were before the first, to the bit."""
-        self.settle()
+        self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
             adapters.remove(list(adapters.strengths))
 
@@ -203,44 +196,44 @@ class LoraPipeline:
         Raises:
             ValueError: layers are quantised and dequantize is False, or a LoRA is fused already.
         """
-        self.settle()
+        self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
             adapters.fuse(dequantize)
 
     def unfuse_lora(self) -> None:
         """Give all transformers the weights back that they had before `fuse_lora`, to the bit."""
-        self.settle()
+        self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
             adapters.unfuse()
 
     # ---- files ----
 
-    def _read_loras(self, lora: Any, pair: tuple[Any, Any], place: Place) -> dict[str, Lora]:
+    def _read_loras(self, lora: Any, pair: tuple[Any, Any], where: LoraSource) -> dict[str, Lora]:
         """Read a file for both experts, or one for each; return what each transformer gets."""
-        if lora is not None and (found := _pair_in(lora, place)):
+        if lora is not None and (found := _pair_in(lora, where)):
             lora, pair = None, found
         if lora is None:
             _warn_if_swapped(*pair)
             sources = dict(zip(SLOTS, pair, strict=True))
-            files = {slot: _read(s, place) for slot, s in sources.items() if s is not None}
+            files = {slot: _read(s, where) for slot, s in sources.items() if s is not None}
             # What is given for one expert is for that one, whichever its keys name.
             return self._parts({slot: (file, sections_of(file)[-1]) for slot, file in files.items()})
-        file = _read(lora, place)
+        file = _read(lora, where)
         sections = sections_of(file)
         if sections == SLOTS[:1]:  # the keys name no expert: for all that are loaded
-            loaded = [slot for slot in SLOTS if getattr(self, slot) is not None]
+            loaded = [slot for slot in SLOTS if getattr(self._pipe, slot) is not None]
             return self._parts({slot: (file, SLOTS[0]) for slot in loaded})
         return self._parts({slot: (file, slot) for slot in sections})
 
     def _parts(self, sources: Mapping[str, tuple[WeightFile, str]]) -> dict[str, Lora]:
         """Return what each transformer gets from a section of a file."""
-        if lacking := [slot for slot in sources if getattr(self, slot) is None]:
+        if lacking := [slot for slot in sources if getattr(self._pipe, slot) is None]:
             raise ValueError(f"there is a LoRA for {lacking[0]}, which is not loaded")
         return {slot: self._part(file, slot, section) for slot, (file, section) in sources.items()}
 
     def _part(self, file: WeightFile, slot: str, section: str) -> Lora:
         """Return what a file's section has for a transformer; name what fits nowhere."""
-        lora = read_lora(file, adapters_of(getattr(self, slot)).shapes)[section]
+        lora = read_lora(file, adapters_of(getattr(self._pipe, slot)).shapes)[section]
         if not lora:
             raise ValueError(
                 f"{file.source}: no key fits {slot}; "
@@ -255,12 +248,12 @@ class LoraPipeline:
 
     def restore_strengths(self) -> None:
         """Give the LoRAs the strengths they had before a call; attention_kwargs' scale of 0 leaves others."""
-        for model in (self.transformer, self.transformer_2):
-            if model is not None and has_adapters(model):
+        for model in self._pipe.transformers:
+            if has_adapters(model):
                 adapters_of(model).restore()
 
     def _adapters(self) -> dict[str, Adapters]:
-        return {slot: adapters_of(m) for slot in SLOTS if (m := getattr(self, slot)) is not None}
+        return {slot: adapters_of(m) for slot in SLOTS if (m := getattr(self._pipe, slot)) is not None}
 
     def _strengths(self) -> set[str]:
         return {name for adapters in self._adapters().values() for name in adapters.strengths}
@@ -274,7 +267,7 @@ class LoraPipeline:
             raise ValueError(f"there is no adapter {unknown[0]!r}; there is {', '.join(known) or 'none'}")
 
     def _switch(self, enabled: bool) -> None:
-        self.settle()
+        self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
             adapters.enable(enabled)
 
@@ -292,29 +285,29 @@ def _by_slot(strength: Strength) -> dict[str, float]:
     return dict.fromkeys(SLOTS, float(strength))
 
 
-def _read(source: Any, place: Place) -> WeightFile:
+def _read(source: Any, where: LoraSource) -> WeightFile:
     """Read a LoRA's file; from a folder or a repository, the one of the name asked for, or the only one."""
     if isinstance(source, Mapping):
         return WeightFile(TABLE, dict(source))
     path = Path(source).expanduser()
     if path.is_file():
         return read_weights(path)
-    names = place.files_of(source)
-    if place.weight_name in names or (place.weight_name is None and len(names) == 1):
-        return read_weights(place.fetch(source, place.weight_name or names[0]))
+    names = where.files_of(source)
+    if where.weight_name in names or (where.weight_name is None and len(names) == 1):
+        return read_weights(where.fetch(source, where.weight_name or names[0]))
     raise FileNotFoundError(
         f"{source} holds {', '.join(names) or 'no safetensors file'}; "
-        + ("give weight_name, one of them" if place.weight_name is None else f"not {place.weight_name}")
+        + ("give weight_name, one of them" if where.weight_name is None else f"not {where.weight_name}")
     )
 
 
-def _pair_in(source: Any, place: Place) -> tuple[Path, Path] | None:
+def _pair_in(source: Any, where: LoraSource) -> tuple[Path, Path] | None:
     """Return the two experts' files in a folder or repository, if it holds such a pair."""
-    if isinstance(source, Mapping) or Path(source).expanduser().is_file() or place.weight_name:
+    if isinstance(source, Mapping) or Path(source).expanduser().is_file() or where.weight_name:
         return None
-    if not set(_PAIR) <= set(place.files_of(source)):
+    if not set(_PAIR) <= set(where.files_of(source)):
         return None
-    return place.fetch(source, _PAIR[0]), place.fetch(source, _PAIR[1])
+    return where.fetch(source, _PAIR[0]), where.fetch(source, _PAIR[1])
 
 
 def _warn_if_swapped(high: Any, low: Any) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tests.builders import random_vae
 from tests.models.test_tiny_autoencoder import tiny_decoder
 from wan22.models.latent_rgb import latent_rgb_of
-from wan22.pipelines import preview as module
-from wan22.pipelines.preview import Preview, Previewer
+from wan22.pipelines.call import preview as module
+from wan22.pipelines.call.preview import Preview, Previewer
 
 VAE = random_vae(0)
 FPS = 16

@@ -17,7 +17,7 @@ from tests.checkpoints.lora_writers import DIALECTS, in_diffusers, linears, make
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.naming.keys import TRANSFORMER
-from wan22.pipelines import lora as lora_module
+from wan22.pipelines.attached import loras as lora_module
 
 SLOTS = ("transformer", "transformer_2")
 
@@ -608,7 +608,7 @@ def test_the_lightning_recipe(pipe):
         hook = lambda model, args, kwargs: seen.append(kwargs["timestep"].flatten()[0].item())  # noqa: E731
         getattr(pipe, slot).register_forward_pre_hook(hook, with_kwargs=True)
     size = {"height": 32, "width": 32, "num_frames": 5, "seed": 7, "output_type": "latent"}
-    video = pipe("a red circle", recipe="lightning-4", **size)
+    video = pipe("a red circle", distilled="lightning-4", **size)
     assert seen == pytest.approx([1000, 937.5, 2500 / 3, 625]), "one call a step: there is no guidance"
     assert video.recipe.scheduler == "FlowMatchEulerScheduler"
     assert (video.recipe.guidance_scale, video.recipe.guidance_scale_2) == (1.0, 1.0)
@@ -616,6 +616,6 @@ def test_the_lightning_recipe(pipe):
     by_hand = pipe("a red circle", timesteps=[1000, 937.5, 2500 / 3, 625], guidance_scale=1.0, **size)
     assert torch.equal(video.frames, by_hand.frames)
     with pytest.raises(ValueError, match=r"recipe='lightning-8' .*lightning-4"):
-        pipe("a red circle", recipe="lightning-8", **size)
+        pipe("a red circle", distilled="lightning-8", **size)
     with pytest.raises(ValueError, match="has its own timesteps; leave num_inference_steps out"):
-        pipe("a red circle", recipe="lightning-4", num_inference_steps=8, **size)
+        pipe("a red circle", distilled="lightning-4", num_inference_steps=8, **size)

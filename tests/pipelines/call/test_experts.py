@@ -1,17 +1,25 @@
 """Which transformer serves a step, with what guidance, and what of it need not be loaded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.builders import latents_of, random_components, random_pipeline, recording
 from wan22 import FlowMatchEulerScheduler
-from wan22.pipelines.experts import Experts
+from wan22.pipelines.call.experts import Experts
+from wan22.pipelines.call.guidance import ClassifierFreeGuidance
 
 # ---- the policy ----
 
 
-def policy(boundary=875.0, high="high", low="low", scales=(4.0, 3.0)):
-    return Experts(high, low, boundary, scales)
+def policy(boundary=875.0, high="high", low="low"):
+    return Experts(high, low, boundary)
+
+
+def steps(timesteps):
+    times = torch.tensor(timesteps, dtype=torch.float64)
+    return policy().steps(SimpleNamespace(timesteps=times, sigmas=times / 1000))
 
 
 @pytest.mark.parametrize(
@@ -36,13 +44,17 @@ def test_without_boundary_the_first_slot_serves_everything():
     assert experts.serving(1).label == ""
 
 
-def test_scales_and_labels():
-    experts = policy()
-    assert (experts.high.guidance_scale, experts.low.guidance_scale) == (4.0, 3.0)
-    assert (experts.high.label, experts.low.label) == ("high noise", "low noise")
-    assert experts.needed([999, 900, 500, 10]) == [experts.high, experts.low]
-    assert experts.needed([999, 900]) == [experts.high]
-    assert experts.needed([874]) == [experts.low]
+def test_steps():
+    high, low = policy().high, policy().low
+    assert (high.label, low.label) == ("high noise", "low noise")
+    found = steps([999, 900, 500, 10])
+    assert [step.expert for step in found] == [high, high, low, low]
+    assert [step.next_expert for step in found] == [None, low, None, None]
+    assert [(step.index, step.number, step.count, step.is_last) for step in found[::3]] == [
+        (0, 1, 4, False),
+        (3, 4, 4, True),
+    ]
+    assert [step.sigma for step in found] == [0.999, 0.9, 0.5, 0.01]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +62,8 @@ def test_scales_and_labels():
     [((1, 1), [999, 5], False), ((1, 2), [999, 5], True), ((1, 2), [999], False), ((2, 1), [5], False)],
 )
 def test_guided(scales, timesteps, guided):
-    assert policy(scales=scales).guided(timesteps) is guided
+    guidance = ClassifierFreeGuidance(*scales)
+    assert any(guidance.needs_negative(step) for step in steps(timesteps)) is guided
 
 
 # ---- in a call ----

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.golden_data import FOLDER, golden
-from wan22.pipelines import images
+from wan22.pipelines.call import images
 
 W, H = 40, 24
 BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 4), np.uint8)

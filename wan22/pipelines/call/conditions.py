@@ -1,6 +1,6 @@
 """What the transformer gets beside text: nothing, a given image in channels, or a given first frame.
 
-Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l tokens, s image rows of width d.
+Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l image tokens of width d.
 """
 
 from collections.abc import Sequence
@@ -17,46 +17,47 @@ class Condition(Protocol):
         """Return the transformer's arguments for one video's latents "1 c t h w" and a timestep "1"."""
         ...
 
-    def hold(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return "b c t h w" with what is given put in its place: the start of every step, and the result."""
+    def overwrite_known_frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents "b c t h w" with the given frames in place: before each step and at the end."""
         ...
 
 
-class TextCondition:
+class NoCondition:
     """Nothing beside the text: the transformer sees the noisy latents alone."""
 
     def model_inputs(self, video: int, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
         """Return the transformer's arguments; one timestep serves all tokens, also for TI2V-5B."""
         return {"hidden_states": latents, "timestep": timestep}
 
-    def hold(self, latents: torch.Tensor) -> torch.Tensor:
+    def overwrite_known_frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the latents as they are."""
         return latents
 
 
 @dataclass(frozen=True)
 class ChannelCondition:
-    """Given frames in channels beside the noisy ones: I2V-A14B, and Wan 2.1 I2V with CLIP rows.
+    """Given frames in channels beside the noisy ones: I2V-A14B, and Wan 2.1 I2V with CLIP tokens.
 
     Args:
-        channels: of each video, "1 c t h w": 4 of mask, then the latents of the clip that holds the given
-            frames and is zero elsewhere.
-        image_rows: of each video, the image encoder's, "1 s d" ("2 s d" for first and last frame), or None.
+        channels: for each video, "1 c t h w": 4 channels of mask, then the latents of the clip that holds the
+            given frames and is zero elsewhere.
+        image_embeds: for each video, the image encoder's tokens, "1 l d" ("2 l d" for first and last frame);
+            None for checkpoints without an image encoder.
 
     Source: Wan2.2 wan/image2video.py, WanI2V.generate.
     """
 
     channels: Sequence[torch.Tensor]
-    image_rows: Sequence[torch.Tensor] | None = None
+    image_embeds: Sequence[torch.Tensor] | None = None
 
     def model_inputs(self, video: int, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
         """Return the transformer's arguments."""
         inputs = {"hidden_states": torch.cat((latents, self.channels[video]), dim=1), "timestep": timestep}
-        if self.image_rows is not None:
-            inputs["encoder_hidden_states_image"] = self.image_rows[video]
+        if self.image_embeds is not None:
+            inputs["encoder_hidden_states_image"] = self.image_embeds[video]
         return inputs
 
-    def hold(self, latents: torch.Tensor) -> torch.Tensor:
+    def overwrite_known_frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the latents as they are: the model itself makes the given frames."""
         return latents
 
@@ -66,7 +67,7 @@ class FirstFrameCondition:
     """A given first frame that stays in the latents, its tokens at time 0: TI2V-5B.
 
     Args:
-        first: latents of the first frames, "b c 1 h w".
+        first: latents of the given frames, "b c 1 h w".
 
     Source: Wan2.2 wan/textimage2video.py, WanTI2V.i2v.
     """
@@ -79,6 +80,6 @@ class FirstFrameCondition:
         times[0] = 0
         return {"hidden_states": latents, "timestep": times[None]}
 
-    def hold(self, latents: torch.Tensor) -> torch.Tensor:
+    def overwrite_known_frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Put the given first frames in front."""
         return torch.cat((self.first.to(latents), latents[:, :, 1:]), dim=2)

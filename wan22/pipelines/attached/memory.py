@@ -1,0 +1,188 @@
+"""Where a pipeline's models are kept, so that videos fit into the memory that there is."""
+
+import logging
+from typing import Any
+
+import torch
+
+from ...accel.offload.devices import CudaDevice, Device
+from ...accel.offload.offloader import ModelOffloader, free
+from ...accel.planning.meta_models import MODELS
+from ...accel.planning.plans import Plan
+from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ..call.experts import Expert
+from .part import Part
+
+logger = logging.getLogger(__name__)
+
+# Arguments of `fit` that belong to one call; a new plan for a larger call replaces them.
+_PER_CALL = ("height", "width", "num_frames", "videos")
+
+
+class Memory(Part):
+    """A pipeline's memory plan, and the offloader that carries it out."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.plan: Plan | None = None
+        self._offloader: ModelOffloader | None = None
+        self._budget: dict[str, Any] | None = None
+        self._strips_before: int | None = None  # the VAE's, when the plan was applied
+
+    @property
+    def moves_models(self) -> bool:
+        """Whether a plan moves the models; diffusers may have taken its hooks away."""
+        return self._offloader is not None and self._offloader.attached
+
+    def fit(self, vram: str | float | None = None, ram: str | float | None = None, **options: Any) -> Plan:
+        """Find the fastest way to make videos in a budget, apply it, and do so anew for larger videos.
+
+        Where nothing fits, the plan that was applied before stays.
+
+        Args:
+            vram: memory of the device, such as "12GB"; default is what is free.
+            ram: memory of the host; default is what is free.
+            **options: arguments of `wan22.accel.plan`, such as `height`, `width`, `num_frames`, `quantize`.
+
+        Returns: the plan; print it.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        from ...accel.planning.planner import plan
+
+        found = plan(self._pipe, vram=vram, ram=ram, **options)
+        self.apply(found)
+        fixed = {name: value for name, value in options.items() if name not in _PER_CALL}
+        self._budget = {"vram": vram, "ram": ram, **fixed}
+        return found
+
+    def apply(self, plan: Plan, device: Device | None = None) -> None:
+        """Keep the models where a plan says, and decode as it says.
+
+        Args:
+            plan: result of `wan22.accel.plan` for this pipeline.
+            device: device of the models; default is the plan's.
+
+        Raises:
+            ValueError: the plan is for another pipeline, its device is not here, ranks have divided the
+                weights, or something else offloads the models. No plan is applied then.
+        """
+        pipe = self._pipe
+        pipe.ranks.check_whole()
+        models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name, None) is not None}
+        if missing := [name for name in models if name not in plan.placements]:
+            raise ValueError(
+                f"the plan for {plan.name} does not say where to keep {missing[0]}; make one for this "
+                "pipeline: wan22.accel.plan(pipe)"
+            )
+        if plan.strips is not None and pipe.vae.use_tiling:
+            raise ValueError(
+                f"the plan decodes in {plan.strips} strips, and tiling is enabled; call "
+                "pipe.vae.disable_tiling() first"
+            )
+        if device is None and plan.machine.has_device:
+            device = CudaDevice(plan.machine.device)
+        self.release()
+        offloader = None
+        if device is not None:
+            placed = {name: (model, plan.placements[name]) for name, model in models.items()}
+            offloader = ModelOffloader(placed, device)
+        if plan.quantize is not None:
+            pipe.quantize(plan.quantize)
+        self._strips_before = pipe.vae.num_strips if pipe.vae.use_strips else None
+        self._decode_in(plan.strips)
+        if offloader is not None:
+            offloader.attach()
+        self._offloader, self.plan, self._budget = offloader, plan, None
+
+    def release(self) -> None:
+        """Undo a plan: all models are on the CPU, as they were before `apply`, to the bit."""
+        if self._offloader is not None:
+            self._offloader.detach()
+        if self.plan is not None and not self._pipe.vae.use_tiling:  # tiling was enabled since
+            self._decode_in(self._strips_before)
+        self._offloader, self.plan, self._budget = None, None, None
+
+    def _decode_in(self, strips: int | None) -> None:
+        """Let videos be decoded in strips; None: in whole frames."""
+        if strips is None:
+            self._pipe.vae.disable_strips()
+        else:
+            self._pipe.vae.enable_strips(strips)
+
+    def offload_all(self) -> None:
+        """Bring all weights to the host, where they can be changed.
+
+        Raises:
+            ValueError: ranks have divided them.
+        """
+        self._pipe.ranks.check_whole()
+        if self._offloader is not None:
+            self._offloader.offload_all()
+
+    def end_call(self) -> None:
+        """Leave the device as it is between calls: only resident models stay."""
+        if self._offloader is not None and self.moves_models:
+            self._offloader.offload_transient()
+
+    def check_movable(self, *destinations: Any) -> None:
+        """Refuse to move models that a plan moves, or to change weights that ranks have divided.
+
+        Args:
+            *destinations: devices asked for; None, and dtypes, are none.
+
+        Raises:
+            ValueError: a plan moves the models, or each rank has a part of them.
+        """
+        devices = [d for d in destinations if not isinstance(d, torch.dtype | None)]
+        if self.moves_models and devices:
+            raise ValueError(f"to({devices[0]!r}): the plan moves the models; call pipe.release() first")
+        self.offload_all()
+
+    def host_weights(self, name: str) -> list[torch.Tensor]:
+        """Return a model's weights on the host while it is on the device."""
+        return [] if self._offloader is None else self._offloader.host_weights(name)
+
+    def free(self) -> None:
+        """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
+        pipe = self._pipe
+        self.release()
+        for model in pipe.transformers:
+            if has_adapters(model):
+                adapters_of(model).remove(list(adapters_of(model).strengths))
+        free(module for module in pipe.components.values() if isinstance(module, torch.nn.Module))
+
+    # ---- what a call asks ----
+
+    def replan_if_larger(self, height: int, width: int, num_frames: int, videos: int = 1) -> None:
+        """Plan anew for a call that is larger than planned for; without a budget, warn that it may not fit.
+
+        Args:
+            height: pixels. Larger frames take more to decode, however few they are.
+            width: pixels.
+            num_frames: frames of each video.
+            videos: number of videos of the call.
+
+        Raises:
+            ValueError: it does not fit into the budget; the plan that there was stays.
+        """
+        plan = self.plan
+        if plan is None or (self._offloader is not None and not self.moves_models):
+            return
+        columns, rows, _ = plan.size
+        larger = height * width * num_frames > plan.pixels or height * width > columns * rows
+        if not larger and videos <= plan.videos:
+            return
+        size = {"height": height, "width": width, "num_frames": num_frames}
+        if self._budget is not None:
+            self.fit(**self._budget, **size, videos=videos)
+        else:
+            message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
+            logger.warning(message, *plan.size, plan.videos)
+
+    def prefetch_next(self, expert: Expert | None) -> None:
+        """Start to bring the expert of the next step to the device, if the plan has room for both."""
+        plan = self.plan
+        if self._offloader is not None and expert is not None and plan is not None and plan.prefetch:
+            self._offloader.prefetch(expert.slot)

@@ -1,0 +1,196 @@
+"""Where a pipeline's weights came from, and whether a recipe's video can be made with them."""
+
+import logging
+import platform
+import weakref
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__, schedulers
+from ...accel.planning.meta_models import MODELS
+from ...checkpoints.files.fingerprint import fingerprint
+from ...checkpoints.files.weights import weight_files
+from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ...video.recipe import Origin, Recipe, UsedLora
+from .part import Part
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "diffusers", "transformers")
+ASSETS = Path(__file__).parents[2].absolute() / "assets"
+
+
+class Provenance(Part):
+    """Knows the files behind a pipeline's models, and holds recipes against the pipeline as it stands."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self._place: str | None = None
+        self._files_of: Mapping[str, tuple[Any, Path]] = {}
+
+    def record_source(self, place: Any, parts: Mapping[str, Path]) -> None:
+        """Remember where the models were loaded from.
+
+        Args:
+            place: folder, repository or files, as the caller gave them.
+            parts: file or folder of each component that was loaded.
+        """
+        folder = Path(str(place)).absolute()
+        # The miniatures' folder differs from machine to machine; their name does not.
+        self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
+        # By the model itself: one that replaces it later has other files.
+        self._files_of = {
+            name: (weakref.ref(getattr(self._pipe, name)), path)
+            for name, path in parts.items()
+            if name in MODELS and getattr(self._pipe, name, None) is not None
+        }
+
+    def copy_from(self, other: "Provenance") -> None:
+        """Take over what another pipeline knows of the models that both share."""
+        self._place, self._files_of = other._place, other._files_of
+
+    def origin(self) -> Origin | None:
+        """Return the files behind the models; None for a pipeline that was not loaded as a whole."""
+        if self._place is None:
+            return None
+        files: dict[str, str] = {}
+        replaced, revisions = [], set()
+        for name in MODELS:
+            model = getattr(self._pipe, name, None)
+            known, path = self._files_of.get(name, (lambda: None, Path()))
+            if model is not None and known() is not model:
+                replaced.append(name)
+            elif model is not None:
+                parts = path.parts
+                if "snapshots" in parts[:-1]:
+                    revisions.add(parts[parts.index("snapshots") + 1])
+                files |= {f"{name}/{file.name}": fingerprint(file) for file in weight_files(path)}
+        revision = revisions.pop() if len(revisions) == 1 else None
+        return Origin(self._place, revision, files, tuple(replaced))
+
+    def used_loras(self) -> tuple[UsedLora, ...]:
+        """Return the LoRAs that are active."""
+        found: dict[str, dict[str, tuple[str, float]]] = {}
+        for slot in ("transformer", "transformer_2"):
+            model = getattr(self._pipe, slot)
+            if model is not None and has_adapters(model) and adapters_of(model).enabled:
+                adapters = adapters_of(model)
+                for name, strength in adapters.strengths.items():
+                    if strength:
+                        found.setdefault(name, {})[slot] = adapters.sources[name], strength
+        return tuple(
+            UsedLora(
+                name,
+                ", ".join(sorted({source for source, _ in slots.values()})) or None,
+                {slot: strength for slot, (_, strength) in slots.items()},
+                {slot: fingerprint(Path(s)) for slot, (s, _) in slots.items() if Path(s).is_file()},
+            )
+            for name, slots in found.items()
+        )
+
+    def device_description(self) -> str:
+        """Return the name of the device, and of the ranks that share the work."""
+        pipe = self._pipe
+        device = device_name(pipe._execution_device)
+        return device if pipe.parallel is None else f"{device}, {pipe.parallel}"
+
+    def run_metadata(self) -> dict[str, Any]:
+        """Return a recipe's entries about the pipeline, beside the call's settings."""
+        pipe = self._pipe
+        names = [name for name in MODELS if getattr(pipe, name, None) is not None]
+        scheduler = pipe.scheduler.config
+        return {
+            "checkpoint": pipe.checkpoint_name,
+            "pipeline": type(pipe).__name__,
+            "boundary_ratio": pipe.config.boundary_ratio,
+            "scheduler_config": {k: v for k, v in scheduler.items() if not k.startswith("_")},
+            "origin": self.origin(),
+            "loras": self.used_loras(),
+            "dtypes": {name: str(getattr(pipe, name).dtype).removeprefix("torch.") for name in names},
+            "changes": pipe.acceleration.changes(),
+            "device": self.device_description(),
+            "versions": {"wan22": __version__, **{name: _version(name) for name in PACKAGES}},
+        }
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that the pipeline, as it stands, would make another video from.
+
+        Raises:
+            ValueError: the recipe cannot be reproduced, or its checkpoint, LoRAs, dtypes or changes differ.
+        """
+        if recipe.not_reproducible_because is not None:
+            why = recipe.not_reproducible_because
+            raise ValueError(f"the video cannot be made again from its recipe: {why}")
+        now = self.run_metadata()
+        if recipe.pipeline != now["pipeline"]:
+            raise ValueError(f"the recipe is one of {recipe.pipeline}, this is a {now['pipeline']}")
+        self._check_weights(recipe, now)
+        for what in ("dtypes", "changes"):
+            if (had := dict(getattr(recipe, what))) != now[what]:
+                raise ValueError(f"the recipe was made with {what} {had}; this pipeline has {now[what]}")
+        ratio = now["boundary_ratio"]
+        if recipe.boundary_ratio != ratio:
+            raise ValueError(f"the recipe's boundary_ratio is {recipe.boundary_ratio}, this one's {ratio}")
+        differing = {what for what in ("device", "versions") if getattr(recipe, what) != now[what]}
+        if differing:
+            logger.warning("%s differ from the recipe's: results may differ by rounding", sorted(differing))
+
+    def _check_weights(self, recipe: Recipe, now: Mapping[str, Any]) -> None:
+        """Refuse a recipe of other weights or LoRAs."""
+        then, here = recipe.origin, now["origin"]
+        if then is not None and here is not None:
+            other = sorted(
+                k for k in then.files.keys() | here.files if then.files.get(k) != here.files.get(k)
+            )
+            if other:
+                raise ValueError(
+                    f"the recipe is of {then.place}, this is {here.place}: {other[0]} is another file"
+                )
+        elif recipe.checkpoint != now["checkpoint"]:
+            raise ValueError(f"the recipe is of {recipe.checkpoint}, this is {now['checkpoint']}")
+        if _loras(recipe.loras) != _loras(now["loras"]):
+            wanted = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in recipe.loras)
+            loaded = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in now["loras"])
+            raise ValueError(f"the recipe has LoRAs: {wanted or 'none'}; loaded are: {loaded or 'none'}")
+
+
+def device_name(device: torch.device) -> str:
+    """Return a GPU's name, or the CPU's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() if device.type == "cpu" else str(device)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _loras(used: tuple[UsedLora, ...]) -> list[Any]:
+    """Return LoRAs without their names and paths."""
+    return sorted((sorted(lora.files.items()), sorted(lora.strengths.items())) for lora in used)
+
+
+def scheduler_of(recipe: Recipe, mine: Any) -> Any:
+    """Return the scheduler that a recipe names, with its settings."""
+    config = {k: v for k, v in mine.config.items() if not k.startswith("_")}
+    if recipe.call.get("distilled") is not None or (
+        type(mine).__name__ == recipe.scheduler and _plain(config) == _plain(recipe.scheduler_config)
+    ):
+        return mine
+    cls = (
+        type(mine) if type(mine).__name__ == recipe.scheduler else getattr(schedulers, recipe.scheduler, None)
+    )
+    if cls is None:
+        raise ValueError(f"the recipe's scheduler is {recipe.scheduler}; set pipe.scheduler to one first")
+    return cls.from_config(dict(recipe.scheduler_config))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

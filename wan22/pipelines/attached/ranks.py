@@ -1,0 +1,66 @@
+"""What a pipeline asks of the processes that make its videos together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+Frame = TypeVar("Frame")
+
+
+class Ranks(Protocol):
+    """The processes that share a pipeline's work: OneRank, or `wan22.accel.parallel.Parallel`."""
+
+    first: bool  # whether this process shows progress and previews, and writes files
+    shares_rows: bool  # whether the VAE's rows are shared
+
+    def agreed(self, value: Value) -> Value:
+        """Return the first rank's value."""
+        ...
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return of each flag whether it is set on any rank."""
+        ...
+
+    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """Run the passes of a step, one or two, and return what each predicts."""
+        ...
+
+    def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:
+        """Return the frames of a stream that this rank has; all ranks must go through theirs."""
+        ...
+
+    def check_whole(self) -> None:
+        """Refuse what needs whole weights.
+
+        Raises:
+            ValueError: each rank has only its part of them.
+        """
+        ...
+
+
+class OneRank:
+    """A process by itself."""
+
+    first = True
+    shares_rows = False
+
+    def agreed(self, value: Value) -> Value:
+        """Return the value."""
+        return value
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return the flags."""
+        return flags
+
+    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """Run one pass after the other."""
+        return [run() for run in passes]
+
+    def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:
+        """Return all frames."""
+        return frames
+
+    def check_whole(self) -> None:
+        """Weights are always whole."""

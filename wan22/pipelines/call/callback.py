@@ -1,0 +1,65 @@
+"""The caller's function after each step, which may replace latents and embeddings.
+
+Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text tokens, d their width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ...checks import check_choice
+from .checks import check_embeds, check_latents
+from .denoiser import TextEmbeds
+from .experts import Step
+from .text import pad_tokens
+
+
+class StepCallback:
+    """Calls a function as f(pipe, step, timestep, tensors) and applies what it returns.
+
+    Args:
+        function: the caller's; or a callback of diffusers, which names its tensors itself.
+        tensors: names of the tensors that it gets.
+        allowed: names that there are.
+
+    Raises:
+        ValueError: there is no tensor of such a name.
+    """
+
+    def __init__(self, function: Callable[..., Any], tensors: Sequence[str], allowed: Sequence[str]) -> None:
+        if isinstance(function, PipelineCallback | MultiPipelineCallbacks):
+            tensors = function.tensor_inputs
+        for name in tensors:
+            check_choice("callback_on_step_end_tensor_inputs", name, allowed)
+        self.function, self.tensors = function, tuple(tensors)
+
+    def __call__(self, pipe: Any, step: Step, latents: torch.Tensor, embeds: TextEmbeds) -> torch.Tensor:
+        """Call the function.
+
+        Args:
+            pipe: the pipeline.
+            step: the step that is done.
+            latents: "b c t h w".
+            embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d" or None; replaced in place.
+
+        Returns: the latents to go on with.
+
+        Raises:
+            ValueError: a replacement has another shape, or is not finite.
+        """
+        offered = {"latents": latents, **embeds}
+        replaced = self.function(pipe, step.index, step.timestep, {n: offered[n] for n in self.tensors}) or {}
+        for name in embeds.keys() & replaced.keys():
+            value = replaced[name]
+            if value is None and name == "negative_prompt_embeds":
+                embeds[name] = None  # the rest of the run is not guided
+            elif value is not embeds[name]:
+                model = step.expert.model
+                assert model is not None, "steps are served by loaded experts"
+                check_embeds(name, value, model.config.text_dim, len(latents))
+                embeds[name] = pad_tokens(value)
+        replacement = replaced.get("latents", latents)
+        check_latents(replacement, tuple(latents.shape))
+        return replacement.to(latents)

@@ -1,0 +1,83 @@
+"""From noisy latents to the velocity of a step.
+
+Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text tokens, d their width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from .conditions import Condition
+from .experts import Step
+from .guidance import Guidance
+
+TextEmbeds = dict[str, torch.Tensor | None]
+Pass = Callable[[], torch.Tensor]
+RunPasses = Callable[[Sequence[Pass]], list[torch.Tensor]]
+
+
+class Denoiser(Protocol):
+    """Predicts the velocity of a step. What changes or skips predictions wraps another denoiser."""
+
+    def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return the velocity of noisy latents, both "b c t h w" float32."""
+        ...
+
+
+class CFGDenoiser:
+    """Runs the transformer with and without the prompt, video by video, and combines both predictions.
+
+    Each video goes through the model by itself: to the last bit it does not depend on its neighbours in the
+    batch, and one video's tokens fill a device.
+
+    Args:
+        condition: what the transformer gets beside latents and text.
+        embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d"; no step is guided if the latter
+            is None. A callback may replace them between steps.
+        guidance: formula that combines the predictions.
+        attention_kwargs: the transformer's.
+        run_passes: runs the passes of a step, one or two, and returns what each predicts.
+    """
+
+    def __init__(
+        self,
+        condition: Condition,
+        embeds: TextEmbeds,
+        guidance: Guidance,
+        attention_kwargs: dict[str, Any] | None,
+        run_passes: RunPasses,
+    ) -> None:
+        self.condition, self.embeds, self.guidance = condition, embeds, guidance
+        self._attention_kwargs, self._run_passes = attention_kwargs, run_passes
+
+    def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return the guided velocity of noisy latents, both "b c t h w" float32."""
+        return torch.cat([self._guided(video, z, step) for video, z in enumerate(latents.split(1))])
+
+    def _guided(self, video: int, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        inputs = self.condition.model_inputs(video, latents, step.timestep.reshape(1))
+        positive, negative = self.embeds["prompt_embeds"], self.embeds["negative_prompt_embeds"]
+        assert positive is not None, "a call always has prompt embeddings"
+        passes = [partial(self._predict, "cond", video, positive, inputs, step)]
+        if negative is None or not self.guidance.needs_negative(step):
+            return self._run_passes(passes)[0]
+        passes.append(partial(self._predict, "uncond", video, negative, inputs, step))
+        conditional, unconditional = self._run_passes(passes)
+        return self.guidance.combine(conditional, unconditional, step)
+
+    def _predict(
+        self, name: str, video: int, embeds: torch.Tensor, inputs: dict[str, Any], step: Step
+    ) -> torch.Tensor:
+        """Run one pass. diffusers' step caches keep what they skip by pass and video."""
+        model: Any = step.expert.model
+        text = embeds[video : video + 1].to(model.dtype)
+        state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
+        with model.cache_context(name + (f"-{video}" if video else ""), **state):
+            return model(
+                encoder_hidden_states=text,
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+                **inputs,
+            )[0].float()

@@ -1,0 +1,105 @@
+"""The two transformer slots, which one serves a timestep, and the steps of a schedule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...checkpoints.loading.models import WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of a pipeline.
+
+    Args:
+        slot: name of the pipeline's component, "transformer" or "transformer_2".
+        label: "high noise", "low noise", or "" for the only transformer.
+        model: the transformer; None if it is not loaded.
+    """
+
+    slot: str
+    label: str
+    model: WanTransformer3DModel | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a schedule.
+
+    Args:
+        index: number of the step, from 0.
+        count: steps of the schedule.
+        timestep: scalar, 0 to 1000, as the scheduler has it.
+        sigma: noise level, 0 to 1.
+        expert: transformer that serves it.
+        next_expert: transformer of the next step if that is another one, else None.
+    """
+
+    index: int
+    count: int
+    timestep: torch.Tensor
+    sigma: float
+    expert: Expert
+    next_expert: Expert | None
+
+    @property
+    def number(self) -> int:
+        """Number of the step, from 1."""
+        return self.index + 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the schedule ends with it."""
+        return self.number == self.count
+
+
+class Experts:
+    """Chooses the transformer of each timestep.
+
+    Args:
+        transformer: high-noise expert, or the only transformer.
+        transformer_2: low-noise expert.
+        boundary: lowest timestep of the high-noise expert; None for one transformer.
+
+    Source: Wan2.2 wan/text2video.py, WanT2V.generate.
+    """
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel | None,
+        transformer_2: WanTransformer3DModel | None,
+        boundary: float | None,
+    ) -> None:
+        labels = ("", "") if boundary is None else ("high noise", "low noise")
+        self.boundary = boundary
+        self.high = Expert("transformer", labels[0], transformer)
+        self.low = Expert("transformer_2", labels[1], transformer_2)
+
+    def serving(self, timestep: float) -> Expert:
+        """Return the expert of a timestep in 0 to 1000.
+
+        Raises:
+            ValueError: it is not loaded.
+        """
+        expert = self.high if self.boundary is None or timestep >= self.boundary else self.low
+        if expert.model is None:
+            served_by = f"the {expert.label or 'only'} expert, but pipe.{expert.slot} is None"
+            raise ValueError(
+                f"timestep {timestep:g} is served by {served_by}; load it, or choose timesteps on the "
+                f"other side of {self.boundary or 0:g}."
+            )
+        return expert
+
+    def steps(self, scheduler: Any) -> list[Step]:
+        """Return the steps of a scheduler whose schedule is set.
+
+        Raises:
+            ValueError: an expert that serves one of them is not loaded.
+        """
+        timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.tolist()
+        experts = [self.serving(timestep) for timestep in timesteps.tolist()]
+        return [
+            Step(i, len(experts), timesteps[i], sigmas[i], expert, following if following != expert else None)
+            for i, (expert, following) in enumerate(zip(experts, [*experts[1:], experts[-1]], strict=True))
+        ]

@@ -1,0 +1,124 @@
+"""Checks a request and completes it with the checkpoint's official settings, before any work."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...checks import as_int, check_choice, check_num_frames, check_positive_int, check_size
+from ...presets import MAX_TEXT_TOKENS
+from ...video.recipe import Recipe
+from ...video.result import OUTPUT_TYPES
+from ..parts import PipelineParts
+from .call import Call
+from .callback import StepCallback
+from .checks import check_guidance, check_latents
+from .experts import Experts
+from .guidance import ClassifierFreeGuidance
+from .noise import generators_of, not_reproducible_because, seeds_of
+from .request import Request, plain
+from .schedule import scheduler_for, scheduler_shift, with_distilled
+from .text import check_prompts, check_text_encoder
+
+
+def prepare(pipe: PipelineParts, given: Request) -> Call:
+    """Check a request and complete it.
+
+    Raises:
+        ValueError: an argument breaks its rule; the message names the value, the rule and the nearest valid
+            value.
+    """
+    pipe.check_components()  # one may have been replaced since
+    preset, request = pipe.preset, with_distilled(given)
+    check_choice("output_type", request.output_type, OUTPUT_TYPES)
+    check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
+    check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)
+    text_dim = pipe.any_transformer.config.text_dim
+    prompts, negatives = check_prompts(request, text_dim, preset.negative_prompt, pipe.prompt_count(request))
+    videos = len(prompts) * request.num_videos_per_prompt
+    if request.output_type == "stream" and videos > 1:
+        raise ValueError(f"{videos} videos cannot be streamed together; ask for one at a time")
+    height, width, num_frames = _size(pipe, request)
+    if request.latents is not None:
+        check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, height, width)))
+    generators = generators_of(request, videos, pipe.draw_seed)
+    callback = _callback(request, pipe._callback_tensor_inputs)
+    default_steps = preset.num_inference_steps
+    scheduler = scheduler_for(request, pipe.scheduler, pipe._execution_device, default_steps)
+    guidance, ratio = _guidance(pipe, request), pipe.config.boundary_ratio
+    boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
+    steps = Experts(pipe.transformer, pipe.transformer_2, boundary).steps(scheduler)
+    guided = any(guidance.needs_negative(step) for step in steps)
+    check_text_encoder(pipe, request, guided)
+    completed: dict[str, Any] = {
+        "prompt": prompts,
+        "negative_prompt": negatives if guided else None,
+        "seed": seeds_of(request, generators),
+        "noise_device": generators[0].device.type,
+        "num_frames": num_frames,
+        "guidance_scale": guidance.scale,
+        "guidance_scale_2": None if ratio is None else guidance.scale_2,
+        **_completed_schedule(given, scheduler),
+        **_completed_size(height, width, pipe.followed_area(request)),
+    }
+    recipe = Recipe(
+        call=given.recorded() | {name: plain(value) for name, value in completed.items()},
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=preset.fps,
+        scheduler=type(scheduler).__name__,
+        num_inference_steps=len(steps),
+        not_reproducible_because=not_reproducible_because(request, generators, guided),
+        **pipe.run_metadata(),
+    )
+    return Call(request, recipe, prompts, negatives, generators, scheduler, steps, guidance, guided, callback)
+
+
+def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:
+    """Return height, width and frames: the given ones, or the checkpoint's."""
+    patch = pipe.any_transformer.config.patch_size
+    height, width = as_int(request.height), as_int(request.width)
+    if height is None or width is None:
+        default_height, default_width = pipe.default_size(request)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
+    num_frames = pipe.preset.num_frames if request.num_frames is None else as_int(request.num_frames)
+    check_size("height", height, pipe.vae.spatial_stride * patch[1])
+    check_size("width", width, pipe.vae.spatial_stride * patch[2])
+    check_num_frames(num_frames, pipe.vae.temporal_stride)
+    return height, width, num_frames
+
+
+def _guidance(pipe: PipelineParts, request: Request) -> ClassifierFreeGuidance:
+    """Return the guidance: the given scales or the checkpoint's; one serves both experts."""
+    first, second = request.guidance_scale, request.guidance_scale_2
+    if second is not None and pipe.config.boundary_ratio is None:
+        raise ValueError(f"guidance_scale_2={second!r} is for checkpoints of two experts; use guidance_scale")
+    if second is None:
+        second = pipe.preset.guidance_scale_2 if first is None else first
+    if first is None:
+        first = pipe.preset.guidance_scale
+    second = first if second is None else second
+    check_guidance("guidance_scale", first)
+    check_guidance("guidance_scale_2", second)
+    return ClassifierFreeGuidance(first, second)
+
+
+def _callback(request: Request, allowed: Sequence[str]) -> StepCallback | None:
+    """Return the caller's function after each step, if any."""
+    function, tensors = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs or ()
+    for name in tensors:
+        check_choice("callback_on_step_end_tensor_inputs", name, allowed)
+    return None if function is None else StepCallback(function, tensors, allowed)
+
+
+def _completed_schedule(request: Request, scheduler: Any) -> dict[str, Any]:
+    """Return a call's arguments about the schedule: its name, its values, or the steps and the shift."""
+    if request.distilled is not None or request.sigmas is not None or request.timesteps is not None:
+        return {}
+    shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
+    return {"num_inference_steps": len(scheduler.timesteps), "flow_shift": shift}
+
+
+def _completed_size(height: int, width: int, area: int | None) -> dict[str, Any]:
+    """Return a call's arguments about the size, which may follow an image within an area."""
+    return {"height": height, "width": width} if area is None else {"max_area": area}

@@ -1,0 +1,66 @@
+"""A call's arguments as they were given, and as a recipe holds them."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from .images import Picture
+
+Prompt = str | Sequence[str] | None
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+# Arguments that leave the video as it is, or that no recipe can hold.
+NOT_RECORDED = {
+    *("output_type", "return_dict", "preview", "preview_every", "preview_decoder"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+    *("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds"),
+}
+
+
+class Request:
+    """A call's arguments, as attributes.
+
+    Args:
+        arguments: values by name, such as the locals() of `__call__`; "self" is left out.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = {name: value for name, value in arguments.items() if name != "self"}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "arguments" or name not in self.arguments:
+            raise AttributeError(f"this call has no argument {name!r}")
+        return self.arguments[name]
+
+    def changed(self, **changes: Any) -> "Request":
+        """Return a request with other values."""
+        return Request(self.arguments | changes)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the arguments that a recipe holds, as plain values; None for those that were not given."""
+        return {
+            name: None if value == [] else value
+            for name, value in ((n, plain(v)) for n, v in self.arguments.items() if n not in NOT_RECORDED)
+        }
+
+    def tensors(self) -> list[str]:
+        """Return the names of the tensors among NOT_RECORDED that were given."""
+        return [
+            name for name in self.arguments if name in NOT_RECORDED and torch.is_tensor(getattr(self, name))
+        ]
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers, text, lists and dicts."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(inner) for inner in value]
+    return value.name if isinstance(value, Picture) else value

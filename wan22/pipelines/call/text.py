@@ -1,0 +1,107 @@
+"""Prompts: checked, cleaned, encoded by umT5.
+
+Shapes: b prompts, l text tokens, d width of the text encoder.
+"""
+
+import html
+import logging
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from ...presets import MAX_TEXT_TOKENS
+from .checks import as_prompts, check_embeds
+from .request import Request
+
+logger = logging.getLogger(__name__)
+
+
+def check_prompts(
+    request: Request, text_dim: int, default_negative: str, count: int | None
+) -> tuple[list[str | None], list[str | None]]:
+    """Return the prompts and negative prompts of a call; None where embeddings are given.
+
+    Args:
+        request: `prompt`, `negative_prompt`, and embeddings in place of them.
+        text_dim: width d of the transformer's text embeddings.
+        default_negative: negative prompt in place of an empty one.
+        count: prompts that there must be; None: any number.
+
+    Raises:
+        ValueError: text and embeddings are both given, or neither; or they are not one per prompt.
+    """
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise ValueError("give prompt or prompt_embeds, and only one of them")
+    if request.prompt_embeds is not None:
+        check_embeds("prompt_embeds", request.prompt_embeds, text_dim, count)
+        prompts: list[str | None] = [None] * len(request.prompt_embeds)
+    else:
+        prompts = list(as_prompts("prompt", request.prompt, count))
+    if request.negative_prompt_embeds is None:
+        text = "" if request.negative_prompt is None else request.negative_prompt
+        texts = as_prompts("negative_prompt", text, len(prompts))
+        return prompts, [text or default_negative for text in texts]
+    if request.negative_prompt is not None:
+        raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+    check_embeds("negative_prompt_embeds", request.negative_prompt_embeds, text_dim, len(prompts))
+    return prompts, [None] * len(prompts)
+
+
+def check_text_encoder(pipe: Any, request: Request, guided: bool) -> None:
+    """Refuse text that nothing can encode.
+
+    Raises:
+        ValueError: the text encoder or its tokenizer is needed and not loaded.
+    """
+    needed = {"prompt": request.prompt_embeds is None}
+    needed["negative_prompt"] = guided and request.negative_prompt_embeds is None
+    for name in (name for name, is_needed in needed.items() if is_needed):
+        for component in ("text_encoder", "tokenizer"):
+            if getattr(pipe, component) is None:
+                raise ValueError(
+                    f"pipe.{component} is None; load it, or give {name}_embeds instead of {name}"
+                )
+
+
+def clean_prompt(text: str) -> str:
+    """Repair broken Unicode, resolve HTML entities (twice) and collapse white space.
+
+    Source: Wan2.2 wan/modules/tokenizers.py, basic_clean and whitespace_clean.
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def encode_prompt(
+    tokenizer: Any, text_encoder: Any, prompt: str, max_tokens: int = MAX_TEXT_TOKENS
+) -> torch.Tensor:
+    """Encode one prompt by itself, so that the result cannot depend on its neighbours in a batch.
+
+    Args:
+        tokenizer: umT5's, from transformers.
+        text_encoder: UMT5EncoderModel.
+        prompt: text, cleaned here.
+        max_tokens: tokens at which a prompt is cut, with a warning; 1 to 512, the end token included.
+
+    Returns: "1 512 d", zero past the prompt's end, on the text encoder's device and in its dtype.
+    """
+    text = clean_prompt(prompt)
+    ids = tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids
+    if len(ids) > max_tokens:
+        cut = tokenizer.decode(ids[max_tokens - 1 : -1])
+        logger.warning("the prompt has %d tokens, %d are used; ignored: %r", len(ids), max_tokens, cut)
+        ids = ids[: max_tokens - 1] + ids[-1:]
+    # Offloaded weights lie elsewhere than they run.
+    input_ids = torch.tensor([ids], device=get_module_execution_device(text_encoder))
+    embeds = text_encoder(input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
+    return pad_tokens(embeds)
+
+
+def pad_tokens(embeds: torch.Tensor) -> torch.Tensor:
+    """Append zero tokens: "b l d" to "b 512 d"."""
+    return F.pad(embeds, (0, 0, 0, MAX_TEXT_TOKENS - embeds.shape[1]))

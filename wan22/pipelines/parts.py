@@ -1,0 +1,307 @@
+"""What a pipeline consists of: its components, and the parts that it holds and offers by one line each."""
+
+import secrets
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from ..accel.compile import Compiled
+from ..accel.parallel import Parallel
+from ..accel.planning.plans import Plan
+from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ..presets import Preset, closest_preset, find_preset
+from ..video.progress import progress_bar
+from ..video.recipe import Recipe
+from .attached.acceleration import Acceleration
+from .attached.loras import Loras
+from .attached.memory import Memory
+from .attached.provenance import Provenance
+from .attached.ranks import OneRank, Ranks
+from .call.request import Request
+from .loading.hub_classes import from_diffusers_model
+from .loading.pipeline import LoadablePipeline
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def delegate(
+    part: str, method: Callable[Concatenate[Any, P], Result]
+) -> Callable[Concatenate[Any, P], Result]:
+    """Return a method that calls one of a part that the pipeline holds, with its signature and docstring."""
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return method(getattr(self, part), *args, **kwargs)
+
+    return call
+
+
+class PipelineParts(LoadablePipeline):
+    """The components of a pipeline, and what it holds beside them: memory, LoRAs, ranks and others.
+
+    Args:
+        tokenizer: umT5's tokenizer.
+        text_encoder: UMT5EncoderModel; None if prompt_embeds are given at every call.
+        vae: AutoencoderKLWan, ours or diffusers'.
+        scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers.
+        transformer: the high-noise expert, or the only transformer.
+        transformer_2: the low-noise expert. A slot that the schedule never reaches may be None.
+        boundary_ratio: `transformer` serves timesteps at or above this share of 1000; None for one
+            transformer.
+        expand_timesteps: whether the checkpoint takes one timestep per token (TI2V-5B).
+
+    Raises:
+        ValueError: the components do not belong together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
+    _optional_components = ["tokenizer", "text_encoder", "transformer", "transformer_2"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    vae: AutoencoderKLWan
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    transformer: WanTransformer3DModel | None
+    transformer_2: WanTransformer3DModel | None
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        transformer: Any = None,
+        transformer_2: Any = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__()
+        self.memory, self.acceleration, self.loras = Memory(self), Acceleration(self), Loras(self)
+        self.provenance = Provenance(self)
+        self.ranks: Ranks = OneRank()
+        self._recipe: Recipe | None = None  # the running or last call's
+        self._guided = self._interrupt = self._stop = False
+        self._current_timestep: torch.Tensor | None = None
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            transformer_2=transformer_2,
+        )
+        self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
+        self.check_components()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        models = ("vae", "transformer", "transformer_2")
+        super().__setattr__(name, from_diffusers_model(value) if name in models else value)
+
+    # ---- what the components are ----
+
+    @property
+    def transformers(self) -> list[WanTransformer3DModel]:
+        """The loaded transformers, high noise first."""
+        return [model for model in (self.transformer, self.transformer_2) if model is not None]
+
+    @property
+    def any_transformer(self) -> WanTransformer3DModel:
+        """A loaded transformer; both slots have the same configuration."""
+        if not self.transformers:
+            raise ValueError("neither transformer nor transformer_2 is loaded; a video needs at least one")
+        return self.transformers[0]
+
+    @property
+    def released(self) -> Preset | None:
+        """The released checkpoint that the loaded configs belong to; None if that cannot be told."""
+        if not self.transformers:
+            return None
+        config = self.any_transformer.config
+        return find_preset(
+            dim=config.num_attention_heads * config.attention_head_dim,
+            in_channels=config.in_channels,
+            experts=self._experts,
+            two_frames=config.pos_embed_seq_len is not None,
+        )
+
+    @property
+    def preset(self) -> Preset:
+        """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
+        models = self.transformers
+        in_channels = models[0].config.in_channels if models else self.vae.config.z_dim
+        return self.released or closest_preset(in_channels=in_channels, experts=self._experts)
+
+    @property
+    def _experts(self) -> int:
+        """Transformers of the checkpoint, whether or not both are loaded."""
+        return 1 if self.config.boundary_ratio is None else 2
+
+    @property
+    def checkpoint_name(self) -> str:
+        """The released checkpoint's name, or the source of an unknown one."""
+        released = self.released
+        return released.name if released else str(self.config.get("_name_or_path") or "unnamed checkpoint")
+
+    def check_components(self) -> None:
+        """Refuse components that do not belong together."""
+        if self.config.boundary_ratio is None and self.transformer_2 is not None:
+            raise ValueError(
+                "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
+            )
+        if not isinstance(self.vae, AutoencoderKLWan):
+            raise ValueError(f"vae must be an AutoencoderKLWan, not {type(self.vae).__name__}")
+        for model in self.transformers:
+            if model.config.out_channels != self.vae.config.z_dim:
+                raise ValueError(
+                    f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
+                    f"{self.vae.config.z_dim}; they are of different checkpoints"
+                )
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return one video's latent shape "c t h w"."""
+        stride = self.vae.spatial_stride
+        frames = 1 + (num_frames - 1) // self.vae.temporal_stride
+        return self.vae.config.z_dim, frames, height // stride, width // stride
+
+    # ---- what the tasks decide ----
+
+    def prompt_count(self, request: Request) -> int | None:
+        """Return the number of prompts that there must be, if something else of the request says so."""
+        return None
+
+    def default_size(self, request: Request) -> tuple[int, int]:
+        """Return the height and width of a call that gives none."""
+        return self.preset.height, self.preset.width
+
+    def followed_area(self, request: Request) -> int | None:
+        """Return the pixels that height times width may have, if the size follows images."""
+        return None
+
+    def draw_seed(self) -> int:
+        """Draw the seed of a call that gives none, one for all ranks."""
+        return self.ranks.agreed(secrets.randbelow(2**32))
+
+    def run_metadata(self) -> dict[str, Any]:
+        """Return a recipe's entries about the pipeline, beside the call's settings."""
+        return self.provenance.run_metadata()
+
+    # ---- memory ----
+
+    fit = delegate("memory", Memory.fit)
+    apply = delegate("memory", Memory.apply)
+    release = delegate("memory", Memory.release)
+    offload_all = delegate("memory", Memory.offload_all)
+
+    @property
+    def memory_plan(self) -> Plan | None:
+        """The plan that is applied."""
+        return self.memory.plan
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast all models, as DiffusionPipeline.to does.
+
+        Raises:
+            ValueError: a device is given, and a plan moves the models; or ranks have divided the weights.
+        """
+        self.memory.check_movable(*args, kwargs.get("device"))
+        return super().to(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save all components, as diffusers does; quantised weights are expanded.
+
+        Raises:
+            ValueError: ranks have divided the weights.
+        """
+        self.ranks.check_whole()
+        super().save_pretrained(*args, **kwargs)
+
+    def free(self) -> None:
+        """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
+        if self.parallel is not None:
+            self.parallel.detach()
+        self.release()
+        self.uncompile()
+        self.decelerate()
+        self.memory.free()
+
+    def maybe_free_model_hooks(self) -> None:
+        """Leave the device as it is to be between calls."""
+        super().maybe_free_model_hooks()  # resets step caches, too
+        self.memory.end_call()
+
+    # ---- speed, ranks, LoRAs ----
+
+    compile = delegate("acceleration", Acceleration.compile)
+    uncompile = delegate("acceleration", Acceleration.uncompile)
+    accelerate = delegate("acceleration", Acceleration.accelerate)
+    decelerate = delegate("acceleration", Acceleration.decelerate)
+    set_attention_backend = delegate("acceleration", Acceleration.set_attention_backend)
+    quantize = delegate("acceleration", Acceleration.quantize)
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What `compile` attached, or None."""
+        return self.acceleration.compiled
+
+    @property
+    def parallel(self) -> Parallel | None:
+        """The ranks that share this pipeline's work, see `wan22.accel.parallel.parallelize`."""
+        return self.ranks if isinstance(self.ranks, Parallel) else None
+
+    load_lora_weights = delegate("loras", Loras.load_lora_weights)
+    unload_lora_weights = delegate("loras", Loras.unload_lora_weights)
+    set_adapters = delegate("loras", Loras.set_adapters)
+    get_list_adapters = delegate("loras", Loras.get_list_adapters)
+    get_active_adapters = delegate("loras", Loras.get_active_adapters)
+    delete_adapters = delegate("loras", Loras.delete_adapters)
+    disable_lora = delegate("loras", Loras.disable_lora)
+    enable_lora = delegate("loras", Loras.enable_lora)
+    fuse_lora = delegate("loras", Loras.fuse_lora)
+    unfuse_lora = delegate("loras", Loras.unfuse_lora)
+
+    # ---- what scripts and callbacks written for diffusers read ----
+
+    @property
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames per latent frame."""
+        return self.vae.temporal_stride
+
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels per latent row and column."""
+        return self.vae.spatial_stride
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Guidance scale of the running or last call, for the high-noise expert."""
+        return self._recipe.guidance_scale if self._recipe else None
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether any step of the running or last call is guided."""
+        return self._guided
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by setting `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running or last call."""
+        return self._recipe.num_inference_steps if self._recipe else 0
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the running step; None outside a call."""
+        return self._current_timestep
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None, **options: Any) -> Any:
+        """Return a progress bar with the settings of `set_progress_bar_config`; the first rank's is drawn."""
+        settings = getattr(self, "_progress_bar_config", {})
+        hidden = {} if self.ranks.first else {"disable": True}
+        return progress_bar(iterable, total, **options | settings | hidden)
