@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from wan22.checkpoints.loading.image_encoder import load_image_encoder, load_image_processor
+from wan22.checkpoints.loading.encoders import load_image_processor
+from wan22.checkpoints.loading.recognize import read_model
 
 NAMES = {
     "embeddings.class_embedding": "visual.cls_embedding",
@@ -56,13 +57,13 @@ def official(model):
 
 def test_it_gives_the_rows_of_the_model_that_was_written(model, official, tmp_path):
     torch.save(official, tmp_path / "models_clip.pth")
-    loaded = load_image_encoder(tmp_path / "models_clip.pth")
+    loaded = read_model(tmp_path / "models_clip.pth", "image_encoder").load()
     image = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         rows, expected = (m(image, output_hidden_states=True).hidden_states[-2] for m in (loaded, model))
     assert torch.equal(rows, expected)
     assert loaded.config.image_size == 56
-    half = load_image_encoder(tmp_path / "models_clip.pth", torch.bfloat16)
+    half = read_model(tmp_path / "models_clip.pth", "image_encoder").load(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -85,4 +86,4 @@ def test_what_cannot_be_accounted_for_is_named(name, value, message, official, t
         official[name] = value
     torch.save(official, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
-        load_image_encoder(tmp_path / "w.pth")
+        read_model(tmp_path / "w.pth", "image_encoder").load()

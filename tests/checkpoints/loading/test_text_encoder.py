@@ -9,7 +9,7 @@ from tests.checkpoints import writers
 from tests.golden_data import golden
 from tests.official_t5_keys import t5_state_dict
 from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
-from wan22.checkpoints.loading.text_encoder import load_text_encoder
+from wan22.checkpoints.loading.recognize import read_model
 
 # Names of the llama.cpp converter, beside the official ones.
 GGUF_NAMES = {
@@ -33,6 +33,10 @@ def gguf_name(name):
     return name
 
 
+def load(path, *options):
+    return read_model(path, "text_encoder").load(*options)
+
+
 @pytest.fixture(scope="module")
 def official():
     return golden("t5").weights
@@ -52,7 +56,7 @@ def check(model, tolerance=0.0):
 
 def test_the_official_file(official, tmp_path):
     torch.save(official, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    model = load_text_encoder(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", torch.float32)
+    model = load(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", torch.float32)
     check(model)
     expected, found = golden_text_encoder().config.to_dict(), model.config.to_dict()
     for name in (
@@ -77,7 +81,7 @@ def test_transformers_names(official, kept, tmp_path):
     save_file(
         file | {"decoder.x": torch.ones(1), "lm_head.weight": torch.ones(1)}, tmp_path / "w.safetensors"
     )
-    check(load_text_encoder(tmp_path / "w.safetensors", torch.float32))
+    check(load(tmp_path / "w.safetensors", torch.float32))
 
 
 def test_comfyui_scaled(official, tmp_path):
@@ -99,9 +103,7 @@ def test_comfyui_scaled(official, tmp_path):
     plain = type(expected)(expected.config).eval()
     plain.load_state_dict(values | {"encoder.embed_tokens.weight": values["shared.weight"]})
     for dequantize in (False, True):
-        model = load_text_encoder(
-            tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", torch.float32, dequantize
-        )
+        model = load(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", torch.float32, dequantize)
         assert any(isinstance(m, QuantizedLinear) for m in model.modules()) != dequantize
         torch.testing.assert_close(rows(model), rows(plain), rtol=1e-5, atol=1e-5)
 
@@ -111,20 +113,20 @@ def test_a_quantised_embedding(official, tmp_path):
     file = {name: w.clone() for name, w in official.items()}
     file["token_embedding.weight"] = (file["token_embedding.weight"] / 8).to(writers.FP8)
     save_file(file, tmp_path / "w.safetensors")
-    assert load_text_encoder(tmp_path / "w.safetensors").shared.weight.dtype == torch.bfloat16
-    model = load_text_encoder(tmp_path / "w.safetensors", torch.float32)
+    assert load(tmp_path / "w.safetensors").shared.weight.dtype == torch.bfloat16
+    model = load(tmp_path / "w.safetensors", torch.float32)
     assert torch.equal(model.shared.weight, file["token_embedding.weight"].float())
 
 
 def test_gguf(official, tmp_path):
     names = {gguf_name(name): w for name, w in official.items()}
     writers.write_gguf(names, tmp_path / "w.gguf", "F16", "t5encoder")
-    check(load_text_encoder(tmp_path / "w.gguf", torch.float32), 1e-5)
+    check(load(tmp_path / "w.gguf", torch.float32), 1e-5)
 
 
 def test_a_half_precision_file(official, tmp_path):
     save_file({name: w.bfloat16() for name, w in official.items()}, tmp_path / "w.safetensors")
-    model = load_text_encoder(tmp_path / "w.safetensors")
+    model = load(tmp_path / "w.safetensors")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -146,7 +148,7 @@ def test_what_cannot_be_accounted_for_is_named(official, changes, message, tmp_p
             file[name] = old * value
     save_file(file, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=message):
-        load_text_encoder(tmp_path / "w.safetensors")
+        load(tmp_path / "w.safetensors")
 
 
 def test_two_embeddings_that_differ(official, tmp_path):
@@ -154,5 +156,5 @@ def test_two_embeddings_that_differ(official, tmp_path):
     file["encoder.embed_tokens.weight"] += 1
     save_file(file, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"shared\.weight and encoder\.embed_tokens\.weight differ"):
-        load_text_encoder(tmp_path / "w.safetensors")
+        load(tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors")

@@ -6,10 +6,9 @@ from typing import Any
 from ..files.weights import WeightFile, read_json, read_weights
 from ..naming.dialects import stripped
 from ..naming.names import count_known, listed
-from .image_encoder import IMAGE_ENCODER_FORMAT
+from .encoders import IMAGE_ENCODER_FORMAT, TEXT_ENCODER_FORMAT
 from .models import AUTOENCODER_FORMAT, TRANSFORMER_FORMAT
 from .stored import StoredModel, read_as
-from .text_encoder import TEXT_ENCODER_FORMAT
 
 RECOGNIZED = {format.kind: format for format in (TRANSFORMER_FORMAT, AUTOENCODER_FORMAT, TEXT_ENCODER_FORMAT)}
 FORMATS = {**RECOGNIZED, "image_encoder": IMAGE_ENCODER_FORMAT}  # which is read only where it is expected

@@ -91,9 +91,9 @@ class StoredModel:
     Args:
         format: how models of this kind are stored.
         source: the file or folder.
-        tensors: by the model's own names.
-        origins: the name in the file of each.
-        config: what the model is built from.
+        tensors: weights by the model's own names.
+        origins: names in the file by the model's own.
+        config: what `format.build` takes.
     """
 
     format: ModelFormat

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...accel.planning.meta_models import MODELS
-from ...checkpoints.loading.image_encoder import load_image_processor
+from ...checkpoints.loading.encoders import load_image_processor
 from ...checkpoints.loading.recognize import read_model
 from ...checkpoints.loading.stored import StoredModel
 from ...presets import has_timestep_per_token, release_of
