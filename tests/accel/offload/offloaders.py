@@ -17,7 +17,7 @@ from wan22.accel.offload.layout import Placement
 from wan22.accel.offload.offloader import ModelOffloader
 
 LAYERS = 5
-CHUNK = 4096  # so that most slabs take several
+CHUNK = 4096  # so that most blocks take several
 NAMES = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
 ON_DEMAND = Placement("on_demand")
 # Test bodies run on the stand-in, and on a GPU where there is one.
@@ -85,6 +85,8 @@ def offload(pipe, device, default=ON_DEMAND, **placements):
     """Attach an offloader to all models of a pipeline."""
     models = {name: (model, placements.get(name, default)) for name, model in models_of(pipe).items()}
     offloader = ModelOffloader(models, device, chunk_bytes=CHUNK)
+    if isinstance(device, RecordingDevice):
+        device.watch(offloader._loader)
     offloader.attach()
     return offloader
 

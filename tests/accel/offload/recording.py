@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from wan22.accel.offload.devices import Device, Mark, host_bytes
+from wan22.accel.offload.transfer import Loader
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Record:
 
     Args:
         kind: "allocate", "free", "release", "copy" (queued) or "arrive" (copied).
-        what: the name of what is copied.
+        what: the name of the block that is copied, where a loader is watched.
         nbytes: how many.
     """
 
@@ -54,6 +55,17 @@ class RecordingDevice(Device):
         # By the address of buffers that may be copied to: what the first copy must wait for; then None.
         self._released: dict[int, _Point | None] = {}
         self._addresses: set[int] = set()
+        self.names: dict[int, str] = {}  # of the blocks that are sent to buffers, by address
+
+    def watch(self, loader: Loader) -> None:
+        """Record a loader's copies under the names of their blocks."""
+        send = loader.send
+
+        def named(block, buffer, source):
+            self.names[_address(buffer)] = block.name
+            return send(block, buffer, source)
+
+        loader.send = named
 
     def copied(self, what: str = "") -> int:
         """Return the bytes of all copies so far whose name starts so."""
@@ -94,7 +106,7 @@ class RecordingDevice(Device):
             point = self._released[_address(buffer)] = self._next(buffer)
             return point
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None, what: str) -> Mark:
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
         """See Device.
 
         Raises:
@@ -102,8 +114,9 @@ class RecordingDevice(Device):
         """
         with self._lock:
             address = _address(buffer)
+            what = self.names.get(address, "")
             if address not in self._released or self._released[address] != after:
-                raise RuntimeError(f"{what} is copied over memory that computation may still read")
+                raise RuntimeError("a copy over memory that computation may still read")
             self._released[address] = None
             point = self._next(buffer)
             self._queue.append((point, buffer, source, what))

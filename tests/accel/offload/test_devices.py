@@ -15,7 +15,7 @@ def test_a_copy(kind):
     device = make_device(kind)
     buffer, source = device.allocate(512), device.allocate_host(512)
     source.copy_(torch.arange(512) % 256)
-    mark = device.copy(buffer[128:384], source[:256], device.release(buffer), "x")
+    mark = device.copy(buffer[128:384], source[:256], device.release(buffer))
     device.wait(mark)
     assert torch.equal(buffer[128:384].cpu(), source[:256])
     device.finish(mark)
@@ -26,7 +26,8 @@ def test_copies_arrive_in_order_when_they_are_waited_for():
     device = RecordingDevice()
     buffers = [device.allocate(4) for _ in range(3)]
     source = device.allocate_host(4)
-    marks = [device.copy(b, source.fill_(i), device.release(b), f"{i}") for i, b in enumerate(buffers)]
+    device.names = {buffer.data_ptr(): f"{i}" for i, buffer in enumerate(buffers)}
+    marks = [device.copy(b, source.fill_(i), device.release(b)) for i, b in enumerate(buffers)]
     assert all((buffer == 255).all() for buffer in buffers)
     device.wait(marks[1])
     assert [int(buffer[0]) for buffer in buffers] == [2, 2, 255]  # what the source holds by then
@@ -49,18 +50,18 @@ def test_released_memory_is_nan():
 def test_a_copy_over_what_may_still_be_read_is_refused():
     device = RecordingDevice()
     buffer, source = device.allocate(4), device.allocate_host(4).zero_()
-    with pytest.raises(RuntimeError, match="x is copied over memory that computation may still read"):
-        device.copy(buffer, source, None, "x")
+    with pytest.raises(RuntimeError, match="a copy over memory that computation may still read"):
+        device.copy(buffer, source, None)
     early = device.release(buffer)
     late = device.release(buffer)
     for mark in (None, early):
         with pytest.raises(RuntimeError):
-            device.copy(buffer, source, mark, "x")
-    mark = device.copy(buffer, source, late, "x")
-    device.copy(buffer, source, None, "x")  # behind it
+            device.copy(buffer, source, mark)
+    mark = device.copy(buffer, source, late)
+    device.copy(buffer, source, None)  # behind it
     device.wait(mark)
     with pytest.raises(RuntimeError):
-        device.copy(buffer, source, late, "x")
+        device.copy(buffer, source, late)
 
 
 def test_memory_is_there_as_long_as_any_tensor_on_it():
@@ -132,8 +133,8 @@ def test_copies_run_beside_computation():
     for _ in range(20):
         x = x @ x
     computed = torch.cuda.current_stream().record_event()
-    beside = device.copy(buffers[0], source, before, "beside")
-    behind = device.copy(buffers[1], source, device.release(buffers[1]), "behind")
+    beside = device.copy(buffers[0], source, before)
+    behind = device.copy(buffers[1], source, device.release(buffers[1]))
     device.finish(beside)
     assert not computed.query()
     device.finish(behind)

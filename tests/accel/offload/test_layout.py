@@ -30,7 +30,7 @@ def test_blocks():
 def test_every_weight_is_in_one_group():
     for model in models_of(make_pipe("i2v-2.1")).values():
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        pieces = [piece for group in packed_blocks(model) for piece in group.pieces]
+        pieces = [tensor for block in packed_blocks(model) for tensor in block.tensors]
         assert {id(owner) for piece in pieces for owner in piece.owners} == tensors.keys()
         assert bytes_of(model) == sum(t.nbytes for t in tensors.values())
 
@@ -41,7 +41,7 @@ def test_tied_weights_count_once():
     size = bytes_of(encoder)
     encoder.encoder.embed_tokens.weight = nn.Parameter(encoder.shared.weight.data)
     assert bytes_of(encoder) == size
-    pieces = [piece for group in packed_blocks(encoder) for piece in group.pieces]
+    pieces = [tensor for block in packed_blocks(encoder) for tensor in block.tensors]
     assert [len(piece.owners) for piece in pieces].count(2) == 1
     encoder.encoder.embed_tokens.weight = nn.Parameter(encoder.shared.weight.data.clone())
     assert bytes_of(encoder) == size + encoder.shared.weight.nbytes
@@ -53,9 +53,9 @@ def test_a_weight_that_a_block_shares_with_the_rest():
     model.blocks[3].norm2.weight = model.blocks[1].norm2.weight
     model.blocks[2].norm2.bias = model.condition_embedder.time_embedder.linear_1.bias
     rest, *blocks = packed_blocks(model)
-    counts = [len(group.pieces) for group in blocks]
+    counts = [len(block.tensors) for block in blocks]
     assert [counts[0] - count for count in counts] == [0, 0, 1, 1, 0]
-    assert len(rest.pieces) == len(packed_blocks(make_pipe().transformer)[0].pieces)
+    assert len(rest.tensors) == len(packed_blocks(make_pipe().transformer)[0].tensors)
 
 
 @pytest.mark.parametrize("placement", [ON_DEMAND, streamed(), streamed(2, 3), Placement("host")])

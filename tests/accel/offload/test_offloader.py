@@ -96,7 +96,7 @@ def test_bytes_on_a_gpu_are_those_predicted(placement):
     offloader = ModelOffloader({"transformer": (model, placement)}, make_device("cuda"))
     offloader.attach()
     before = torch.cuda.memory_allocated()
-    offloader.enter("transformer")
+    offloader.onload("transformer")
     assert torch.cuda.memory_allocated() - before == device_bytes(model, placement)
     offloader.offload_transient()
     assert torch.cuda.memory_allocated() == before
@@ -105,14 +105,14 @@ def test_bytes_on_a_gpu_are_those_predicted(placement):
 def test_who_is_there_and_when():
     pipe, device = make_pipe("i2v-2.1"), RecordingDevice()
     offloader, turns = offload(pipe, device, image_encoder=RESIDENT), []
-    enter = offloader.enter
+    onload = offloader.onload
 
     def record(name):
-        enter(name)
+        onload(name)
         if not turns or turns[-1] != (name, offloader.on_device):
             turns.append((name, offloader.on_device))
 
-    offloader.enter = record
+    offloader.onload = record
     video(pipe)
     assert turns == [
         ("text_encoder", ("text_encoder",)),
@@ -258,11 +258,11 @@ def test_the_next_expert_stays_where_it_is_without_room_or_while_the_way_is_take
 def test_a_model_that_was_fetched_in_vain_leaves():
     pipe, device = make_pipe(), RecordingDevice()
     offloader = offload(pipe, device)
-    offloader.enter("transformer")
+    offloader.onload("transformer")
     assert offloader.prefetch("transformer_2")
     assert offloader.prefetch("transformer_2")
     assert offloader.on_device == ("transformer", "transformer_2")
-    offloader.enter("vae")
+    offloader.onload("vae")
     assert offloader.on_device == ("vae",)
     offloader.prefetch("transformer")
     offloader.offload_transient()

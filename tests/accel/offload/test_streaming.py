@@ -41,6 +41,8 @@ SOURCES = ("mmap", "pinned")
 def alone(model, device, placement, name="transformer"):
     """Attach an offloader to one model."""
     offloader = ModelOffloader({name: (model, placement)}, device, chunk_bytes=CHUNK)
+    if isinstance(device, RecordingDevice):
+        device.watch(offloader._loader)
     offloader.attach()
     return offloader
 
@@ -152,33 +154,33 @@ def test_blocks_compute_with_what_is_in_their_slot_and_nothing_else_looks_at_the
     home = PackedBlock.point_to_host
 
     def nowhere(self):
-        for piece in self.pieces:
-            filled = torch.full_like(piece.host, float("nan") if piece.host.is_floating_point() else -1)
-            piece.point_to(filled)
+        for tensor in self.tensors:
+            filled = torch.full_like(tensor.host, float("nan") if tensor.host.is_floating_point() else -1)
+            tensor.point_to(filled)
 
     send = streaming.ModelStreamer._send
 
     def sent(self):
         send(self)
-        for index in self._turns:
-            nowhere(self._groups[index])
+        for index in self._index_in_pool:
+            nowhere(self._blocks[index])
 
-    monkeypatch.setattr(streaming.BlockBufferPool, "leave", leaving(nowhere))
+    monkeypatch.setattr(streaming.BlockBufferPool, "release", releasing(nowhere))
     monkeypatch.setattr(streaming.ModelStreamer, "_send", sent)
     assert PackedBlock.point_to_host is home
     assert torch.equal(video(pipe), plain("t2v"))
 
 
-def leaving(where):
-    leave = streaming.BlockBufferPool.leave
+def releasing(where):
+    release = streaming.BlockBufferPool.release
 
-    def left(self):
-        group = self._inside
-        leave(self)
-        if group is not None:
-            where(group)
+    def released(self):
+        block = self._current
+        release(self)
+        if block is not None:
+            where(block)
 
-    return left
+    return released
 
 
 def test_tied_weights_travel_once_and_stay_tied():
@@ -234,13 +236,13 @@ def test_a_slot_that_is_given_away_while_its_block_computes_shows(monkeypatch):
     model = make_pipe().transformer
     expected = velocity(model)
     alone(model, RecordingDevice(), streamed(0, 2, "pinned"))
-    enter = streaming.BlockBufferPool.enter
+    acquire = streaming.BlockBufferPool.acquire
 
     def too_early(self, index):
-        enter(self, index)
-        self.loader.send(self.groups[index], self._slot(self._next).buffer, "pinned")
+        acquire(self, index)
+        self.loader.send(self.blocks[index], self._buffer(self._next).memory, "pinned")
 
-    monkeypatch.setattr(streaming.BlockBufferPool, "enter", too_early)
+    monkeypatch.setattr(streaming.BlockBufferPool, "acquire", too_early)
     assert not torch.equal(velocity(model), expected)
 
 
@@ -301,7 +303,7 @@ def test_blocks_left_out_and_called_again():
     args, kwargs = given[0]
     device = RecordingDevice()
     offloader = alone(model, device, streamed(0, 2, "pinned"))
-    offloader.enter("transformer")
+    offloader.onload("transformer")
     for i in (0, 3, 3, 2, 4, 0, 1, 1, 4, 2):
         assert torch.equal(model.blocks[i](*args, **kwargs), other.blocks[i](*args, **kwargs))
     with pytest.raises(TypeError):

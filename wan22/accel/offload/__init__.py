@@ -1,1 +1,1 @@
-"""Where weights are and how they move: on the device, on the way there, at home on the host."""
+"""Offloading: where models' weights are kept, and how they reach the device."""

@@ -1,9 +1,8 @@
-"""Where models run, and how their weights get there.
+"""Devices that models run on, and the copies of weights to them.
 
-Weights never change while a model runs, so they only ever go one way, from the host to the device; there is
-no operation that copies them back. Copies have a stream of their own and run while the device computes. What
-orders the two are marks: `release` says after which computation memory may be overwritten, `wait` which copy
-the next computation needs.
+Weights do not change while a model runs, so they are only copied from the host to the device, never back.
+Copies have a stream of their own and run beside computation. Marks order the two: `release` marks the
+computation after which memory may be overwritten, `wait` makes the next computation wait for a copy.
 """
 
 import weakref
@@ -15,60 +14,63 @@ from typing import Any
 import numpy as np
 import torch
 
-# A point in the order of computations or copies: what a device makes of it is its own affair.
+# A point in the order of computations or copies; each device has its own type.
 Mark = Any
 _PAGE = 4096
 
 
 class Device(ABC):
-    """A place where models run."""
+    """A device that models run on."""
 
     torch_device: torch.device
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return bytes on the device; they are free again when the last tensor on them is gone.
+        """Return bytes on the device, which are freed with the last tensor that uses them.
 
         Raises:
-            torch.OutOfMemoryError: there are not so many.
+            torch.OutOfMemoryError: too few are free.
         """
 
     @abstractmethod
     def allocate_host(self, nbytes: int) -> torch.Tensor:
-        """Return bytes of the host that copies can run from in the background."""
+        """Return host memory that copies can run from in the background.
+
+        Raises:
+            MemoryError: there is too little of it.
+        """
 
     @abstractmethod
     def release(self, buffer: torch.Tensor) -> Mark:
-        """Return a mark for a copy into a buffer to wait for: of all computation up to now."""
+        """Return a mark of all computation up to now, which a copy into a buffer has to wait for."""
 
     @abstractmethod
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None, what: str) -> Mark:
-        """Queue a copy, behind all earlier ones.
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
+        """Queue a copy behind all earlier ones.
 
         Args:
             buffer: bytes on the device.
-            source: as many bytes of `allocate_host`, which must keep them until the copy is over.
-            after: what `release` returned for the buffer; None: the copy before this one waited for it.
-            what: a name for records.
+            source: as many bytes from `allocate_host`, which must stay as they are until the copy is over.
+            after: mark that `release` returned for the buffer; None: an earlier copy waited for it.
 
         Returns: a mark of the copy.
         """
 
     @abstractmethod
     def wait(self, mark: Mark) -> None:
-        """Let what is computed from now on wait for a copy; the host does not wait."""
+        """Make all later computation wait for a copy; the host does not wait."""
 
     @abstractmethod
     def finish(self, mark: Mark) -> None:
-        """Let the host wait for a copy."""
+        """Make the host wait for a copy."""
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Return how many bytes could be allocated without any being taken from what runs."""
+        """Return how many bytes are free."""
 
     @abstractmethod
     def trim(self) -> None:
-        """Give memory that is free back, so that pieces of it can be allocated as a whole."""
+        """Give cached memory back, so that it can be allocated in larger pieces."""
 
 
 class CudaDevice(Device):
@@ -78,7 +80,7 @@ class CudaDevice(Device):
         device: such as "cuda" or "cuda:1".
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no CUDA device.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
@@ -90,20 +92,14 @@ class CudaDevice(Device):
         self._copies = torch.cuda.Stream(self.torch_device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """See Device.
-
-        The memory belongs to the stream that computes, so that it serves activations before and after.
-        """
+        """See Device; the memory belongs to the computing stream, which uses it for activations, too."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def allocate_host(self, nbytes: int) -> torch.Tensor:
-        """See Device.
+        """See Device; the memory is pinned.
 
-        PyTorch's own pinned memory comes in powers of two, which would be half as much again for a block of
-        14B, and never goes back to the system.
-
-        Raises:
-            MemoryError: the system does not pin so many.
+        PyTorch's own pinned memory comes in powers of two, half as much again for a block of 14B, and never
+        goes back to the system.
         """
         cudart, address = torch.cuda.cudart(), 0
 
@@ -115,7 +111,7 @@ class CudaDevice(Device):
         with torch.cuda.device(self.torch_device):
             error = cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all devices
         if int(error):
-            with suppress(RuntimeError):  # PyTorch raises it once more, at the next kernel whichever that is
+            with suppress(RuntimeError):  # PyTorch raises the error again at the next kernel
                 torch.zeros(1, device=self.torch_device).add_(1)
             raise MemoryError(f"the system does not pin {nbytes / 2**20:.0f} MiB of host memory ({error})")
         address = buffer.data_ptr()
@@ -125,7 +121,7 @@ class CudaDevice(Device):
         """See Device."""
         return torch.cuda.current_stream(self.torch_device).record_event()
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None, what: str) -> Mark:
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
         """See Device."""
         with torch.cuda.stream(self._copies):
             if after is not None:
@@ -156,5 +152,5 @@ def host_bytes(nbytes: int, freed: Callable[[], None]) -> torch.Tensor:
     memory = np.empty(nbytes + _PAGE, np.uint8)
     weakref.finalize(memory, freed).atexit = False  # the driver may be gone by then
     start = -memory.ctypes.data % _PAGE
-    # A view of the array, so that the tensor's storage starts where the pages do.
+    # A view of the array: the tensor's storage starts where the pages do.
     return torch.from_numpy(memory[start : start + nbytes])

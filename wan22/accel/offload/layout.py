@@ -1,6 +1,6 @@
-"""How a model's weights lie in memory when they travel: one slab of bytes for each block, one for the rest.
+"""How a model's weights are packed for transfers: one run of bytes for each block, and one for the rest.
 
-What a placement takes on the device follows from that, to the byte, before anything is loaded.
+The bytes that a placement takes on the device follow from that before anything is loaded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,9 +13,9 @@ from torch import nn
 from ...checks import check_choice
 from ...private_apis import own_tensors
 
-# Where tensors of a slab begin: what kernels ask for at most.
+# Alignment of packed tensors: the most that kernels ask for.
 ALIGNMENT = 256
-# What PyTorch's CUDA allocator rounds to, so that its counts are ours.
+# Rounding of PyTorch's CUDA allocator.
 GRAIN = 512
 
 Kind = Literal["resident", "on_demand", "streamed", "host"]
@@ -27,14 +27,13 @@ class Placement:
     """Where a model's weights are while a pipeline runs.
 
     Args:
-        kind: "resident" stays on the device once it is there; "on_demand" is there from when it is called
-            until another model is; "streamed" is so with a part of its blocks, and the others pass through
-            buffers as they are called; "host" runs on the CPU.
-        resident_blocks: of a streamed model, blocks that stay as long as it does; they are spread evenly.
-        buffers: of a streamed model, room for so many blocks on their way, 2 or 3.
-        source: where the weights are otherwise. "mmap": where they are, for those of a file in the file, and
-            they reach the device through a small pinned buffer. "pinned": in pinned memory, which takes the
-            place of where they were and is faster.
+        kind: "resident" stays on the device after its first call; "on_demand" is there from its call until
+            another model's; "streamed" is on demand with some of its blocks, while the others pass through a
+            pool of buffers as they are called; "host" runs on the CPU.
+        resident_blocks: blocks of a streamed model that do not pass through buffers; they are spread evenly.
+        buffers: blocks in a streamed model's pool, 2 or 3.
+        source: where weights are kept on the host: "mmap" leaves them where they are, in a file say, and
+            stages them through a small pinned buffer; "pinned" moves them to pinned memory, which is faster.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -60,16 +59,16 @@ class Placement:
 
 @dataclass
 class PackedTensor:
-    """A tensor in a slab.
+    """A tensor and its place among the bytes of its block.
 
     Args:
-        owners: the parameters and buffers, more than one if they are tied, that are this tensor.
-        host: it, where it is on the host.
-        shape: of the tensor.
-        stride: likewise; dense, whatever the host tensor's is.
-        offset: of its first byte in the slab.
-        nbytes: how many it has.
-        mapped: it, in the file where it was before it was pinned.
+        owners: parameters and buffers that are this tensor, more than one if they are tied.
+        host: the tensor on the host.
+        shape: the tensor's shape.
+        stride: its packed stride, which is dense whatever the host tensor's is.
+        offset: its first byte in the block.
+        nbytes: its size.
+        mapped: the tensor in its file, if it was moved to pinned memory from there.
     """
 
     owners: list[torch.Tensor]
@@ -80,14 +79,14 @@ class PackedTensor:
     nbytes: int
     mapped: torch.Tensor | None = None
 
-    def view_in(self, slab: torch.Tensor) -> torch.Tensor:
-        """Return the tensor that lies in a slab."""
-        tensor = torch.empty(0, dtype=self.host.dtype, device=slab.device)
-        start = (slab.storage_offset() + self.offset) // tensor.itemsize
-        return tensor.set_(slab.untyped_storage(), start, self.shape, self.stride)
+    def view_in(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that lies in a block's bytes."""
+        tensor = torch.empty(0, dtype=self.host.dtype, device=packed.device)
+        start = (packed.storage_offset() + self.offset) // tensor.itemsize
+        return tensor.set_(packed.untyped_storage(), start, self.shape, self.stride)
 
     def host_bytes(self) -> torch.Tensor:
-        """Return the tensor's bytes, in the order in which they lie in a slab."""
+        """Return the tensor's bytes in packed order."""
         host = self.host
         if host.stride() != self.stride:
             host = torch.empty_strided(self.shape, self.stride, dtype=host.dtype).copy_(host)
@@ -95,75 +94,75 @@ class PackedTensor:
         return torch.empty(0, dtype=torch.uint8).set_(host.untyped_storage(), start, (self.nbytes,), (1,))
 
     def point_to(self, tensor: torch.Tensor) -> None:
-        """Let the owners have their values there."""
+        """Make the owners use another tensor's memory."""
         for owner in self.owners:
             owner.data = tensor
 
 
 @dataclass
 class PackedBlock:
-    """The weights that travel together.
+    """Weights that are transferred together.
 
     Args:
-        name: for records.
-        pieces: in the order in which they lie in a slab.
-        nbytes: of the slab.
-        slab: on the host, if that is where the pieces are at home.
+        name: the model's name and the block's number, or "rest".
+        tensors: tensors in packed order.
+        nbytes: size of the whole.
+        pinned: the packed bytes in pinned memory, if the tensors are kept there.
     """
 
     name: str
-    pieces: list[PackedTensor] = field(default_factory=list)
+    tensors: list[PackedTensor] = field(default_factory=list)
     nbytes: int = 0
-    slab: torch.Tensor | None = None
+    pinned: torch.Tensor | None = None
 
     def add(self, tensor: torch.Tensor) -> PackedTensor:
         """Append a tensor."""
         host = tensor.data
         stride = torch.empty_like(host, device="meta").stride()  # its own, if it is dense
-        piece = PackedTensor([tensor], host, host.shape, stride, _ceil(self._end, ALIGNMENT), host.nbytes)
-        self.pieces.append(piece)
+        packed = PackedTensor([tensor], host, host.shape, stride, _ceil(self._end, ALIGNMENT), host.nbytes)
+        self.tensors.append(packed)
         self.nbytes = _ceil(self._end, GRAIN)
-        return piece
+        return packed
 
     @property
     def _end(self) -> int:
-        return self.pieces[-1].offset + self.pieces[-1].nbytes if self.pieces else 0
+        return self.tensors[-1].offset + self.tensors[-1].nbytes if self.tensors else 0
 
     def read(self, target: torch.Tensor, start: int) -> None:
-        """Fill target with the slab's bytes from start on; those between tensors are left as they are."""
+        """Fill target with the packed bytes from start on; padding is left as it is."""
         end = start + target.nbytes
-        for piece in self.pieces:
-            first, last = max(start, piece.offset), min(end, piece.offset + piece.nbytes)
+        for tensor in self.tensors:
+            first, last = max(start, tensor.offset), min(end, tensor.offset + tensor.nbytes)
             if first < last:
-                source = piece.host_bytes()[first - piece.offset : last - piece.offset]
+                source = tensor.host_bytes()[first - tensor.offset : last - tensor.offset]
                 target[first - start : last - start].copy_(source)
 
-    def is_packed(self, other: "PackedBlock") -> bool:
-        """Whether another group's weights are these, and at home in this group's slab."""
-        if self.slab is None or len(self.pieces) != len(other.pieces):
+    def is_pinned_for(self, other: "PackedBlock") -> bool:
+        """Whether another block has the same weights, and this one keeps them in pinned memory."""
+        if self.pinned is None or len(self.tensors) != len(other.tensors):
             return False
         return all(
             [id(owner) for owner in mine.owners] == [id(owner) for owner in its.owners]
             and mine.host.data_ptr() == its.host.data_ptr()
             and (mine.host.dtype, mine.shape, mine.stride) == (its.host.dtype, its.shape, its.stride)
-            for mine, its in zip(self.pieces, other.pieces, strict=True)
+            for mine, its in zip(self.tensors, other.tensors, strict=True)
         )
 
     def point_to_host(self) -> None:
-        """Let all owners have their values on the host."""
-        for piece in self.pieces:
-            piece.point_to(piece.host)
+        """Make all owners use the tensors on the host."""
+        for tensor in self.tensors:
+            tensor.point_to(tensor.host)
 
     def unpin(self) -> None:
-        """Let the owners have their values where they were mapped, unless they have been given others."""
-        for piece in self.pieces:
-            for owner in piece.owners:
-                if piece.mapped is not None and owner.data_ptr() == piece.host.data_ptr():
-                    owner.data = piece.mapped
+        """Make owners of pinned tensors use the mapped ones again, unless they were given others since."""
+        for tensor in self.tensors:
+            for owner in tensor.owners:
+                if tensor.mapped is not None and owner.data_ptr() == tensor.host.data_ptr():
+                    owner.data = tensor.mapped
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model says it repeats, in order; none if it says nothing."""
+    """Return the blocks that a model declares as repeated, in order; none if it declares nothing."""
     names = {
         *(getattr(model, "_repeated_blocks", None) or ()),
         *(getattr(model, "_no_split_modules", None) or ()),
@@ -171,18 +170,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             blocks = list(module)
-            # fully_shard gives a block a class of its own, derived from the one that it had.
+            # fully_shard derives a class for each block.
             if all(any(base.__name__ in names for base in type(block).__mro__) for block in blocks):
                 return blocks
     return []
 
 
 def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
-    """Return the rest of a model's weights, and then each block's; a tied tensor is in the first of them.
+    """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first.
 
     Args:
-        model: on any device, also on meta.
-        name: of the model.
+        model: model on any device, meta included.
+        name: name for errors.
 
     Raises:
         ValueError: a weight is no ordinary tensor.
@@ -190,33 +189,33 @@ def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
     blocks = blocks_of(model)
     parts = [(f"{name}.rest", _tensors(model, blocks))]
     parts += [(f"{name}.{i}", _tensors(block)) for i, block in enumerate(blocks)]
-    groups: list[PackedBlock] = []
+    packed: list[PackedBlock] = []
     known: dict[Any, PackedTensor] = {}
     for title, tensors in parts:
-        group = PackedBlock(title)
+        block = PackedBlock(title)
         for tensor in tensors:
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 kind = type(tensor).__name__
                 raise ValueError(f"{name} has weights of class {kind}, which cannot be moved one by one")
             key = _identity(tensor)
             if key not in known:
-                known[key] = group.add(tensor)
+                known[key] = block.add(tensor)
             elif not any(tensor is owner for owner in known[key].owners):
                 known[key].owners.append(tensor)
-        groups.append(group)
-    return groups
+        packed.append(block)
+    return packed
 
 
 def streamed_blocks(placement: Placement, count: int, name: str = "model") -> list[int]:
-    """Return which of a model's blocks pass through buffers; the others stay.
+    """Return the indices of the blocks that pass through buffers.
 
     Args:
-        placement: of the model.
-        count: its blocks.
-        name: the model's.
+        placement: the model's placement.
+        count: number of its blocks.
+        name: name for errors.
 
     Raises:
-        ValueError: it has no blocks, or not so many.
+        ValueError: the model has no blocks, or fewer than are to be resident.
     """
     if placement.kind != "streamed":
         return []
@@ -226,31 +225,31 @@ def streamed_blocks(placement: Placement, count: int, name: str = "model") -> li
     if stay > count:
         raise ValueError(f"resident_blocks={stay}, but {name} has {count} blocks")
     passing = [i for i in range(count) if (i + 1) * stay // count == i * stay // count]
-    # As many buffers as blocks: each has room to stay.
+    # With a buffer for each block, all are resident.
     return passing if len(passing) > placement.buffers else []
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Return the bytes of a model's weights, torchao's among them; tied ones count once."""
+    """Return the bytes of a model's weights, torchao's included; tied ones count once."""
     return sum(map(_bytes, {_identity(tensor): tensor for tensor in _tensors(model)}.values()))
 
 
 def device_bytes(model: nn.Module, placement: Placement) -> int:
-    """Return the bytes that a model's weights take on the device while it is there.
+    """Return the bytes that a model's weights take on the device while it runs.
 
     Args:
-        model: on any device, also on meta.
-        placement: of the model.
+        model: model on any device, meta included.
+        placement: its placement.
 
     Raises:
-        ValueError: it cannot be placed so.
+        ValueError: the model cannot be placed so.
     """
     if placement.kind == "host":
         return 0
-    groups = packed_blocks(model)
-    streamed = {i + 1 for i in streamed_blocks(placement, len(groups) - 1)}
-    buffers = placement.buffers * max((groups[i].nbytes for i in streamed), default=0)
-    return buffers + sum(group.nbytes for i, group in enumerate(groups) if i not in streamed)
+    blocks = packed_blocks(model)
+    streamed = {i + 1 for i in streamed_blocks(placement, len(blocks) - 1)}
+    buffers = placement.buffers * max((blocks[i].nbytes for i in streamed), default=0)
+    return buffers + sum(block.nbytes for i, block in enumerate(blocks) if i not in streamed)
 
 
 def _ceil(number: int, multiple: int) -> int:
@@ -258,7 +257,7 @@ def _ceil(number: int, multiple: int) -> int:
 
 
 def _tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[torch.Tensor]:
-    """Yield a module's parameters and buffers, but not those of the modules in it that are left out."""
+    """Yield a module's parameters and buffers, except those of some modules in it."""
     for tensors in own_tensors(module):
         yield from (tensor for tensor in tensors.values() if tensor is not None)
     for child in module.children():
@@ -273,7 +272,7 @@ def _bytes(tensor: Any) -> int:
 
 
 def _identity(tensor: torch.Tensor) -> Any:
-    """Return what tied tensors have in common."""
+    """Return a key that tied tensors share."""
     if tensor.is_meta or not tensor.numel() or hasattr(tensor, "__tensor_flatten__"):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -1,7 +1,6 @@
-"""Where each of a pipeline's models is: on the device, on the host, or there from call to call.
+"""Offloading of a pipeline's models: each is loaded when it is called, after others have made room for it.
 
-A offloader hangs on the models from outside: a model comes when it is called, and what may not stay leaves
-first. Leaving copies nothing, because weights never change: it drops the copy on the device.
+Offloading copies nothing, because weights never change: it drops the copy on the device.
 """
 
 import ctypes
@@ -22,18 +21,18 @@ from .transfer import CHUNK_BYTES, Loader
 
 
 class ModelOffloader:
-    """Keeps models where their placements say, and to the byte on the device what `device_bytes` says.
+    """Keeps models where their placements say; on the device they take exactly `device_bytes`.
 
     After `offload_transient` only resident models are on the device. Code that edits weights (fuses a LoRA,
     casts a model) calls `offload_all` first.
 
     Args:
-        models: by name, each with its placement; all on the CPU.
-        device: where they run.
-        chunk_bytes: size of each part of the small pinned buffer that mapped weights pass through.
+        models: models on the CPU with their placements, by name.
+        device: device that they run on.
+        chunk_bytes: size of each part of the staging buffer.
 
     Raises:
-        ValueError: a model cannot be placed so, or is already managed by somebody.
+        ValueError: a model cannot be placed so, or something else moves it already.
     """
 
     def __init__(
@@ -45,9 +44,9 @@ class ModelOffloader:
         self.device = device
         self.models = dict(models)
         self._loader = Loader(device, chunk_bytes)
-        self._stays: dict[str, ModelStreamer] = {}
-        self._turns: dict[str, OffloadHook] = {}
-        self._active: str | None = None  # that was called last
+        self._streamers: dict[str, ModelStreamer] = {}
+        self._hooks: dict[str, OffloadHook] = {}
+        self._active: str | None = None  # the model that was called last
         seen: dict[int, str] = {}
         for name, (model, placement) in self.models.items():
             if id(model) in seen:
@@ -55,149 +54,137 @@ class ModelOffloader:
             seen[id(model)] = name
             _check_free(name, model)
             if placement.kind != "host":
-                self._stays[name] = ModelStreamer(name, model, placement, device, self._loader)
+                self._streamers[name] = ModelStreamer(name, model, placement, device, self._loader)
 
     @property
     def on_device(self) -> tuple[str, ...]:
-        """The names of the models that are on the device."""
-        return tuple(name for name, stay in self._stays.items() if stay.on_device)
+        """Names of the models on the device."""
+        return tuple(name for name, streamer in self._streamers.items() if streamer.on_device)
 
     @property
     def attached(self) -> bool:
-        """Whether models come when they are called."""
-        return bool(self._turns)
+        """Whether models are loaded when they are called."""
+        return bool(self._hooks)
 
     def host_weights(self, name: str) -> list[torch.Tensor]:
-        """Return the weights of a model on the host, as far as it has been on the device."""
-        return self._stays[name].host_weights if name in self._stays else []
+        """Return a model's weights on the host, as far as they have been loaded."""
+        return self._streamers[name].host_weights if name in self._streamers else []
 
     def attach(self) -> None:
-        """Let models come when they are called.
+        """Load models when they are called from now on.
 
         Raises:
-            ValueError: this offloader is attached, or a model has been given another owner.
+            ValueError: the models are offloaded already, by this offloader or something else.
         """
         for name, (model, _) in self.models.items():
             _check_free(name, model)
         for name, (model, _) in self.models.items():
-            add_hook_to_module(model, OffloadHook(self, name, self._stays.get(name)))
+            add_hook_to_module(model, OffloadHook(self, name, self._streamers.get(name)))
 
     def detach(self) -> None:
-        """Let models be as they were before, on the CPU."""
-        for name, turn in list(self._turns.items()):
+        """Leave the models on the CPU, as they were before."""
+        for name, hook in list(self._hooks.items()):
             model, _ = self.models[name]
-            if accelerate_hook(model) is not turn:  # somebody put another in its place
-                turn.detach_hook(model)
+            if accelerate_hook(model) is not hook:  # another one took its place
+                hook.detach_hook(model)
                 continue
             remove_hook_from_module(model)
-            if not turn.had_forward:
-                vars(model).pop("forward", None)  # accelerate leaves a bound method in the place of its own
+            if not hook.had_forward:
+                vars(model).pop("forward", None)  # accelerate restores the class's forward as an attribute
         self._loader.close()
         self.device.trim()
 
-    def enter(self, name: str) -> None:
-        """Bring a model to the device, after those that leave for it.
-
-        Args:
-            name: of the model; nothing happens for one that runs on the host.
+    def onload(self, name: str) -> None:
+        """Load a model that is called, after other models have been offloaded; no-op for one on the host.
 
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        stay = self._stays.get(name)
-        if stay is None:
+        streamer = self._streamers.get(name)
+        if streamer is None:
             return
-        if self._active != name or not stay.on_device:
-            self._leave(other for other in self._stays if other != name)
+        if self._active != name or not streamer.on_device:
+            self._offload(other for other in self._streamers if other != name)
             self._active = name
-            if not stay.on_device:
+            if not streamer.on_device:
                 self.device.trim()
-                stay.arrive()
-        stay.begin()
+                streamer.load()
+        streamer.begin()
 
     def prefetch(self, name: str) -> bool:
-        """Start to bring a model to the device while another one runs, if that costs the other nothing.
-
-        It costs something where there is no room for both, or where the other one's blocks need the way.
-
-        Args:
-            name: of the model that comes next.
+        """Start to load the next model while another one runs, if both fit and no blocks are streamed.
 
         Returns: whether it is on its way, or there.
         """
-        if name not in self._turns:  # diffusers may have taken the hooks away
+        if name not in self._hooks:  # diffusers may have removed them
             return False
-        stay = self._stays.get(name)
-        if stay is None or stay.on_device:
+        streamer = self._streamers.get(name)
+        if streamer is None or streamer.on_device:
             return True
-        busy = any(other.streams for other in self._stays.values())
-        if busy or stay.nbytes > self.device.free_bytes():
+        busy = any(other.streams for other in self._streamers.values())
+        if busy or streamer.nbytes > self.device.free_bytes():
             return False
         try:
-            stay.arrive()
-        except torch.OutOfMemoryError:  # there is room, but not in one piece
+            streamer.load()
+        except torch.OutOfMemoryError:  # free memory is fragmented
             return False
         return True
 
     def offload_transient(self) -> None:
-        """Let all models but the resident ones leave."""
+        """Offload all models but the resident ones."""
         self._active = None
-        self._leave(self._stays)
+        self._offload(self._streamers)
         self.device.trim()
 
     def offload_all(self) -> None:
-        """Let all models leave, so that their weights can be edited; what becomes of them comes next.
-
-        Afterwards, it lets go of those that were replaced.
-        """
+        """Offload all models, so that their weights can be edited; replaced weights are no longer kept."""
         self._active = None
-        for name in self._stays.keys() & self._turns.keys():
-            self._stays[name].offload_all()
+        for name in self._streamers.keys() & self._hooks.keys():
+            self._streamers[name].refresh()
         self.device.trim()
 
-    def _leave(self, names: Iterable[str]) -> None:
-        for stay in (self._stays[name] for name in names):
-            if stay.placement.kind != "resident":
-                stay.leave()
+    def _offload(self, names: Iterable[str]) -> None:
+        for streamer in (self._streamers[name] for name in names):
+            if streamer.placement.kind != "resident":
+                streamer.offload()
 
 
 class OffloadHook(ModelHook):
-    """Lets a model come when it is called; what diffusers asks for where a model runs."""
+    """Loads a model when it is called, and tells diffusers where it runs."""
 
-    def __init__(self, offloader: ModelOffloader, name: str, stay: ModelStreamer | None) -> None:
-        self.offloader, self.name, self.stay = offloader, name, stay
-        # A model on the host does not say where it runs: diffusers takes the first model that does for where
-        # the pipeline runs, and the host for where this one is.
-        self.execution_device = None if stay is None else offloader.device.torch_device
+    def __init__(self, offloader: ModelOffloader, name: str, streamer: ModelStreamer | None) -> None:
+        self.offloader, self.name, self.streamer = offloader, name, streamer
+        # None for a model on the host: the first model with a device tells diffusers where a pipeline runs.
+        self.execution_device = None if streamer is None else offloader.device.torch_device
         self.had_forward = False
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """See ModelHook."""
         self.had_forward = "forward" in vars(module)
-        self.offloader._turns[self.name] = self
-        if self.stay is not None:
-            self.stay.install()
+        self.offloader._hooks[self.name] = self
+        if self.streamer is not None:
+            self.streamer.attach()
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See ModelHook; methods of the VAE call this without arguments."""
-        self.offloader.enter(self.name)
+        self.offloader.onload(self.name)
         device = self.execution_device or torch.device("cpu")
         return send_to_device(args, device), send_to_device(kwargs, device)
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """See ModelHook; diffusers calls this, too, when it takes the hooks from a pipeline."""
-        if self.stay is not None:
-            self.stay.remove()
-        self.offloader._turns.pop(self.name, None)
+        """See ModelHook; diffusers, too, calls this when it removes a pipeline's hooks."""
+        if self.streamer is not None:
+            self.streamer.detach()
+        self.offloader._hooks.pop(self.name, None)
         return module
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    """Refuse a model whose weights somebody else moves.
+    """Refuse a model whose weights something else moves.
 
     Raises:
-        ValueError: with the one who does, and what to call.
+        ValueError: names what moves them, and what to call.
     """
     if uncompiled(model) is not model:
         raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
@@ -216,8 +203,7 @@ def free(models: Iterable[nn.Module] = ()) -> None:
     """Give memory back to the system.
 
     Args:
-        models: to be emptied first, so that their weights are gone whoever still holds the models; they are
-            not usable after.
+        models: models to be emptied first, whoever still holds them; they are not usable after.
     """
     for model in models:
         model.to("meta")

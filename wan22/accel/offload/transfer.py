@@ -1,4 +1,4 @@
-"""Bringing slabs of weights from the host to the device, without letting the caller wait."""
+"""Transfers of packed blocks from the host to the device, which the caller need not wait for."""
 
 import logging
 import sys
@@ -11,23 +11,23 @@ import torch
 from .devices import Device, Mark
 from .layout import PackedBlock, Source
 
-# Of the pinned buffer through which mapped weights pass: enough for copies to run at full speed.
+# The pinned staging buffer of mapped weights: large enough for copies to run at full speed.
 CHUNK_BYTES, CHUNKS = 2**25, 4
 
 logger = logging.getLogger(__name__)
 
 
 class Transfer:
-    """A slab on its way to the device.
+    """A packed block on its way to the device.
 
     Args:
-        group: what is in it.
-        buffer: on the device.
-        after: mark of what was computed with the buffer before.
+        block: the block.
+        buffer: bytes on the device.
+        after: mark of the buffer's last use in a computation.
     """
 
-    def __init__(self, group: PackedBlock, buffer: torch.Tensor, after: Mark) -> None:
-        self.group = group
+    def __init__(self, block: PackedBlock, buffer: torch.Tensor, after: Mark) -> None:
+        self.block = block
         self.buffer: torch.Tensor | None = buffer
         self.after = after
         self.queued: Future[Mark] = Future()
@@ -37,20 +37,20 @@ class Transfer:
         return self.queued.result()
 
     def drop(self, device: Device) -> None:
-        """Let go of the buffer, and of the slab, once nothing is copied between them any more."""
+        """Release the buffer and the host's memory, once nothing is copied between them."""
         if not self.queued.cancel() and self.queued.exception() is None:
             device.finish(self.mark())
         self.buffer = None
 
 
 class Loader:
-    """Copies slabs to a device: from pinned memory at once, from elsewhere by a thread.
+    """Copies packed blocks to a device: from pinned memory at once, from elsewhere in a thread.
 
-    Where the system pins no more, the rest stays where it is and comes part by part.
+    If the system refuses to pin more memory, blocks are staged through a small pinned buffer instead.
 
     Args:
-        device: to copy to.
-        chunk_bytes: size of each part of the pinned buffer that mapped weights pass through.
+        device: destination.
+        chunk_bytes: size of each part of the staging buffer.
     """
 
     def __init__(self, device: Device, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -58,83 +58,83 @@ class Loader:
         self.chunk_bytes = chunk_bytes
         self._thread: ThreadPoolExecutor | None = None
         self._chunks: list[tuple[torch.Tensor, Mark]] = []  # oldest copy first
-        self._pins = True  # whether the system has pinned all that was asked for
+        self._pins = True  # False once the system has refused to pin
 
-    def send(self, group: PackedBlock, buffer: torch.Tensor, source: Source) -> Transfer:
+    def send(self, block: PackedBlock, buffer: torch.Tensor, source: Source) -> Transfer:
         """Start to fill a buffer.
 
         Args:
-            group: what with; if its home is to be pinned and is not, it is from now on.
-            buffer: bytes on the device, which nothing is computed with from now on.
-            source: where the group is, or will be, at home.
+            block: weights to copy; with source "pinned", they are moved to pinned memory first.
+            buffer: bytes on the device that no later computation reads.
+            source: where the block is kept.
         """
-        delivery = Transfer(group, buffer, self.device.release(buffer))
-        if group.slab is not None:
-            delivery.queued.set_result(self._copy(delivery, group.slab))
-            return delivery
+        transfer = Transfer(block, buffer, self.device.release(buffer))
+        if block.pinned is not None:
+            transfer.queued.set_result(self._copy(transfer, block.pinned))
+            return transfer
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "wan22-weights")
-        self._thread.submit(self._carry, delivery, source)
-        return delivery
+        self._thread.submit(self._run, transfer, source)
+        return transfer
 
     def close(self) -> None:
-        """Wait for the copies that were started, and give the thread and the buffer back."""
+        """Wait for the copies that were started, and release the thread and the staging buffer."""
         if self._thread is not None:
             self._thread.shutdown()
         for _, mark in self._chunks:
             self.device.finish(mark)
         self._thread, self._chunks = None, []
 
-    def _carry(self, delivery: Transfer, source: Source) -> None:
-        """Carry out one delivery, in the thread."""
-        if not delivery.queued.set_running_or_notify_cancel():
+    def _run(self, transfer: Transfer, source: Source) -> None:
+        """Carry out one transfer, in the thread."""
+        if not transfer.queued.set_running_or_notify_cancel():
             return
         try:
-            slab = self._pinned(delivery.group) if source == "pinned" else None
-            mark = self._stage(delivery) if slab is None else self._copy(delivery, slab)
+            pinned = self._pin(transfer.block) if source == "pinned" else None
+            mark = self._stage(transfer) if pinned is None else self._copy(transfer, pinned)
         except BaseException as error:
-            delivery.queued.set_exception(error)
+            transfer.queued.set_exception(error)
         else:
-            delivery.queued.set_result(mark)
+            transfer.queued.set_result(mark)
 
-    def _copy(self, delivery: Transfer, slab: torch.Tensor) -> Mark:
-        buffer, group = delivery.buffer, delivery.group
-        assert buffer is not None, "a delivery is dropped after it was queued"
-        return self.device.copy(buffer[: group.nbytes], slab, delivery.after, group.name)
+    def _copy(self, transfer: Transfer, pinned: torch.Tensor) -> Mark:
+        buffer, block = transfer.buffer, transfer.block
+        assert buffer is not None, "a transfer is dropped after it was queued"
+        return self.device.copy(buffer[: block.nbytes], pinned, transfer.after)
 
-    def _pinned(self, group: PackedBlock) -> torch.Tensor | None:
-        """Give a group a home in pinned memory; where it was before is free again, if it was no file.
+    def _pin(self, block: PackedBlock) -> torch.Tensor | None:
+        """Move a block to pinned memory, which replaces its memory on the host unless that is a file's.
 
-        Returns: it; None if the system does not pin so much.
+        Returns: the pinned memory; None if the system does not pin so much.
         """
-        if group.slab is not None:  # an earlier delivery, given up since, had it done
-            return group.slab
-        slab = self._allocate_host(group.nbytes) if self._pins else None
-        if slab is None:
+        if block.pinned is not None:  # by an earlier transfer that was dropped since
+            return block.pinned
+        pinned = self._allocate_host(block.nbytes) if self._pins else None
+        if pinned is None:
             return None
-        group.read(slab, 0)
-        mapped = FileMappings()
-        for piece in group.pieces:
-            piece.mapped = piece.host if piece.host in mapped else None
-            piece.host = piece.view_in(slab)
-        group.slab = slab
-        return slab
+        block.read(pinned, 0)
+        files = FileMappings()
+        for tensor in block.tensors:
+            tensor.mapped = tensor.host if tensor.host in files else None
+            tensor.host = tensor.view_in(pinned)
+        block.pinned = pinned
+        return pinned
 
-    def _stage(self, delivery: Transfer) -> Mark:
-        """Copy a group part by part."""
-        buffer, group, mark = delivery.buffer, delivery.group, None
-        assert buffer is not None, "a delivery is dropped after it was queued"
-        for start in range(0, group.nbytes, self.chunk_bytes):
+    def _stage(self, transfer: Transfer) -> Mark:
+        """Copy a block part by part through the staging buffer."""
+        buffer, block, mark = transfer.buffer, transfer.block, None
+        assert buffer is not None, "a transfer is dropped after it was queued"
+        for start in range(0, block.nbytes, self.chunk_bytes):
             chunk = self._free_chunk()
-            source = chunk[: group.nbytes - start]
-            group.read(source, start)
-            part, after = buffer[start : start + source.nbytes], None if start else delivery.after
-            mark = self.device.copy(part, source, after, group.name)
+            source = chunk[: block.nbytes - start]
+            block.read(source, start)
+            part, after = buffer[start : start + source.nbytes], None if start else transfer.after
+            mark = self.device.copy(part, source, after)
             self._chunks.append((chunk, mark))
         return mark
 
     def _free_chunk(self) -> torch.Tensor:
-        """Return a part of the pinned buffer that no copy reads any more."""
+        """Return a part of the staging buffer that no copy reads any more."""
         if len(self._chunks) < CHUNKS:
             chunk = self._allocate_host(self.chunk_bytes)
             # Copies from memory that is not pinned are as right, but make the thread wait.
@@ -155,7 +155,7 @@ class Loader:
 
 
 class FileMappings:
-    """The parts of this process's memory that are files; none are known where the system does not tell."""
+    """This process's memory that is mapped from files; empty on systems other than Linux."""
 
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
