@@ -18,7 +18,7 @@ from tests.builders import golden_text_encoder, random_i2v_pipeline, random_tran
 from tests.checkpoints import writers
 from tests.checkpoints.loading.test_models import FORMS as FILE_FORMS
 from tests.checkpoints.loading.test_models import official  # noqa: F401
-from tests.checkpoints.loading.test_text_encoder import gguf_name, rows
+from tests.checkpoints.loading.test_text_encoder import gguf_name, tokens
 from tests.golden_data import golden
 from tests.official_keys import transformer_state_dict
 from tests.official_t5_keys import t5_state_dict
@@ -172,7 +172,7 @@ def test_each_model_of_the_result_loads_by_itself(form):
     diffusers.WanTransformer3DModel.from_pretrained(place, subfolder="transformer")
     diffusers.AutoencoderKLWan.from_pretrained(place, subfolder="vae")
     encoder = UMT5EncoderModel.from_pretrained(place, subfolder="text_encoder")
-    assert torch.equal(rows(encoder.eval()), rows(golden_text_encoder()))
+    assert torch.equal(tokens(encoder.eval()), tokens(golden_text_encoder()))
 
 
 @pytest.mark.parametrize("name", ["t2v", "ti2v"])

@@ -55,13 +55,13 @@ def official(model):
     return official_clip(model)
 
 
-def test_it_gives_the_rows_of_the_model_that_was_written(model, official, tmp_path):
+def test_it_gives_the_tokens_of_the_model_that_was_written(model, official, tmp_path):
     torch.save(official, tmp_path / "models_clip.pth")
     loaded = read_model(tmp_path / "models_clip.pth", "image_encoder").load()
     image = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        rows, expected = (m(image, output_hidden_states=True).hidden_states[-2] for m in (loaded, model))
-    assert torch.equal(rows, expected)
+        tokens, expected = (m(image, output_hidden_states=True).hidden_states[-2] for m in (loaded, model))
+    assert torch.equal(tokens, expected)
     assert loaded.config.image_size == 56
     half = read_model(tmp_path / "models_clip.pth", "image_encoder").load(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

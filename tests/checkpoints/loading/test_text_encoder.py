@@ -42,14 +42,14 @@ def official():
     return golden("t5").weights
 
 
-def rows(model):
+def tokens(model):
     io = golden("t5").io
     with torch.no_grad():
         return model(io["case0.ids"], attention_mask=io["case0.mask"]).last_hidden_state
 
 
 def check(model, tolerance=0.0):
-    torch.testing.assert_close(rows(model), rows(golden_text_encoder()), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(tokens(model), tokens(golden_text_encoder()), rtol=tolerance, atol=tolerance)
     assert model.encoder.embed_tokens.weight is model.shared.weight
     assert not model.training
 
@@ -105,7 +105,7 @@ def test_comfyui_scaled(official, tmp_path):
     for dequantize in (False, True):
         model = load(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", torch.float32, dequantize)
         assert any(isinstance(m, QuantizedLinear) for m in model.modules()) != dequantize
-        torch.testing.assert_close(rows(model), rows(plain), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tokens(model), tokens(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_a_quantised_embedding(official, tmp_path):

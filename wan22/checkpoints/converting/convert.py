@@ -66,7 +66,7 @@ def convert(
         dtype: dtype of all tensors, or "bf16", "fp16", "fp32"; None: as they are stored, bfloat16 for those
             that are quantised.
         shard_size: largest file, such as "5GB", or in bytes; single files and .pth are not divided.
-        attention_head_dim: size of a transformer's head where the source does not tell it; None: 128.
+        attention_head_dim: size of a transformer's head where the source does not have it; None: 128.
         verify: whether to read the result again and compare each tensor with the source.
         progress: whether to show a bar.
 
@@ -139,7 +139,7 @@ def _prepare(
 
 
 def _local(source: str | Path) -> Path:
-    """Return where a source lies; of a repository of the hub, what is converted is downloaded first."""
+    """Return a source's path; what is converted of a repository of the hub is downloaded first."""
     path = Path(source).expanduser()
     if not path.exists() and is_repository_name(str(source)):
         path = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
@@ -199,7 +199,7 @@ def _write_files(files: list[OutputFile], partial: Path, progress: bool) -> None
 
 def _write_safetensors(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[[int], Any]) -> None:
     """Write a file tensor by tensor, where safetensors' own function takes all of them at once."""
-    tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))  # so that each lies aligned
+    tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

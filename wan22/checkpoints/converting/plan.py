@@ -1,4 +1,4 @@
-"""Which files a layout has, and which tensor of the source goes into which."""
+"""Plan a conversion: the files of a layout, and the tensors of the source in each."""
 
 import logging
 from collections import Counter
@@ -40,23 +40,14 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written.
+    """A tensor to be written."""
 
-    Args:
-        component: the pipeline's component that it belongs to.
-        name: its name in the model.
-        origin: its name in the source.
-        key: its name in the file to be written.
-        tensor: as the source has it.
-        dtype: dtype to be written.
-    """
-
-    component: str
-    name: str
-    origin: str
-    key: str
-    tensor: torch.Tensor | QuantizedTensor
-    dtype: torch.dtype
+    component: str  # of the pipeline
+    name: str  # in the model
+    origin: str  # name in the source
+    key: str  # name in the file to be written
+    tensor: torch.Tensor | QuantizedTensor  # as the source has it
+    dtype: torch.dtype  # to be written
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,9 +75,9 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A weight file to be written: its path inside the destination, .safetensors or .pth, and its tensors."""
+    """A weight file to be written."""
 
-    path: str
+    path: str  # inside the destination, .safetensors or .pth
     tensors: tuple[OutputTensor, ...]
 
     @property
@@ -97,17 +88,11 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a conversion writes, by path inside the destination.
-
-    Args:
-        files: weights.
-        texts: small JSON files.
-        copies: folders that are copied unchanged.
-    """
+    """Everything that a conversion writes, by path inside the destination."""
 
     files: list[OutputFile] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
-    copies: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # JSON files
+    copies: dict[str, Path] = field(default_factory=dict)  # folders that are copied unchanged
 
     def describe(self) -> Iterable[str]:
         """Yield a line for each tensor, file and folder, and one for the sum."""
@@ -127,7 +112,7 @@ def make_plan(source: Source, to: str, name: str, dtype: torch.dtype | None, sha
     """Return what has to be written.
 
     Args:
-        source: what there is.
+        source: what is to be converted.
         to: one of `LAYOUTS`.
         name: file name for a single model in a single file.
         dtype: dtype of all tensors; None: as they are stored, bfloat16 for those that are quantised.
@@ -217,7 +202,7 @@ def _plan_repository(plan: Plan, source: Source, to: str) -> None:
         )
     if source.tokenizer is not None:
         plan.copies[TOKENIZERS[0] if to == "official" else "tokenizer"] = source.tokenizer
-    if to == "diffusers" and source.index is not None:  # its settings are somebody's choice
+    if to == "diffusers" and source.index is not None:  # whose settings are kept
         plan.copies.update(source.folders)
         plan.texts["model_index.json"] = as_json(source.index)
         return

@@ -23,23 +23,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be converted.
+    """What is to be converted."""
 
-    Args:
-        path: the file or folder.
-        models: models by component of a pipeline.
-        whole: whether it is a repository, and not one model.
-        tokenizer: folder of the tokenizer.
-        index: model_index.json of the Diffusers layout.
-        folders: further components of the Diffusers layout, such as the scheduler.
-    """
-
-    path: Path
-    models: Mapping[str, StoredModel]
-    whole: bool = False
-    tokenizer: Path | None = None
-    index: Mapping[str, Any] | None = None
-    folders: Mapping[str, Path] = field(default_factory=dict)
+    path: Path  # file or folder
+    models: Mapping[str, StoredModel]  # by component of a pipeline
+    whole: bool = False  # a repository, not one model
+    tokenizer: Path | None = None  # its folder
+    index: Mapping[str, Any] | None = None  # model_index.json of the Diffusers layout
+    folders: Mapping[str, Path] = field(default_factory=dict)  # its further components, as the scheduler
 
 
 def read_source(path: Path, head_dim: int | None = None) -> Source:
@@ -47,7 +38,7 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
 
     Args:
         path: file or folder.
-        head_dim: size of a transformer's head where no config.json tells it; None: 128, that of all released.
+        head_dim: size of a transformer's head where no config.json has it; None: 128, as in all releases.
 
     Raises:
         FileNotFoundError: something is missing; it is named.
@@ -125,7 +116,7 @@ def _weights_in(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _experts(path: Path, found: dict[Path, StoredModel]) -> dict[str, StoredModel]:
-    """Tell which transformer is which; no tensor says so, only their names do."""
+    """Return the transformers by component; no tensor says which is which, only their files' names do."""
     names = {place: str(place.relative_to(path)).lower() for place in found}
     if len(found) == 1:
         ((place, model),) = found.items()

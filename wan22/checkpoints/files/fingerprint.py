@@ -1,4 +1,4 @@
-"""Tell weight files apart without reading them whole."""
+"""Fingerprints of weight files, without reading them whole."""
 
 import hashlib
 from functools import lru_cache

@@ -38,7 +38,7 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
 
 def _tensor(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the map is read-only, and nobody writes into weights
+        warnings.simplefilter("ignore")  # the map is read-only, as weights are used
         data = torch.from_numpy(tensor.data)
     kind = tensor.tensor_type.name
     if kind == "BF16":

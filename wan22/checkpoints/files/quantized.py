@@ -18,15 +18,10 @@ Parts = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ScaledNumbers:
-    """Float8 or int8 numbers, kept as bytes, times a scale.
+    """Float8 or int8 numbers, kept as bytes, times a scale."""
 
-    Args:
-        kind: dtype of the numbers.
-        groups: number of groups of inputs, each with its scale; None: one scale for all.
-    """
-
-    kind: torch.dtype
-    groups: int | None
+    kind: torch.dtype  # of the numbers
+    groups: int | None  # groups of inputs, each with its scale; None: one scale for all
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values: products in float32, rounded once to a dtype."""
@@ -44,21 +39,13 @@ class ScaledNumbers:
 
 @dataclass(frozen=True)
 class GgufBlocks:
-    """Blocks of GGUF.
+    """Blocks of GGUF; a ValueError says which types can be read."""
 
-    Args:
-        kind: their type, such as "Q4_K".
-        shape: shape of the tensor.
-
-    Raises:
-        ValueError: blocks of this type cannot be read.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
+    kind: str  # such as "Q4_K"
+    shape: tuple[int, ...]  # of the values
 
     def __post_init__(self) -> None:
-        _ = self._reader  # refused now rather than at the first call
+        _ = self._reader  # raises now rather than at the first call
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values, computed in float32, in a dtype."""
@@ -80,34 +67,18 @@ class GgufBlocks:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in fewer bytes than its values.
+    """A tensor in fewer bytes than its values."""
 
-    Args:
-        shape: shape of the values.
-        format: how the parts make up the values.
-        parts: the tensors that are stored.
-    """
-
-    shape: tuple[int, ...]
-    format: ScaledNumbers | GgufBlocks
+    shape: tuple[int, ...]  # of the values
+    format: ScaledNumbers | GgufBlocks  # how the stored parts make up the values
     parts: Parts
-
-    def expand(self) -> torch.Tensor:
-        """Return the values in float32."""
-        if any(part.is_meta for part in self.parts.values()):
-            return torch.empty(self.shape, device="meta")
-        return self.format.expand(self.parts)
 
 
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
-    """Return a float8 tensor times a scale.
-
-    Args:
-        data: float8 numbers.
-        scale: one number; for data "o i" also "o", "o 1" or "o g 1"; None for 1.
+    """Return a float8 tensor times a scale: one number, or for data "o i" also "o", "o 1" or "o g 1".
 
     Raises:
-        ValueError: the scale is of another shape.
+        ValueError: the scale has another shape.
     """
     scale = torch.ones(()) if scale is None else scale.float()
     shape, groups = tuple(data.shape), None
@@ -116,8 +87,7 @@ def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTe
     elif len(shape) == 2 and tuple(scale.shape) in ((shape[0],), (shape[0], 1)):
         scale, groups = scale.reshape(-1, 1, 1), 1
     elif (
-        len(shape) == 2
-        and scale.ndim == 3
+        (len(shape), scale.ndim) == (2, 3)
         and scale.shape[::2] == (shape[0], 1)
         and not shape[1] % scale.shape[1]
     ):
@@ -140,5 +110,9 @@ def on_meta(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedT
 
 
 def expanded(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-    """Return a tensor as an ordinary one; a quantised one in float32."""
-    return tensor.expand() if isinstance(tensor, QuantizedTensor) else tensor
+    """Return a tensor as an ordinary one, a quantised one in float32."""
+    if not isinstance(tensor, QuantizedTensor):
+        return tensor
+    if any(part.is_meta for part in tensor.parts.values()):
+        return torch.empty(tensor.shape, device="meta")
+    return tensor.format.expand(tensor.parts)

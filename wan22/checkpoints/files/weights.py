@@ -1,6 +1,6 @@
 """Read weight files: safetensors in one file or in shards, PyTorch's .pth, GGUF.
 
-What a file is, is told from its first bytes, never from its name. Tensors stay memory-mapped: reading a
+A file's format is recognised by its first bytes, never by its name. Tensors stay memory-mapped: reading a
 checkpoint costs no memory before its weights are used.
 """
 

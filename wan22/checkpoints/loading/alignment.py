@@ -8,9 +8,9 @@ CPU_ALIGNMENT = 64  # bytes, as PyTorch's own allocator gives on the CPU
 
 
 def align_weights(model: nn.Module | None) -> None:
-    """Copy, in place, those weights that lie at an odd address, if the model runs on the CPU.
+    """Copy weights at unaligned addresses, in place, if the model runs on the CPU.
 
-    Memory-mapped weights lie wherever the file's header ends, and the CPU's matrix kernels add up in another
+    Memory-mapped weights begin wherever the file's header ends, and the CPU's matrix kernels sum in another
     order at another alignment: the same bf16 weights in two files gave latents 1.4e-2 apart.
     """
     if model is None or get_module_execution_device(model).type != "cpu":

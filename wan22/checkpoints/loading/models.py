@@ -73,7 +73,7 @@ class _TransformerFormat(_DiffusersFormat):
         return super().names(source, names)
 
     def official_config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
-        if {"dim", "num_heads"} <= given.keys():  # what the shapes do not tell
+        if {"dim", "num_heads"} <= given.keys():  # which the shapes do not determine
             head_dim = given["dim"] // given["num_heads"]
             known = {"attention_head_dim": head_dim, "eps": given["eps"]} | known
         return transformer_config(source, shapes, known.get("attention_head_dim")) | known
@@ -105,14 +105,14 @@ class FromFiles:
         torch_dtype: torch.dtype | None = None,
         **config: Any,
     ) -> Any:
-        """Load a model from a weight file of any format; what it holds is told from its tensors.
+        """Load a model from a weight file of any format; its sizes are inferred from its tensors.
 
         Args:
             path: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF; or a folder of shards.
             dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
             dequantize: whether to expand quantised weights, which stay quantised otherwise.
             torch_dtype: another name for dtype.
-            **config: entries of the configuration that the shapes do not tell, such as attention_head_dim,
+            **config: entries of the configuration that shapes do not determine, such as attention_head_dim,
                 128 in every released transformer.
 
         Returns: the model, in evaluation mode.

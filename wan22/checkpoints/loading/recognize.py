@@ -26,7 +26,7 @@ def read_model(
         path: safetensors, .pth or GGUF file, index of shards, or folder with one file or one index.
         kind: one of `FORMATS`; None: the one of `RECOGNIZED` that knows the most of the tensors' names.
         config: contents of config.json; None: that of the folder, if path is one.
-        head_dim: size of a transformer's head where no config.json tells it; None: 128, that of all released.
+        head_dim: size of a transformer's head where no config.json has it; None: 128, as in all releases.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard is missing.

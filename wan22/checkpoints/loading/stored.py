@@ -35,16 +35,13 @@ class ModelFormat(ABC):
 
     @abstractmethod
     def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
-        """Return the model's configuration.
+        """Return the model's configuration; a ValueError says that the tensors are another model's.
 
         Args:
             source: the file, for errors.
             shapes: shapes of the tensors, by the model's own names.
             given: config.json beside the weights; ignored if it is another model's.
             known: entries that the caller gives.
-
-        Raises:
-            ValueError: the tensors are another model's.
         """
 
     @abstractmethod
@@ -60,11 +57,7 @@ class ModelFormat(ABC):
         return tensors
 
     def names(self, source: str, names: Iterable[str]) -> dict[str, str]:
-        """Return the file's name of each of the model's own.
-
-        Raises:
-            ValueError: there are names that no table knows.
-        """
+        """Return the file's name of each of the model's own; a ValueError lists names that no table has."""
         return own_names(source, names, self.tables(names), self.noun)
 
     def checked(self, source: str, tensors: Tensors) -> Tensors:
@@ -86,25 +79,17 @@ class ModelFormat(ABC):
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in a file or folder, recognised; its weights are memory-mapped and not yet read.
-
-    Args:
-        format: how models of this kind are stored.
-        source: the file or folder.
-        tensors: weights by the model's own names.
-        origins: names in the file by the model's own.
-        config: what `format.build` takes.
-    """
+    """A model in a file or folder, recognised; its weights are memory-mapped and not yet read."""
 
     format: ModelFormat
-    source: str
-    tensors: Tensors
-    origins: Mapping[str, str]
-    config: Config
+    source: str  # file or folder
+    tensors: Tensors  # by the model's own names
+    origins: Mapping[str, str]  # names in the file, by the model's own
+    config: Config  # what format.build takes
 
     @property
     def kind(self) -> str:
-        """The kind of model: "transformer", "vae", "text_encoder" or "image_encoder"."""
+        """One of "transformer", "vae", "text_encoder" and "image_encoder"."""
         return self.format.kind
 
     @cached_property
@@ -133,8 +118,7 @@ class StoredModel:
     def meta_model(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
         """Return the model on the meta device, in the dtypes that `load` would give; no weights are read.
 
-        Raises:
-            ValueError: a weight is missing, is left over, or has another shape.
+        Args and errors as of `load`.
         """
         return self._filled({name: on_meta(t) for name, t in self.tensors.items()}, dtype, dequantize)
 

@@ -11,13 +11,13 @@ from ..naming.dialects import normalize
 from ..naming.names import shapes_of
 from .fill import empty_weights, fill
 
-# The convolutions that tell the sizes: the first, those that end the steps up, the last; those in time.
+# Convolutions whose shapes give the sizes: the first, those after each upsampling, the last; those in time.
 _FIRST, _UP, _LAST = "decoder.1", ("decoder.8", "decoder.14", "decoder.20"), "decoder.22"
 _FRAMES = ("decoder.7.conv", "decoder.13.conv", "decoder.19.conv")
 
 
 def load_tiny_decoder(path: str | Path, dtype: torch.dtype | None = None) -> TinyDecoder:
-    """Load a tiny decoder, in evaluation mode; its sizes are told from its tensors.
+    """Load a tiny decoder, in evaluation mode; its sizes are inferred from its tensors.
 
     lightx2v's `lighttaew2_1` and `lighttaew2_2` have the same tensors, but take latents that are not
     normalised: with them, previews have the wrong colours.

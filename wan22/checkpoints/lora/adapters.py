@@ -16,11 +16,7 @@ from .dialects import AdapterWeights, Lora
 
 
 class Adapters:
-    """The LoRAs of one transformer.
-
-    Args:
-        model: the transformer.
-    """
+    """The LoRAs of one transformer."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -34,15 +30,10 @@ class Adapters:
         self._unfused: dict[Any, torch.Tensor | QuantizedLinear] = {}
 
     def load(self, name: str, lora: Lora, strength: float) -> None:
-        """Add an adapter.
-
-        Args:
-            name: the adapter's name.
-            lora: its weights, which are copied.
-            strength: factor of the weights.
+        """Add an adapter, whose weights are copied and multiplied by a strength.
 
         Raises:
-            ValueError: weights are not there, or are quantised where the LoRA has whole differences.
+            ValueError: the model's weights are absent, or are quantised where the LoRA has whole differences.
         """
         self._refuse_fused()
         if any(parameter.is_meta for parameter in self.model.parameters()):
@@ -83,7 +74,7 @@ class Adapters:
             del self.strengths[name], self.sources[name], self._deltas[name]
             for layer in lora_layers(self.model):
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # that others become active: see apply
+                    warnings.simplefilter("ignore", UserWarning)  # others become active, until apply
                     layer.delete_adapter(name)
             getattr(self.model, "peft_config", {}).pop(name, None)
         self.apply()
@@ -114,7 +105,7 @@ class Adapters:
     def _set_scales(self, active: Mapping[str, float]) -> None:
         """Give PEFT's layers the active adapters and their strengths."""
         if not self.strengths:
-            return  # layers that somebody else put there are theirs
+            return  # PEFT layers of other origin are left alone
         for layer in lora_layers(self.model):
             here = [name for name in active if name in layer.scaling]
             layer.enable_adapters(bool(here))

@@ -42,16 +42,14 @@ _OTHERS = {
 
 @dataclass
 class AdapterWeights:
-    """An adapter's matrices for one layer, whose product is added to the layer's weight.
+    """An adapter's matrices for one layer, whose product times alpha / r is added to the layer's weight.
 
-    Args:
-        parts: matrices by PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector
-            "o". LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b"; LoHa: hada_w1_a to hada_w2_b.
-        alpha: the product is multiplied by alpha / r; None: by 1.
+    The parts have PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector "o".
+    LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b". LoHa: hada_w1_a to hada_w2_b.
     """
 
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
-    alpha: float | None = None
+    alpha: float | None = None  # None: r
 
     @property
     def kind(self) -> str:
@@ -98,19 +96,12 @@ class AdapterWeights:
 
 @dataclass
 class Lora:
-    """A file's weights for one transformer.
-
-    Args:
-        layers: an adapter's matrices by layer.
-        deltas: differences to add, by parameter.
-        unmatched: keys of the file that fit nothing in the transformer.
-        source: the file; "" for a table of tensors.
-    """
+    """A file's weights for one transformer."""
 
     layers: dict[str, AdapterWeights] = field(default_factory=dict)
-    deltas: dict[str, torch.Tensor] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)
-    source: str = ""
+    deltas: dict[str, torch.Tensor] = field(default_factory=dict)  # whole differences, by parameter
+    unmatched: list[str] = field(default_factory=list)  # keys that fit nothing in the transformer
+    source: str = ""  # the file; "" for a table of tensors
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.deltas)
@@ -123,7 +114,7 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         file: the LoRA file; its tensors are not changed.
         shapes: shapes of the transformer's parameters, by our names.
 
-    Returns: LoRAs by transformer: "transformer" for all keys but those that name "transformer_2".
+    Returns: LoRAs by transformer, "transformer" for all keys but those that name "transformer_2".
 
     Raises:
         ValueError: the file is another kind of adapter, which is named, or a layer is incomplete.

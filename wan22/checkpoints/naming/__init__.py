@@ -1,1 +1,1 @@
-"""Names of tensors in every dialect, and the configurations that names and shapes tell."""
+"""Names of tensors in every dialect, and the configurations that follow from names and shapes."""

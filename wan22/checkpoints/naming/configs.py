@@ -1,4 +1,4 @@
-"""A model's configuration, told from the names and shapes of its tensors.
+"""A model's configuration, inferred from the names and shapes of its tensors.
 
 The functions raise ValueError where the tensors are another model's; `source` is the file, for that error.
 """
@@ -52,12 +52,9 @@ def refuse_other_transformers(source: str, names: Iterable[str]) -> None:
 
 
 def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None) -> dict[str, Any]:
-    """Return the transformer's configuration.
+    """Return the transformer's configuration, from shapes by official names and the size of a head.
 
-    Args:
-        source: the file, for errors.
-        shapes: shapes by official names.
-        head_dim: size of a head, which the shapes do not tell; None: that of every released transformer.
+    The shapes do not determine that size; it is 128 in every released transformer.
     """
     get = _getter(source, shapes)
     dim, in_channels, *patch = get("patch_embedding.weight")
@@ -87,17 +84,11 @@ def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None)
 
 @dataclass(frozen=True)
 class AutoencoderLayout:
-    """How an autoencoder's blocks are grouped, which its tensors' names depend on.
+    """How an autoencoder's blocks are grouped, which its tensors' names depend on."""
 
-    Args:
-        residual: whether it is Wan 2.2's, with a shortcut around each resolution.
-        levels: number of resolutions.
-        blocks: residual blocks per resolution of the encoder; the decoder has one more.
-    """
-
-    residual: bool
-    levels: int
-    blocks: int
+    residual: bool  # Wan 2.2's, with a shortcut around each resolution
+    levels: int  # resolutions
+    blocks: int  # residual blocks per resolution of the encoder; the decoder has one more
 
     def ends(self) -> Iterator[tuple[str, str]]:
         """Yield for each resolution the official names of its last residual block and of its downsampler."""
@@ -110,7 +101,7 @@ class AutoencoderLayout:
 
 
 def autoencoder_layout(names: Iterable[str]) -> AutoencoderLayout:
-    """Return an autoencoder's layout, told from its tensors' names, official ones or ours."""
+    """Return an autoencoder's layout, inferred from its tensors' names, official ones or ours."""
     names = set(names)
     if levels := _count(names, "decoder.up_blocks"):
         residual = _count(names, "encoder.down_blocks.0.resnets") > 0

@@ -23,12 +23,12 @@ def own_names(
 
     Args:
         source: the file, for errors.
-        names: the file's, all in the same naming: the model's own, or the source of one of the tables.
+        names: the file's names, which are the model's own, or those of one of the tables.
         tables: from names in files to the model's own.
         noun: the model, for errors.
 
     Raises:
-        ValueError: there are names that the best table does not know; the first few are listed.
+        ValueError: there are names that the best table does not have; the first few are listed.
     """
     names = list(names)
     table = max(tables, key=lambda table: count_known(names, table))
