@@ -56,7 +56,7 @@ def load(
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
     parts = {name: part for name in BESIDE_A_FILE if (part := getattr(options, name)) is not None}
-    hub = {} if options.revision is None else {"revision": options.revision}
+    hub: dict[str, Any] = {} if options.revision is None else {"revision": options.revision}
     if not Path(source).is_file():
         if parts:
             raise ValueError(f"{flags_of(next(iter(parts)))[0]} goes with a --model that is a file")

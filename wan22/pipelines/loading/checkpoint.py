@@ -9,12 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...accel.planning.meta_models import store_as
+from ...accel.planning.meta_models import MODELS, store_as
 from ...checkpoints.files.hub import OPTIONS
 from ...private_apis import signature_keys
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
 TRANSFORMERS = ("transformer", "transformer_2")
+# The models of a pipeline, and what kind of model each is.
+KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transformer")
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,14 @@ class Wanted:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pipeline: type[DiffusionPipeline], options: Mapping[str, Any]) -> "Wanted":
-        """Sort the arguments of a pipeline's constructor, without those of a download."""
+    def of(
+        cls, pipeline: type[DiffusionPipeline], dtype: Dtypes, dequantize: bool, options: Mapping[str, Any]
+    ) -> "Wanted":
+        """Sort the further arguments of a pipeline's constructor, without those of a download."""
         names = {name for names in signature_keys(pipeline) for name in names}
-        own = {"dtype", "torch_dtype", "dequantize"}
-        return cls(
-            {name: value for name, value in options.items() if name in names},
-            options.get("torch_dtype") if options.get("dtype") is None else options["dtype"],
-            bool(options.get("dequantize", False)),
-            {name: value for name, value in options.items() if name not in names | own | OPTIONS},
-        )
+        given = {name: value for name, value in options.items() if name in names}
+        others = {n: v for n, v in options.items() if n not in names | OPTIONS | {"torch_dtype"}}
+        return cls(given, options.get("torch_dtype") if dtype is None else dtype, dequantize, others)
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """Return the dtype asked for a component; None: as stored."""

@@ -9,21 +9,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.safetensors import stored_dtype
 from ...checkpoints.files.weights import read_json
-from ...checkpoints.loading.fill import empty_weights
-from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ...checkpoints.loading.models import WanTransformer3DModel
+from ...checkpoints.loading.recognize import FORMATS
 from ...presets import CONVERTED_FLOW_SHIFT
 from ..call.schedule import reshifted, scheduler_shift
-from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
+from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted, is_folder
 
 logger = logging.getLogger(__name__)
 
 # Stands in model_index.json, where diffusers ignores it: the settings in the folder are somebody's choice.
 MARK = "_wan22_version"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-_CLASSES = dict.fromkeys(TRANSFORMERS, WanTransformer3DModel) | {"vae": AutoencoderKLWan}
 
 
 class DiffusersLayout:
@@ -50,10 +48,10 @@ class DiffusersLayout:
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that there are configurations of, without reading weights."""
         outline, variant = Outline(), wanted.others.get("variant")
-        for name in MODELS:
+        for name in KINDS:
             folder = self.folder / name
             if (folder / "config.json").is_file() and name not in wanted.given:
-                model = model_of(name, read_json(folder / "config.json"))
+                model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
                 stored = stored_dtype(folder, variant) or indexed_dtype(folder, variant, model)
                 outline.add(name, model, stored or torch.bfloat16, wanted.dtype_of(name))
         return outline
@@ -63,42 +61,20 @@ class DiffusersLayout:
         options, folder = {**self.hub, **wanted.given, **wanted.others}, self.folder
         if not is_folder(self.source):  # here, so that the stored dtypes are known before anything is loaded
             folder = Path(pipeline.download(self.source, **options))
-        if wanted.dequantize:
-            options |= self._expanded(folder, wanted)
+        if wanted.dequantize:  # which diffusers' loader cannot ask for
+            for name in TRANSFORMERS:
+                if name not in wanted.given and (folder / name).is_dir():
+                    dtype, variant = wanted.dtype_of(name), wanted.others.get("variant")
+                    options[name] = WanTransformer3DModel.from_pretrained(
+                        folder / name, dtype=dtype, dequantize=True, variant=variant
+                    )
         pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
-        found = {name: folder / name for name in MODELS if (folder / name).is_dir()}
-        pipe.provenance.record_source(
-            self.source, {n: path for n, path in found.items() if wanted.given.get(n) is None}
-        )
+        loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
+        pipe.provenance.record_source(self.source, {name: folder / name for name in loaded})
         if wanted.given.get("scheduler") is None and MARK not in self.index:
             correct_shift(pipe)
         return pipe
-
-    def _expanded(self, folder: Path, wanted: Wanted) -> dict[str, Any]:
-        """Load the transformers with their weights expanded, which diffusers' loader cannot ask for."""
-        return {
-            name: WanTransformer3DModel.from_pretrained(
-                folder / name,
-                dtype=wanted.dtype_of(name),
-                dequantize=True,
-                variant=wanted.others.get("variant"),
-            )
-            for name in TRANSFORMERS
-            if name not in wanted.given and (folder / name).is_dir()
-        }
-
-
-def model_of(name: str, config: dict[str, Any]) -> Any:
-    """Return a component of this configuration on the meta device."""
-    with empty_weights():
-        if name in _CLASSES:
-            return _CLASSES[name].from_config(config)
-        from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
-
-        if name == "image_encoder":
-            return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
-        return UMT5EncoderModel(UMT5Config.from_dict(config))
 
 
 def indexed_dtype(folder: Path, variant: str | None, model: nn.Module) -> torch.dtype | None:

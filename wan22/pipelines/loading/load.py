@@ -28,10 +28,6 @@ _SMALL_FILES = ["model_index.json", "config.json", "*/config.json", "*.safetenso
 def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint in a folder or repository; of a repository only configurations are downloaded.
 
-    Args:
-        source: folder or repository.
-        hub: options of the download.
-
     Raises:
         FileNotFoundError: there is no such folder, and it is no repository's name.
         OSError: there is no such repository, or it cannot be reached.
@@ -86,11 +82,7 @@ def load_pipeline(
 
 
 def check_kind(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint for another pipeline, before its weights are downloaded.
-
-    Raises:
-        ValueError: it is one; the pipeline to use is named.
-    """
+    """Refuse a checkpoint for another pipeline, before its weights are downloaded."""
     kind = checkpoint.kind
     if kind in (None, pipeline.__name__, *pipeline.checkpoint_kinds):
         return
@@ -108,11 +100,7 @@ def check_budget(
     memory: str | float,
     quantize: str | None,
 ) -> None:
-    """Refuse a budget that nothing fits into, before weights are downloaded or read.
-
-    Raises:
-        ValueError: nothing fits, or the budget is a GPU's and there is none.
-    """
+    """Refuse a budget that nothing fits into, before weights are downloaded or read."""
     outline = checkpoint.outline(wanted)
     outlined = outlined_pipeline(pipeline, outline, wanted)
     vram = None if memory == "auto" else memory
@@ -140,11 +128,7 @@ def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Outline, wante
 
 
 def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `parallelize` that a constructor's parallel stands for.
-
-    Raises:
-        ValueError: it is neither "auto" nor some of them.
-    """
+    """Return the arguments of `parallelize` that a constructor's parallel stands for."""
     if parallel == "auto":
         return {}
     known = list(inspect.signature(parallelize).parameters)[1:]
@@ -156,12 +140,12 @@ def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
 def lora_arguments(loras: Any) -> list[dict[str, Any]]:
     """Return the arguments of `load_lora_weights` for each LoRA of a constructor's loras."""
     many = loras if isinstance(loras, Sequence) and not isinstance(loras, str) else [loras]
-    return [dict(lora) if _is_arguments(lora) else {"lora": lora} for lora in many]
-
-
-def _is_arguments(lora: Any) -> bool:
-    """Whether this is a dict of arguments, and not a LoRA's table of tensors."""
-    return isinstance(lora, Mapping) and not any(isinstance(v, torch.Tensor) for v in lora.values())
+    return [
+        dict(lora)
+        if isinstance(lora, Mapping) and not any(isinstance(v, torch.Tensor) for v in lora.values())
+        else {"lora": lora}  # a table of tensors, too
+        for lora in many
+    ]
 
 
 def transformers_as_stored(wanted: Wanted) -> tuple[torch.dtype | None, Wanted]:

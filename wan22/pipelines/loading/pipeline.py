@@ -11,11 +11,10 @@ from diffusers import DiffusionPipeline
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.quantized_linear import expanded_state
-from ...presets import Preset
 from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
-from .checkpoint import Wanted
+from .checkpoint import Dtypes, Wanted
 from .diffusers_layout import MARK
 from .load import load_pipeline, locate
 from .single_files import SingleFiles
@@ -30,13 +29,7 @@ class LoadablePipeline(DiffusionPipeline):
 
     hub_class_name: str
     checkpoint_kinds: tuple[str, ...]
-    scheduler: Any
     provenance: Provenance
-
-    @property
-    def released(self) -> Preset | None:
-        """The released checkpoint that the loaded configs belong to; None if it is an unknown one."""
-        return None
 
     @classmethod
     def from_pretrained(
@@ -47,6 +40,8 @@ class LoadablePipeline(DiffusionPipeline):
         quantize: str | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
+        dtype: Dtypes = None,
+        dequantize: bool = False,
         **options: Any,
     ) -> Any:
         """Load a pipeline from a folder or a hub repository, in the Diffusers or the official layout.
@@ -62,12 +57,12 @@ class LoadablePipeline(DiffusionPipeline):
                 one process, it goes to its GPU. Or arguments of `wan22.accel.parallel.parallelize`.
             loras: a LoRA, or a list of them: files, folders, repositories, tables of tensors, or dicts with
                 arguments of `load_lora_weights`.
-            **options: any component, ready made, or None to leave it out. `dtype` (or `torch_dtype`): of all
-                components, or a dict by component and "default"; None, the default, is the one that each is
-                stored in. `dequantize`: whether to expand quantised weights. The hub's options: `revision`,
-                `cache_dir`, `token`, `local_files_only`, `force_download`. In the Diffusers layout also the
-                others of diffusers' `DiffusionPipeline.from_pretrained`, such as `variant`, `device_map`,
-                `quantization_config`.
+            dtype: dtype of all components, or a dict by component and "default"; None, the default, is the
+                one that each is stored in.
+            dequantize: whether to expand quantised weights.
+            **options: any component, ready made, or None to leave it out. The hub's `revision`, `cache_dir`,
+                `token`, `local_files_only`, `force_download`. In the Diffusers layout also those of
+                diffusers' loader, such as `variant`, `device_map`, `quantization_config`.
 
         Returns: the pipeline.
 
@@ -79,7 +74,7 @@ class LoadablePipeline(DiffusionPipeline):
         """
         hub = {name: options[name] for name in OPTIONS & options.keys()}
         checkpoint = locate(str(pretrained_model_name_or_path), hub)
-        wanted = Wanted.of(cls, options)
+        wanted = Wanted.of(cls, dtype, dequantize, options)
         return load_pipeline(cls, checkpoint, wanted, memory, quantize, parallel, loras)
 
     @classmethod
@@ -96,6 +91,8 @@ class LoadablePipeline(DiffusionPipeline):
         quantize: str | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
+        dtype: Dtypes = None,
+        dequantize: bool = False,
         **options: Any,
     ) -> Any:
         """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
@@ -111,10 +108,11 @@ class LoadablePipeline(DiffusionPipeline):
             quantize: as in from_pretrained.
             parallel: as in from_pretrained.
             loras: as in from_pretrained.
-            **options: `dtype`, as in from_pretrained; bfloat16 by default for quantised weights.
-                `dequantize`: whether to expand those. Further components and settings of the pipeline, such
-                as `scheduler` or `boundary_ratio`; default are those of the released checkpoint with the same
-                shapes. `attention_head_dim`, if it is not 128.
+            dtype: as in from_pretrained; bfloat16 by default for quantised weights.
+            dequantize: whether to expand those.
+            **options: further components and settings of the pipeline, such as `scheduler` or
+                `boundary_ratio`; default are those of the released checkpoint with the same shapes.
+                `attention_head_dim`, if it is not 128.
 
         Returns: the pipeline.
 
@@ -127,7 +125,7 @@ class LoadablePipeline(DiffusionPipeline):
         parts |= {"tokenizer": tokenizer, "image_encoder": image_encoder}
         paths = {name: Path(p).expanduser() for name, p in parts.items() if isinstance(p, str | Path)}
         models = {name: part for name, part in parts.items() if name not in paths and part is not None}
-        wanted = Wanted.of(cls, options | models)
+        wanted = Wanted.of(cls, dtype, dequantize, options | models)
         return load_pipeline(cls, SingleFiles(paths), wanted, memory, quantize, parallel, loras)
 
     @classmethod

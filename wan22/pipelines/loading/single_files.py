@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...accel.planning.meta_models import MODELS
 from ...checkpoints.loading.encoders import load_image_processor
 from ...checkpoints.loading.recognize import read_model
 from ...checkpoints.loading.stored import StoredModel
@@ -16,10 +15,8 @@ from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
 from ...video.progress import progress_bar
-from .checkpoint import TRANSFORMERS, Outline, Wanted
+from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted
 
-# The models that may be files, and what kind of model each is.
-_KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transformer")
 _HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
 
@@ -40,7 +37,7 @@ class SingleFiles:
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that would be loaded, without reading weights."""
         outline = Outline()
-        for name in self.paths.keys() & _KINDS.keys() - wanted.given.keys():
+        for name in self.paths.keys() & KINDS.keys() - wanted.given.keys():
             stored = self._stored(name, wanted)
             dtype = wanted.dtype_of(name)
             model = stored.meta_model(dtype, wanted.dequantize)
@@ -55,7 +52,7 @@ class SingleFiles:
         """
         check_options(wanted)
         paths = {name: path for name, path in self.paths.items() if name not in wanted.given}
-        parts: dict[str, Any] = dict.fromkeys((*_KINDS, "tokenizer")) | dict(wanted.given)
+        parts: dict[str, Any] = dict.fromkeys((*KINDS, "tokenizer")) | dict(wanted.given)
         for name, path in (bar := progress_bar(paths.items(), desc="loading", unit="component")):
             bar.set_postfix_str(name)
             if name == "tokenizer":
@@ -76,15 +73,11 @@ class SingleFiles:
         return pipe
 
     def _stored(self, name: str, wanted: Wanted) -> StoredModel:
-        return read_model(self.paths[name], _KINDS[name], head_dim=wanted.others.get(_HEAD_DIM))
+        return read_model(self.paths[name], KINDS[name], head_dim=wanted.others.get(_HEAD_DIM))
 
 
 def check_options(wanted: Wanted) -> None:
-    """Refuse arguments that files without model_index.json have no use for.
-
-    Raises:
-        ValueError: there are any; they are named.
-    """
+    """Refuse arguments that files without model_index.json have no use for."""
     if unknown := sorted(wanted.others.keys() - {_HEAD_DIM}):
         raise ValueError(
             f"{', '.join(unknown)} cannot be used with official folders and single files, only with the "
@@ -105,12 +98,7 @@ def converted_bytes(stored: StoredModel, model: nn.Module, asked: torch.dtype | 
 
 
 def settings_of(config: Any, two: bool) -> dict[str, Any]:
-    """Return a pipeline's settings and scheduler as in the release with such transformers, or the closest.
-
-    Args:
-        config: the configuration of a transformer.
-        two: whether the checkpoint has two of them.
-    """
+    """Return the settings and scheduler of the release with one or two such transformers, or the closest."""
     preset = release_of(config, 1 + two)
     return {
         "boundary_ratio": preset.boundary_ratio if two else None,
