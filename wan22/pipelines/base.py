@@ -211,6 +211,8 @@ class WanPipeline(PipelineParts):
         Raises:
             FloatingPointError: the latents are no longer finite.
         """
+        for model in self.transformers:
+            align_weights(model)
         denoiser = self.make_denoiser(call, embeds, condition)
         latents = condition.overwrite_known_frames(latents)
         with self.progress_bar(total=len(call.steps), desc="sampling", unit="step") as bar:

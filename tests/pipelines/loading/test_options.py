@@ -78,7 +78,7 @@ def no_weights_read(monkeypatch, tiny_preset):
 
 @pytest.fixture
 def device(monkeypatch, tiny_preset):
-    for module in ("placement", "loading.load"):
+    for module in ("attached.memory", "loading.load"):
         monkeypatch.setattr(f"wan22.pipelines.{module}.CudaDevice", lambda *_: RecordingDevice())
 
 
