@@ -107,6 +107,7 @@ def test_a_batch_goes_on_after_ctrl_c(here, monkeypatch):
         ('{"prompt": 5}', 'line 2: an item is {"prompt"'),
         ('{"prompt": "a", "stepz": 5}', "line 2: there is no argument 'stepz'"),
         ('{"prompt": "a", "latents": [0]}', "line 2: there is no argument 'latents'"),
+        ('{"prompt": "a", "recipe": "lightning-4"}', "line 2: recipe is called distilled now"),
         ('{"prompt": "a", "name": "../x"}', "line 2: name='../x' must be a file's name"),
         ('{"prompt": "a", "name": "first"}', "line 2: the name 'first' is line 1's, too"),
     ],

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import wan22
-from wan22.cli.options import FLAGS, HELP, CallOptions
+from wan22.cli.options import FLAGS, HELP, RENAMED, CallOptions
 from wan22.cli.signatures import PIPELINES, call_arguments
 
 # What is not typed on a command line: tensors, what Python calls back, what it returns.
@@ -25,8 +25,8 @@ def test_every_argument_of_a_call_is_an_option_or_for_python_only(task):
     signature = inspect.signature(getattr(wan22, PIPELINES[task]).__call__)
     options = CallOptions(task)
     names = [name for name in signature.parameters if name not in PYTHON_ONLY]
-    assert [parameter.name for parameter in options.parameters] == names
-    for parameter in options.parameters:
+    assert [parameter.name for parameter in options.parameters] == [*names, *RENAMED]
+    for parameter in options.parameters[: len(names)]:
         (info,) = parameter.annotation.__metadata__
         assert info.help and info.help[0] == info.help[0].upper()
         assert not re.search(r"\b[a-z]+_[a-z_]+\b", info.help), "Python's names are flags here"
@@ -34,7 +34,8 @@ def test_every_argument_of_a_call_is_an_option_or_for_python_only(task):
 
 def test_the_tables_name_arguments_that_there_are():
     known = {name for task in PIPELINES for name in call_arguments(task)}
-    assert FLAGS.keys() | HELP.keys() <= known
+    assert FLAGS.keys() | HELP.keys() | set(RENAMED.values()) <= known
+    assert not RENAMED.keys() & known
 
 
 def test_texts_become_values():

@@ -12,7 +12,7 @@ import typer
 
 from ..accel.parallel.environment import is_first, launched
 from .loading import load
-from .options import Loading, Saving
+from .options import RENAMED, Loading, Saving
 from .reporting import INTERRUPTED, Result, fail, line_of, say
 from .running import free_name, is_url, make
 from .signatures import PIPELINES, call_arguments
@@ -123,6 +123,8 @@ def _parsed(line: str, where: str) -> Item:
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
         raise ValueError(f'{where}: an item is {{"prompt": "…"}} with further arguments of the call')
     known = {"name"}.union(*map(call_arguments, PIPELINES))
+    for old in RENAMED.keys() & item:
+        raise ValueError(f"{where}: {old} is called {RENAMED[old]} now")
     if unknown := sorted(item.keys() - known):
         raise ValueError(f"{where}: there is no argument {unknown[0]!r}")
     if (name := item.get("name")) is not None and (not isinstance(name, str) or Path(name).name != name):

@@ -38,6 +38,10 @@ HELP = {
 }
 
 
+# Earlier names of arguments, which are refused with the present one.
+RENAMED = {"recipe": "distilled"}
+
+
 class CallOptions:
     """Options for the arguments of a pipeline's call.
 
@@ -59,10 +63,14 @@ class CallOptions:
             else:
                 option = Option(*flags_of(name), help=help, rich_help_panel="Video")
                 self.parameters.append(_parameter(name, Annotated[typed | None, option], None))
+        for name in (old for old, new in RENAMED.items() if new in self.types):
+            self.parameters.append(_parameter(name, Annotated[str | None, Option(hidden=True)], None))
 
     def collect(self, **values: Any) -> dict[str, Any]:
         """Return the arguments that are given; raise ValueError if one cannot be parsed."""
         given = {name: value for name, value in values.items() if value is not None}
+        for name in RENAMED.keys() & given:
+            raise ValueError(f"{flags_of(name)[0]} is called {flags_of(RENAMED[name])[0]} now")
         return {name: _parsed(flags_of(name)[0], value, self.types[name]) for name, value in given.items()}
 
 
