@@ -50,7 +50,7 @@ class WanPipeline(PipelineParts):
     # ---- a call, and its steps ----
 
     @torch.no_grad()
-    def run(self, request: Request) -> WanVideo | WanStream | tuple[Any]:
+    def run(self, request: Request) -> Any:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
         call = prepare(self, request)
         previewer = self.make_previewer(call)

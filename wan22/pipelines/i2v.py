@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from ..checkpoints.loading.alignment import align_weights
 from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
-from ..video.result import OutputType, WanStream, WanVideo
+from ..video.result import OutputType, WanVideo
 from .base import WanPipeline
 from .call.call import Call
 from .call.conditions import ChannelCondition, Condition, FirstFrameCondition, NoCondition
@@ -124,7 +124,7 @@ class WanI2VPipeline(WanPipeline):
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
-    ) -> WanVideo | WanStream | tuple[Any]:
+    ) -> WanVideo:
         """Make videos that start from images.
 
         Arguments not listed here are those of `WanT2VPipeline.__call__`.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..presets import MAX_TEXT_TOKENS
-from ..video.result import OutputType, WanStream, WanVideo
+from ..video.result import OutputType, WanVideo
 from .base import WanPipeline
 from .call.call import Call
 from .call.conditions import NoCondition
@@ -65,7 +65,7 @@ class WanT2VPipeline(WanPipeline):
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
-    ) -> WanVideo | WanStream | tuple[Any]:
+    ) -> WanVideo:
         """Make videos of prompts.
 
         Args:
@@ -105,7 +105,8 @@ class WanT2VPipeline(WanPipeline):
             preview_every: steps between previews; default gives about ten of them.
             preview_decoder: for finer previews, a tiny autoencoder's file (taew2_1, taew2_2) or TinyDecoder.
 
-        Returns: the videos and the recipe that made them.
+        Returns: the videos and the recipe that made them; output_type="stream" gives a WanStream instead, and
+            return_dict=False a tuple of the frames.
 
         Raises:
             ValueError: an argument breaks its rule.

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -90,6 +90,9 @@ class _AutoencoderFormat(_DiffusersFormat):
         return autoencoder_config(source, shapes) | known
 
 
+_Model = TypeVar("_Model", bound="FromFiles")
+
+
 class FromFiles:
     """Lets a model be loaded from any file or folder that holds its weights."""
 
@@ -98,13 +101,13 @@ class FromFiles:
 
     @classmethod
     def from_single_file(
-        cls,
+        cls: type[_Model],
         path: str | Path,
         dtype: torch.dtype | None = None,
         dequantize: bool = False,
         torch_dtype: torch.dtype | None = None,
         **config: Any,
-    ) -> Any:
+    ) -> _Model:
         """Load a model from a weight file of any format; its sizes are inferred from its tensors.
 
         Args:
@@ -124,7 +127,9 @@ class FromFiles:
         return read_as(cls._format(cls), Path(path), known=config).load(dtype or torch_dtype, dequantize)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[_Model], pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> _Model:
         """Load a model from a folder or hub repository in the Diffusers or the official layout, or a file.
 
         Args:

@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
@@ -18,6 +18,8 @@ from .checkpoint import Dtypes, Wanted
 from .diffusers_layout import MARK
 from .load import load_pipeline, locate
 from .single_files import SingleFiles
+
+_Pipeline = TypeVar("_Pipeline", bound="LoadablePipeline")
 
 
 class LoadablePipeline(DiffusionPipeline):
@@ -33,7 +35,7 @@ class LoadablePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[_Pipeline],
         pretrained_model_name_or_path: str | Path,
         *,
         memory: str | float | None = None,
@@ -43,7 +45,7 @@ class LoadablePipeline(DiffusionPipeline):
         dtype: Dtypes = None,
         dequantize: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> _Pipeline:
         """Load a pipeline from a folder or a hub repository, in the Diffusers or the official layout.
 
         Args:
@@ -79,7 +81,7 @@ class LoadablePipeline(DiffusionPipeline):
 
     @classmethod
     def from_single_file(
-        cls,
+        cls: type[_Pipeline],
         high: str | Path | None = None,
         low: str | Path | None = None,
         *,
@@ -94,7 +96,7 @@ class LoadablePipeline(DiffusionPipeline):
         dtype: Dtypes = None,
         dequantize: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> _Pipeline:
         """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
 
         Args:
@@ -129,7 +131,7 @@ class LoadablePipeline(DiffusionPipeline):
         return load_pipeline(cls, SingleFiles(paths), wanted, memory, quantize, parallel, loras)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+    def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:
         """Build this pipeline from another one's components, sharing their weights; nothing is cast.
 
         Args:
