@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from .options import CallOptions, Loading, Printing, Saving, Target, expanded
+from .options import CallOptions, Loading, Saving, Target, expanded
 from .reporting import report_errors
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 Call = dict[str, Any]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
 def command(function: Callable[..., None]) -> None:
@@ -110,12 +111,12 @@ def convert(
     source: Annotated[str, Argument(help="Folder or repository in any layout, or a weight file.")],
     destination: Annotated[Path, Argument(help="Folder, or .safetensors file, that is not there yet.")],
     to: Annotated[str, Option(help="diffusers, official, or single-file.")],
-    printing: Printing,
     dtype: Annotated[str | None, Option(help="bf16, fp16 or fp32; default: as stored.")] = None,
     shard_size: Annotated[str, Option(help="Largest file.")] = "5GB",
     attention_head_dim: Annotated[int | None, Option(help="If it is not 128.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print what would be written.")] = False,
     verify: Annotated[bool, Option("--verify", help="Read the result, compare every tensor.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a checkpoint, or one model's file, to another layout or dtype; interrupted, it goes on.
 
@@ -127,16 +128,16 @@ def convert(
     arguments["attention_head_dim"] = attention_head_dim
     if dry_run:
         lines = list(conversion.plan(source, destination, **arguments).describe())
-        print(json.dumps({"plan": lines}) if printing.as_json else "\n".join(lines))
+        print(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
         return
     done = conversion.convert(source, destination, **arguments, verify=verify, progress=True)
-    print(json.dumps({"destination": str(destination), "report": str(done)}) if printing.as_json else done)
+    print(json.dumps({"destination": str(destination), "report": str(done)}) if as_json else done)
 
 
 @command
 def info(
     file: Annotated[str, Argument(help="Video or picture of wan22, weight file, folder, or repository.")],
-    printing: Printing,
+    as_json: Json = False,
 ) -> None:
     """Print the recipe in a video, or what a checkpoint is and what loads it.
 
@@ -146,15 +147,15 @@ def info(
     """
     from .info import describe
 
-    describe(file, printing.as_json)
+    describe(file, as_json)
 
 
 @command
-def models(printing: Printing) -> None:
+def models(as_json: Json = False) -> None:
     """List the checkpoints that are known by name.
 
     wan22 models
     """
     from .info import list_models
 
-    list_models(printing.as_json)
+    list_models(as_json)

@@ -24,14 +24,11 @@ FLAGS = {
 }
 HELP = {
     "prompt": "What the video shows.",
-    "negative_prompt": "What to avoid; default is the checkpoint's.",
     "image": "The first frame: file or URL.",
-    "last_image": "The last frame, file or URL; for I2V-A14B and FLF checkpoints.",
     "fit": "How an image of another aspect is fitted: crop, pad or stretch.",
-    "num_videos_per_prompt": "Videos of this prompt, with seed, seed + 1, …",
     "seed": "Seed of the first video's noise; default is drawn and printed.",
     "sigmas": "Noise levels instead of steps and shift: 1.0,0.8,0.3",
-    "timesteps": "Timesteps instead of steps and shift, 0 to 1000: 1000,750,500",
+    "timesteps": "Timesteps instead of steps and shift: 1000,750,500",
     "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",
     "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
@@ -112,7 +109,6 @@ def _option(panel: str, help: str, *flags: str, default: Any = None) -> Any:
 
 
 _model, _saving = partial(_option, "Model"), partial(_option, "Saving")
-JSON = ("Print the result as JSON, and nothing else.", "--json")
 
 
 @dataclass(frozen=True)
@@ -158,20 +154,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Printing:
-    """How results are printed."""
-
-    as_json: bool = _saving(*JSON, default=False)
-
-
-@dataclass(frozen=True)
 class Saving:
     """How videos are written and reported."""
 
     quality: int | None = _saving("1 to 100, for .mp4 and .webp; default 90.")
     crf: int | None = _saving("For .mp4, instead of quality: H.264's scale, 0 to 51.")
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
-    as_json: bool = _saving(*JSON, default=False)
+    as_json: bool = _saving("Print the result as JSON, and nothing else.", "--json", default=False)
     quiet: bool = _saving("Show no progress.", "--quiet", "-q", default=False)
 
 
