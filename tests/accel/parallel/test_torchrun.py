@@ -116,7 +116,7 @@ def test_the_command_line(alone, tmp_path):
 def test_what_the_command_line_refuses(count, options, message, tmp_path):
     """Ranks tell of an error that all have once, and the first one does, however late it is."""
     wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(f"from wan22.cli import main, running\nrunning.GRACE_SECONDS = 2 * {HANG}\nmain()\n")
+    wrapper.write_text(f"from wan22.cli import main, reporting\nreporting.GRACE_SECONDS = 2 * {HANG}\nmain()\n")
     (tmp_path / "video.npy").touch()
     code, _, err = ended(start(tmp_path, count, wrapper, *COMMAND[2:], *options))
     assert code == 1 and err.count(message) == 1
@@ -161,7 +161,7 @@ def test_an_error_of_one_rank_ends_the_command_line(tmp_path):
         "from wan22.accel.parallel.environment import rank\n"
         "from wan22.pipelines.base import WanPipeline\n"
         "from wan22.cli import main\n"
-        "def prepare(self, plan):\n"
+        "def prepare(self, call):\n"
         "    raise MemoryError('no room on this one')\n"
         "if rank() == 1:\n"
         "    WanPipeline.prepare_latents = prepare\n"
@@ -187,10 +187,10 @@ def test_ctrl_c_ends_all(tmp_path, what):
             "from wan22.pipelines.base import WanPipeline\n"
             "from wan22.cli import main\n"
             "prepare = WanPipeline.prepare_latents\n"
-            "def wait(self, plan):\n"
+            "def wait(self, call):\n"
             "    Path(f'rank-{rank()}').touch()\n"
             f"    time.sleep({2 * HANG} if rank() == 1 else 0)\n"
-            "    return prepare(self, plan)\n"
+            "    return prepare(self, call)\n"
             "WanPipeline.prepare_latents = wait\n"
             "main()\n"
         )

@@ -36,6 +36,7 @@ def own_pipeline():
     return random_pipeline(**{name: copy.deepcopy(random_components()[name]) for name in MODELS})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_fifty_generations_do_not_grow():
     """Less than 2 %, after the first few have loaded all code."""
