@@ -1,4 +1,8 @@
-"""Weight files: read, fill models with them, convert them."""
+"""Weight files: read, fill models with them, convert them.
+
+Imports run one way: files (containers), naming (names and configurations), loading (models), then lora and
+converting.
+"""
 
 from typing import Any
 
