@@ -116,7 +116,9 @@ def test_the_command_line(alone, tmp_path):
 def test_what_the_command_line_refuses(count, options, message, tmp_path):
     """Ranks tell of an error that all have once, and the first one does, however late it is."""
     wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(f"from wan22.cli import main, reporting\nreporting.GRACE_SECONDS = 2 * {HANG}\nmain()\n")
+    wrapper.write_text(
+        f"from wan22.cli import main, reporting\nreporting.GRACE_SECONDS = 2 * {HANG}\nmain()\n"
+    )
     (tmp_path / "video.npy").touch()
     code, _, err = ended(start(tmp_path, count, wrapper, *COMMAND[2:], *options))
     assert code == 1 and err.count(message) == 1
