@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.accel.offload.recording import RecordingDevice
+from tests.accel.parallel.ranks import on_ranks
+from tests.builders import SMALL
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import golden
@@ -217,6 +220,32 @@ def test_one_process_goes_to_its_device(source, monkeypatch):
     assert all(parameter.is_meta for name in MODELS for parameter in getattr(pipe, name).parameters())
     with pytest.raises(ValueError, match="must be 'auto', or a dict with some of ring, ulysses"):
         source[1](parallel={"rings": 2})
+
+
+def shared(rank, folder, lora):
+    """Single files on two ranks, with a LoRA, converted to bf16: whether the video is as on one."""
+    root = Path(folder)
+    files = [root / "high.safetensors", root / "low.pth"]
+    parts = {"vae": root / "official/Wan2.1_VAE.pth", "tokenizer": root / "official/google/umt5-xxl"}
+    parts |= {"text_encoder": root / "official/models_t5_umt5-xxl-enc-bf16.pth", "loras": lora}
+    parts |= {"dtype": torch.bfloat16, "attention_head_dim": 24}
+    _, _, tensors = golden("pipe_t2v_unipc")
+    names = {"prompt_embeds": "context", "negative_prompt_embeds": "context_null"}
+    call = SMALL | {"seed": 1, "output_type": "latent"}
+    call |= {argument: tensors[name][None] for argument, name in names.items()}
+    expected = WanT2VPipeline.from_single_file(*files, **parts)(**call).frames
+    monkeypatch = pytest.MonkeyPatch()
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    pipe = WanT2VPipeline.from_single_file(*files, **parts, parallel={"cfg": 2})
+    assert pipe.parallel.layout.cfg == 2
+    return torch.equal(pipe(**call).frames, expected)
+
+
+def test_ranks_share_single_files(sources, tmp_path):
+    model = WanTransformer3DModel.from_pretrained(sources / "diffusers/transformer")
+    lora = save(make_lora(model, 1), tmp_path / "lora.safetensors")
+    assert on_ranks(2, shared, str(sources), str(lora)) == [True, True]
 
 
 def test_forms_of_loras(tmp_path):
