@@ -93,6 +93,17 @@ def test_a_budget_is_refused_before_weights_are_read(source, no_weights_read):
         source[1](memory="1MB")
 
 
+def test_a_budget_is_refused_before_weights_are_downloaded(sources, tmp_path, monkeypatch, tiny_preset):
+    folder = shutil.copytree(sources / "diffusers", tmp_path / "copy")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    make_repository(tmp_path / "cache", "org/wan", {"main": folder})
+    monkeypatch.setattr(WanT2VPipeline, "download", lambda *_, **__: pytest.fail("weights are downloaded"))
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    with pytest.raises(ValueError, match="does not fit into"):
+        WanT2VPipeline.from_pretrained("org/wan", memory="1MB", **hub)
+
+
 def test_a_budget_that_fits(source, device):
     pipe = source[1](memory="4GB")
     assert pipe.memory_plan.machine.vram == 4e9 - CONTEXT
