@@ -120,6 +120,16 @@ def test_a_step_cache_that_is_there_already_is_refused(pipe):
     pipe.compile(backend=Counting())
 
 
+def test_accelerated_when_compiled(pipe):
+    plain = latents_of(pipe, output_type="pt")
+    pipe.compile(backend="eager")
+    pipe.accelerate()
+    assert relative_error(latents_of(pipe, output_type="pt"), plain) <= 1e-5
+    pipe.decelerate()
+    pipe.uncompile()
+    assert torch.equal(latents_of(pipe, output_type="pt"), plain)
+
+
 def test_compiling_twice_is_compiling_anew(pipe):
     pipe.compile(backend=Counting())
     pipe.compile(backend=Counting())

@@ -366,7 +366,7 @@ def test_in_groups_offloaded():
 def test_the_report(capsys):
     plain = transformer()
     model = quantize(copy.deepcopy(plain), "fp8")
-    found = report(plain, model, size=(2, 4, 6), rows=7)
+    found = report(plain, model, size=(2, 4, 6), tokens=7)
     assert found.layers.keys() == quantized_names(model)
     name = "blocks.1.attn2.to_k"
     weight = plain.get_submodule(name).weight

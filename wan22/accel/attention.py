@@ -8,12 +8,12 @@ Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..models.attention import Kernel, native, register
+from ..models.transformer import WanTransformer3DModel
 from ..private_apis import uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 
@@ -42,8 +42,8 @@ def available(
     """Return for each kernel why it cannot run, or None if it can. Nothing is run; `select` does that.
 
     Args:
-        device: to run on; None: the GPU if there is one.
-        dtype: of queries, keys and values.
+        device: device to run on; None: the GPU if there is one.
+        dtype: dtype of queries, keys and values.
         head_dim: channels of one head.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -59,14 +59,14 @@ def select(
     """Choose a kernel, check it against float32 attention once, and register it.
 
     Args:
-        name: of a kernel; "auto" takes the fastest exact one: FlashAttention 3 on compute capability 9.x and
-            FlashAttention 4 on 10.x, if installed, else cuDNN's there; elsewhere PyTorch's own choice.
-        device: to run on.
-        dtype: of queries, keys and values.
+        name: a kernel's name; "auto" is the fastest exact one: FlashAttention 3 on compute capability 9.x and
+            FlashAttention 4 on 10.x, if installed, else cuDNN's there; elsewhere PyTorch's own choice. It
+            warns of kernels that fail their check or whose library is broken, and leaves them out.
+        device: device to run on.
+        dtype: dtype of queries, keys and values.
         head_dim: channels of one head.
 
-    Returns: the name for `attention` and `set_attention_backend`. Where "auto" finds that a kernel fails its
-    check, or that its library is broken, it warns and goes on.
+    Returns: the name for `attention` and `set_attention_backend`.
 
     Raises:
         ValueError: there is no kernel of that name, it cannot run here, or it fails its check.
@@ -88,15 +88,18 @@ def select(
 
 
 def use(
-    model: Any, name: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    model: WanTransformer3DModel,
+    name: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Let a transformer compute attention with a kernel.
 
     Args:
-        model: a WanTransformer3DModel.
-        name: of the kernel, or "auto", see `select`.
-        device: that it will run on; None: the one that it runs on now, offloaded or not.
-        dtype: that it will run in; None: the model's.
+        model: the transformer, compiled or not.
+        name: the kernel's name, or "auto", see `select`.
+        device: device that the model will run on; None: where it runs now, offloaded or not.
+        dtype: dtype that the model will run in; None: its own.
 
     Returns: the kernel's name.
 
@@ -119,7 +122,7 @@ def describe(
     head_dim: int = 128,
     queries: int = 4096,
 ) -> str:
-    """Say which kernel runs under a name; the arguments are those of `running_kernel`."""
+    """Return the name of the kernel that runs under a name; the arguments are those of `running_kernel`."""
     if backend != "native":
         return backend
     return f"native, PyTorch {torch.__version__}'s {running_kernel(device, dtype, head_dim, queries)} kernel"
@@ -129,7 +132,7 @@ def describe(
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Return the first of the preferred kernels that is installed and right, or "native"."""
+    """Return the first preferred kernel that is installed and passes its check, or "native"."""
     for name, backend in _backends.items():
         if not backend.exact or not backend.preferred(device):
             continue
@@ -149,7 +152,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _unfit(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why a kernel cannot run, without running it; importing it is part of that."""
+    """Return why a kernel cannot run, or None; it is imported, but not run."""
     reason = backend.refuses(device, dtype, head_dim)
     if reason is not None:
         return reason
@@ -166,18 +169,18 @@ def _is_installed(backend: Backend) -> bool:
         _function(backend)
     except NotInstalledError:
         return False
-    except Exception:  # which `_unfit` tells
+    except Exception:  # `_unfit` says so
         return True
     return True
 
 
 def _problem(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why a kernel cannot be used, or register it."""
+    """Return why a kernel cannot be used, or register it."""
     reason = _unfit(backend, device, dtype, head_dim)
-    if reason is None and backend.name != "native":  # which is what the others are measured by
+    if reason is None and backend.name != "native":  # what the others are compared with
         try:
             reason = _failure(backend, device, dtype, head_dim)
-        except torch.OutOfMemoryError as error:  # which is not the kernel's fault; the next call tries again
+        except torch.OutOfMemoryError as error:  # not the kernel's fault; the next call tries again
             reason = f"there is no memory to check it: {error}"
     if reason is None:
         register(backend.name, Kernel(_function(backend)))
@@ -192,10 +195,10 @@ def _function(backend: Backend) -> Callable[..., torch.Tensor]:
 @cache
 @torch.no_grad()
 def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a kernel on small random tensors, and say how it fails; None if it does not.
+    """Run a kernel on small random tensors; return how it fails, or None.
 
     Raises:
-        torch.OutOfMemoryError: it cannot be told now.
+        torch.OutOfMemoryError: there is no memory for that now.
     """
     bound = BOUNDS.get(dtype, 0.0) if backend.exact else LOSSY_BOUND
     function, generator = _function(backend), torch.Generator().manual_seed(0)

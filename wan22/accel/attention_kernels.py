@@ -1,4 +1,4 @@
-"""The attention kernels that there are: PyTorch's one by one, and those of flash-attn and SageAttention.
+"""The attention kernels by name: PyTorch's one by one, and those of flash-attn and SageAttention.
 
 Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 """
@@ -25,7 +25,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class NotInstalledError(ImportError):
-    """A kernel's library is not there; any other error while loading it says that it is broken."""
+    """A kernel's library is not installed; any other error while loading it means that it is broken."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Backend:
     """A kernel that can be chosen by name.
 
     Args:
-        name: of the kernel.
-        load: imports what it needs and returns the function for `wan22.models.attention.Kernel`; raises
-            NotInstalledError where its library is not there.
-        refuses: says of a device, dtype and head size why it cannot run there; None if it can.
-        exact: whether it computes in the dtype of its operands; others are taken only by name.
+        name: the kernel's name.
+        load: function that imports the library and returns the function for `wan22.models.attention.Kernel`;
+            raises NotInstalledError where the library is not installed.
+        refuses: function that returns, for a device, dtype and head size, why the kernel cannot run; or None.
+        exact: whether it computes in the dtype of its operands; others are chosen only by name.
         preferred: whether "auto" tries it on a device, before PyTorch's own choice.
     """
 
@@ -57,14 +57,12 @@ def running_kernel(
 ) -> str:
     """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math".
 
-    The question is put to the function that scaled_dot_product_attention itself asks.
-
     Args:
-        device: to run on.
-        dtype: of queries, keys and values.
+        device: device to run on.
+        dtype: dtype of queries, keys and values.
         head_dim: channels of one head.
-        queries: number of tokens.
-        keys: number of tokens; None: as many.
+        queries: number of query tokens.
+        keys: number of key tokens; None: as many.
     """
     keys = keys or queries
     q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
@@ -81,13 +79,13 @@ def _rules(
     dtypes: tuple[torch.dtype, ...] | None = None,
     multiple: int = 1,
 ) -> Callable[[torch.device, torch.dtype, int], str | None]:
-    """Return what a kernel refuses.
+    """Return a kernel's `refuses` from its rules.
 
     Args:
-        device: type that it needs.
-        capability: the lowest and the highest of the GPU.
-        dtypes: that it can compute in; None: any.
-        multiple: that the head size must be one of.
+        device: device type that it needs.
+        capability: lowest and highest compute capability of the GPU; None: any.
+        dtypes: dtypes that it can compute in; None: any.
+        multiple: divisor of the head size.
     """
 
     def refuses(where: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -125,13 +123,11 @@ def _is_blackwell(device: torch.device) -> bool:
 
 
 def _is_slower_by_choice(device: torch.device) -> bool:
-    """Whether PyTorch has cuDNN's kernel run after its FlashAttention 2, as versions 2.6 to 2.9 do."""
+    """Whether PyTorch prefers its FlashAttention 2 to cuDNN's kernel, as versions 2.6 to 2.9 do."""
     return (_is_hopper(device) or _is_blackwell(device)) and running_kernel(device) != "cudnn"
 
 
 # ---- PyTorch's kernels ----
-# Each is called by itself: torch.nn.attention.sdpa_kernel sets flags of the whole process, and where two
-# threads enter and leave it in turns, the restriction of one stays behind.
 
 
 def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -166,21 +162,21 @@ def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def _library(name: str, module: str, function: str, package: str, **options: Any) -> Callable[..., Any]:
-    """Return what loads a kernel of a library that has "b l n d" tensors, too.
+    """Return the `load` of a library's kernel, a function of "b l n d" tensors.
 
     Args:
-        name: of the backend.
-        module: that holds the function.
-        function: its name.
-        package: to install, for the error.
-        **options: more arguments.
+        name: the backend's name.
+        module: the module that holds the function.
+        function: the function's name.
+        package: the package to install, for the error.
+        **options: further arguments of the function.
     """
 
     def load() -> Callable[..., torch.Tensor]:
         try:
             library = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if f"{module}.".startswith(f"{error.name}."):  # and not something that it needs
+            if f"{module}.".startswith(f"{error.name}."):  # itself, not one of its dependencies
                 raise NotInstalledError(f"{package} is not installed") from error
             raise
         return opaque(name, getattr(library, function), **options)
@@ -189,19 +185,18 @@ def _library(name: str, module: str, function: str, package: str, **options: Any
 
 
 def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., torch.Tensor]:
-    """Hide a kernel behind an operator of PyTorch, which torch.compile does not look into.
-
-    Gradients are not defined for it: these kernels are for inference.
+    """Make a kernel an operator of PyTorch, which torch.compile does not trace; without gradients.
 
     Args:
-        name: of the operator, in wan22's namespace.
-        function: of query, key and value, "b l n d"; returns the result or a tuple that begins with it.
-        **options: more arguments.
+        name: the operator's name, in wan22's namespace.
+        function: attention of query, key and value, "b l n d"; returns the result, or a tuple that begins
+            with it.
+        **options: further arguments of the function.
     """
 
     def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = function(query, key, value, **options)
-        # Some versions return the logarithm of the sums, too. The layout is what `shape` promises.
+        # Some versions return the logarithms of the sums, too. The layout is the one that `shape` returns.
         return (out[0] if isinstance(out, tuple) else out).contiguous()
 
     def shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -212,7 +207,7 @@ def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[
     return operator
 
 
-# Those that "auto" prefers, in the order in which it tries them.
+# "auto" tries them in this order.
 BACKENDS = (
     Backend("native", lambda: native, lambda device, dtype, head_dim: None),
     Backend("flash", lambda: _flash, _flash_refuses),

@@ -19,12 +19,12 @@ _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class Compiled:
-    """Compiled functions in the place of the forward of a transformer's blocks and of a VAE's two halves.
+    """Compiled functions in place of the forward of transformers' blocks, a VAE's encoder and its decoder.
 
-    A function is compiled at its first call, and once more for its first call with filled caches; then for
-    another size of video, and with variable sizes for a third; and when a LoRA's strength first changes.
-    Other prompts and the other expert use what there is. Decoding in strips, and those chunks of an image's
-    condition that leave out what would repeat itself, run as they are.
+    Each is compiled at its first call (the VAE's once more, with filled caches), for a second size of video,
+    with variable sizes for a third, and when a LoRA's strength first changes; other prompts and the other
+    expert reuse it. Decoding in strips, and chunks of an image's condition that skip repeated computation,
+    run uncompiled.
 
     Args:
         transformers: models whose blocks are compiled, all by one function.
@@ -77,7 +77,7 @@ class Compiled:
 
 
 def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile a forward; what a VAE's halves are told beside the chunk and its cache they run as they are."""
+    """Compile a forward; that of a VAE's half is used for calls with a chunk and its cache alone."""
     compiled = torch.compile(function, **options)
     if function is WanTransformerBlock.forward:
         return compiled
@@ -89,11 +89,7 @@ def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Calla
 
 
 def _refuse_graphs(options: Mapping[str, Any]) -> None:
-    """Refuse CUDA graphs: each call would write over what the one before returned, the next block's input.
-
-    Raises:
-        ValueError: the options ask for them.
-    """
+    """Refuse CUDA graphs: a call would overwrite the result of the call before, the next block's input."""
     asked = [f"mode={mode!r}" for mode in _GRAPH_MODES if options.get("mode") == mode]
     asked += ["backend='cudagraphs'"] if options.get("backend") == "cudagraphs" else []
     asked += ["'triton.cudagraphs'"] if (options.get("options") or {}).get("triton.cudagraphs") else []

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from ..private_apis import version
+
+_patched: WeakSet[MethodType] = WeakSet()
 
 
 def is_own(module: nn.Module, name: str) -> bool:
@@ -20,7 +23,13 @@ def patch_method(module: nn.Module, name: str, function: Callable[..., Any]) -> 
     """Put a function in the place of a module's method, and return the new method."""
     # Past nn.Module's own attributes: this is no parameter, module or buffer.
     method = vars(module)[name] = MethodType(function, module)
+    _patched.add(method)
     return method
+
+
+def is_replaced(module: nn.Module, name: str) -> bool:
+    """Whether something other than `patch_method` has replaced a module's method: an offload's hook, say."""
+    return not is_own(module, name) and vars(module)[name] not in _patched
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int | None]:

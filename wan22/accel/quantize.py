@@ -13,7 +13,7 @@ Shapes: l tokens, o outputs, i inputs of a linear layer, g groups of inputs with
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
@@ -26,6 +26,8 @@ from ..checkpoints.lora.adapters import adapters_of, has_adapters
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from .offload.layout import blocks_of, bytes_of
 
+Model = TypeVar("Model", bound=nn.Module)
+
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +38,7 @@ ROWS = 1024
 MULTIPLE = 16
 
 
-def quantize(model: Any, method: Any, block: int | None = None) -> Any:
+def quantize(model: Model, method: Any, block: int | None = None) -> Model:
     """Quantise the large linear layers of a model's blocks in place, one after the other.
 
     Those are attention's projections and the feed-forward's layers; norms, embeddings, modulation and head
@@ -44,24 +46,23 @@ def quantize(model: Any, method: Any, block: int | None = None) -> Any:
 
     Args:
         model: a WanTransformer3DModel or umT5 (UMT5EncoderModel), compiled or not.
-        method: "fp8" keeps weights in float8 and computes as before, in the input's dtype; "int8" likewise.
-            "fp8_dynamic" multiplies in float8, too: faster on GPUs of compute capability 8.9 and more, and
-            less accurate, as it rounds the activations to float8, with a scale per token. Or one of torchao's
-            configurations, for the same layers.
-        block: inputs that share a scale, of "fp8" and "int8"; None: all inputs of an output.
+        method: "fp8" and "int8" keep weights in these dtypes, and compute in the input's; "fp8_dynamic"
+            multiplies in float8, too: faster on GPUs of compute capability 8.9 and more, and less accurate,
+            as activations are rounded, with a scale per token. Or one of torchao's configurations.
+        block: number of inputs that share a scale, for "fp8" and "int8"; None: all inputs of an output.
 
     Returns: the model.
 
     Raises:
         ValueError: the method is unknown or does not fit a layer, or the model is quantised already, has
             LoRAs, or is offloaded piece by piece.
-        ImportError: torchao is not installed, and the configuration is its own.
+        ImportError: torchao is not installed, and the configuration is not one of the names.
     """
     layers = check(model, method, block)
     inner = uncompiled(model)
     if isinstance(method, str):
         for name in list(layers):
-            # Taken out of the table, so that no two weights are there twice.
+            # Taken out of the table, so that only one weight at a time exists twice.
             _put(inner, name, _quantized(layers.pop(name), method, block))
     else:
         _quantize_by_torchao(inner, method, set(layers))
@@ -69,19 +70,8 @@ def quantize(model: Any, method: Any, block: int | None = None) -> Any:
     return model
 
 
-def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Linear]:
-    """Refuse what `quantize` refuses, and change nothing.
-
-    Args:
-        model: see `quantize`.
-        method: see `quantize`.
-        block: see `quantize`.
-
-    Returns: the layers that would be quantised, by name.
-
-    Raises:
-        ValueError: see `quantize`.
-    """
+def check(model: nn.Module, method: Any, block: int | None = None) -> dict[str, nn.Linear]:
+    """Refuse what `quantize` refuses; return the layers that it would quantise, by name."""
     layers = _layers_to_quantize(uncompiled(model))
     if isinstance(method, str):
         check_method(method)
@@ -91,15 +81,10 @@ def check(model: Any, method: Any, block: int | None = None) -> dict[str, nn.Lin
     return layers
 
 
-def dequantize(model: Any) -> Any:
-    """Make ordinary layers of quantised ones, from files, too, in place.
+def dequantize(model: Model) -> Model:
+    """Make ordinary layers of quantised ones in place, those from files included; return the model.
 
-    Their weights are the quantised values: what rounding took away is gone. Only loading brings it back.
-
-    Args:
-        model: any.
-
-    Returns: the model.
+    Weights keep the quantised values: only loading the model again brings the original ones back.
 
     Raises:
         ValueError: no layer is quantised.
@@ -121,7 +106,7 @@ def dequantize(model: Any) -> Any:
 class DynamicFloat8Linear(QuantizedLinear):
     """A quantised layer that rounds its input to float8, too, and multiplies float8 by float8.
 
-    Where that is not possible, or gradients are wanted, it computes as its base class does.
+    It computes as its base class does where the device has no such product, and for gradients.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -139,7 +124,7 @@ class DynamicFloat8Linear(QuantizedLinear):
 
 
 def _per_token_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return "l i" in float8 and the scale of each token, "l 1" float32, that it is to be multiplied by."""
+    """Return "l i" in float8, and the scale of each token, "l 1" in float32."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
     # In the dtype of x, so that no float32 copy of x is made. The scale is the inverse of the rounded factor,
     # so that it costs nothing: 3.71e-2 against 3.69e-2 in bf16. The bound keeps float16 finite.
@@ -157,7 +142,7 @@ def _scaled_by_rows(
 def _scaled_afterwards(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Do the same where a kernel takes one scale for all, as on 8.9: both kinds factor out of the sums."""
+    """Do the same where kernels take one scale for all, as on 8.9: both scales factor out of the sums."""
     one = torch.ones((), device=x.device)
     out = scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda)
     return out.mul_(scale).mul_(weight_scale)
@@ -166,17 +151,17 @@ def _scaled_afterwards(
 _PRODUCTS = {"by rows": _scaled_by_rows, "afterwards": _scaled_afterwards}
 
 
-@torch.compiler.assume_constant_result  # so that compiled code holds the answer, not the question
+@torch.compiler.assume_constant_result
 def _product_form(device: torch.device) -> str | None:
-    """Return how float8 is multiplied on a device; None where it is not."""
-    # On the meta device the memory of an expanded weight is counted: no less than what is needed.
+    """Return the name of a device's float8 product; None where there is none."""
+    # On the meta device the memory of an expanded weight is counted, which is the larger.
     return None if device.type == "meta" else _tried_form(device)
 
 
 @cache
 @torch.no_grad()
 def _tried_form(device: torch.device) -> str | None:
-    """Try the forms of a product, since which kernels there are depends on PyTorch's version, too."""
+    """Try the products, for PyTorch's version decides as well which kernels exist."""
     x = torch.ones(MULTIPLE, MULTIPLE, device=device).to(torch.float8_e4m3fn)
     scale = torch.full((MULTIPLE, 1), 0.5, device=device)
     for name, product in _PRODUCTS.items():
@@ -208,7 +193,7 @@ def _rounded(rows: torch.Tensor, kind: torch.dtype, groups: int) -> tuple[torch.
     """Return the bytes "o i" and the scales "o g 1" of rows "o i" of a weight."""
     values = rows.float().unflatten(1, (groups, -1))
     largest = torch.linalg.vector_norm(values, float("inf"), dim=2, keepdim=True)
-    scale = (largest / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)  # of zeros, any scale is
+    scale = (largest / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)  # zeros have any scale
     values = values / scale
     if not kind.is_floating_point:
         values.round_()
@@ -245,16 +230,16 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Return whether a layer is one of ours, or has a weight of torchao's or another such kind."""
+    """Return whether a layer is one of ours, or its weight is a tensor subclass such as torchao's."""
     if isinstance(module, QuantizedLinear):
         return True
     weight = module.weight if isinstance(module, nn.Linear) else None
-    # Divided among ranks it is a tensor of another class, too, but of the same values.
+    # A weight divided among ranks is of a subclass, too, but not quantised.
     return hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
 
 
 def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers that quantising is about, by name.
+    """Return the layers that can be quantised, by name.
 
     Raises:
         ValueError: the model cannot be quantised as it is.
@@ -283,17 +268,13 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def check_method(method: Any) -> None:
-    """Refuse the name of a method that there is none of.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Refuse an unknown name of a method."""
     if isinstance(method, str) and method not in KINDS:
         raise ValueError(f"method {method!r} must be {', '.join(KINDS)} or a configuration of torchao")
 
 
 def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse a method that does not fit a layer, before any is changed."""
+    """Refuse a method that does not fit a layer."""
     if block is not None and method == "fp8_dynamic":
         raise ValueError("fp8_dynamic has one scale for all inputs of an output; leave block out")
     for name, layer in layers.items():
@@ -307,7 +288,6 @@ def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) 
 
 
 def _quantize_by_torchao(model: nn.Module, config: Any, names: set[str]) -> None:
-    """Let torchao quantise the layers of these names."""
     try:
         from torchao.quantization import quantize_
     except ImportError as error:
@@ -324,11 +304,11 @@ class Report:
     """What quantising did to a model; errors are relative, in the L2 norm.
 
     Args:
-        layers: error of each layer's weight.
+        layers: error of each layer's weight, by name.
         block: error of the first block's output.
         output: error of the model's output.
-        bytes_before: of all parameters and buffers.
-        bytes_after: of all parameters and buffers.
+        bytes_before: bytes of the plain model's parameters and buffers.
+        bytes_after: bytes of the quantised model's.
     """
 
     layers: Mapping[str, float]
@@ -354,28 +334,26 @@ class Report:
 
 @torch.no_grad()
 def report(
-    plain: Any,
-    quantized: Any,
+    plain: nn.Module,
+    quantized: nn.Module,
     inputs: Mapping[str, Any] | None = None,
     size: tuple[int, int, int] = (3, 16, 16),
-    rows: int = 64,
+    tokens: int = 64,
 ) -> Report:
-    """Compare a model with its quantised copy, and print what comes out.
+    """Compare a model with its quantised copy, and print the report.
 
     Args:
-        plain: as it was: loaded again, or copied before quantising.
-        quantized: the same model, quantised.
-        inputs: arguments of its forward; None: random ones.
+        plain: the model as it was: loaded again, or copied before quantising.
+        quantized: the quantised model.
+        inputs: arguments of the models' forward; None: random ones.
         size: latent frames, rows and columns of random latents.
-        rows: of random text.
-
-    Returns: the errors, and the bytes.
+        tokens: number of random text tokens.
 
     Raises:
-        ValueError: no layer of the second one is quantised.
+        ValueError: no layer of the second model is quantised.
     """
     plain, quantized = (uncompiled(model) for model in (plain, quantized))
-    inputs = _random_inputs(plain, size, rows) if inputs is None else inputs
+    inputs = _random_inputs(plain, size, tokens) if inputs is None else inputs
     others = dict(_linears(quantized))
     layers = {
         name: _relative(_values(others[name]), _values(layer))
@@ -393,14 +371,13 @@ def report(
 
 
 def _values(layer: nn.Linear) -> torch.Tensor:
-    """Return a layer's weight in float32, whatever it is stored in."""
+    """Return a layer's weight in float32."""
     if isinstance(layer, QuantizedLinear):
         return layer.values()
     return (layer.weight.dequantize() if _is_quantized(layer) else layer.weight).float()
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative error in the L2 norm."""
     expected = expected.float()
     return ((found.float().to(expected.device) - expected).norm() / expected.norm()).item()
 
@@ -417,13 +394,13 @@ def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch
     return (first[0] if isinstance(first, tuple) else first).cpu(), out.cpu()
 
 
-def _random_inputs(model: Any, size: tuple[int, int, int], rows: int) -> dict[str, torch.Tensor]:
-    """Return random arguments of a transformer or of umT5."""
+def _random_inputs(model: Any, size: tuple[int, int, int], tokens: int) -> dict[str, torch.Tensor]:
+    """Return random arguments of the forward of a transformer or of umT5."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     if hasattr(config, "vocab_size"):
-        ids = torch.randint(config.vocab_size, (1, rows), generator=generator)
+        ids = torch.randint(config.vocab_size, (1, tokens), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    text = torch.randn(1, rows, config.text_dim, generator=generator)
+    text = torch.randn(1, tokens, config.text_dim, generator=generator)
     inputs = {
         "hidden_states": torch.randn(1, config.in_channels, *size, generator=generator),
         "timestep": torch.tensor([500.0]),

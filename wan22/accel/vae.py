@@ -1,4 +1,4 @@
-"""A faster autoencoder whose last digits differ: channels innermost in memory, upsampling by convolution.
+"""A faster autoencoder, equal up to rounding: channels innermost in memory, upsampling by convolution.
 
 Shapes: `b` batch, `c` channels, `h w` rows and columns.
 """
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.autoencoder_layers import CausalConv3d, Upsample
-from .methods import identity, is_own
+from .methods import identity, is_replaced
 
 
 class SubpixelConv2d(nn.Module):
-    """Double height and width by nearest neighbour and convolve 3x3, without making the doubled image.
+    """Double height and width by nearest neighbour and convolve 3x3, without the doubled image.
 
     A 3x3 window of the doubled image holds 2x2 different pixels. So each of the four pixels that a pixel
-    becomes is a 2x2 convolution of the small image with sums of the weights: 16 products in place of 36.
-    Where the weights have changed since, the image is doubled.
+    becomes is a 2x2 convolution of the small image with sums of the weights: 16 products instead of 36.
+    If the weights have changed since, the image is doubled.
 
     Args:
         conv: the 3x3 convolution; its parameters stay, under their names, beside the sums.
@@ -29,7 +29,6 @@ class SubpixelConv2d(nn.Module):
     sums: Tensor
 
     def __init__(self, conv: nn.Conv2d):
-        """Sum the weights in float32."""
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         w = conv.weight.detach().to(torch.promote_types(conv.weight.dtype, torch.float32))
@@ -45,7 +44,7 @@ class SubpixelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map "b c h w" to "b c 2h 2w"."""
-        # Whoever traces shapes puts other tensors without values in the weights' places.
+        # Tracing on the meta device replaces the weights by others without values.
         known = torch.compiler.is_compiling() or self.weight.is_meta
         if not known and identity(self.weight) != self.summed:
             doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
@@ -62,19 +61,18 @@ class SubpixelConv2d(nn.Module):
 
 
 def accelerate(vae: AutoencoderKLWan) -> None:
-    """Make an autoencoder compute faster; in float32 its results move by less than 1e-5 of their norm.
+    """Make an autoencoder faster, in place; in float32 its results change by less than 1e-5 of their norm.
 
     On a GPU that holds with `torch.backends.cudnn.allow_tf32 = False`. By default PyTorch rounds the operands
-    of float32 convolutions to TF32 there, which is off by 1e-3 with or without this. In half types results
-    are as far from the exact ones as those of the plain model, within a tenth.
+    of float32 convolutions to TF32 there, an error of 1e-3 with or without this. In half types the error is
+    that of the plain model, within a tenth.
 
-    Weights save and move as before. Where others are loaded, and in a copy of the model, it has to be called
-    again, for it keeps sums of them; until then those layers compute as before, though compiled code, which
-    does not notice, goes on with the sums.
+    Weights save and move as before. After loading other weights, and for a copy of the model, call it again,
+    as it keeps sums of them; until then those layers compute as before, but compiled code keeps the old sums.
 
     Args:
-        vae: the autoencoder, its weights loaded, in the dtype that it will run in and on its device, a CPU or
-            a CUDA GPU, or offloaded to it as a whole. It is changed in place.
+        vae: the autoencoder with its weights, in the dtype and on the device that it will run in and on, or
+            offloaded to that device as a whole.
 
     Raises:
         TypeError: vae is not wan22's autoencoder.
@@ -97,10 +95,7 @@ def accelerate(vae: AutoencoderKLWan) -> None:
 
 
 def detach(vae: AutoencoderKLWan) -> None:
-    """Undo `accelerate`: results are again those of the plain model, to the bit.
-
-    Args:
-        vae: the autoencoder, accelerated or not. It is changed in place.
+    """Undo `accelerate`, in place: results are those of the plain model, to the bit.
 
     Raises:
         TypeError: vae is not wan22's autoencoder.
@@ -129,9 +124,9 @@ def _check(vae: object) -> None:
 
 
 def _refuse_hooks(vae: AutoencoderKLWan) -> None:
-    """Refuse layers that somebody else has hooks on: they would be lost with the layer, or miss its sums."""
+    """Refuse layers with hooks of others: they would be lost with the layer, or miss its sums."""
     for name, module in vae.named_modules():
-        if name and not is_own(module, "forward"):
+        if name and is_replaced(module, "forward"):
             raise ValueError(
                 f"vae.{name} has another's hook, of an offload piece by piece or of layerwise casting; "
                 "accelerate, or undo that, before it is attached"
@@ -139,7 +134,6 @@ def _refuse_hooks(vae: AutoencoderKLWan) -> None:
 
 
 def _convolutions(vae: AutoencoderKLWan) -> Iterator[nn.Conv3d | nn.Conv2d]:
-    """Yield the convolutions whose weights have the layout that is used."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d | nn.Conv2d):
             yield module

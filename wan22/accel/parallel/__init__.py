@@ -1,4 +1,4 @@
-"""One video on many devices, on torch.distributed; what runs there knows nothing of that."""
+"""One video on several devices, on torch.distributed; attached to a pipeline from outside."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # When they are first used: whoever only asks if there are ranks waits for no library.
+    # Loaded on first use, as the command line asks for the rank before anything else.
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name], __name__), name)

@@ -1,15 +1,14 @@
-"""Which rank does what: processes in a mesh of guidance passes, rings and Ulysses groups.
+"""How ranks share a pipeline's work: a mesh of guidance passes, rings and Ulysses groups.
 
 Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...checks import check_positive_int
 
@@ -20,8 +19,8 @@ class Layout:
 
     Args:
         ring: ranks that pass keys and values around; any number.
-        ulysses: ranks that exchange tokens for heads; it divides the heads.
-        cfg: 2 where the two passes of guidance run at once, each on half of the ranks; 1 where they do not.
+        ulysses: ranks that exchange tokens for heads; a divisor of the heads.
+        cfg: 2: the two passes of guidance run at once, each on half of the ranks; 1: one after the other.
     """
 
     ring: int = 1
@@ -34,14 +33,10 @@ class Layout:
         return self.ring * self.ulysses * self.cfg
 
     def check(self, ranks: int, heads: int) -> None:
-        """Refuse a layout that does not suit.
-
-        Args:
-            ranks: that there are.
-            heads: of the transformer.
+        """Refuse a layout for another number of ranks, or one that does not divide the transformer's heads.
 
         Raises:
-            ValueError: it is for another number of ranks, or the heads cannot be shared so.
+            ValueError: the message suggests a layout that fits.
         """
         check_positive_int("ring", self.ring)
         check_positive_int("ulysses", self.ulysses)
@@ -56,15 +51,15 @@ class Layout:
 
 
 def suggest(ranks: int, heads: int, guided: bool = False) -> Layout:
-    """Return the layout that moves the least.
+    """Return the layout that moves the fewest bytes.
 
     Args:
-        ranks: that there are.
-        heads: of the transformer.
+        ranks: number of ranks.
+        heads: heads of the transformer.
         guided: whether steps have two passes.
 
-    Returns: the passes on half of the ranks each, if there are halves; within them Ulysses as far as the
-        heads go, and rings for the rest.
+    Returns: each pass on half of the ranks, if their number is even; within a pass Ulysses as far as heads
+        can be divided, and rings for the rest.
     """
     cfg = 2 if guided and ranks % 2 == 0 else 1
     each = ranks // cfg
@@ -74,41 +69,41 @@ def suggest(ranks: int, heads: int, guided: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """The processes that this one exchanges tensors with.
+    """The process groups that this rank belongs to.
 
     Args:
-        ring: its ring.
-        ulysses: its Ulysses group.
-        sequence: both: all that share a pass, in the order of their tokens.
-        guidance: those that have the same tokens in the other pass.
+        ring: the ranks that pass keys and values around.
+        ulysses: the ranks that exchange tokens for heads.
+        sequence: all ranks that share a pass, in the order of their tokens.
+        guidance: the ranks that have the same tokens in each pass.
         mesh: all ranks, along one axis.
     """
 
-    ring: Any
-    ulysses: Any
-    sequence: Any
-    guidance: Any
-    mesh: Any
+    ring: dist.ProcessGroup
+    ulysses: dist.ProcessGroup
+    sequence: dist.ProcessGroup
+    guidance: dist.ProcessGroup
+    mesh: DeviceMesh
 
     @classmethod
     def of(cls, layout: Layout, device_type: str) -> "Groups":
-        """Make the groups, once for a layout; a collective call, which all ranks make."""
+        """Return a layout's groups, made once; a collective call."""
         return _made(layout, device_type, dist.group.WORLD)
 
     @property
-    def all(self) -> Any:
+    def all(self) -> dist.ProcessGroup:
         """All ranks."""
         return self.mesh.get_group()
 
     @property
     def rank(self) -> int:
-        """This process's place in the order of the tokens."""
+        """This rank's position in the order of the tokens."""
         return dist.get_rank(self.sequence)
 
 
 @cache
-def _made(layout: Layout, device_type: str, world: Any) -> Groups:
-    # The ranks of a Ulysses group are neighbours: their tokens, put together, are a run of the video's.
+def _made(layout: Layout, device_type: str, world: dist.ProcessGroup) -> Groups:
+    # The ranks of a Ulysses group are neighbours, so that together they hold consecutive tokens.
     sizes = layout.cfg, layout.ring, layout.ulysses
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
     pair = layout.cfg, layout.ring * layout.ulysses
@@ -122,19 +117,17 @@ def _made(layout: Layout, device_type: str, world: Any) -> Groups:
     )
 
 
-def gathered(x: torch.Tensor, group: Any, to_first: bool = False) -> list[torch.Tensor]:
-    """Return a tensor of each rank of a group, in their order.
+def gathered(x: torch.Tensor, group: dist.ProcessGroup, to_first: bool = False) -> list[torch.Tensor]:
+    """Return each rank's tensor, in the order of the ranks.
 
     Args:
-        x: of this rank; they all have the same shape.
+        x: this rank's tensor; all have the same shape.
         group: the ranks.
-        to_first: whether only the first of them gets anything.
-
-    Returns: the tensors; none on a rank that gets nothing.
+        to_first: whether only the first rank gets the tensors; the others get an empty list.
     """
     x = x.contiguous()
-    gets = not to_first or dist.get_rank(group) == 0
-    parts = [torch.empty_like(x) for _ in range(group.size())] if gets else []
+    receives = not to_first or dist.get_rank(group) == 0
+    parts = [torch.empty_like(x) for _ in range(group.size())] if receives else []
     if to_first:
         dist.gather(x, parts or None, group=group, group_dst=0)
     else:

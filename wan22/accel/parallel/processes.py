@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: how they meet, which of them speaks, how they end."""
+"""The processes that torchrun starts: joining, output of the first rank alone, ending."""
 
 import atexit
 import logging
@@ -9,26 +9,28 @@ import threading
 import time
 import warnings
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .environment import is_first
 
+Value = TypeVar("Value")
+
 
 def own_device() -> torch.device:
-    """Return the device that is this rank's: a GPU of its own, or the CPU where there are none."""
+    """Return this rank's device: a GPU of its own, or the CPU where there are none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def join() -> int:
-    """Join the other ranks, if that has not been done, and return how many there are.
+    """Join the other ranks, once, and return the number of ranks.
 
-    From then on an error that nobody handles, and Ctrl-C, end this process at once, in whatever it waits for;
-    torchrun ends the others then.
+    From then on an unhandled error and Ctrl-C end this process at once, even while it waits for another rank;
+    torchrun then ends the others.
 
     Raises:
         ValueError: this process is alone.
@@ -50,14 +52,14 @@ def join() -> int:
 
 
 def end(code: int) -> NoReturn:
-    """End this process without a word to the others, who may wait for it, as it may for them."""
+    """End this process at once: leaving the group in order could wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def keep_silent() -> None:
-    """Let only the first rank show progress of loading, and libraries' remarks; errors are everybody's."""
+    """Show progress bars, warnings and log messages of the first rank alone; errors of every rank."""
     if is_first():
         return
     from diffusers.utils import logging as of_diffusers
@@ -70,8 +72,8 @@ def keep_silent() -> None:
     warnings.simplefilter("ignore")
 
 
-def shared(value: Any) -> Any:
-    """Return the first rank's value, on every rank."""
+def shared(value: Value) -> Value:
+    """Return the first rank's value on every rank; it is pickled."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -82,25 +84,24 @@ def _joined() -> bool:
 
 
 def _end_at_once() -> None:
-    """Let errors and Ctrl-C end the process as `end` does."""
-    tell = sys.excepthook
+    """Let unhandled errors and Ctrl-C end the process as `end` does."""
+    report = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        tell(kind, error, trace)
+        report(kind, error, trace)
         end(1)
 
     sys.excepthook = hook
-    # Python would notice the signal when the call that waits for another rank returns, which it may not.
+    # Python handles signals between its own instructions, but waiting for a rank may never return.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _leave() -> None:
-    """Leave the other ranks, at the end of the script."""
+    """Leave the group, at the end of the script."""
     if _joined():
         gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
         if gloo:
-            # Gloo's threads may hold the last tensors still, and abort the process if they let go of them
-            # once Python is on its way out.
+            # Gloo's threads may still hold tensors, and abort the process if they free them at Python's exit.
             time.sleep(0.1)

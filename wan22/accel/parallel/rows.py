@@ -1,13 +1,13 @@
 """An autoencoder's rows shared among ranks; the result is that of one rank, up to rounding.
 
-Each rank has a run of the rows, at every resolution. A convolution sees one row more on either side, which
-the neighbours send; beyond the picture there are zeros, as ever. Attention in the middle sees whole frames,
-which are gathered for it, at the lowest resolution.
+Each rank has consecutive rows, at every resolution. Convolutions get one more row on either side, which the
+neighbours send; beyond the picture it is zero, as padding is. Attention in the middle gets whole frames,
+gathered at the lowest resolution.
 
 Shapes: b batch, c channels, t h w frames, rows, columns, of all ranks together or of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -42,7 +42,7 @@ class RowParallel:
         ValueError: the VAE is compiled, or its rows are shared already.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, group: Any) -> None:
+    def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
         if vae in _shared or not all(is_own(part, "forward") for part in (vae.encoder, vae.decoder)):
             raise ValueError(
                 "the VAE is compiled, or its rows are shared already; pipe.compile(vae=False) leaves it alone"
@@ -57,18 +57,18 @@ class RowParallel:
         self._around(vae.decoder, self._share_latents, self._join_pixels)
         for module in vae.modules():
             if isinstance(module, CausalConv3d) and module.kernel_size[1] > 1:
-                self._see_beyond(module, crop=1)
-            elif isinstance(module, Upsample):  # which doubles what it sees
-                self._see_beyond(module, crop=2)
+                self._with_halo(module, crop=1)
+            elif isinstance(module, Upsample):  # one row in, two rows out
+                self._with_halo(module, crop=2)
                 if module.time_conv is not None:
                     self._handles.append(module.time_conv.register_forward_hook(self._clear_beyond))
             elif isinstance(module, Downsample):
-                self._handles.append(module.register_forward_pre_hook(self._see_below))
+                self._handles.append(module.register_forward_pre_hook(self._with_row_below))
             elif isinstance(module, AttentionBlock):
                 self._around(module, self._gather_frames, self._take_own)
 
     def detach(self) -> None:
-        """Let each rank compute by itself, as before."""
+        """Let each rank compute all rows, as before."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -76,20 +76,20 @@ class RowParallel:
 
     @contextmanager
     def to_first(self) -> Iterator[None]:
-        """Give what is decoded meanwhile to the first rank alone; each of the others has its own rows."""
+        """Gather what is decoded meanwhile on the first rank alone; the others get their own rows."""
         self._to_first = True
         try:
             yield
         finally:
             self._to_first = False
 
-    def _around(self, module: nn.Module, before: Any, after: Any) -> None:
+    def _around(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     # ---- chunks ----
 
     def _share_pixels(self, encoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give the encoder this rank's rows; settled units are those that have settled on every rank."""
+        """Give the encoder this rank's rows; a unit has settled once it has on every rank."""
         x, *rest = arguments
         if not self._share(x.shape[3] * self.vae.patch_size // self.vae.spatial_stride):
             return None
@@ -152,11 +152,11 @@ class RowParallel:
         return (self._joined(arguments[0]), *arguments[1:]) if self._shares else None
 
     def _take_own(self, module: nn.Module, arguments: Any, x: Tensor) -> Tensor | None:
-        """Take this rank's rows of what attention gives."""
+        """Take this rank's rows of attention's result."""
         return self._own(x) if self._shares else None
 
-    def _see_beyond(self, module: nn.Module, crop: int) -> None:
-        """Give a layer a row more on either side, and leave out what it makes of them: so many rows."""
+    def _with_halo(self, module: nn.Module, crop: int) -> None:
+        """Give a layer one more row on either side, and crop what it makes of them from its result."""
 
         def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             x, *rest = arguments
@@ -167,8 +167,8 @@ class RowParallel:
 
         self._around(module, before, after)
 
-    def _see_below(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give a layer that halves the rows the next one below; under the picture's last it puts zeros."""
+    def _with_row_below(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give a layer that halves the rows the next row below; it pads the picture itself."""
         if not self._shares:
             return None
         x, *rest = arguments
@@ -176,24 +176,23 @@ class RowParallel:
         return (x if below is None else torch.cat([x, below], dim=-2), *rest)
 
     def _clear_beyond(self, module: nn.Module, arguments: Any, x: Tensor) -> None:
-        """Make the rows beyond the picture zeros again, to which a bias was added."""
+        """Zero the rows beyond the picture, to which a bias was added."""
         if self._shares and self.rank == 0:
             x[..., :1, :] = 0
         if self._shares and self.rank + 1 == self.ranks:
             x[..., -1:, :] = 0
 
     def _with_neighbours(self, x: Tensor) -> Tensor:
-        """Return "… h w" with the neighbours' nearest rows around it, zeros where there is none."""
+        """Return "… h w" between the neighbours' nearest rows, zeros beyond the picture."""
         zeros = x.new_zeros(x[..., :1, :].shape)
         above, below = self._neighbours(x)
         return torch.cat([zeros if above is None else above, x, zeros if below is None else below], dim=-2)
 
     def _neighbours(self, x: Tensor, from_above: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """Return the nearest rows "… 1 w" of the ranks above (if they are asked for) and below."""
+        """Return the nearest rows "… 1 w" of the ranks above, if asked for, and below."""
         above, below = self.rank > 0, self.rank + 1 < self.ranks
         top, bottom = x[..., :1, :], x[..., -1:, :]
         row = top.numel()
-        # What goes up comes from below.
         sent, received = [0] * self.ranks, [0] * self.ranks
         edges = []
         if above:

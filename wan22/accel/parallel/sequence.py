@@ -1,11 +1,12 @@
 """A transformer's tokens shared among ranks; the result is that of one rank, up to rounding.
 
-Each rank has a run of the tokens, and only self-attention needs those of the others. Ulysses exchanges tokens
-for heads: each rank of a group gets all the group's tokens of some heads, and gives the result back. A ring
-passes keys and values on, and adds up what each part of them gives. Both together: rings of Ulysses groups.
-Where the tokens cannot be shared equally, zeros fill up the last ranks', which nobody attends to.
+Each rank has consecutive tokens, and only self-attention needs those of the others. Ulysses exchanges tokens
+for heads: each rank of a group computes all the group's tokens of some heads, and sends the result back. A
+ring passes keys and values on, and combines the results of its parts by their log-sum-exp. Both together are
+rings of Ulysses groups. Where ranks cannot have equally many tokens, the last ranks' are padded with zeros,
+which are no keys of any query.
 
-Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size, m model size; k rows of time.
+Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size, m model size, k times.
 """
 
 import itertools
@@ -38,9 +39,9 @@ class SequenceParallel:
     All ranks call a transformer with the same arguments, and get the same result.
 
     Args:
-        models: WanTransformer3DModels that run by turns, a pipeline's; their kernel computes attention among
-            heads. Within a ring it is PyTorch's FlashAttention, or the memory-efficient one, which tell what
-            parts are added up by.
+        models: the transformers of a pipeline, which run one at a time. Their own kernel computes attention
+            within Ulysses groups; in a ring, PyTorch's flash or memory-efficient one, which return the
+            log-sum-exp.
         groups: the ranks.
 
     Raises:
@@ -54,7 +55,7 @@ class SequenceParallel:
         self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)
         self.name = f"sequence parallel {next(_numbers)}"
         self.tokens = 0  # of the video that is being computed
-        self._shared: tuple[Any, ...] = ()  # its time rows and rotary tables, of this rank's tokens
+        self._shared: tuple[Any, ...] = ()  # modulation and rotary tables of this rank's tokens
         chains: list[list[Any]] = [blocks_of(model) for model in models]
         self._firsts = [chain[0] for chain in chains]
         self._attentions: list[Any] = [block.attn1 for chain in chains for block in chain]
@@ -66,26 +67,22 @@ class SequenceParallel:
             self._handles.append(chain[-1].register_forward_hook(self._after))
 
     def detach(self) -> None:
-        """Compute alone, as before."""
+        """Let each rank compute all tokens, as before."""
         for handle in self._handles:
             handle.remove()
         for own in self._attentions:
-            if own.backend == self.name:  # or somebody chose another since
+            if own.backend == self.name:  # unless another has been chosen since
                 own.backend = self.backend
         unregister(self.name)
         self._handles = []
 
     def _refuse_cache(self, model: Any, *_: Any) -> None:
-        """Refuse a step cache, now or at the next call.
-
-        Raises:
-            ValueError: one is enabled.
-        """
+        """Refuse a step cache."""
         if getattr(model, "is_cache_enabled", False):
             raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
 
     def _compute_by(self, backend: str) -> None:
-        """Let a kernel compute what the ranks exchange tokens for."""
+        """Choose the kernel that computes attention of exchanged tokens."""
         self.backend = backend
         register(self.name, Kernel(self._kernel(backend), inner=backend))
         for own in self._attentions:
@@ -94,47 +91,47 @@ class SequenceParallel:
     # ---- around the blocks ----
 
     def _before(self, block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give a block this rank's part of what goes by tokens."""
+        """Replace a block's arguments by their parts for this rank's tokens."""
         x, text, time, rotary, *rest = arguments
-        if block.attn1.backend != self.name:  # somebody chose another since
+        if block.attn1.backend != self.name:  # another has been chosen since
             self._compute_by(block.attn1.backend)
         if any(block is first for first in self._firsts):
             self.tokens = x.shape[1]
-            self._shared = self._rows(time), tuple(map(self._part, rotary))
+            self._shared = self._times(time), tuple(map(self._part, rotary))
             x = self._part(x)
         return (x, text, *self._shared, *rest)
 
     def _after(self, block: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        """Put the tokens of all ranks together behind the last block."""
+        """Gather the tokens of all ranks after the last block."""
         self._shared = ()
         return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
     @property
-    def _run(self) -> int:
-        """Tokens c of a rank, the filled up ones included."""
+    def _own_tokens(self) -> int:
+        """Tokens c of a rank, padding included."""
         return -(-self.tokens // self.ranks)
 
     def _part(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of "b l …", filled up with zeros."""
-        start = self.rank * self._run
-        # A copy, as the blocks' results are: compiled code would tell a view from them.
-        part = x[:, start : start + self._run].clone(memory_format=torch.contiguous_format)
-        missing = self._run - part.shape[1]
+        """Return this rank's part of "b l …", padded with zeros."""
+        start = self.rank * self._own_tokens
+        # A copy, as the blocks' results are: compiled code is compiled anew for a view.
+        part = x[:, start : start + self._own_tokens].clone(memory_format=torch.contiguous_format)
+        missing = self._own_tokens - part.shape[1]
         return F.pad(part, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else part
 
-    def _rows(self, time: torch.Tensor) -> torch.Tensor:
-        """Return the time's rows of this rank's tokens: all of "b 1 6 m", one per token otherwise."""
-        rows = time.shape[1]
-        if rows == 1:
+    def _times(self, time: torch.Tensor) -> torch.Tensor:
+        """Return the modulation "b k 6 m" for this rank's tokens: as it is for k = 1, else one per token."""
+        times = time.shape[1]
+        if times == 1:
             return time
-        start = self.rank * self._run
-        tokens = torch.arange(start, start + self._run, device=time.device).clamp_(max=self.tokens - 1)
-        return time[:, tokens * rows // self.tokens]
+        start = self.rank * self._own_tokens
+        tokens = torch.arange(start, start + self._own_tokens, device=time.device).clamp_(max=self.tokens - 1)
+        return time[:, tokens * times // self.tokens]
 
     # ---- attention ----
 
     def _kernel(self, backend: str) -> Callable[..., torch.Tensor]:
-        """Return what computes self-attention of a rank's tokens to those of all ranks."""
+        """Return the kernel of self-attention of a rank's tokens to those of all ranks."""
 
         def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             q, k, v = self._to_heads(torch.stack((query, key, value)))
@@ -148,7 +145,7 @@ class SequenceParallel:
         return compute
 
     def _to_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Exchange "3 b c n d" for all the group's tokens of some heads."""
+        """Exchange "3 b c n d", this rank's tokens, for all of some heads, "3 b (u c) n/u d"."""
         size = dist.get_world_size(self.groups.ulysses)
         if size == 1:
             return x
@@ -156,7 +153,7 @@ class SequenceParallel:
         return self._exchange(parts).movedim(0, 2).flatten(2, 3)  # -> 3 b (u c) n/u d
 
     def _to_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """Exchange "b (u c) n/u d" for all heads of this rank's tokens."""
+        """Exchange "b (u c) n/u d" for all heads of this rank's tokens, "b c n d"."""
         size = dist.get_world_size(self.groups.ulysses)
         if size == 1:
             return x
@@ -164,57 +161,56 @@ class SequenceParallel:
         return self._exchange(parts).movedim(0, 2).flatten(2, 3)  # -> b c n d
 
     def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
-        """Send each rank of the Ulysses group its part, and return what they sent."""
+        """Send the i-th part to the i-th rank of the Ulysses group, and return the parts received."""
         sent = all_to_all_single(parts.contiguous(), None, None, self.groups.ulysses)
         return wait_tensor(sent)
 
     def _ring(self, query: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         """Attend to the keys and values "2 b s n d" of each rank of the ring in turn."""
         size, rank = dist.get_world_size(self.groups.ring), dist.get_rank(self.groups.ring)
-        onwards = [(i + 1) % size for i in range(size)]
+        receivers = [(i + 1) % size for i in range(size)]
         total: tuple[torch.Tensor, torch.Tensor] | None = None
         for step in range(size):
             # The next block travels while this one is attended to.
             last = step + 1 == size
-            coming = None if last else permute_tensor(block.flatten(), onwards, self.groups.ring)
-            owner, run = (rank - step) % size, block.shape[2]
-            filled = min(max(self.tokens - owner * run, 0), run)
-            if filled:
-                part = attention_and_logits(query, block[0, :, :filled], block[1, :, :filled])
-                total = part if total is None else added(*total, *part)
-            block = block if coming is None else wait_tensor(coming).view_as(block)
+            following = None if last else permute_tensor(block.flatten(), receivers, self.groups.ring)
+            owner, length = (rank - step) % size, block.shape[2]
+            keys = min(max(self.tokens - owner * length, 0), length)  # without padding
+            if keys:
+                part = attention_and_lse(query, block[0, :, :keys], block[1, :, :keys])
+                total = part if total is None else combined(*total, *part)
+            block = block if following is None else wait_tensor(following).view_as(block)
         assert total is not None, "the first rank of a ring has tokens"
         return total[0].to(query.dtype)
 
 
-def attention_and_logits(
+def attention_and_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to a part of the keys.
 
     Args:
-        query: "b l n d".
-        key: "b s n d".
-        value: "b s n d".
+        query: queries, "b l n d".
+        key: keys, "b s n d".
+        value: values, "b s n d".
 
-    Returns: the result "b l n d", and the logarithm of the sum that it was divided by "b l n 1"; float32, or
-        float64.
+    Returns: the result "b l n d", and the log-sum-exp of the scores "b l n 1"; float32 or float64.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # b l n d -> b n l d
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.device.type == "cpu":
-        out, logits = flash_attention_for_cpu(q, k, v)
+        out, lse = flash_attention_for_cpu(q, k, v)
     elif query.dtype in (torch.float16, torch.bfloat16):
-        out, logits = flash_attention(q, k, v)[:2]
+        out, lse = flash_attention(q, k, v)[:2]
     else:
-        out, logits = efficient_attention(q, k, v, None, True)[:2]
-        logits = logits[:, :, : q.shape[2]]  # whose length is a multiple of 32
-    return out.transpose(1, 2).to(wide), logits.transpose(1, 2)[..., None].to(wide)
+        out, lse = efficient_attention(q, k, v, None, True)[:2]
+        lse = lse[:, :, : q.shape[2]]  # padded to a multiple of 32
+    return out.transpose(1, 2).to(wide), lse.transpose(1, 2)[..., None].to(wide)
 
 
-def added(
-    out: torch.Tensor, weight: torch.Tensor, part: torch.Tensor, logits: torch.Tensor
+def combined(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add up the results of two sets of keys, each with the logarithm of its sum."""
-    both = torch.logaddexp(weight, logits)
-    return out * (weight - both).exp() + part * (logits - both).exp(), both
+    """Combine attention to two sets of keys, each with its log-sum-exp."""
+    both = torch.logaddexp(lse, other_lse)
+    return out * (lse - both).exp() + other * (other_lse - both).exp(), both
