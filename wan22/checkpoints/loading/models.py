@@ -159,7 +159,8 @@ class FromFiles:
                 return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         place = root / subfolder
         config, known = read_json(place / "config.json"), {}
-        if config.get("_class_name") == cls.__name__:
+        in_diffusers_layout = config.get("_class_name") == cls.__name__
+        if in_diffusers_layout:
             path, *shards = _diffusers_weights(place, kwargs.get("variant"))
             ours = "quantization_config" not in config and not _needs_diffusers(kwargs)
             if ours and not local:
@@ -173,7 +174,8 @@ class FromFiles:
             known = {name: value for name, value in kwargs.items() if name not in _OWN}
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         model = read_as(cls._format(cls), path, config, known).load(dtype, kwargs.get("dequantize", False))
-        model.register_to_config(_name_or_path=source)
+        if in_diffusers_layout:
+            model.register_to_config(_name_or_path=source)
         return model
 
     @classmethod
