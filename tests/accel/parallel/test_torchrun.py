@@ -45,7 +45,13 @@ def start(folder, count, *command):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heeds_ctrl_c,
     )
+
+
+def heeds_ctrl_c():
+    """Let a process heed Ctrl-C where the tests run in the background, and would hand on that they do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process):
