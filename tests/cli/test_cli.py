@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.checkpoints.lora_writers import save_one_layer
 from tests.cli.commands import QUICK, picture, run
+from tests.tiers import slow
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 from wan22.cli.loading import split_strength
@@ -237,7 +238,7 @@ def test_one_clear_line(arguments, message, here):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
-@pytest.mark.parametrize("ending", ["mp4", "gif", "npy"])
+@pytest.mark.parametrize("ending", ["mp4", *slow(["gif", "npy"])])
 def test_no_room_on_the_disk(ending, here):
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
