@@ -69,14 +69,8 @@ class WanPipeline(PipelineParts):
     def stream(self, *args: Any, **kwargs: Any) -> WanStream:
         """Make one video whose frames are decoded as they are asked for, so that a long one needs no memory.
 
-        Args:
-            *args: arguments of the call.
-            **kwargs: arguments of the call, without output_type.
-
-        Returns: the frames, to go through or to save; sampling is done, decoding starts with the first.
-
-        Raises:
-            ValueError: several videos are asked for, or an argument breaks its rule.
+        It takes the arguments of the call, without output_type. Sampling is done when it returns; decoding
+        starts with the first frame.
         """
         return self(*args, **kwargs, output_type="stream")
 
@@ -267,8 +261,6 @@ class WanPipeline(PipelineParts):
         Args:
             latents: "b c t h w".
             output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
-
-        Returns: the frames.
 
         Raises:
             FloatingPointError: the VAE produced values that are not finite.

@@ -181,11 +181,7 @@ class WanI2VPipeline(WanPipeline):
         return images if images > 1 else None
 
     def default_size(self, request: Request) -> tuple[int, int]:
-        """Return the height and width that follow from the images.
-
-        Raises:
-            ValueError: the images give different sizes, or none.
-        """
+        """Return the height and width that follow from the images; a ValueError names different ones."""
         if not request.image:
             return super().default_size(request)
         area = self._area(request)
@@ -345,12 +341,7 @@ class WanI2VPipeline(WanPipeline):
 
     @torch.no_grad()
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
-        """Return the image encoder's tokens of one or several images, "b l d" (Wan 2.1).
-
-        Args:
-            image: one PIL image or a list.
-            device: of the result; default is where the transformer runs.
-        """
+        """Return the image encoder's tokens of one PIL image or a list, "b l d" (Wan 2.1)."""
         align_weights(self.image_encoder)
         inputs = self.image_processor(images=image, return_tensors="pt")
         inputs = inputs.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)

@@ -202,20 +202,12 @@ class PipelineParts(LoadablePipeline):
         return self.memory.plan
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast all models, as DiffusionPipeline.to does.
-
-        Raises:
-            ValueError: a device is given, and a plan moves the models; or ranks have divided the weights.
-        """
+        """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them."""
         self.memory.check_movable(*args, kwargs.get("device"))
         return super().to(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save all components, as diffusers does; quantised weights are expanded.
-
-        Raises:
-            ValueError: ranks have divided the weights.
-        """
+        """Save all components, as diffusers does; quantised weights are expanded, divided ones refused."""
         self.ranks.check_whole()
         super().save_pretrained(*args, **kwargs)
 

@@ -99,11 +99,7 @@ class Parallel:
         return self._rows is not None
 
     def check_whole(self) -> None:
-        """Refuse what needs whole weights.
-
-        Raises:
-            ValueError: each rank has only its part of them.
-        """
+        """Refuse what needs whole weights where each rank has a part of them."""
         if self.fsdp:
             raise ValueError(
                 "each rank has only its part of the weights (fsdp=True): neither can they be moved or saved, "

@@ -27,24 +27,14 @@ Strength = float | Sequence[float] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class LoraSource:
-    """Where in a folder or repository a LoRA's file is.
-
-    Args:
-        weight_name: of the file; None: the only one.
-        subfolder: that holds it.
-        hub: options of the download.
-    """
+    """A LoRA's file in a folder or repository: its name (None: the only one), subfolder, hub options."""
 
     weight_name: str | None
     subfolder: str
     hub: dict[str, Any]
 
     def files_of(self, source: str | Path) -> list[str]:
-        """Return the names of the safetensors files there.
-
-        Raises:
-            FileNotFoundError: there is no such folder, and it is no repository's name.
-        """
+        """Return the names of the safetensors files there."""
         folder = Path(source).expanduser()
         if folder.is_dir():
             return sorted(path.name for path in (folder / self.subfolder).glob("*.safetensors"))
@@ -85,16 +75,16 @@ class Loras(Part):
         """Load a LoRA in any dialect: one for all transformers, or a pair for the two experts.
 
         Args:
-            lora: file, folder, repository, or table of tensors, for both experts; what it names
-                "transformer_2." is for the low-noise expert alone. A folder or repository that holds
+            lora: file, folder, repository, or table of tensors, for both experts; its keys below
+                "transformer_2." are for the low-noise expert alone. A folder or repository that holds
                 high_noise_model.safetensors and low_noise_model.safetensors is a pair.
-            adapter_name: what to call it; default is "lora_0", "lora_1", …
-            high: the high-noise expert's file and so on.
-            low: the low-noise expert's.
-            strength: what its changes are multiplied by: one number, two (high, low), or a table such as
+            adapter_name: name of the adapter; default is "lora_0", "lora_1", …
+            high: the high-noise expert's file, folder, repository or table.
+            low: the low-noise expert's file, folder, repository or table.
+            strength: factor of its weights: one number, two (high, low), or a table such as
                 {"transformer": 1, "transformer_2": 0.5}.
             weight_name: file in the folder or repository.
-            subfolder: where it is in there.
+            subfolder: folder of that file in there.
             **hub: options of the download: `cache_dir`, `force_download`, `token`, `local_files_only`,
                 `revision`.
 
@@ -125,15 +115,12 @@ class Loras(Part):
         adapter_names: str | Sequence[str],
         adapter_weights: Strength | Sequence[Strength | None] | None = None,
     ) -> None:
-        """Choose the active adapters and their strengths.
+        """Choose the active adapters and their strengths; an unknown name is a ValueError.
 
         Args:
-            adapter_names: those to be active; all others are not.
+            adapter_names: the adapters to be active; all others are not.
             adapter_weights: one strength for all, or a list with one for each adapter; each as the strength
                 of `load_lora_weights`. None: 1.
-
-        Raises:
-            ValueError: there is no such adapter, or there are not as many strengths.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
@@ -168,11 +155,7 @@ class Loras(Part):
         self._switch(True)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters out.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
+        """Take adapters out; an unknown name is a ValueError."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
         self._pipe.memory.offload_all()

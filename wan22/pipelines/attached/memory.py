@@ -112,11 +112,7 @@ class Memory(Part):
             self._pipe.vae.enable_strips(strips)
 
     def offload_all(self) -> None:
-        """Bring all weights to the host, where they can be changed.
-
-        Raises:
-            ValueError: ranks have divided them.
-        """
+        """Bring all weights to the host, where they can be changed; refused if ranks have divided them."""
         self._pipe.ranks.check_whole()
         if self._offloader is not None:
             self._offloader.offload_all()
@@ -127,14 +123,7 @@ class Memory(Part):
             self._offloader.offload_transient()
 
     def check_movable(self, *destinations: Any) -> None:
-        """Refuse to move models that a plan moves, or to change weights that ranks have divided.
-
-        Args:
-            *destinations: devices asked for; None, and dtypes, are none.
-
-        Raises:
-            ValueError: a plan moves the models, or each rank has a part of them.
-        """
+        """Refuse to move models while a plan moves them, or to change weights that ranks have divided."""
         devices = [d for d in destinations if not isinstance(d, torch.dtype | None)]
         if self.moves_models and devices:
             raise ValueError(f"to({devices[0]!r}): the plan moves the models; call pipe.release() first")
@@ -158,14 +147,8 @@ class Memory(Part):
     def replan_if_larger(self, height: int, width: int, num_frames: int, videos: int = 1) -> None:
         """Plan anew for a call that is larger than planned for; without a budget, warn that it may not fit.
 
-        Args:
-            height: pixels. Larger frames take more to decode, however few they are.
-            width: pixels.
-            num_frames: frames of each video.
-            videos: number of videos of the call.
-
-        Raises:
-            ValueError: it does not fit into the budget; the plan that there was stays.
+        Larger frames, in pixels, take more to decode, however few they are. Where the call does not fit into
+        the budget, a ValueError says so and the plan stays.
         """
         plan = self.plan
         if plan is None or (self._offloader is not None and not self.moves_models):

@@ -5,11 +5,7 @@ from typing import Any
 
 
 class Part:
-    """A part that a pipeline holds, without keeping it: a deleted pipeline's memory is free at once.
-
-    Args:
-        pipe: the pipeline.
-    """
+    """A part that a pipeline holds, without keeping it: a deleted pipeline's memory is free at once."""
 
     def __init__(self, pipe: Any) -> None:
         self._reference = weakref.ref(pipe)

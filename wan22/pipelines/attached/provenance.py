@@ -33,12 +33,7 @@ class Provenance(Part):
         self._files_of: Mapping[str, tuple[Any, Path]] = {}
 
     def record_source(self, place: Any, parts: Mapping[str, Path]) -> None:
-        """Remember where the models were loaded from.
-
-        Args:
-            place: folder, repository or files, as the caller gave them.
-            parts: file or folder of each component that was loaded.
-        """
+        """Remember the models' source as the caller gave it, and the file or folder of each component."""
         folder = Path(str(place)).absolute()
         # The miniatures' folder differs from machine to machine; their name does not.
         self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
@@ -117,11 +112,7 @@ class Provenance(Part):
         }
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that the pipeline, as it stands, would make another video from.
-
-        Raises:
-            ValueError: the recipe cannot be reproduced, or its checkpoint, LoRAs, dtypes or changes differ.
-        """
+        """Refuse, with the reason, a recipe that the pipeline as it stands would make another video from."""
         if recipe.not_reproducible_because is not None:
             why = recipe.not_reproducible_because
             raise ValueError(f"the video cannot be made again from its recipe: {why}")

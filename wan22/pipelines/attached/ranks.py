@@ -32,11 +32,7 @@ class Ranks(Protocol):
         ...
 
     def check_whole(self) -> None:
-        """Refuse what needs whole weights.
-
-        Raises:
-            ValueError: each rank has only its part of them.
-        """
+        """Refuse, with a ValueError, what needs whole weights where each rank has a part of them."""
         ...
 
 

@@ -21,7 +21,7 @@ class Call:
         request: the arguments as they were given.
         recipe: every setting, completed.
         prompts: one per prompt, not per video; None where embeddings were given.
-        negative_prompts: likewise.
+        negative_prompts: one per prompt; None where embeddings were given.
         generators: one per video: source of all its noise.
         scheduler: solver whose schedule is set.
         steps: steps of the schedule.

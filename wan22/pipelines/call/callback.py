@@ -23,9 +23,6 @@ class StepCallback:
         function: the caller's; or a callback of diffusers, which names its tensors itself.
         tensors: names of the tensors that it gets.
         allowed: names that there are.
-
-    Raises:
-        ValueError: there is no tensor of such a name.
     """
 
     def __init__(self, function: Callable[..., Any], tensors: Sequence[str], allowed: Sequence[str]) -> None:
@@ -36,18 +33,9 @@ class StepCallback:
         self.function, self.tensors = function, tuple(tensors)
 
     def __call__(self, pipe: Any, step: Step, latents: torch.Tensor, embeds: TextEmbeds) -> torch.Tensor:
-        """Call the function.
+        """Call the function after a step; return the latents "b c t h w" to go on with.
 
-        Args:
-            pipe: the pipeline.
-            step: the step that is done.
-            latents: "b c t h w".
-            embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d" or None; replaced in place.
-
-        Returns: the latents to go on with.
-
-        Raises:
-            ValueError: a replacement has another shape, or is not finite.
+        Embeddings "b l d" are replaced in place. A ValueError names a replacement that does not fit.
         """
         offered = {"latents": latents, **embeds}
         replaced = self.function(pipe, step.index, step.timestep, {n: offered[n] for n in self.tensors}) or {}

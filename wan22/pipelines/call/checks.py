@@ -16,16 +16,7 @@ def check_guidance(name: str, value: float) -> None:
 
 
 def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str]:
-    """Return a list of prompts.
-
-    Args:
-        name: the argument's name.
-        prompt: one, or several.
-        count: number that there must be; one is repeated.
-
-    Raises:
-        ValueError: it is neither a string nor a non-empty list of strings, or there are not `count`.
-    """
+    """Return a list of prompts; with a count, of that many, one string being repeated."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"{name} must be a string or a non-empty list of strings, not {describe(prompt)}")
@@ -72,11 +63,7 @@ def describe(value: Any) -> str:
 
 
 def check_finite(latents: torch.Tensor, step: Step) -> None:
-    """Refuse latents that are not finite, naming the step and the model.
-
-    Raises:
-        FloatingPointError: they hold NaN or infinity.
-    """
+    """Refuse latents that are not finite by a FloatingPointError that names the step and the model."""
     if not torch.isfinite(latents).all():
         expert, dtype = step.expert, step.expert.model and step.expert.model.dtype
         where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {dtype}"

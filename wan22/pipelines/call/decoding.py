@@ -25,7 +25,7 @@ Bar = Callable[..., Any]
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor, output_type: str, bar: Bar, retry: bool) -> Any:
-    """Decode normalised latents, video by video and chunk by chunk.
+    """Decode normalised latents "b c t h w", video by video and chunk by chunk.
 
     Args:
         vae: decoder.
@@ -33,11 +33,6 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor, output_type: str, bar: 
         output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
         bar: makes a progress bar.
         retry: whether to go on in strips where memory runs out.
-
-    Returns: the frames.
-
-    Raises:
-        FloatingPointError: the VAE produced values that are not finite.
     """
     if output_type == "latent":
         return latents
@@ -77,11 +72,7 @@ def stream_frames(
 
 
 def decode_chunks(vae: AutoencoderKLWan, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
-    """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
-
-    Raises:
-        FloatingPointError: the VAE produced values that are not finite.
-    """
+    """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU."""
     align_weights(vae)
     z = vae.denormalize_latents(z).to(get_module_execution_device(vae), vae.dtype)
     for pixels in in_more_strips(vae, z) if retry else vae.decode_stream(z):
@@ -92,13 +83,7 @@ def decode_chunks(vae: AutoencoderKLWan, z: torch.Tensor, retry: bool) -> Iterat
 
 
 def in_more_strips(vae: AutoencoderKLWan, z: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Decode raw latents "1 c t h w" chunk by chunk; where memory runs out, in more strips from then on.
-
-    Returns: an iterator over pixels "1 3 t h w" in [-1, 1].
-
-    Raises:
-        torch.OutOfMemoryError: it fits in no number of strips, or not in the tiles asked for.
-    """
+    """Decode raw latents "1 c t h w" to "1 3 t h w" in [-1, 1], in more strips once memory runs out."""
     done = 0
     while True:
         try:

@@ -77,11 +77,7 @@ class Experts:
         self.low = Expert("transformer_2", labels[1], transformer_2)
 
     def serving(self, timestep: float) -> Expert:
-        """Return the expert of a timestep in 0 to 1000.
-
-        Raises:
-            ValueError: it is not loaded.
-        """
+        """Return the expert of a timestep in 0 to 1000; a ValueError says if it is not loaded."""
         expert = self.high if self.boundary is None or timestep >= self.boundary else self.low
         if expert.model is None:
             served_by = f"the {expert.label or 'only'} expert, but pipe.{expert.slot} is None"
@@ -92,11 +88,7 @@ class Experts:
         return expert
 
     def steps(self, scheduler: Any) -> list[Step]:
-        """Return the steps of a scheduler whose schedule is set.
-
-        Raises:
-            ValueError: an expert that serves one of them is not loaded.
-        """
+        """Return the steps of a scheduler whose schedule is set; a missing expert is refused by name."""
         timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.tolist()
         experts = [self.serving(timestep) for timestep in timesteps.tolist()]
         return [

@@ -45,12 +45,7 @@ _TURNS: dict[Any, Image.Transpose] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as pixels.
-
-    Args:
-        pixels: RGB in [-1, 1], "3 h w", float32 on the CPU.
-        name: where it came from, a path or URL; None for one that was in memory.
-    """
+    """One image: RGB pixels "3 h w" in [-1, 1], float32 on the CPU; its path or URL, None if in memory."""
 
     pixels: torch.Tensor
     name: str | None = None
@@ -73,7 +68,7 @@ def load_pictures(name: str, images: Any) -> list[Picture]:
     """Read one image or several.
 
     Args:
-        name: of the argument, for errors.
+        name: the argument's name, for errors.
         images: None; or one image: a PIL image of any mode, a path, a URL (http, https, file), an array
             "h w", "h w 1", "h w 3" or "h w 4", or a tensor "c h w" of as many channels, each uint8 or
             floating in [0, 1]; or a list of images, or a batch "b h w c" or "b c h w".
@@ -127,11 +122,7 @@ def load_picture(name: str, image: Any) -> Picture:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says, and into 8-bit RGB, transparency on white.
-
-    Raises:
-        ValueError: values of a 16-bit or floating image are out of range.
-    """
+    """Turn an image as its EXIF orientation says, and into 8-bit RGB, transparency on white."""
     # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     image = image if turn is None else image.transpose(turn)
@@ -198,15 +189,9 @@ def _to_pixels(name: str, array: np.ndarray) -> torch.Tensor:
 
 
 def floor_size(size: Size, max_area: int, cell: Size) -> Size:
-    """Return the largest whole cells of the image's aspect: I2V-A14B's rule.
+    """Return the most whole cells (one token each) of an image's aspect within an area: I2V-A14B's rule.
 
     Computed in whole numbers, where the official code's floating point makes 832x464 of an 832x480 image.
-
-    Args:
-        size: of the image.
-        max_area: pixels.
-        cell: width and height of one token.
-
     Source: Wan2.2 wan/image2video.py, WanI2V.generate.
     """
     w, h = size
@@ -217,11 +202,6 @@ def floor_size(size: Size, max_area: int, cell: Size) -> Size:
 
 def closest_size(size: Size, max_area: int, cell: Size) -> Size:
     """Return whole cells with the aspect nearest the image's, width first or height first: TI2V-5B's rule.
-
-    Args:
-        size: of the image.
-        max_area: pixels.
-        cell: width and height of one token.
 
     Source: Wan2.2 wan/utils/utils.py, best_output_size.
     """
@@ -276,8 +256,8 @@ def fit_picture(picture: Picture, size: Size, fit: Fit, resize: Any) -> Picture:
     Args:
         picture: the image.
         size: width and height.
-        fit: "crop": cover the size and cut what is over, evenly; "pad": fit inside, on black; "stretch":
-            scale each axis by itself.
+        fit: "crop" covers the size and cuts the rest evenly; "pad" fits inside, on black; "stretch" scales
+            each axis by itself.
         resize: `bicubic` or `lanczos`.
     """
     if fit == "stretch" or picture.size == size:

@@ -21,9 +21,6 @@ def generators_of(request: Request, count: int, draw_seed: Callable[[], int]) ->
         request: `seed`, `generator`, `noise_device`.
         count: videos of the call.
         draw_seed: gives the seed of a call without one.
-
-    Raises:
-        ValueError: they contradict each other, are not one per video, or the device is not there.
     """
     if request.generator is None:
         return _seeded(draw_seed() if request.seed is None else request.seed, request.noise_device, count)
@@ -97,9 +94,6 @@ class NoisePerVideo(TorchFunctionMode):
 
     Stochastic solvers of diffusers draw by torch.randn_like or torch.randn, from the global generator: a seed
     would not mean one video, and a video would depend on its neighbours in the batch.
-
-    Args:
-        generators: one per video.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:

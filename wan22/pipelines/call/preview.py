@@ -33,10 +33,10 @@ class Preview:
     """What a video looks like after a step.
 
     Args:
-        step: of the run, from 1.
-        num_steps: of the run.
+        step: number of the step, from 1.
+        num_steps: steps of the run.
         label: the expert's, "high noise" or "low noise"; "" if there is only one.
-        frames: uint8 "t h w 3": a pixel per latent cell, or what a decoder made of them.
+        frames: uint8 "t h w 3": a pixel per latent cell, or decoded by a tiny autoencoder.
         fps: frames per second at which they play in the video's time.
     """
 
@@ -74,12 +74,11 @@ class Previewer:
         show: a function that takes each Preview; or a file that each of them replaces, .png for the middle
             frame, .gif or .webp for the video; or True: in a notebook one picture that changes in place,
             elsewhere the file preview.png in the working folder.
-        vae: of the pipeline; its config tells the latents' colours.
-        fps: of the video.
-        every: steps from one preview to the next; None: such that a run has about ten. The last step always
-            has one.
-        decoder: a TinyDecoder, or the file of one (taew2_1, taew2_2): finer previews that take longer. None:
-            a pixel per latent cell, which takes next to no time.
+        vae: the pipeline's VAE; its config tells the latents' colours.
+        fps: frames per second of the video.
+        every: steps from one preview to the next; None: about ten in a run. The last step always has one.
+        decoder: a TinyDecoder, or its file (taew2_1, taew2_2): finer previews that take longer. None: a pixel
+            per latent cell, which takes next to no time.
 
     Raises:
         FileNotFoundError: there is no such decoder.
@@ -110,16 +109,9 @@ class Previewer:
 
     @torch.no_grad()
     def step(self, step: int, num_steps: int, label: str, latents: torch.Tensor) -> None:
-        """Show a preview if one is due.
+        """Show a preview of predicted clean latents "b c t h w" if one is due after this step (from 1).
 
-        What a caller's function raises is raised; a file that cannot be written ends the previews, not the
-        run.
-
-        Args:
-            step: the step that was done, from 1.
-            num_steps: of the run.
-            label: the expert's.
-            latents: the clean latents that it predicts, normalised, "b c t h w".
+        What a caller's function raises is raised; a file that cannot be written ends the previews alone.
         """
         if not self.due(step, num_steps):
             return
@@ -204,11 +196,7 @@ class Display:
 
 
 def write(preview: Preview, path: Path) -> None:
-    """Replace a file by a preview, all at once: a viewer never sees half of one.
-
-    Args:
-        preview: its middle frame goes into a .png, all its frames into a .gif or .webp.
-        path: of the file.
+    """Replace a file by a preview at once: its middle frame in a .png, all frames in a .gif or .webp.
 
     Raises:
         NotWrittenError: the file could not be written.

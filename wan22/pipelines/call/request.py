@@ -21,11 +21,7 @@ NOT_RECORDED = {
 
 
 class Request:
-    """A call's arguments, as attributes.
-
-    Args:
-        arguments: values by name, such as the locals() of `__call__`; "self" is left out.
-    """
+    """A call's arguments, as attributes; made of the locals() of `__call__`."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = {name: value for name, value in arguments.items() if name != "self"}

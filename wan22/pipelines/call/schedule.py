@@ -14,11 +14,7 @@ from .request import Request
 
 
 def with_distilled(request: Request) -> Request:
-    """Fill in the timesteps and the guidance of the `distilled` setting that is asked for by name.
-
-    Raises:
-        ValueError: there is none of that name, or a schedule is given, too.
-    """
+    """Fill in the timesteps and the guidance of the `distilled` setting that is asked for by name."""
     name = request.distilled
     if name is None:
         return request
@@ -31,17 +27,7 @@ def with_distilled(request: Request) -> Request:
 
 
 def scheduler_for(request: Request, scheduler: Any, device: torch.device, default_steps: int) -> Any:
-    """Return the scheduler of a call, its schedule set: the pipeline's, or Euler's for distilled models.
-
-    Args:
-        request: `num_inference_steps`, `flow_shift`, `sigmas`, `timesteps`, `distilled`.
-        scheduler: the pipeline's.
-        device: device of the timesteps.
-        default_steps: steps of a call that says nothing about its schedule.
-
-    Raises:
-        ValueError: the schedule contradicts itself, or the scheduler cannot follow it.
-    """
+    """Return the scheduler of a call, its schedule set: the pipeline's, or Euler's for distilled models."""
     steps = as_int(request.num_inference_steps)
     if steps is None and request.sigmas is None and request.timesteps is None:
         steps = default_steps
@@ -81,10 +67,10 @@ def set_schedule(
         sigmas: noise levels to use as they are, 0 to 1.
         timesteps: timesteps to use as they are, 0 to 1000.
 
-    Returns: the scheduler with the schedule; a new one where diffusers' has to be built anew for the shift.
+    Returns: the scheduler; a new one where diffusers' has to be built anew for the shift.
 
     Raises:
-        ValueError: a schedule that contradicts itself, or that the scheduler cannot follow.
+        ValueError: the schedule contradicts itself, or the scheduler cannot follow it.
     """
     if shift is not None and (isinstance(shift, bool) or not isinstance(shift, (int, float))):
         raise ValueError(f"flow_shift={shift!r} must be a number above 0, such as 5.0")

@@ -22,17 +22,7 @@ logger = logging.getLogger(__name__)
 def check_prompts(
     request: Request, text_dim: int, default_negative: str, count: int | None
 ) -> tuple[list[str | None], list[str | None]]:
-    """Return the prompts and negative prompts of a call; None where embeddings are given.
-
-    Args:
-        request: `prompt`, `negative_prompt`, and embeddings in place of them.
-        text_dim: width d of the transformer's text embeddings.
-        default_negative: negative prompt in place of an empty one.
-        count: prompts that there must be; None: any number.
-
-    Raises:
-        ValueError: text and embeddings are both given, or neither; or they are not one per prompt.
-    """
+    """Return a call's prompts and negative prompts, completed; None for given embeddings."""
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise ValueError("give prompt or prompt_embeds, and only one of them")
     if request.prompt_embeds is not None:
@@ -51,11 +41,7 @@ def check_prompts(
 
 
 def check_text_encoder(pipe: Any, request: Request, guided: bool) -> None:
-    """Refuse text that nothing can encode.
-
-    Raises:
-        ValueError: the text encoder or its tokenizer is needed and not loaded.
-    """
+    """Refuse text that nothing can encode."""
     needed = {"prompt": request.prompt_embeds is None}
     needed["negative_prompt"] = guided and request.negative_prompt_embeds is None
     for name in (name for name, is_needed in needed.items() if is_needed):
