@@ -1,6 +1,10 @@
 """Pipelines put together from given components, and from other pipelines."""
 
+import copy
+import gc
 import json
+import pickle
+import weakref
 
 import diffusers
 import pytest
@@ -171,3 +175,26 @@ def test_from_pipe_with_replacements(pipe):
     assert other.config.boundary_ratio is None
     with pytest.raises(ValueError, match=r"WanT2VPipeline has no sheduler; it has .*scheduler"):
         WanT2VPipeline.from_pipe(pipe, sheduler=None)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_of_a_pipeline_holds_parts_of_its_own(copied):
+    pipe = random_pipeline()
+    expected = latents_of(pipe)
+    twin = copied(pipe)
+    del pipe
+    gc.collect()
+    assert torch.equal(latents_of(twin), expected)
+    twin.accelerate()
+    assert twin.acceleration.changes()["accelerated"]
+
+
+def test_a_deleted_pipeline_is_free_at_once():
+    pipe = random_pipeline()
+    gone = weakref.ref(pipe)
+    gc.disable()
+    try:
+        del pipe
+        assert gone() is None
+    finally:
+        gc.enable()

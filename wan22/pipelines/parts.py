@@ -17,6 +17,7 @@ from ..video.recipe import Recipe
 from .attached.acceleration import Acceleration
 from .attached.loras import Loras
 from .attached.memory import Memory
+from .attached.part import Part
 from .attached.provenance import Provenance
 from .attached.ranks import OneRank, Ranks
 from .call.request import Request
@@ -96,6 +97,10 @@ class PipelineParts(LoadablePipeline):
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         self.check_components()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy of a pipeline hold parts of its own."""
+        vars(self).update({n: v.held_by(self) if isinstance(v, Part) else v for n, v in state.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
         models = ("vae", "transformer", "transformer_2")

@@ -181,12 +181,15 @@ def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
         "last_image": old.get("last_images") or None,
     }
     names = ("num_frames", "guidance_scale", "guidance_scale_2", "max_sequence_length", "noise_device")
-    call |= {name: old.get(name) for name in (*names, "attention_kwargs", "max_area", "fit")}
-    if call["distilled"] is None:
-        custom = [name for name in ("sigmas", "timesteps") if old.get(name) is not None]
-        call |= {name: old[name] for name in custom or ("num_inference_steps", "flow_shift")}
-    if call["max_area"] is None:
-        call |= {"height": old["height"], "width": old["width"]}
+    names += ("attention_kwargs", "max_area", "fit", "sigmas", "timesteps")
+    if old.get("max_area") is None:
+        names += ("height", "width")
+    if old.get("few_steps") is not None:
+        names = tuple(name for name in names if name != "timesteps")
+    elif old.get("sigmas") is None and old.get("timesteps") is None:
+        names += ("num_inference_steps", "flow_shift")
+    call |= {name: old.get(name) for name in names}
+    call = {name: value for name, value in call.items() if value is not None}
     return {**old, "call": call, "not_reproducible_because": old.get("obstacle")}
 
 

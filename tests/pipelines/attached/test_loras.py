@@ -615,7 +615,7 @@ def test_the_lightning_recipe(pipe):
     pipe.scheduler = FlowMatchEulerScheduler(shift=5.0)
     by_hand = pipe("a red circle", timesteps=[1000, 937.5, 2500 / 3, 625], guidance_scale=1.0, **size)
     assert torch.equal(video.frames, by_hand.frames)
-    with pytest.raises(ValueError, match=r"recipe='lightning-8' .*lightning-4"):
+    with pytest.raises(ValueError, match=r"distilled='lightning-8' .*lightning-4"):
         pipe("a red circle", distilled="lightning-8", **size)
     with pytest.raises(ValueError, match="has its own timesteps; leave num_inference_steps out"):
         pipe("a red circle", distilled="lightning-4", num_inference_steps=8, **size)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,38 @@ def test_recipes_are_the_same_after_reading(pipe, tmp_path):
     for text in ("", "[]", "{}", '{"wan22_recipe": 1}', "null"):
         with pytest.raises(ValueError, match="no recipe of wan22"):
             Recipe.from_json(text)
+
+
+OLD_CALLS = {
+    "two": {"prompt": ["a", "a", "b", "b"], "negative_prompt": ["c", "c", "", ""], "num_inference_steps": 2},
+    "sigmas": {"prompt": "a", "sigmas": [1.0, 0.5], "guidance_scale": 1},
+    "lightning": {"prompt": "a", "distilled": "lightning-4"},
+}
+
+
+@pytest.mark.parametrize("name", OLD_CALLS)
+def test_recipes_of_the_first_format(name, pipe):
+    """Files of earlier versions hold the settings of each video, not the call."""
+    old = json.loads((Path(__file__).parents[2] / "video" / "recipes_format_1.json").read_text())[name]
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    expected = pipe(**OLD_CALLS[name], **size, seed=3).frames
+    recipe = Recipe.from_json(json.dumps(old))
+    assert recipe.prompts == tuple(old["prompts"]) and recipe.seeds == tuple(old["seeds"])
+    assert np.array_equal(pipe.reproduce(recipe).frames, expected)
+    stopped = Recipe.from_json(json.dumps({**old, "obstacle": "latents were given"}))
+    with pytest.raises(ValueError, match="latents were given"):
+        pipe.reproduce(stopped)
+
+
+def test_an_image_of_the_first_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = json.loads((Path(__file__).parents[2] / "video" / "recipes_format_1.json").read_text())["image"]
+    pipe = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v"))
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((70, 50)).save("a.png")
+    few = {"num_frames": 5, "num_inference_steps": 2, "max_area": 48 * 48, "seed": 1}
+    expected = pipe("a.png", "b", **few).frames
+    assert np.array_equal(pipe.reproduce(Recipe.from_json(json.dumps(old))).frames, expected)
 
 
 def test_fingerprints(tmp_path):
