@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from ..checkpoints.loading.models import WanTransformer3DModel
 from ..models.attention import Kernel, native, register
-from ..models.transformer import WanTransformer3DModel
 from ..private_apis import uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 

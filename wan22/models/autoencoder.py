@@ -1,24 +1,25 @@
 """The Wan video autoencoder: pixels to latents and back, the 2.1 and the 2.2 family in one class.
 
-Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns: of pixels in [-1, 1] for a video ("x", 3
-channels), of latent cells for latents ("z"). A clip of 1 + 4k frames has 1 + k latent frames.
+Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns: pixels in [-1, 1] for a video ("x", 3
+channels), latent cells for latents ("z"). A clip of 1 + 4k frames has 1 + k latent frames.
 
-A long clip goes through in chunks; what the causal layers must remember between chunks is a `TemporalCache`,
-an object of the caller's. The model itself never changes while it runs.
+A long clip is processed in chunks; the history of the causal layers is a `TemporalCache` that the caller
+holds. The model itself does not change while it runs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .autoencoder_coders import Decoder3d, Encoder3d
 from .autoencoder_memory import MemoryModes, check_multiple
-from .layers import wide
+from .layers import at_least_float32
 from .temporal_cache import SettledPrefix, TemporalCache, assign_cache_keys, regroup_frames
 from .tiling import Tile, blend_tiles
 
-# Statistics of the 2.1 latents, channel by channel; 2.2 checkpoints bring theirs in the config.
+# Statistics of the 2.1 latents per channel; the config of 2.2 checkpoints has its own.
 # Source: Wan2.2 wan/modules/vae2_1.py, Wan2_1_VAE.
 LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -33,7 +34,7 @@ LATENTS_STD = (
 class AutoencoderKLWan(MemoryModes, nn.Module):
     """The video autoencoder of Wan 2.1 (4x8x8, 16 channels) or, by configuration, 2.2 (4x16x16, 48 channels).
 
-    Config names and state-dict keys are those of diffusers' class of the same name; checkpoints go both ways.
+    Config names and state-dict keys are those of diffusers' class of the same name.
 
     Args:
         base_dim: encoder channels at full resolution.
@@ -74,7 +75,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         scale_factor_temporal: int | None = 4,
         scale_factor_spatial: int | None = 8,
     ) -> None:
-        """Build the model with random weights."""
         super().__init__()
         shared = (dim_mult, num_res_blocks)
         down, up = temperal_downsample, temperal_downsample[::-1]
@@ -98,12 +98,12 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         """The dtype that the model computes in."""
         return self.quant_conv.weight.dtype
 
-    # Chunks: one step through a clip. These are what `torch.compile` gets.
+    # Chunks: one step through a clip.
 
     def encode_chunk(
         self, x: Tensor, cache: TemporalCache | None = None
     ) -> tuple[Tensor, TemporalCache | None]:
-        """Encode the next frames of a clip; what is left to do, for all chunks together, is `quant_conv`.
+        """Encode the next frames of a clip; `quant_conv` follows.
 
         Args:
             x: pixels, "b 3 t h w": 1 + 4k frames at the clip's start, 4k later.
@@ -118,7 +118,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         """Decode the next latent frames of a clip.
 
         Args:
-            z: what `post_quant_conv` made of raw latents, "b c t h w", any number of frames.
+            z: output of `post_quant_conv` on raw latents, "b c t h w", any number of frames.
             cache: the clip's cache, new at its start; None: z is the whole clip.
         Returns: pixels, "b 3 t h w", not clamped; the cache for the next chunk.
         """
@@ -161,7 +161,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         """Encode a clip that arrives piece by piece, in the memory of one chunk and without gradients.
 
         Args:
-            frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
+            frames: pieces "b 3 t h w" of the clip in [-1, 1], any number of frames each, 1 + 4k in all.
             chunk_latents: latent frames to compute at a time.
         Returns: an iterator over the moments of consecutive latents, together those of `encode`.
         Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
@@ -188,7 +188,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return self.decode(self.encode(sample)[:, : self.z_dim])
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """Give raw latents "b c t h w" mean 0 and deviation 1 per channel, as the transformer's; float32."""
+        """Turn raw latents "b c t h w" into the transformer's: mean 0, deviation 1 per channel; float32."""
         mean, inv_std, z = self._latent_statistics(z)
         return (z - mean) * inv_std
 
@@ -198,7 +198,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return z / inv_std + mean
 
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
-        """Encode "b 3 t h w" without tiling, `chunk_latents` at a time."""
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
             return self.quant_conv(self.encode_chunk(x)[0])
         cache, settled = TemporalCache(), SettledPrefix()
@@ -206,16 +205,12 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return self.quant_conv(torch.cat([self._encode_next(x, cache, settled) for x in groups], dim=2))
 
     def _encode_next(self, x: Tensor, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
-        """Encode a clip's next chunk "b 3 t h w", without what would be computed again.
-
-        What is left out has its gradients elsewhere: with gradients, everything is computed.
-        """
+        """Encode a clip's next chunk; without gradients, layers that would repeat their result do not run."""
         if torch.is_grad_enabled() or not settled.repeats(x):
             return self.encode_chunk(x, cache)[0]
         return self.encoder(patchify(x, self.patch_size), cache, settled)
 
     def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
-        """Decode "b c t h w" without tiling, `chunk_latents` at a time."""
         z, strips = self.post_quant_conv(z), self._strips(z.shape[3])
         if chunk_latents is None or z.shape[2] <= chunk_latents:
             return self._decode_next(z, None, strips)
@@ -224,14 +219,12 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return torch.cat([self._decode_next(part, cache, strips) for part in parts], dim=2)
 
     def _decode_next(self, z: Tensor, cache: TemporalCache | None, strips: Sequence[TemporalCache]) -> Tensor:
-        """Decode a clip's next chunk "b c t h w", in strips if there are caches for them."""
         if not strips:
             return self.decode_chunk(z, cache)[0]
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)
 
     @torch.no_grad()
     def _encode_stream(self, frames: Iterable[Tensor], chunk_latents: int) -> Iterator[Tensor]:
-        """Encode chunk by chunk; every tile keeps a cache of its own."""
         s, seen = self.spatial_stride, 0
         states: dict[Tile, tuple[TemporalCache, SettledPrefix]] = {}
         for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
@@ -245,7 +238,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     @torch.no_grad()
     def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
-        """Decode chunk by chunk; every tile keeps a cache of its own."""
         tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
         states = {tile: (TemporalCache(), self._strips(tile.rows[1] - tile.rows[0])) for tile in tiles}
         chunks = zip(
@@ -256,21 +248,19 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
             yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
 
     def _chunk_frames(self, chunk_latents: int) -> tuple[int, int]:
-        """Frames of the first chunk and of each later one."""
         return 1 + self.temporal_stride * (chunk_latents - 1), self.temporal_stride * chunk_latents
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and reciprocal deviation, "c 1 1 1", and z, in float32 (float64 stays)."""
+        """Return mean and reciprocal deviation, "c 1 1 1", and z, in float32 or float64."""
         # float32: the sampler's latents are, and half types would round them once more on each way.
-        z = z.to(wide(z.dtype))
+        z = z.to(at_least_float32(z.dtype))
         mean, std = (
             z.new_tensor(values)[:, None, None, None] for values in (self.latents_mean, self.latents_std)
         )
-        # The official code keeps the reciprocal; rounding it first gives its last bit.
+        # The official code stores the reciprocal; rounding it first gives the same last bit.
         return mean, 1 / std, z
 
     def _check_video(self, x: Tensor) -> None:
-        """Raise ValueError unless x can be encoded, whatever its number of frames."""
         channels = self.in_channels // self.patch_size**2
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
@@ -279,7 +269,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         check_multiple("video width", x.shape[4], self.spatial_stride)
 
     def _check_frame_count(self, t: int) -> None:
-        """Raise ValueError unless t frames make whole latent frames."""
         s = self.temporal_stride
         if (t - 1) % s:
             below = t - (t - 1) % s
@@ -288,19 +277,16 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
             )
 
     def _check_latents(self, z: Tensor) -> None:
-        """Raise ValueError unless z can be decoded."""
         channels = self.z_dim
         if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}; it must be (b, {channels}, t, h, w)")
         self._check_dtype("latents", z)
 
     def _check_dtype(self, what: str, x: Tensor) -> None:
-        """Raise ValueError unless x has the dtype that the model computes in."""
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{what}: dtype is {x.dtype}; it must be the model's: {what}.to({self.dtype})")
 
     def _check_chunk_latents(self, chunk_latents: int | None) -> None:
-        """Raise ValueError unless a chunk has at least one latent frame."""
         if chunk_latents is not None and chunk_latents < 1:
             raise ValueError(
                 f"chunk_latents is {chunk_latents}; it must be at least 1, or None for the whole clip"
@@ -308,18 +294,10 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """Fold p x p squares of pixels into channels: "b c t (h p) (w q)" to "b (c q p) t h w"."""
-    if p == 1:
-        return x
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 6, 4, 2, 3, 5)  # b c q p t h w
-    return x.reshape(b, c * p * p, t, h // p, w // p)
+    """Fold p x p squares of pixels into channels."""
+    return rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p)
 
 
 def unpatchify(x: Tensor, p: int) -> Tensor:
-    """Undo `patchify`: "b (c q p) t h w" to "b c t (h p) (w q)"."""
-    if p == 1:
-        return x
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c // p**2, p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)  # b c t h p w q
-    return x.reshape(b, c // p**2, t, h * p, w * p)
+    """Undo `patchify`."""
+    return rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)

@@ -2,7 +2,7 @@
 
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns at the block's own resolution.
 
-Like the layers, every block takes any number of frames and a `TemporalCache`, or None for a whole clip.
+Like the layers, blocks take any number of frames and a `TemporalCache`, or None for a whole clip.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,6 @@ class MidBlock(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, dropout: float = 0.0):
-        """Build the block."""
         super().__init__()
         self.attentions = nn.ModuleList([AttentionBlock(channels)])
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout) for _ in range(2)])
@@ -44,12 +43,14 @@ class MidBlock(nn.Module):
 
 
 class ResidualDownBlock(nn.Module):
-    """A resolution of the 2.2 encoder: residual blocks, a downsampler, an averaging shortcut around them."""
+    """A resolution of the 2.2 encoder: residual blocks, a downsampler, an averaging shortcut around them.
+
+    `spatial` and `temporal` say which axes are halved at its end, and doubled in the decoder's blocks.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
     ):
-        """Build the block; `spatial` and `temporal` say which axes are halved at its end."""
         super().__init__()
         self.avg_shortcut = AverageDown(in_channels, out_channels, 2 if temporal else 1, 2 if spatial else 1)
         widths = [in_channels] + [out_channels] * blocks
@@ -72,7 +73,6 @@ class UpBlock(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
     ):
-        """Build the block; `spatial` and `temporal` say which axes are doubled at its end."""
         super().__init__()
         self.resnets = _residual_chain([in_channels] + [out_channels] * blocks, dropout)
         upsamplers = [Upsample(out_channels, out_channels // 2, temporal)] if spatial else []
@@ -83,7 +83,7 @@ class UpBlock(nn.Module):
         return self.enlarge(self.refine(x, cache), cache)
 
     def refine(self, x: Tensor, cache: TemporalCache | None = None) -> tuple[Tensor, ...]:
-        """Do what happens at the lower resolution; the result is for `enlarge`."""
+        """Run the lower resolution; the result is for `enlarge`."""
         for resnet in self.resnets:
             x = resnet(x, cache)
         return (x,)
@@ -102,7 +102,6 @@ class ResidualUpBlock(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, dropout: float, spatial: bool, temporal: bool
     ):
-        """Build the block; `spatial` and `temporal` say which axes are doubled at its end."""
         super().__init__()
         self.resnets = _residual_chain([in_channels] + [out_channels] * blocks, dropout)
         self.upsampler = Upsample(out_channels, out_channels, temporal) if spatial else None
@@ -114,7 +113,7 @@ class ResidualUpBlock(nn.Module):
         return self.enlarge(self.refine(x, cache), cache)
 
     def refine(self, x: Tensor, cache: TemporalCache | None = None) -> tuple[Tensor, ...]:
-        """Do what happens at the lower resolution; the result is for `enlarge`."""
+        """Run the lower resolution; the result is for `enlarge`."""
         y = x
         for resnet in self.resnets:
             y = resnet(y, cache)
@@ -156,7 +155,6 @@ class Encoder3d(nn.Module):
         dropout: float,
         is_residual: bool,
     ):
-        """Build the encoder."""
         super().__init__()
         self.conv_in = CausalConv3d(in_channels, base_dim)
         self.down_blocks = nn.ModuleList()
@@ -194,7 +192,6 @@ class Encoder3d(nn.Module):
         return x
 
     def _head(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
-        """Map the last features to moments."""
         return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
 
 
@@ -224,7 +221,6 @@ class Decoder3d(nn.Module):
         dropout: float,
         is_residual: bool,
     ):
-        """Build the decoder."""
         super().__init__()
         widths = [base_dim * multiple for multiple in reversed(dim_mult)]
         self.conv_in = CausalConv3d(in_channels, widths[0])
@@ -241,8 +237,8 @@ class Decoder3d(nn.Module):
         self.norm_out = RMSNorm(width)
         self.conv_out = CausalConv3d(width, out_channels)
 
-        # Rows that the layers of `_upper` see beyond their own, by one per 3x3 convolution, counted before
-        # the last doubling, if there is one.
+        # Rows beyond its own that `_upper` depends on, one per 3x3 convolution, counted before the last
+        # doubling, if there is one.
         self.strip_scale = 2 if len(widths) > 1 else 1
         rows = 2 * (num_res_blocks + 1) + self.strip_scale
         self.strip_halo = -(-rows // self.strip_scale)
@@ -256,7 +252,7 @@ class Decoder3d(nn.Module):
             z: latents, "b c t h w".
             cache: the clip's cache; None: z is the whole clip.
             strips: caches of the horizontal strips that the highest resolution is computed in, from the top;
-                none: it is computed as a whole. The result is the same, for strips overlap by what they see.
+                none: it is computed as a whole. The result is the same, as strips overlap by what they need.
         Returns: pixels, "b c t' h' w'".
         """
         refined = self._lower(z, cache)
@@ -276,7 +272,7 @@ class Decoder3d(nn.Module):
         return x
 
     def _lower(self, z: Tensor, cache: TemporalCache | None) -> tuple[Tensor, ...]:
-        """Do all that comes before the last enlargement, which takes less memory by far than what follows."""
+        """Run all that comes before the last enlargement, which takes far less memory than what follows."""
         x = self.mid_block(self.conv_in(z, cache), cache)
         blocks: list[Any] = list(self.up_blocks[:-1])
         for block in blocks[:-1]:
@@ -284,7 +280,6 @@ class Decoder3d(nn.Module):
         return blocks[-1].refine(x, cache) if blocks else (x,)
 
     def _upper(self, refined: tuple[Tensor, ...], cache: TemporalCache | None) -> Tensor:
-        """Do the rest: enlarge, the blocks of the highest resolution, the head."""
         blocks: list[Any] = list(self.up_blocks[:-1])
         x = blocks[-1].enlarge(refined, cache) if blocks else refined[0]
         x = self.up_blocks[-1](x, cache)
@@ -292,5 +287,4 @@ class Decoder3d(nn.Module):
 
 
 def _residual_chain(widths: Sequence[int], dropout: float) -> nn.ModuleList:
-    """Residual blocks that lead through the given channel numbers."""
     return nn.ModuleList([ResidualBlock(a, b, dropout) for a, b in pairwise(widths)])

@@ -3,22 +3,23 @@
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns at the layer's own resolution.
 
 Every layer takes any number of frames and a `TemporalCache`. Without a cache the frames are the whole clip;
-with one they continue the clip whose cache it is. Either way the result is that of the whole clip in one go.
+with one they continue its clip. The result is the same as that of the whole clip at once.
 """
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attention
-from .layers import wide
+from .layers import at_least_float32
 from .temporal_cache import TemporalCache
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that looks at the present and earlier frames only; before the clip there are zeros.
+    """Convolution over the present and earlier frames; before the clip there are zeros.
 
-    Its input takes the memory format of its weight, contiguous or channels last; mostly its output follows.
+    It runs in the memory format of its weight, contiguous or channels last.
 
     Args:
         in_channels: channels of the input.
@@ -27,12 +28,11 @@ class CausalConv3d(nn.Conv3d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int] = (3, 3, 3)):
-        """Pad space inside the convolution (no copy); time is the forward's business."""
         t, h, w = kernel_size
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, h // 2, w // 2))
         self.history = t - 1
-        # Whether to leave out products with the zeros before a clip that goes on, which rounds sums otherwise
-        # than the official code; `wan22.accel.vae` switches it on.
+        # Whether to leave out products with the zeros before a clip that continues, which rounds sums
+        # differently from the official code; `wan22.accel.vae` switches it on.
         self.skips_zeros = False
         self.cache_key = ""
 
@@ -45,7 +45,7 @@ class CausalConv3d(nn.Conv3d):
             # The clip's first frame alone: all taps but the last would read the zeros before it.
             frame = x.contiguous(memory_format=layout)[:, :, 0]
             return F.conv2d(frame, self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
-        # Written once, in the layout wanted, whatever those of x and past are.
+        # Written once, in the wanted layout, whatever those of x and past are.
         b, c, t, h, w = x.shape
         shape = b, c, self.history + t, h, w
         frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -63,7 +63,6 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, channels: int, axes: int = 3):
-        """Start with gain 1."""
         super().__init__()
         self.scale = channels**0.5
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * axes))
@@ -71,7 +70,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over dimension 1."""
         # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
-        y = x.to(wide(x.dtype))
+        y = x.to(at_least_float32(x.dtype))
         norm = torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
         # In place where y is a copy, unless the norm's gradient needs it.
         y = y / norm if y.dtype == x.dtype or y.requires_grad else y.div_(norm)
@@ -83,7 +82,6 @@ class ResidualBlock(nn.Module):
     """Two causal convolutions, each after norm and SiLU, added to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
-        """Build the block; the shortcut is a 1x1x1 convolution where the channel number changes."""
         super().__init__()
         self.norm1 = RMSNorm(in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels)
@@ -105,26 +103,25 @@ class AttentionBlock(nn.Module):
     """Single-head self-attention among the positions of each frame."""
 
     def __init__(self, channels: int):
-        """Build the block."""
         super().__init__()
         self.norm = RMSNorm(channels, axes=2)
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Map "b c t h w" to "b c t h w"; frames do not see each other, so the cache is not needed."""
+        """Map "b c t h w" to "b c t h w"; frames do not see each other, so the cache is unused."""
         b, c, t, h, w = x.shape
-        frames = _fold_time(x)  # (b t) c h w
-        qkv = self.to_qkv(self.norm(frames)).flatten(2)  # (b t) 3c (h w)
-        # Attention kernels want each position's vector in one piece.
-        q, k, v = qkv.transpose(1, 2).contiguous().unsqueeze(2).chunk(3, dim=-1)  # (b t) (h w) 1 c
-        y = attention(q, k, v).flatten(2)
-        y = self.proj(y.transpose(1, 2).reshape(b * t, c, h, w))
-        return _unfold_time(y, b) + x
+        qkv = self.to_qkv(self.norm(_fold_time(x)))
+        # Attention kernels want each position's vector contiguous.
+        q, k, v = (
+            rearrange(qkv, "f (three c) h w -> f (h w) 1 (three c)", three=3).contiguous().chunk(3, dim=-1)
+        )
+        y = attention(q, k, v).flatten(2).transpose(1, 2)  # (b t) c (h w)
+        return _unfold_time(self.proj(y.reshape(b * t, c, h, w)), b) + x
 
 
 class Downsample(nn.Module):
-    """Halve height and width, and on demand the number of frames after the clip's first.
+    """Halve height and width and, if `temporal`, the number of frames after the clip's first.
 
     Args:
         channels: channels of input and output.
@@ -132,7 +129,6 @@ class Downsample(nn.Module):
     """
 
     def __init__(self, channels: int, temporal: bool):
-        """Build the layer."""
         super().__init__()
         # Rows and columns are padded at the end only.
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
@@ -152,7 +148,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width, and on demand the number of frames after the clip's first.
+    """Double height and width and, if `temporal`, the number of frames after the clip's first.
 
     Args:
         in_channels: channels of the input.
@@ -161,7 +157,6 @@ class Upsample(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
-        """Build the layer."""
         super().__init__()
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
@@ -197,10 +192,6 @@ class AverageDown(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
-        """Build the layer.
-
-        Raises: ValueError: the pixels of a cell do not divide into equal groups.
-        """
         super().__init__()
         cell = in_channels * factor_t * factor_s**2
         if cell % out_channels:
@@ -214,10 +205,8 @@ class AverageDown(nn.Module):
         ft, fs = self.factor_t, self.factor_s
         # Only a clip's start has an odd number of frames; its first one is paired with zeros before it.
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
-        b, c, t, h, w = x.shape
-        x = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs)
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # b c ft fs fs t h w
-        return x.reshape(b, self.out_channels, -1, t // ft, h // fs, w // fs).mean(dim=2)
+        x = rearrange(x, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=ft, fh=fs, fw=fs)
+        return x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
 
 
 class DuplicateUp(nn.Module):
@@ -231,10 +220,6 @@ class DuplicateUp(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
-        """Build the layer.
-
-        Raises: ValueError: the pixels of a cell are no multiple of the input channels.
-        """
         super().__init__()
         cell = out_channels * factor_t * factor_s**2
         if cell % in_channels:
@@ -248,7 +233,7 @@ class DuplicateUp(nn.Module):
         """Add "b c t h w", enlarged, to y "b c t' h*factor_s w*factor_s" in place; t' as in `Upsample`."""
         b, _, t, h, w = x.shape
         ft, fs = self.factor_t, self.factor_s
-        # Views only: the enlarged tensor is nowhere in memory.
+        # Views only: the enlarged tensor is never materialised.
         x = x.unsqueeze(2).expand(-1, -1, self.repeats, -1, -1, -1)
         x = x.reshape(b, self.out_channels, ft, fs, fs, t, h, w)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # b c t ft h fs w fs
@@ -263,10 +248,8 @@ class DuplicateUp(nn.Module):
 
 
 def _fold_time(x: Tensor) -> Tensor:
-    """Turn "b c t h w" into "(b t) c h w"."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return rearrange(x, "b c t h w -> (b t) c h w")
 
 
 def _unfold_time(x: Tensor, b: int) -> Tensor:
-    """Turn "(b t) c h w" into "b c t h w"."""
-    return x.unflatten(0, (b, -1)).transpose(1, 2)
+    return rearrange(x, "(b t) c h w -> b c t h w", b=b)

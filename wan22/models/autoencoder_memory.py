@@ -1,4 +1,4 @@
-"""In what portions the autoencoder computes a video: samples, tiles, strips. Less memory for more work."""
+"""Slicing, tiling and strips of the autoencoder: less memory for more work."""
 
 from .autoencoder_coders import Decoder3d
 from .temporal_cache import TemporalCache
@@ -6,7 +6,7 @@ from .tiling import Tile, make_tiles, split_axis
 
 
 class MemoryModes:
-    """The switches of AutoencoderKLWan, and the portions that they stand for."""
+    """The memory switches of AutoencoderKLWan."""
 
     decoder: Decoder3d
     patch_size: int
@@ -29,10 +29,10 @@ class MemoryModes:
         """Compute large videos in overlapping tiles, which takes less memory and changes the result a little.
 
         Args:
-            tile_sample_min_height: height of a tile in pixels; None keeps the present value, first 256.
-            tile_sample_min_width: width of a tile, likewise.
-            tile_sample_stride_height: rows from tile to tile; None keeps the present value, first 192.
-            tile_sample_stride_width: columns from tile to tile, likewise.
+            tile_sample_min_height: height of a tile in pixels; None keeps the present value, initially 256.
+            tile_sample_min_width: width of a tile; None as above.
+            tile_sample_stride_height: rows from tile to tile; None keeps the present value, initially 192.
+            tile_sample_stride_width: columns from tile to tile; None as above.
         Raises: ValueError: a value is no positive multiple of `spatial_stride`, a stride exceeds its tile, or
             strips are enabled.
         """
@@ -68,11 +68,11 @@ class MemoryModes:
     def enable_strips(self, strips: int = 4) -> None:
         """Decode the highest resolution in horizontal strips, which takes less memory and keeps the result.
 
-        The strips overlap by the rows that the layers see beyond their own, which is so much more to compute.
+        The strips overlap by the rows that the layers depend on, which are computed twice.
 
         Args:
-            strips: how many, though no more than there are rows. More than four save no more: what the layers
-                remember of the frames before then outweighs the strip.
+            strips: number of strips, capped at the number of rows. More than four save no more: the layers'
+                history of earlier frames then outweighs the strip.
         Raises: ValueError: strips is below 1, or tiling is enabled.
         """
         if strips < 1:
@@ -94,7 +94,7 @@ class MemoryModes:
         self.use_slicing = False
 
     def _tiles(self, b: int, h: int, w: int) -> list[Tile]:
-        """Lay out the tiles of b samples of h x w latent cells, as slicing and tiling are switched."""
+        """Return the tiles of b samples of h x w latent cells."""
         samples, rows, columns = [(0, b)], [(0, h)], [(0, w)]
         if self.use_slicing:
             samples = split_axis(b, 1, 1)
@@ -105,7 +105,7 @@ class MemoryModes:
         return make_tiles(samples, rows, columns)
 
     def _strips(self, h: int) -> list[TemporalCache]:
-        """Make the caches of the strips of h rows of latent cells; none unless strips are enabled."""
+        """Return a cache for each strip of h rows of latent cells; none unless strips are enabled."""
         if not self.use_strips:
             return []
         rows = h * self.spatial_stride // (self.patch_size * self.decoder.strip_scale)

@@ -1,17 +1,18 @@
-"""What the transformer is told beside the video: its time, text rows and image rows, in the model's size.
+"""Embeddings of what conditions the transformer: timesteps, text tokens and image tokens.
 
-Shapes: b batch, s text or image rows, k values of time per sample, d model size.
+Shapes: b batch, s text or image tokens, k timesteps per sample, d model size.
 """
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .layers import FeedForward, Float32LayerNorm, Float32Linear
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeds time, text rows and image rows into the model's size."""
+    """Embeds timesteps, text tokens and image tokens into the model's size."""
 
     def __init__(
         self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None, pos_embed_seq_len: int | None
@@ -29,27 +30,27 @@ class ConditionEmbedder(nn.Module):
         """Embed timesteps.
 
         Args:
-            timestep: "b" or "b k".
-            dtype: of the float32 islands.
+            timestep: noise levels, "b" or "b k".
+            dtype: dtype to compute in, float32 or float64.
 
-        Returns: the embedding "b k d" and its projection to the blocks' modulation "b k 6 d".
+        Returns: the embedding, "b k d", and the modulation of the blocks, "b k 6 d".
         """
         if timestep.ndim == 1:
             timestep = timestep[:, None]
         temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))
-        return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
+        return temb, rearrange(self.time_proj(F.silu(temb)), "b k (six d) -> b k six d", six=6)
 
-    def embed_image(self, rows: torch.Tensor) -> torch.Tensor:
-        """Embed CLIP rows "b s image_dim" to "b s d".
+    def embed_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embed CLIP tokens "b s image_dim" to "b s d".
 
         Raises:
-            ValueError: the model has no image rows.
+            ValueError: the model takes no image tokens.
         """
         if self.image_embedder is None:
             raise ValueError(
                 "encoder_hidden_states_image was given, but this transformer takes none (image_dim is None)"
             )
-        return self.image_embedder(rows)
+        return self.image_embedder(tokens)
 
 
 class TwoLayers(nn.Module):
@@ -67,7 +68,7 @@ class TwoLayers(nn.Module):
 
 
 class ImageEmbedder(nn.Module):
-    """Embeds the CLIP rows of Wan 2.1 I2V; with learned positions, of a first and a last frame (FLF)."""
+    """Embeds the CLIP tokens of Wan 2.1 I2V; with learned positions, of a first and a last frame (FLF)."""
 
     def __init__(self, in_dim: int, dim: int, pos_embed_seq_len: int | None) -> None:
         super().__init__()
@@ -78,22 +79,18 @@ class ImageEmbedder(nn.Module):
         if pos_embed_seq_len is not None:
             self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_seq_len, in_dim))
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map CLIP rows "b s image_dim" to "b s d"; with positions, pairs "2b s/2 image_dim" become one."""
-        dtype = rows.dtype
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map "b s image_dim" to "b s d"; with positions, two images "(b 2) s/2 image_dim" to "b s d"."""
+        dtype = x.dtype
         if self.pos_embed is not None:
-            rows = rows.reshape(-1, self.pos_embed.shape[1], rows.shape[-1]) + self.pos_embed
-        return self.norm2(self.ff(self.norm1(rows).to(dtype))).to(dtype)
+            x = x.reshape(-1, self.pos_embed.shape[1], x.shape[-1]) + self.pos_embed
+        return self.norm2(self.ff(self.norm1(x).to(dtype))).to(dtype)
 
 
 def sinusoidal_embedding(position: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of a position at geometrically spaced frequencies.
+    """Cosines, then sines, of positions "…" at geometrically spaced frequencies.
 
-    Args:
-        position: any shape.
-        dim: number of channels, even.
-
-    Returns: "… dim", float64 (float32 on devices without it).
+    Returns: "… dim", float64 (float32 on devices without it); dim is even.
     Source: Wan2.2 wan/modules/model.py, sinusoidal_embedding_1d.
     """
     dtype = torch.float32 if position.device.type == "mps" else torch.float64

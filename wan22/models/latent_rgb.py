@@ -2,10 +2,9 @@
 
 Shapes: `c` latent channels, `t h w` latent frames, rows, columns; for pixels, frames and cells of them.
 
-`latent_rgb.json` holds one map per family of autoencoders. The maps take normalised latents, as the
-transformer sees them, and give colours in [-1, 1]; `fit_latent_rgb` finds such a map by least products. Those
-of the released autoencoders are linear; a miniature one packs its few colours into 16 channels in a way that
-takes the products of two latents as well.
+`latent_rgb.json` holds one map per family of autoencoders, from normalised latents to colours in [-1, 1];
+`fit_latent_rgb` finds such a map by least squares. Those of the released autoencoders are linear; the
+miniature's needs products of two latents as well.
 """
 
 import json
@@ -30,13 +29,13 @@ class LatentRGB:
     """A map from latents to colours, linear in them, or in them and their products.
 
     Args:
-        name: of the family of autoencoders.
-        source: where the numbers come from.
-        latents_mean: mean of each latent channel, which with latents_std tells the family.
+        name: name of the family of autoencoders.
+        source: origin of the numbers.
+        latents_mean: mean of each latent channel; with latents_std it identifies the family.
         latents_std: standard deviation of each latent channel.
-        factors: share of each latent channel in red, green and blue, "3 c".
+        factors: weight of each latent channel in red, green and blue, "3 c".
         bias: red, green and blue where all latents are 0, "3".
-        products: share of each product of two latent channels, "3 c(c+1)/2", in the order of
+        products: weight of each product of two latent channels, "3 c(c+1)/2", in the order of
             torch.triu_indices; empty in a linear map.
     """
 
@@ -74,7 +73,7 @@ class LatentRGB:
 
 
 def _features(z: torch.Tensor, products: bool) -> torch.Tensor:
-    """Return what a map is linear in, "… k": latents "… c", and their products if there are any in it."""
+    """Return the map's inputs, "… k": latents "… c", and their products if asked for."""
     if not products:
         return z
     i, j = torch.triu_indices(z.shape[-1], z.shape[-1], device=z.device)
@@ -108,10 +107,10 @@ def latent_rgb_of(vae: Any) -> LatentRGB:
     """Return the map for an autoencoder's latents.
 
     Args:
-        vae: its config tells z_dim, latents_mean and latents_std.
+        vae: an autoencoder whose config has z_dim, latents_mean and latents_std.
 
-    Returns: the map of its family; of another one with as many channels, with a warning, if its statistics
-        are not known.
+    Returns: the map of its family; if its statistics are unknown, with a warning, that of a family with as
+        many channels.
 
     Raises:
         ValueError: no family has as many channels.
@@ -140,22 +139,22 @@ def latent_rgb_of(vae: Any) -> LatentRGB:
 def fit_latent_rgb(
     vae: Any, videos: Iterable[torch.Tensor], source: str = "", products: bool = False
 ) -> tuple[LatentRGB, float]:
-    """Find the map from an autoencoder's latents to colours, by least products.
+    """Find the map from an autoencoder's latents to colours, by least squares.
 
     Args:
-        vae: in the dtype to encode in.
+        vae: the autoencoder, in the dtype to encode in.
         videos: clips of uint8 frames "t h w 3", t = 1 + 4k, h and w multiples of the VAE's stride.
-        source: what they are, for the record.
+        source: description of the videos, for the record.
         products: whether the map may use the products of two latents.
 
-    Returns: the map, rounded as the table is; the share of the colours' variance that it explains, up to 1.
+    Returns: the map, rounded to the table's digits; the share of the colours' variance that it explains.
 
     Raises:
-        ValueError: there are no videos, or no more cells than numbers to find for a colour.
+        ValueError: there are no more latent cells than unknowns per colour.
     """
     channels = vae.config.z_dim
     known = channels + products * channels * (channels + 1) // 2  # features; then a 1, and three colours
-    # Sums over all cells, of the products of these with one another: all that a fit needs.
+    # Sums over all cells of the products of features, 1 and colours with one another: all that a fit needs.
     sums = torch.zeros(known + 4, known + 4, dtype=torch.float64)
     for video in videos:
         x = video.permute(3, 0, 1, 2)[None].to(vae.device, vae.dtype).div(127.5).sub(1)  # 1 3 t h w

@@ -1,8 +1,10 @@
-"""Layers of the transformer whose arithmetic is float32 or wider, however their weights are stored.
+"""Layers of the transformer that compute in float32 or wider, whatever dtype their weights are stored in.
 
-The official model runs under bf16 autocast with float32 islands: the residual stream, normalisation, time
-embedding, modulation and head. Rounding any of them to bf16 costs more than all the bf16 matrix products
-together.
+The official model runs under bf16 autocast, with the residual stream, normalisation, time embedding,
+modulation and head in float32. Rounding any of them to bf16 costs more accuracy than all the bf16 matrix
+products together.
+
+Shapes: b batch, l tokens, k timesteps per sample (1, or one for each of k equal runs of tokens), d size.
 """
 
 import torch
@@ -10,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a float32 island: float32, or float64 in a float64 model."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -20,10 +22,10 @@ def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype, float32 or wider, and so never rounds it."""
+    """A linear layer that computes in its input's dtype, float32 or wider, and never rounds the input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map "… in" to "… out"."""
+        """Map "… in_features" to "… out_features"."""
         return F.linear(input, self.weight.to(input.dtype), _cast(self.bias, input.dtype))
 
 
@@ -32,7 +34,7 @@ class Float32LayerNorm(nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise "… c"; the result is float32 or wider."""
-        x = input.to(wide(input.dtype))
+        x = input.to(at_least_float32(input.dtype))
         return F.layer_norm(
             x, self.normalized_shape, _cast(self.weight, x.dtype), _cast(self.bias, x.dtype), self.eps
         )
@@ -43,34 +45,18 @@ class Float32RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise "… c"; the result is float32 or wider."""
-        x = x.to(wide(x.dtype))
+        x = x.to(at_least_float32(x.dtype))
         return F.rms_norm(x, self.normalized_shape, _cast(self.weight, x.dtype), self.eps)
 
 
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Scale and shift tokens by the time: x * (1 + scale) + shift.
-
-    Args:
-        x: "b l d".
-        scale: "b k d": one row for all tokens, or for each of k equal runs of them.
-        shift: like `scale`.
-
-    Returns: "b l d".
-    """
-    runs = x.unflatten(1, (scale.shape[1], -1))  # b l d -> b k l/k d
+    """Scale and shift tokens "b l d" by the timestep's "b k d": x * (1 + scale) + shift."""
+    runs = x.unflatten(1, (scale.shape[1], -1))  # b (k r) d -> b k r d
     return (runs * (1 + scale)[:, :, None]).add_(shift[:, :, None]).flatten(1, 2)
 
 
 def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Add tokens, each run times its gate: x + y * gate.
-
-    Args:
-        x: "b l d".
-        y: "b l d", of any dtype.
-        gate: "b k d", like `modulate`'s scale.
-
-    Returns: "b l d", in x's dtype.
-    """
+    """Add tokens "b l d" times the timestep's gate "b k d": x + y * gate, in x's dtype."""
     runs, gated = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, y))
     return (gated * gate[:, :, None]).add_(runs).flatten(1, 2)
 

@@ -9,7 +9,7 @@ THETA = 10000.0
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
-    """Channels of one head that turn with the frame, the row and the column (44, 42, 42 of 128)."""
+    """Channels of one head that the frame, the row and the column rotate (44, 42, 42 of 128)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -20,11 +20,10 @@ def rotary_tables(
     """Cosine and sine of every token's rotation angles.
 
     Args:
-        grid: number of tokens along t, h, w; tokens are ordered frame, row, column.
+        grid: tokens along t, h, w; tokens are ordered frame, row, column.
         head_dim: size of one attention head, even and at least 6.
-        device: where the tables are used.
-        dtype: of the result. The angles are float64 whatever it is, as a float32 angle of frame 20 is off
-            by 1e-6.
+        device: device of the result.
+        dtype: dtype of the result. The angles are float64 in any case: in float32, frame 20's is off by 1e-6.
 
     Returns: cosine and sine, each "1 l 1 d/2".
     Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
@@ -44,18 +43,10 @@ def rotary_tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each adjacent pair of channels by its token's angle.
-
-    Args:
-        x: queries or keys, "b l n d".
-        cos: "1 l 1 d/2", from `rotary_tables`.
-        sin: like `cos`.
-
-    Returns: shaped like x.
-    """
+    """Rotate each adjacent pair of channels of x "b l n d" by its token's angle, from `rotary_tables`."""
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling() and x.device.type != "mps":
-        # A complex product is one pass over x; the compiler has no code for it, and fuses the ten below.
+        # A complex product is one pass over x; the compiler has no code for it, and fuses the products below.
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
     even, odd = pairs.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""What causal layers remember of a clip between its chunks.
+"""The history that causal layers keep of a clip between its chunks.
 
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 """
@@ -14,26 +14,24 @@ Unit: TypeAlias = "Callable[[Tensor, TemporalCache | None], Tensor]"
 
 
 class TemporalCache:
-    """The last frames each causal layer saw of one clip, handed from chunk to chunk.
+    """The last frames that each causal layer saw of one clip, handed from chunk to chunk.
 
-    One cache belongs to one clip, one direction and one tile. The caller makes it, passes it with every chunk
-    in order, and drops it; layers hold nothing themselves, so any number of clips can be under way on one
-    model. Histories are replaced in place, each when its layer has read it: two generations of them never
-    occupy memory at once.
+    One cache belongs to one clip, one direction and one tile. The caller makes it and passes it with every
+    chunk in order; layers hold no state, so one model can process any number of clips at a time. Each history
+    is replaced when its layer has read it, so that two generations of them never occupy memory at once.
     """
 
     def __init__(self) -> None:
-        """Start a clip: nothing has been seen."""
         self.started = False
         self._history: dict[str, Tensor] = {}
 
     def exchange(self, layer: str, x: Tensor, frames: int) -> Tensor | None:
-        """Return what a layer remembered and remember the end of its new input instead.
+        """Return a layer's history and replace it by the end of the layer's new input.
 
         Args:
             layer: the layer's key, see `assign_cache_keys`.
             x: this chunk's input of the layer, "b c t h w", t at least 1.
-            frames: how many frames to remember.
+            frames: number of frames to keep.
 
         Returns: the last `frames` frames before x, "b c t h w" (zeros before the clip's start); None at the
             first call.
@@ -50,11 +48,11 @@ class TemporalCache:
         return past
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return what every layer remembers now; `exchange` leaves these tensors as they are."""
+        """Return every layer's history; `exchange` does not write to these tensors."""
         return dict(self._history)
 
     def exchanged_since(self, snapshot: dict[str, Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-        """Return, for each layer that called `exchange` since, what it remembered before and what now."""
+        """Return the old and the new history of each layer that called `exchange` since."""
         return [
             (snapshot.get(layer), now)
             for layer, now in self._history.items()
@@ -63,15 +61,14 @@ class TemporalCache:
 
 
 class SettledPrefix:
-    """The units at the start of a chain that would only repeat themselves, and what the last of them gave.
+    """Skips the units at the start of a chain whose result would repeat, while a clip stands still.
 
-    A unit whose histories come out as they went in, bit for bit, gives the same result if it gets the same
-    input again: it has settled. While a clip stands still, as the zeros after a conditioning image do, one
-    unit after the other settles and need not run any more. Of a clip that moves, only the last chunk is kept.
+    A unit whose histories come out as they went in, bit for bit, gives the same result for the same input: it
+    has settled. During the zeros after a conditioning image, one unit after the other settles and need not
+    run any more.
     """
 
     def __init__(self) -> None:
-        """Start a clip: nothing has settled."""
         self._chunk: Tensor | None = None
         self._length = 0
         self._output: Tensor | None = None
@@ -79,7 +76,7 @@ class SettledPrefix:
         self.agree: Callable[[bool], bool] = bool
 
     def repeats(self, chunk: Tensor) -> bool:
-        """Whether a chunk is the one before again; if not, all units have to run."""
+        """Whether a chunk equals the one before; if not, all units have to run."""
         same = same_bits(self._chunk, chunk)
         if not same:
             # A copy, for the caller may fill the same memory anew.
@@ -108,7 +105,6 @@ class SettledPrefix:
 
 
 def _has_settled(histories: Iterable[tuple[Tensor | None, Tensor]]) -> bool:
-    """Whether a unit's histories came out as they went in, given each before and after."""
     return all(same_bits(*pair) for pair in histories)
 
 
@@ -121,22 +117,14 @@ def same_bits(a: Tensor | None, b: Tensor) -> bool:
 
 
 def assign_cache_keys(model: nn.Module) -> None:
-    """Give each layer of a model that has a `cache_key` attribute its own key: its path in the model."""
+    """Set each layer's `cache_key`, where it has one, to its path in the model."""
     for path, layer in model.named_modules():
         if hasattr(layer, "cache_key"):
             layer.cache_key = path
 
 
 def regroup_frames(chunks: Iterable[Tensor], first: int, size: int) -> Iterator[Tensor]:
-    """Cut a stream of frame chunks anew: one group of `first` frames, then groups of `size`.
-
-    Args:
-        chunks: tensors "b c t h w" with any numbers of frames.
-        first: frames of the first group, at least 1.
-        size: frames of each later group, at least 1.
-
-    Yields: groups "b c t h w"; the last one holds what is left.
-    """
+    """Regroup a stream of frames "b c t h w" into `first` of them, then groups of `size`, then the rest."""
     pending: list[Tensor] = []
     waiting, wanted = 0, first
     for chunk in chunks:

@@ -1,9 +1,8 @@
-"""Split a video into overlapping tiles and blend the tiles' results: pure functions.
+"""Split a video into overlapping tiles and blend their results: pure functions.
 
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 
-Tiles are laid out in latent cells. `scale` turns cells into pixels: the same tile cuts the one tensor and
-places its result in the other.
+Tiles are laid out in latent cells; `scale` turns cells into pixels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layers import wide
+from .layers import at_least_float32
 
 
 class Tile(NamedTuple):
@@ -74,8 +73,8 @@ def split_strips(rows: int, count: int, halo: int) -> list[Strip]:
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int = 1) -> list[Tensor]:
     """Weigh overlapping spans so that at every place the weights sum to 1.
 
-    Where two spans overlap, one fades linearly into the other. A constant therefore stays constant, and no
-    span's border, the place it knows least about, leaves a step.
+    Where two spans overlap, one fades linearly into the other: a constant stays constant, and the border of a
+    span leaves no step.
 
     Args:
         spans: (start, stop) in cells, covering an axis from 0 on.
@@ -111,9 +110,9 @@ def blend_tiles(parts: Iterable[Tensor], tiles: Sequence[Tile], scale: int = 1) 
     """Join the tiles' results.
 
     Args:
-        parts: each tile's result, "b c t h w", in the order of `tiles`; taken one by one, so that a generator
-            keeps only one of them in memory.
-        tiles: what `make_tiles` returned.
+        parts: each tile's result, "b c t h w", in the order of `tiles`; consumed one by one, so that a
+            generator keeps only one in memory.
+        tiles: result of `make_tiles`.
         scale: elements of the result per cell.
 
     Returns: the joined "b c t h w", in the parts' dtype.
@@ -131,7 +130,7 @@ def blend_tiles(parts: Iterable[Tensor], tiles: Sequence[Tile], scale: int = 1) 
         if joined is None:
             # Sums of products with fractions: at least float32, or half types would show the overlaps.
             shape = batch, part.shape[1], part.shape[2], height, width
-            joined = part.new_zeros(shape, dtype=wide(part.dtype))
+            joined = part.new_zeros(shape, dtype=at_least_float32(part.dtype))
         weight = weights_h[tile.rows][:, None] * weights_w[tile.columns]
         joined[tile.place(scale)] += part * weight.to(joined)
         dtype = part.dtype

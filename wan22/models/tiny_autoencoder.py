@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-Memory = dict[int, Tensor]  # of each block that looks back, the last frame that it saw, "1 c h w"
+Memory = dict[int, Tensor]  # the last frame that each memory block saw, "1 c h w"
 
 
 class TinyDecoder(nn.Module):
@@ -20,8 +21,8 @@ class TinyDecoder(nn.Module):
     Args:
         latent_channels: 16 for taew2_1 (Wan 2.1, and Wan 2.2 A14B), 48 for taew2_2 (Wan 2.2 5B).
         patch_size: side of the pixel squares that the last layer's channels unfold into; 2 in taew2_2.
-        widths: channels at each of the four resolutions.
-        frame_factors: frames that each of the three steps up makes of one.
+        widths: channels of the four resolutions.
+        frame_factors: growth in frames at each of the three steps up.
 
     Source: madebyollin/taehv taehv.py, TAEHV.
     """
@@ -60,12 +61,7 @@ class TinyDecoder(nn.Module):
         return torch.cat(list(self.stream(z)), dim=1)
 
     def stream(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode a clip piece by piece, in the memory of one latent frame.
-
-        Args: as forward.
-        Returns: an iterator over pixels "3 t h w", one piece per latent frame.
-        Raises: ValueError: z has another shape.
-        """
+        """Iterate over the pixels of `forward`, "3 t h w" per latent frame, in the memory of one."""
         if z.ndim != 4 or z.shape[0] != self.latent_channels or 0 in z.shape:
             raise ValueError(
                 f"latents have shape {tuple(z.shape)}; they must be ({self.latent_channels}, t, h, w)"
@@ -76,7 +72,7 @@ class TinyDecoder(nn.Module):
         memory: Memory = {}
         for i in range(z.shape[1]):
             frames, memory = self.decode_next(z[:, i][None], memory)
-            # The first latent frame stands for one frame: the last of those that it becomes.
+            # The first latent frame is one frame: the last of those that it becomes.
             yield (frames if i else frames[-1:]).transpose(0, 1)
 
     def decode_next(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -84,7 +80,7 @@ class TinyDecoder(nn.Module):
 
         Args:
             x: "t c h w".
-            memory: what the last call returned; empty at the clip's start.
+            memory: result of the last call; empty at the clip's start.
 
         Returns: pixels, "t 3 h w" in [0, 1], temporal_stride frames for each; the memory for the next call.
         """
@@ -114,7 +110,7 @@ class MemoryBlock(nn.Module):
 
 
 class MoreFrames(nn.Module):
-    """A 1x1 convolution whose output channels are those of `factor` consecutive frames."""
+    """A 1x1 convolution whose output channels belong to `factor` consecutive frames."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
@@ -123,7 +119,7 @@ class MoreFrames(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map "t c h w" to "(t factor) c h w"."""
-        return self.conv(x).unflatten(1, (self.factor, -1)).flatten(0, 1)
+        return rearrange(self.conv(x), "t (f c) h w -> (t f) c h w", f=self.factor)
 
 
 class SoftClamp(nn.Module):

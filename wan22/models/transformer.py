@@ -1,16 +1,18 @@
 """The Wan diffusion transformer: one class for every Wan 2.1 and 2.2 text- and image-to-video checkpoint.
 
-Shapes: b batch, c latent channels, t h w latent frames, rows, columns, l video tokens, s text or image rows,
-k values of time per sample (1, t for one per latent frame, or l for one per token), d model size, n heads.
+Shapes: b batch, c latent channels, t h w latent frames, rows, columns, l video tokens, s text or image
+tokens, k timesteps per sample (1, or t for one per latent frame, or l for one per token), d model size, n
+heads.
 
-Precision: the residual stream, norms, time embedding, modulation and head are float32 (float64 in a float64
-model); the large linear layers and attention run in the dtype of `encoder_hidden_states`.
+Precision: the residual stream, norms, time embedding, modulation and head are computed in float32 (float64 in
+a float64 model), the large linear layers and attention in the dtype of `encoder_hidden_states`.
 """
 
 import math
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from .attention import attention, check_backend
@@ -21,8 +23,8 @@ from .layers import (
     Float32Linear,
     Float32RMSNorm,
     add_gated,
+    at_least_float32,
     modulate,
-    wide,
 )
 from .rope import rotary_tables, rotate
 
@@ -30,12 +32,12 @@ RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
 
 class WanAttention(nn.Module):
-    """Multi-head attention whose queries and keys are normalised over all heads together."""
+    """Multi-head attention with queries and keys normalised over all heads together."""
 
     def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.backend = "native"  # which kernel computes attention, see set_attention_backend
+        self.backend = "native"  # the attention kernel, see set_attention_backend
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -54,13 +56,13 @@ class WanAttention(nn.Module):
         image: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
     ) -> torch.Tensor:
-        """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) rows.
+        """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) tokens.
 
         Args:
-            x: "b l d".
-            context: text rows "b s d"; None attends to x itself.
-            image: image rows "b s d", attended on their own and added.
-            rotary: tables for queries and keys.
+            x: video tokens, "b l d".
+            context: text tokens, "b s d"; None attends to x itself.
+            image: image tokens, "b s d", attended to separately; the two results are added.
+            rotary: cosine and sine tables for queries and keys.
 
         Returns: "b l d".
         """
@@ -73,14 +75,14 @@ class WanAttention(nn.Module):
         if image is not None:
             key, value = self._heads(self.norm_added_k(self.add_k_proj(image))), self.add_v_proj(image)
             out = out + attention(query, key.to(x.dtype), self._heads(value), self.backend)
-        return self.to_out[0](out.flatten(2))  # b l n d/n -> b l d
+        return self.to_out[0](rearrange(out, "b l n d -> b l (n d)"))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # b l d -> b l n d/n
+        return rearrange(x, "b l (n d) -> b l n d", n=self.heads)
 
 
 class WanTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward; the time modulates the first and the last."""
+    """Self-attention, cross-attention and feed-forward; the timestep modulates the first and the last."""
 
     def __init__(
         self,
@@ -112,10 +114,10 @@ class WanTransformerBlock(nn.Module):
 
         Args:
             hidden_states: residual stream, "b l d", float32.
-            encoder_hidden_states: text rows, "b s d"; their dtype is the one the linear layers run in.
-            temb: the time's modulation, "b k 6 d", float32.
-            rotary_emb: tables of `rotary_tables`.
-            encoder_hidden_states_image: image rows of Wan 2.1 I2V, "b s d".
+            encoder_hidden_states: text tokens, "b s d", in the dtype that the linear layers run in.
+            temb: shift, scale and gate of self-attention and feed-forward, "b k 6 d", float32.
+            rotary_emb: cosine and sine from `rotary_tables`.
+            encoder_hidden_states_image: image tokens of Wan 2.1 I2V, "b s d".
 
         Returns: the new residual stream, "b l d", float32.
         """
@@ -138,17 +140,17 @@ class WanTransformer3DModel(nn.Module):
         attention_head_dim: channels of one head; d = n times this.
         in_channels: 16 (T2V), 36 (I2V: 16 noisy, 4 mask, 16 image), 48 (TI2V-5B).
         out_channels: 16, or 48 for TI2V-5B.
-        text_dim: width of the text encoder's rows.
+        text_dim: width of a text token from the encoder.
         freq_dim: channels of the sinusoidal time embedding.
         ffn_dim: hidden size of the feed-forward.
-        num_layers: blocks.
+        num_layers: number of blocks.
         cross_attn_norm: whether cross-attention's input is normalised.
         qk_norm: "rms_norm_across_heads", the only one Wan uses.
-        eps: of every norm.
-        image_dim: width of the CLIP rows of Wan 2.1 I2V.
-        added_kv_proj_dim: width of those rows inside the blocks (Wan 2.1 I2V).
-        rope_max_seq_len: the most tokens along one axis.
-        pos_embed_seq_len: image rows of first and last frame together (Wan 2.1 FLF).
+        eps: epsilon of every norm.
+        image_dim: width of a CLIP token (Wan 2.1 I2V).
+        added_kv_proj_dim: width of an image token inside the blocks (Wan 2.1 I2V).
+        rope_max_seq_len: largest number of tokens along one axis.
+        pos_embed_seq_len: image tokens of first and last frame together (Wan 2.1 FLF).
 
     Source: Wan2.2 wan/modules/model.py, WanModel; names are those of diffusers 0.42.1.
     """
@@ -206,9 +208,9 @@ class WanTransformer3DModel(nn.Module):
             hidden_states: noisy latents, "b c t h w".
             timestep: "b" or "b 1"; for TI2V-5B also "b t", one value per latent frame, or "b l", one per
                 token; 0 to 1000 (pure noise). Never rounded: it is used in float64.
-            encoder_hidden_states: text rows, "b s text_dim", in the dtype that the large linear layers run
-                in. Wan is trained on 512 rows, zero past the prompt's end, all of them attended to.
-            encoder_hidden_states_image: CLIP rows of Wan 2.1 I2V, "b s image_dim".
+            encoder_hidden_states: text tokens, "b s text_dim", in the dtype that the large linear layers run
+                in. Wan is trained on 512 tokens, zero past the prompt's end, and attends to all of them.
+            encoder_hidden_states_image: CLIP tokens of Wan 2.1 I2V, "b s image_dim".
 
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
 
@@ -219,28 +221,31 @@ class WanTransformer3DModel(nn.Module):
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
-        island = wide(encoder_hidden_states.dtype)
-        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, island)
+        compute_dtype = at_least_float32(encoder_hidden_states.dtype)
+        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, compute_dtype)
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
-        x = x.flatten(2).transpose(1, 2).to(island).contiguous()  # b d t h w -> b l d
+        x = rearrange(x, "b d t h w -> b (t h w) d").to(compute_dtype).contiguous()
 
-        temb, modulation = self.condition_embedder.embed_time(timestep, island)
+        temb, modulation = self.condition_embedder.embed_time(timestep, compute_dtype)
         text, image = self.condition_embedder.text_embedder(encoder_hidden_states), None
         if encoder_hidden_states_image is not None:
             image = self.condition_embedder.embed_image(encoder_hidden_states_image)
         for block in self.blocks:
             x = block(x, text, modulation, rotary, image)
 
-        # With the blocks spread over devices, the stream arrives on another one than it started from.
+        # With the blocks spread over devices, the stream ends on another one than it started on.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
         x = self.proj_out(modulate(self.norm_out(x), scale, shift))
-        return self._unpatchify(x, grid)
+        (t, h, w), (pt, ph, pw) = grid, self.patch_size
+        return rearrange(
+            x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+        )
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the kernel that computes attention, for all layers.
+        """Choose the attention kernel of all layers.
 
         Args:
-            backend: a registered name: "native", PyTorch's own, or one of `wan22.accel.attention`.
+            backend: "native", PyTorch's own, or a name that `wan22.accel.attention` registered.
 
         Raises:
             ValueError: no such backend is registered.
@@ -253,11 +258,6 @@ class WanTransformer3DModel(nn.Module):
     def reset_attention_backend(self) -> None:
         """Let PyTorch's own kernel compute attention again."""
         self.set_attention_backend("native")
-
-    def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        # b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)
-        x = x.unflatten(2, (*self.patch_size, self.out_channels)).unflatten(1, grid)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _token_grid(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[int, int, int]:
         """Check the inputs' shapes and return the number of tokens along t, h, w."""

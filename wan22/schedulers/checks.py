@@ -1,4 +1,4 @@
-"""Checks of what a caller gives a scheduler: errors name the value, the rule and the nearest valid value."""
+"""Checks of a scheduler's arguments: errors name the value, the rule and the nearest valid value."""
 
 import math
 from typing import Any
@@ -23,19 +23,11 @@ def check_solver_order(solver_order: int) -> None:
 def checked_table(
     name: str, values: Any, top: float, num_inference_steps: int | None, shift: float | None
 ) -> np.ndarray:
-    """Read a caller's sigmas or timesteps, which have to fall strictly within (0, top].
-
-    Args:
-        name: "sigmas" or "timesteps".
-        values: list, array or tensor.
-        top: largest value.
-        num_inference_steps: has to agree with the table's length if given.
-        shift: must not be given, since a table is used as it is.
-
-    Returns: the table in float64.
+    """Return custom sigmas or timesteps in float64.
 
     Raises:
-        ValueError: any of these is violated.
+        ValueError: they do not fall strictly within (0, top], there are not num_inference_steps of them, or a
+            shift is given, too: a table is used as it is.
     """
     table = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
     if table.ndim != 1 or len(table) < 1:

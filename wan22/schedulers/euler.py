@@ -8,7 +8,7 @@ from .flow_match import FlowMatchScheduler
 
 
 class FlowMatchEulerScheduler(FlowMatchScheduler):
-    """First-order solver, the one few-step distilled checkpoints are trained for.
+    """First-order solver, the one that few-step distilled checkpoints are trained for.
 
     The noise levels are shift(linspace(1, 0, n + 1)), shifted once, and the timesteps keep their fractions:
     4 steps at shift 5 are 1000, 937.5, 833.33 and 625. (diffusers' FlowMatchEulerDiscreteScheduler shifts its

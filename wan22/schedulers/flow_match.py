@@ -1,4 +1,4 @@
-"""The flow-matching schedule that every solver shares: shift, sigmas, timesteps, step index.
+"""The flow-matching schedule of all solvers: shift, sigmas, timesteps, step index.
 
 Flow matching interpolates linearly, x_sigma = (1 - sigma) x0 + sigma noise, and the model predicts the
 velocity noise - x0. The timestep is sigma * num_train_timesteps. Sampling goes from sigma near 1 down to 0.
@@ -36,34 +36,20 @@ def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def x0_from_velocity(sample: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Predict the clean sample: x - sigma v.
-
-    Args:
-        sample: at noise level `sigma`, any shape.
-        velocity: the model's prediction of noise - x0, shaped like `sample`.
-        sigma: scalar in [0, 1].
-
-    Returns: shaped like `sample`.
-    """
+    """Predict the clean sample from a noisy one and the velocity, the model's noise - x0: x - sigma v."""
     return sample - sigma * velocity
 
 
 def half_log_snr(sigma: torch.Tensor) -> torch.Tensor:
-    """Time variable of the exponential solvers, lambda = log(alpha) - log(sigma) with alpha = 1 - sigma.
-
-    Args:
-        sigma: in [0, 1].
-
-    Returns: -inf at sigma 1, +inf at sigma 0.
-    """
+    """Time variable of the exponential solvers: log(1 - sigma) - log(sigma), -inf at 1 and +inf at 0."""
     return torch.log(1 - sigma) - torch.log(sigma)
 
 
 class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     """Base of the solvers: builds the schedule and keeps the step index.
 
-    A solver gives `schema`, `_solve` and, where it keeps a history, `_reset`. The noise levels stay on the
-    CPU in float32 whatever the device of the samples, so every machine computes the same coefficients.
+    A solver defines `schema`, `_solve` and, if it keeps a history, `_reset`. The noise levels stay on the CPU
+    in float32 whatever the device of the samples, so that every machine computes the same coefficients.
 
     Args:
         num_train_timesteps: the timestep of pure noise, at least 2.
@@ -96,7 +82,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._reset()
 
     def _reset(self) -> None:
-        """Forget the solver's history."""
+        """Clear the solver's history."""
 
     @abstractmethod
     def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
@@ -118,17 +104,14 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
         timesteps: Sequence[float] | np.ndarray | torch.Tensor | None = None,
     ) -> None:
-        """Build the schedule and forget the previous run.
-
-        Exactly one of `num_inference_steps`, `sigmas` and `timesteps` decides; the number of steps may
-        accompany a list if it agrees with it.
+        """Build the schedule and reset the solver, from one of `num_inference_steps`, `sigmas`, `timesteps`.
 
         Args:
-            num_inference_steps: at least 1.
-            device: where `timesteps` goes; `sigmas` stays on the CPU.
-            shift: instead of the config's, above 0; only for a schedule built from `num_inference_steps`.
+            num_inference_steps: at least 1; with a list, its length.
+            device: device of `timesteps`; `sigmas` stays on the CPU.
+            shift: replaces the config's, above 0; only for a schedule built from `num_inference_steps`.
             sigmas: noise levels in (0, 1], strictly descending, without the final 0; not shifted.
-            timesteps: sigma * num_train_timesteps, strictly descending likewise; not shifted, kept as floats.
+            timesteps: sigma * num_train_timesteps, strictly descending; not shifted, kept as floats.
 
         Raises:
             ValueError: a value outside its range, or arguments that contradict each other.
@@ -246,8 +229,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: velocity, shaped like `sample`.
-            timestep: read only on a run's first step, to find where it starts, and only if no begin index is
-                set; None starts at the beginning. After that the index counts, so timesteps may repeat.
+            timestep: where the run starts, read on its first step if no begin index is set; None: at the
+                beginning. Later the index counts, so that timesteps may repeat.
             sample: noisy sample of any shape.
             generator: unused, the solvers are deterministic; pipelines written for diffusers pass it.
             return_dict: False returns a tuple.
@@ -279,14 +262,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(
         self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the sample unchanged: flow matching feeds it to the model as it is.
-
-        Args:
-            sample: any shape.
-            timestep: unused.
-
-        Returns: `sample`.
-        """
+        """Return the sample unchanged; pipelines written for diffusers call this."""
         return sample
 
     def scale_noise(
@@ -295,9 +271,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """Bring a clean sample to a step's noise level, (1 - sigma) x0 + sigma noise, in float32.
 
         Args:
-            sample: clean, "b ...".
-            timestep: of the schedule, one or "b"; once a run has a begin or step index, that counts instead.
-            noise: shaped like `sample`.
+            sample: clean sample, "b ...".
+            timestep: timesteps of the schedule, one or "b"; a begin or step index counts instead if there is
+                one.
+            noise: noise, shaped like `sample`.
 
         Returns: shaped like `sample`, in its dtype.
 
@@ -316,15 +293,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
-        """`scale_noise` with the name and argument order of diffusers' multistep schedulers.
-
-        Args:
-            original_samples: clean, "b ...".
-            noise: shaped like it.
-            timesteps: as in `scale_noise`.
-
-        Returns: as in `scale_noise`.
-        """
+        """`scale_noise` with the name and argument order of diffusers' multistep schedulers."""
         return self.scale_noise(original_samples, timesteps, noise)
 
     # ---- config ----
@@ -334,9 +303,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """Build this solver from a diffusers flow scheduler's config, whichever of the supported ones it is.
 
         Args:
-            config: of UniPCMultistepScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler,
-                or of one of the solvers here.
-            return_unused_kwargs: return (scheduler, kwargs that are no setting).
+            config: config of diffusers' UniPCMultistepScheduler, DPMSolverMultistepScheduler or
+                FlowMatchEulerDiscreteScheduler, or of a solver here.
+            return_unused_kwargs: whether to return (scheduler, kwargs that are no setting).
             kwargs: settings that replace the config's, such as `shift` or `flow_shift`.
 
         Returns: the scheduler.
@@ -354,10 +323,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(arguments, return_unused_kwargs, **kwargs)
 
     def to_json_string(self) -> str:
-        """Write the config that plain diffusers reads.
-
-        Returns: JSON with diffusers' class and field names.
-        """
+        """Return the config as JSON that plain diffusers reads."""
         fields = {
             "_class_name": self.schema.class_name,
             "_diffusers_version": diffusers.__version__,

@@ -1,7 +1,7 @@
-"""Scheduler configs as diffusers writes them, and what of them flow matching supports.
+"""Scheduler configs as diffusers writes them, and the settings that flow matching supports.
 
-Each solver here stands for one diffusers class. A schema's `fixed` settings say how that class has to be
-configured to mean the same solver: they are written on save, and on load any other value is refused by name.
+Each solver corresponds to one diffusers class. A schema's `fixed` settings make that class the same solver:
+they are written on save, and on load any other value is refused by name.
 (As in diffusers, a multistep class takes the other one's `solver_type` for its own default.)
 """
 
@@ -30,8 +30,8 @@ class HubSchema:
 
     Args:
         class_name: diffusers' class name, written as `_class_name`.
-        shift_field: what that class calls the shift.
-        fixed: settings with the one supported value; None, False and () all mean "off".
+        shift_field: name of the shift in that class's config.
+        fixed: settings with one supported value; None, False and () all mean "off".
     """
 
     class_name: str
@@ -96,11 +96,11 @@ def read_config(
     """Translate a diffusers scheduler config into this package's constructor arguments.
 
     Args:
-        config: of any class in SCHEMAS, named by its `_class_name`.
-        overrides: settings that replace the config's; the shift goes by `shift` or `flow_shift`.
-        default: the schema of a config without `_class_name`.
+        config: config of a class in SCHEMAS, named by its `_class_name`.
+        overrides: settings that replace the config's; the shift is `shift` or `flow_shift`.
+        default: schema of a config without `_class_name`.
 
-    Returns: those of `num_train_timesteps`, `shift` and `solver_order` that are given.
+    Returns: `num_train_timesteps`, `shift` and `solver_order`, as far as they are given.
 
     Raises:
         ValueError: the class or one of its settings is not supported here.

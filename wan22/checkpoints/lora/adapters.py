@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.layers import Float32Linear, wide
+from ...models.layers import Float32Linear, at_least_float32
 from ...private_apis import mark_peft_layers, own_tensors, reapply_group_offloading, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
@@ -217,7 +217,7 @@ def _widen(layer: nn.Module) -> None:
     """Give a layer that computes in float32 such weights, so that what is added to them is not rounded."""
     layer = _innermost(layer).base_layer if hasattr(layer, "base_layer") else layer
     if isinstance(layer, Float32Linear):
-        layer.to(wide(layer.weight.dtype))
+        layer.to(at_least_float32(layer.weight.dtype))
 
 
 def _attach(model: Any, lora: Lora, adapter: str) -> None:
