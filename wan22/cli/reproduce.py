@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..video.recipe import Recipe
-from .loading import load
+from .loading import BESIDE_A_FILE, load
 from .options import Loading, Saving, Target
 from .reporting import report, say
 from .running import free_name, make
@@ -44,7 +44,10 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
     known: dict[str, Any] = {"attention": kernels[0] if len(kernels) == 1 else None}
     known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
     known["tiling"] = "tiled" in changes
-    if given.model is None:
+    places = [recipe.checkpoint] if origin is None else origin.place.split(", ")
+    if given.model is None and len(places) in (4, 5):  # single files, of one transformer or two
+        known |= zip(("model", *BESIDE_A_FILE[1 - len(places) :]), places, strict=True)
+    elif given.model is None:
         known["model"] = recipe.checkpoint if origin is None else origin.place
         known["revision"] = origin.revision if origin is not None and "/" in origin.place else None
     return replace(given, **{name: value for name, value in known.items() if not getattr(given, name)})
