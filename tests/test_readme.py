@@ -1,5 +1,6 @@
 """Every README: its Python runs, with the miniatures for the released checkpoints; its links exist."""
 
+import json
 import re
 import shlex
 import shutil
@@ -119,6 +120,15 @@ def test_its_commands_are_understood(line):
 def test_every_replacement_is_of_use():
     code = "".join(code for blocks in CODE.values() for code in blocks)
     assert [there for there in SMALLER if there not in code] == []
+
+
+def test_the_plan_is_the_one_that_the_notebook_prints():
+    (plan,) = re.findall(
+        r"^```\n(Wan2.2-T2V.*?)^```", READMES["wan22/accel/README.md"], re.MULTILINE | re.DOTALL
+    )
+    notebook = json.loads((ROOT / "examples/notebooks/faster_and_smaller.ipynb").read_text(encoding="utf-8"))
+    printed = ["".join(o.get("text", "")) for cell in notebook["cells"] for o in cell.get("outputs", ())]
+    assert plan in printed
 
 
 def test_the_readme_is_short():

@@ -105,7 +105,7 @@ def _described(placement: Placement) -> str:
     if placement.kind != "streamed":
         return {
             "resident": "stays on the device",
-            "on_demand": "comes when it is called, leaves for the next",
+            "on_demand": "on the device for its calls",
             "host": "on the host",
         }[placement.kind]
     source = "pinned memory" if placement.source == "pinned" else "its file"
