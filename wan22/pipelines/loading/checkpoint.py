@@ -69,8 +69,8 @@ class Outline:
         """Add a model whose weights are stored in a dtype, and loaded in the one asked for, if any."""
         store_as(model, asked or stored, stored)
         self.models[name] = model
-        as_stored = {stored} & {asked or stored}  # what is kept in float32 is copied
-        self.converted[name] = sum(p.nbytes for p in model.parameters() if p.dtype not in as_stored)
+        mapped = stored if asked in (None, stored) else None  # what is kept in float32 is copied, too
+        self.converted[name] = sum(p.nbytes for p in model.parameters() if p.dtype != mapped)
 
 
 class Checkpoint(Protocol):

@@ -91,9 +91,9 @@ def converted_bytes(stored: StoredModel, model: nn.Module, asked: torch.dtype | 
     return sum(
         parameter.nbytes
         for name, parameter in stored.format.body(model).named_parameters()
-        # The parts of a quantised layer have names of their own, and are the file's. What is kept in float32
-        # is copied.
-        if name in stored.tensors and {as_stored.get(name), asked or parameter.dtype} != {parameter.dtype}
+        # The parts of a quantised layer have names of their own, and stay mapped. What is kept in float32
+        # though another dtype is asked for is copied.
+        if name in stored.tensors and not as_stored.get(name) == parameter.dtype == (asked or parameter.dtype)
     )
 
 
