@@ -15,28 +15,15 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Call:
-    """A checked and completed request.
+    """A checked and completed request."""
 
-    Args:
-        request: the arguments as they were given.
-        recipe: every setting, completed.
-        prompts: one per prompt, not per video; None where embeddings were given.
-        negative_prompts: one per prompt; None where embeddings were given.
-        generators: one per video: source of all its noise.
-        scheduler: solver whose schedule is set.
-        steps: steps of the schedule.
-        guidance: how a step's predictions become one velocity.
-        guided: whether any step needs the negative prompt.
-        callback: the caller's function after each step, if any.
-    """
-
-    request: Request
-    recipe: Recipe
-    prompts: Sequence[str | None]
-    negative_prompts: Sequence[str | None]
-    generators: Sequence[torch.Generator]
-    scheduler: Any
+    request: Request  # the arguments as they were given
+    recipe: Recipe  # every setting, completed
+    prompts: Sequence[str | None]  # one per prompt, not per video; None where embeddings were given
+    negative_prompts: Sequence[str | None]  # one per prompt, too
+    generators: Sequence[torch.Generator]  # one per video: source of all its noise
+    scheduler: Any  # solver whose schedule is set
     steps: Sequence[Step]
     guidance: Guidance
-    guided: bool
+    guided: bool  # whether any step needs the negative prompt
     callback: StepCallback | None

@@ -10,38 +10,23 @@ from ...checkpoints.loading.models import WanTransformer3DModel
 
 @dataclass(frozen=True)
 class Expert:
-    """One transformer of a pipeline.
+    """One transformer of a pipeline."""
 
-    Args:
-        slot: name of the pipeline's component, "transformer" or "transformer_2".
-        label: "high noise", "low noise", or "" for the only transformer.
-        model: the transformer; None if it is not loaded.
-    """
-
-    slot: str
-    label: str
-    model: WanTransformer3DModel | None
+    slot: str  # the pipeline's component, "transformer" or "transformer_2"
+    label: str  # "high noise", "low noise", or "" for the only transformer
+    model: WanTransformer3DModel | None  # None if it is not loaded
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of a schedule.
+    """One step of a schedule."""
 
-    Args:
-        index: number of the step, from 0.
-        count: steps of the schedule.
-        timestep: scalar, 0 to 1000, as the scheduler has it.
-        sigma: noise level, 0 to 1.
-        expert: transformer that serves it.
-        next_expert: transformer of the next step if that is another one, else None.
-    """
-
-    index: int
-    count: int
-    timestep: torch.Tensor
-    sigma: float
+    index: int  # from 0
+    count: int  # steps of the schedule
+    timestep: torch.Tensor  # scalar, 0 to 1000, as the scheduler has it
+    sigma: float  # noise level, 0 to 1
     expert: Expert
-    next_expert: Expert | None
+    next_expert: Expert | None  # the next step's, if that is another one
 
     @property
     def number(self) -> int:

@@ -30,21 +30,13 @@ FILE = "preview.png"  # what a run outside a notebook writes where no file is na
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """What a video looks like after a step.
+    """What a video looks like after a step."""
 
-    Args:
-        step: number of the step, from 1.
-        num_steps: steps of the run.
-        label: the expert's, "high noise" or "low noise"; "" if there is only one.
-        frames: uint8 "t h w 3": a pixel per latent cell, or decoded by a tiny autoencoder.
-        fps: frames per second at which they play in the video's time.
-    """
-
-    step: int
+    step: int  # from 1
     num_steps: int
-    label: str
-    frames: np.ndarray
-    fps: float
+    label: str  # the expert's, "high noise" or "low noise"; "" if there is only one
+    frames: np.ndarray  # uint8 "t h w 3": a pixel per latent cell, or decoded by a tiny autoencoder
+    fps: float  # frames per second at which they play in the video's time
 
     @property
     def image(self) -> Image.Image:
