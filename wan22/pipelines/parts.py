@@ -100,7 +100,7 @@ class PipelineParts(LoadablePipeline):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy of a pipeline hold parts of its own."""
-        vars(self).update({n: v.held_by(self) if isinstance(v, Part) else v for n, v in state.items()})
+        self.__dict__.update({n: v.held_by(self) if isinstance(v, Part) else v for n, v in state.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
         models = ("vae", "transformer", "transformer_2")

@@ -180,14 +180,13 @@ def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
         "image": old.get("images") or None,
         "last_image": old.get("last_images") or None,
     }
-    names = ("num_frames", "guidance_scale", "guidance_scale_2", "max_sequence_length", "noise_device")
-    names += ("attention_kwargs", "max_area", "fit", "sigmas", "timesteps")
+    names = ["num_frames", "guidance_scale", "guidance_scale_2", "max_sequence_length", "noise_device"]
+    names += ["attention_kwargs", "max_area", "fit", "sigmas"]
     if old.get("max_area") is None:
-        names += ("height", "width")
-    if old.get("few_steps") is not None:
-        names = tuple(name for name in names if name != "timesteps")
-    elif old.get("sigmas") is None and old.get("timesteps") is None:
-        names += ("num_inference_steps", "flow_shift")
+        names += ["height", "width"]
+    if old.get("few_steps") is None:
+        custom = old.get("sigmas") is not None or old.get("timesteps") is not None
+        names += ["timesteps"] if custom else ["num_inference_steps", "flow_shift"]
     call |= {name: old.get(name) for name in names}
     call = {name: value for name, value in call.items() if value is not None}
     return {**old, "call": call, "not_reproducible_because": old.get("obstacle")}
