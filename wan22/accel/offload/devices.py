@@ -26,23 +26,15 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return bytes on the device, which are freed with the last tensor that uses them.
-
-        Raises:
-            torch.OutOfMemoryError: too few are free.
-        """
+        """Return bytes on the device, freed with the last tensor on them; torch.OutOfMemoryError if too few."""
 
     @abstractmethod
     def allocate_host(self, nbytes: int) -> torch.Tensor:
-        """Return host memory that copies can run from in the background.
-
-        Raises:
-            MemoryError: there is too little of it.
-        """
+        """Return host memory that copies can run from in the background; MemoryError if there is none."""
 
     @abstractmethod
     def release(self, buffer: torch.Tensor) -> Mark:
-        """Return a mark of all computation up to now, which a copy into a buffer has to wait for."""
+        """Return a mark of all computation so far, which a copy into a buffer has to wait for."""
 
     @abstractmethod
     def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
@@ -58,7 +50,7 @@ class Device(ABC):
 
     @abstractmethod
     def wait(self, mark: Mark) -> None:
-        """Make all later computation wait for a copy; the host does not wait."""
+        """Make later computation wait for a copy; the host does not wait."""
 
     @abstractmethod
     def finish(self, mark: Mark) -> None:
@@ -74,14 +66,7 @@ class Device(ABC):
 
 
 class CudaDevice(Device):
-    """A CUDA device.
-
-    Args:
-        device: such as "cuda" or "cuda:1".
-
-    Raises:
-        ValueError: there is no CUDA device.
-    """
+    """A CUDA device; ValueError if there is none."""
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
         device = torch.device(device)

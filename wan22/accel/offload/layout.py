@@ -80,7 +80,7 @@ class PackedTensor:
     mapped: torch.Tensor | None = None
 
     def view_in(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return the tensor that lies in a block's bytes."""
+        """Return the tensor in a block's bytes."""
         tensor = torch.empty(0, dtype=self.host.dtype, device=packed.device)
         start = (packed.storage_offset() + self.offset) // tensor.itemsize
         return tensor.set_(packed.untyped_storage(), start, self.shape, self.stride)
@@ -179,10 +179,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
     """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first.
 
-    Args:
-        model: model on any device, meta included.
-        name: name for errors.
-
     Raises:
         ValueError: a weight is no ordinary tensor.
     """
@@ -197,7 +193,7 @@ def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 kind = type(tensor).__name__
                 raise ValueError(f"{name} has weights of class {kind}, which cannot be moved one by one")
-            key = _identity(tensor)
+            key = _tied_key(tensor)
             if key not in known:
                 known[key] = block.add(tensor)
             elif not any(tensor is owner for owner in known[key].owners):
@@ -207,12 +203,7 @@ def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
 
 
 def streamed_blocks(placement: Placement, count: int, name: str = "model") -> list[int]:
-    """Return the indices of the blocks that pass through buffers.
-
-    Args:
-        placement: the model's placement.
-        count: number of its blocks.
-        name: name for errors.
+    """Return which of a model's `count` blocks pass through buffers.
 
     Raises:
         ValueError: the model has no blocks, or fewer than are to be resident.
@@ -231,19 +222,11 @@ def streamed_blocks(placement: Placement, count: int, name: str = "model") -> li
 
 def bytes_of(model: nn.Module) -> int:
     """Return the bytes of a model's weights, torchao's included; tied ones count once."""
-    return sum(map(_bytes, {_identity(tensor): tensor for tensor in _tensors(model)}.values()))
+    return sum(map(_bytes, {_tied_key(tensor): tensor for tensor in _tensors(model)}.values()))
 
 
 def device_bytes(model: nn.Module, placement: Placement) -> int:
-    """Return the bytes that a model's weights take on the device while it runs.
-
-    Args:
-        model: model on any device, meta included.
-        placement: its placement.
-
-    Raises:
-        ValueError: the model cannot be placed so.
-    """
+    """Return the bytes on the device while a model runs; the model may be on meta."""
     if placement.kind == "host":
         return 0
     blocks = packed_blocks(model)
@@ -257,7 +240,6 @@ def _ceil(number: int, multiple: int) -> int:
 
 
 def _tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[torch.Tensor]:
-    """Yield a module's parameters and buffers, except those of some modules in it."""
     for tensors in own_tensors(module):
         yield from (tensor for tensor in tensors.values() if tensor is not None)
     for child in module.children():
@@ -271,8 +253,7 @@ def _bytes(tensor: Any) -> int:
     return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
-def _identity(tensor: torch.Tensor) -> Any:
-    """Return a key that tied tensors share."""
+def _tied_key(tensor: torch.Tensor) -> Any:
     if tensor.is_meta or not tensor.numel() or hasattr(tensor, "__tensor_flatten__"):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from .devices import Device
-from .layout import Placement
+from .layout import Placement, device_bytes
 from .streaming import ModelStreamer
 from .transfer import CHUNK_BYTES, Loader
 
@@ -29,7 +29,7 @@ class ModelOffloader:
     Args:
         models: models on the CPU with their placements, by name.
         device: device that they run on.
-        chunk_bytes: size of each part of the staging buffer.
+        chunk_bytes: size of each of the staging buffer's parts.
 
     Raises:
         ValueError: a model cannot be placed so, or something else moves it already.
@@ -71,11 +71,7 @@ class ModelOffloader:
         return self._streamers[name].host_weights if name in self._streamers else []
 
     def attach(self) -> None:
-        """Load models when they are called from now on.
-
-        Raises:
-            ValueError: the models are offloaded already, by this offloader or something else.
-        """
+        """Load models when they are called; ValueError if they are offloaded already."""
         for name, (model, _) in self.models.items():
             _check_free(name, model)
         for name, (model, _) in self.models.items():
@@ -95,11 +91,7 @@ class ModelOffloader:
         self.device.trim()
 
     def onload(self, name: str) -> None:
-        """Load a model that is called, after other models have been offloaded; no-op for one on the host.
-
-        Raises:
-            torch.OutOfMemoryError: it does not fit.
-        """
+        """Load a model that is called, after offloading others; torch.OutOfMemoryError if it does not fit."""
         streamer = self._streamers.get(name)
         if streamer is None:
             return
@@ -112,17 +104,14 @@ class ModelOffloader:
         streamer.begin()
 
     def prefetch(self, name: str) -> bool:
-        """Start to load the next model while another one runs, if both fit and no blocks are streamed.
-
-        Returns: whether it is on its way, or there.
-        """
+        """Start to load the next model while another runs, if both fit and none streams; return whether so."""
         if name not in self._hooks:  # diffusers may have removed them
             return False
         streamer = self._streamers.get(name)
         if streamer is None or streamer.on_device:
             return True
         busy = any(other.streams for other in self._streamers.values())
-        if busy or streamer.nbytes > self.device.free_bytes():
+        if busy or device_bytes(*self.models[name]) > self.device.free_bytes():
             return False
         try:
             streamer.load()
@@ -181,11 +170,7 @@ class OffloadHook(ModelHook):
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    """Refuse a model whose weights something else moves.
-
-    Raises:
-        ValueError: names what moves them, and what to call.
-    """
+    """Refuse a model whose weights something else moves."""
     if uncompiled(model) is not model:
         raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
     for module in model.modules():

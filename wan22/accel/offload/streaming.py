@@ -11,27 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .devices import Device
-from .layout import (
-    PackedBlock,
-    PackedTensor,
-    Placement,
-    blocks_of,
-    device_bytes,
-    packed_blocks,
-    streamed_blocks,
-)
+from .devices import Device, Mark
+from .layout import PackedBlock, PackedTensor, Placement, blocks_of, packed_blocks, streamed_blocks
 from .transfer import Loader, Transfer
 
 
 @dataclass
 class BlockBuffer:
-    """Memory for one block.
+    """Memory on the device for one block.
 
     Args:
-        memory: bytes on the device.
-        transfer: the block that is in it, or on its way.
-        views: the tensors in it of each block that was bound to it, by the block's name.
+        memory: its bytes.
+        transfer: transfer of the block that is in it, or on its way.
+        views: tensors in it, by the name of the block that was bound to it.
     """
 
     memory: torch.Tensor
@@ -46,18 +38,22 @@ class BlockBuffer:
         for tensor, view in self.views[block.name]:
             tensor.point_to(view)
 
+    def queued(self) -> Mark:
+        """Return the mark of the copy, once it is queued."""
+        assert self.transfer is not None, "nothing was sent to this buffer"
+        return self.transfer.mark()
+
+    def drop(self, device: Device) -> None:
+        """Wait for the copy, and release the memory."""
+        if self.transfer is not None:
+            self.transfer.drop(device)
+
 
 class BlockBufferPool:
-    """Buffers that blocks pass through in the order in which they are called, pass after pass.
+    """Buffers that blocks, of which there are more, pass through in the order of their calls.
 
     Positions count on from pass to pass, so that the first blocks of the next pass are on their way while the
     last ones of this pass compute.
-
-    Args:
-        device: device of the buffers.
-        loader: loader that fills them.
-        blocks: streamed blocks, more than there are buffers.
-        placement: the model's placement.
     """
 
     def __init__(
@@ -84,13 +80,14 @@ class BlockBufferPool:
         ahead = (index - self._next) % len(self.blocks)
         if ahead:  # a pass ended early, or skipped blocks
             for position in range(self._next, min(self._next + ahead, self._end)):
-                self._queued(position)  # the transfer that replaces it must be queued behind it
+                self._buffer(position).queued()  # the transfer that replaces it must be queued behind it
             # In one statement: Ctrl-C may come at any time.
             self._next, self._end = self._next + ahead, max(self._end, self._next + ahead)
         self.fill()
-        self.device.wait(self._queued(self._next))
+        buffer = self._buffer(self._next)
+        self.device.wait(buffer.queued())
         self._current = self.blocks[index]
-        self._buffer(self._next).bind(self._current)
+        buffer.bind(self._current)
 
     def release(self) -> None:
         """Give the buffer of the block that was called to the next block without one."""
@@ -103,29 +100,15 @@ class BlockBufferPool:
     def drop(self) -> None:
         """Release all buffers."""
         for buffer in self.buffers:
-            if buffer.transfer is not None:
-                buffer.transfer.drop(self.device)
+            buffer.drop(self.device)
         self.buffers.clear()
 
     def _buffer(self, position: int) -> BlockBuffer:
         return self.buffers[position % len(self.buffers)]
 
-    def _queued(self, position: int) -> Any:
-        """Return the mark of the transfer to a position's buffer."""
-        transfer = self._buffer(position).transfer
-        assert transfer is not None, "positions before the end have one"
-        return transfer.mark()
-
 
 class ModelStreamer:
-    """Loads one model's weights to the device and drops them again.
-
-    Args:
-        name: the model's name.
-        model: model on the CPU.
-        placement: any placement but "host".
-        device: device that it runs on.
-        loader: loader of that device.
+    """Loads one model's weights from the CPU to the device and drops them again.
 
     Raises:
         ValueError: the model cannot be placed so.
@@ -138,9 +121,8 @@ class ModelStreamer:
         self.device, self.loader = device, loader
         self.on_device = False
         self._blocks: list[PackedBlock] = []
-        self._memory: list[torch.Tensor] = []  # of the resident blocks
-        self._transfers: list[Transfer] = []
-        self._pending: dict[int, Transfer] = {}  # by block, transfers that nothing has waited for
+        self._resident: dict[int, BlockBuffer] = {}  # by block
+        self._pending: set[int] = set()  # resident blocks that nothing has waited for
         self._index_in_pool: dict[int, int] = {}  # by block
         self._pool: BlockBufferPool | None = None
         self._handles: list[Any] = []
@@ -151,11 +133,6 @@ class ModelStreamer:
     def streams(self) -> bool:
         """Whether blocks pass through buffers at each call."""
         return self._pool is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device while the model runs."""
-        return device_bytes(self.model, self.placement)
 
     @property
     def host_weights(self) -> list[torch.Tensor]:
@@ -224,13 +201,12 @@ class ModelStreamer:
             block.point_to_host()
         if self._pool:
             self._pool.drop()
-        for transfer in self._transfers:
-            transfer.drop(self.device)
+        for buffer in self._resident.values():
+            buffer.drop(self.device)
         # A transfer that ended only now may have moved its block to pinned memory.
         for block in self._blocks:
             block.point_to_host()
-        self._transfers, self._memory, self._pool = [], [], None
-        self._pending, self._index_in_pool = {}, {}
+        self._resident, self._pending, self._index_in_pool, self._pool = {}, set(), {}, None
         self.on_device = False
 
     def _scan(self) -> None:
@@ -252,35 +228,30 @@ class ModelStreamer:
         self._blocks = blocks
 
     def _allocate(self) -> None:
-        """Allocate all memory on the device."""
         streamed = [i + 1 for i in streamed_blocks(self.placement, len(self._blocks) - 1)]
         self._index_in_pool = {block: index for index, block in enumerate(streamed)}
         if streamed:
             blocks = [self._blocks[i] for i in streamed]
             self._pool = BlockBufferPool(self.device, self.loader, blocks, self.placement)
-        for i in self._resident():
-            self._memory.append(self.device.allocate(self._blocks[i].nbytes))
+        for i, block in enumerate(self._blocks):
+            if i not in self._index_in_pool and block.nbytes:
+                self._resident[i] = BlockBuffer(self.device.allocate(block.nbytes))
 
     def _send(self) -> None:
         """Start all transfers, about in the order in which they are needed."""
-        for i, memory in zip(self._resident(), self._memory, strict=True):
-            transfer = self.loader.send(self._blocks[i], memory, self.placement.source)
-            self._transfers.append(transfer)
-            self._pending[i] = transfer
-            BlockBuffer(memory).bind(self._blocks[i])
+        for i, buffer in self._resident.items():
+            buffer.transfer = self.loader.send(self._blocks[i], buffer.memory, self.placement.source)
+            self._pending.add(i)
+            buffer.bind(self._blocks[i])
             if i == 0 and self._pool:
                 self._pool.fill()
         if self._pool:
             self._pool.fill()
 
-    def _resident(self) -> list[int]:
-        """Return the blocks that do not pass through buffers, without empty ones."""
-        return [i for i, b in enumerate(self._blocks) if i not in self._index_in_pool and b.nbytes]
-
-    def _await(self, block: int) -> None:
-        if block in self._pending:
-            self.device.wait(self._pending[block].mark())
-            del self._pending[block]
+    def _await(self, index: int) -> None:
+        if index in self._pending:
+            self.device.wait(self._resident[index].queued())
+            self._pending.remove(index)
 
     def _hooks(self, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
         """Return what runs before and after a block is called."""

@@ -18,13 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Transfer:
-    """A packed block on its way to the device.
-
-    Args:
-        block: the block.
-        buffer: bytes on the device.
-        after: mark of the buffer's last use in a computation.
-    """
+    """A packed block on its way to a buffer, after the mark of the buffer's last use in a computation."""
 
     def __init__(self, block: PackedBlock, buffer: torch.Tensor, after: Mark) -> None:
         self.block = block
@@ -46,11 +40,7 @@ class Transfer:
 class Loader:
     """Copies packed blocks to a device: from pinned memory at once, from elsewhere in a thread.
 
-    If the system refuses to pin more memory, blocks are staged through a small pinned buffer instead.
-
-    Args:
-        device: destination.
-        chunk_bytes: size of each part of the staging buffer.
+    If the system refuses to pin more memory, blocks are staged through a buffer with parts of `chunk_bytes`.
     """
 
     def __init__(self, device: Device, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -86,7 +76,6 @@ class Loader:
         self._thread, self._chunks = None, []
 
     def _run(self, transfer: Transfer, source: Source) -> None:
-        """Carry out one transfer, in the thread."""
         if not transfer.queued.set_running_or_notify_cancel():
             return
         try:
@@ -103,10 +92,7 @@ class Loader:
         return self.device.copy(buffer[: block.nbytes], pinned, transfer.after)
 
     def _pin(self, block: PackedBlock) -> torch.Tensor | None:
-        """Move a block to pinned memory, which replaces its memory on the host unless that is a file's.
-
-        Returns: the pinned memory; None if the system does not pin so much.
-        """
+        """Move a block to pinned memory and return that; None if the system does not pin so much."""
         if block.pinned is not None:  # by an earlier transfer that was dropped since
             return block.pinned
         pinned = self._allocate_host(block.nbytes) if self._pins else None
