@@ -26,11 +26,11 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return bytes on the device, freed with the last tensor on them; torch.OutOfMemoryError if too few."""
+        """Return bytes on the device, freed with the last tensor on them; or torch.OutOfMemoryError."""
 
     @abstractmethod
     def allocate_host(self, nbytes: int) -> torch.Tensor:
-        """Return host memory that copies can run from in the background; MemoryError if there is none."""
+        """Return host memory that copies can run from in the background; or MemoryError."""
 
     @abstractmethod
     def release(self, buffer: torch.Tensor) -> Mark:

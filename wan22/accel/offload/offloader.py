@@ -104,7 +104,7 @@ class ModelOffloader:
         streamer.begin()
 
     def prefetch(self, name: str) -> bool:
-        """Start to load the next model while another runs, if both fit and none streams; return whether so."""
+        """Start to load the next model while another runs, if both fit and none streams; or return False."""
         if name not in self._hooks:  # diffusers may have removed them
             return False
         streamer = self._streamers.get(name)

@@ -1,4 +1,4 @@
-"""A model's weights divided among ranks; block by block they come together for as long as it computes."""
+"""A model's weights divided among ranks, which gather each block while it computes."""
 
 from typing import Any
 
@@ -12,11 +12,7 @@ from ..quantize import is_quantized
 
 
 def check(model: Any) -> None:
-    """Refuse a model that cannot be divided.
-
-    Raises:
-        ValueError: it is quantised, or not on the CPU.
-    """
+    """Refuse a model that is quantised or not on the CPU."""
     name = type(model).__name__
     if is_quantized(model):
         raise ValueError(
@@ -30,15 +26,14 @@ def check(model: Any) -> None:
 
 
 def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy of a model of which each rank has a part, by PyTorch's fully_shard.
+    """Return a copy of a model whose weights PyTorch's fully_shard divides; the model stays as it is.
 
-    Each weight is cut along its first axis, and of one that is mapped from a file a rank reads its part
-    alone. The model itself stays as it is.
+    Each weight is cut along its first axis; of a mapped one, a rank reads only its part of the file.
 
     Args:
-        model: a transformer or text encoder, on the CPU.
-        mesh: of the ranks, with one axis; its device is where they compute.
-        dtype: that each rank converts its part to, as on loading; None: as it is.
+        model: transformer or text encoder on the CPU.
+        mesh: device mesh of the ranks, with one axis.
+        dtype: dtype that each rank converts its part to, as on loading; None: as it is.
 
     Returns: the copy, without gradients.
 

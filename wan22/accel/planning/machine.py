@@ -1,4 +1,4 @@
-"""What a machine has: memory, and how fast it multiplies and copies, measured once."""
+"""A machine's memory, and its rates of products and copies, which are measured once."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from ...checks import parse_bytes
 from ..offload.devices import CudaDevice
 
 GB = 1e9
-# What a process takes of a card before its first tensor: context and kernels; PyTorch does not count it.
+# GPU memory of a process before its first tensor: context and kernels, which PyTorch does not count.
 CONTEXT = 600e6
 
 
@@ -23,12 +23,12 @@ class Machine:
     """Memory and rates that a plan is made for.
 
     Args:
-        device: where transformers run.
-        vram: bytes that tensors may take on the device; on a CPU, of the host.
-        ram: bytes that may be taken of the host.
-        flops: of matrix products in bfloat16, a second; None: not known.
-        bandwidth: bytes a second from host to device; None: not known.
-        disk: bytes a second from files; None: not known.
+        device: device of the transformers.
+        vram: bytes of the device for tensors; on a CPU, of the host.
+        ram: bytes of the host.
+        flops: operations a second of matrix products in bfloat16; None: unknown.
+        bandwidth: bytes a second from host to device; None: unknown.
+        disk: bytes a second from files; None: unknown.
     """
 
     device: torch.device
@@ -47,17 +47,17 @@ class Machine:
         device: Any = None,
         taken: Mapping[str, int] | None = None,
     ) -> "Machine":
-        """Take a budget, and the rest from this machine.
+        """Return this machine within a budget.
 
         Args:
-            vram: memory of the device, such as "12GB"; the context's share is taken off.
-            ram: memory of the host.
-            disk: a second from files.
+            vram: device memory, such as "12GB", the context included; default is what is free.
+            ram: host memory; default is what is free.
+            disk: amount a second from files.
             device: default is "cuda" if there is one or vram is given, or else "cpu".
-            taken: bytes by type of device that are to be planned anew, and count as free therefore.
+            taken: bytes, by type of device, that the plan is to place anew: they count as free.
 
         Raises:
-            ValueError: an amount is none, or vram is given for a CPU, or there is no such device.
+            ValueError: an amount cannot be read, vram is given for a CPU, or there is no CUDA device.
         """
         here = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if here or vram is not None else "cpu"))
@@ -71,7 +71,7 @@ class Machine:
         if vram is None:
             if not here:
                 raise ValueError("there is no CUDA device here; give vram, such as '12GB', to plan for one")
-            # What PyTorch has reserved and nothing takes is free, too.
+            # PyTorch's reserve that no tensor takes is free, too.
             spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = float(torch.cuda.mem_get_info(device)[0] + spare + taken.get(device.type, 0))
         else:
@@ -79,12 +79,12 @@ class Machine:
         flops, bandwidth = None, None
         if here:
             flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
-            torch.cuda.empty_cache()  # of what measuring took
+            torch.cuda.empty_cache()  # the memory that measuring took
         return cls(device, room, host, flops, bandwidth, speed)
 
     @property
     def has_device(self) -> bool:
-        """Whether there is a device beside the host."""
+        """Whether the device is not the host."""
         return self.device.type != "cpu"
 
     def __str__(self) -> str:
@@ -93,18 +93,18 @@ class Machine:
 
 
 def available_ram() -> float:
-    """Return the bytes of host memory that there are for this process, whoever set a limit to it."""
+    """Return the bytes of host memory that this process can take, within limits of its control groups."""
     groups = Path("/proc/self/cgroup")
     limits = _left_in_groups(groups.read_text(), Path("/sys/fs/cgroup")) if groups.is_file() else ()
     return float(min((psutil.virtual_memory().available, *limits)))
 
 
 def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
-    """Yield what is left of each limit of the control groups that a process is in, a container's among them.
+    """Yield what is left of each memory limit of a process's control groups, such as a container's.
 
     Args:
-        groups: what /proc/self/cgroup holds.
-        root: where they are mounted.
+        groups: text of /proc/self/cgroup.
+        root: mount point.
     """
     for line in groups.splitlines():
         number, controllers, path = line.split(":", 2)
@@ -127,7 +127,7 @@ def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
 
 @cache
 def measured_flops(device: str) -> float:
-    """Return the floating-point operations a second of a large matrix product in bfloat16."""
+    """Return the operations a second of a large matrix product in bfloat16."""
     size, rounds = (8192, 10) if device != "cpu" else (1024, 3)
     x = torch.randn(size, size, device=device).to(torch.bfloat16)
     return 2.0 * size**3 / _best_seconds(lambda: x @ x, rounds, device)
@@ -135,7 +135,7 @@ def measured_flops(device: str) -> float:
 
 @cache
 def measured_bandwidth(device: str) -> float | None:
-    """Return the bytes a second of copies from pinned memory; None if the system pins none."""
+    """Return the bytes a second of copies from pinned memory; None if the system does not pin."""
     card = CudaDevice(device)
     try:
         source = card.allocate_host(2**28)  # not PyTorch's own, which never goes back to the system
@@ -146,7 +146,7 @@ def measured_bandwidth(device: str) -> float | None:
 
 
 def _best_seconds(function: Any, rounds: int, device: str) -> float:
-    """Return the seconds of the fastest of some rounds, after one that does not count."""
+    """Return the seconds of the fastest round, the first one aside."""
     best = float("inf")
     for i in range(rounds + 1):
         start = time.perf_counter()

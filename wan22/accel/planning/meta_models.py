@@ -19,36 +19,13 @@ MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae"
 
 # Layers and the feed-forward's size of the released transformers, by model size.
 _DEPTHS = {5120: (40, 13824), 3072: (30, 14336), 1536: (30, 8960)}
-_UMT5_XXL: dict[str, Any] = {
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
-_CLIP_VIT_H: dict[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-}
-VAE_22: dict[str, Any] = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
+_UMT5_XXL: dict[str, Any] = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240}
+_UMT5_XXL |= {"num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+_CLIP_VIT_H: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+_CLIP_VIT_H |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
+VAE_22: dict[str, Any] = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True}
+VAE_22 |= {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+VAE_22 |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
 
 
 def released_models(preset: Preset, stored: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def plan(
 
 
 def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """Return the bytes of each model's weights that are on the host and in no file, and of all on devices."""
+    """Return the bytes of each model's weights in host memory and no file, and of all weights on devices."""
     files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
     for name in models:
         model = getattr(pipe, name)
@@ -181,7 +181,7 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
 def _device_phases(
     task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None
 ) -> tuple[tuple[Phase, ...], bool]:
-    """Return a call's phases on a device, and whether both experts fit there while one runs."""
+    """Return a call's phases on a device, and whether the second expert can be prefetched."""
     held = {name: task.device_bytes(name, placement) for name, placement in placements.items()}
     resident = sum(held[name] for name, placement in placements.items() if placement.kind == "resident")
 
@@ -212,7 +212,6 @@ def _host_phases(task: Task, strips: int | None) -> tuple[Phase, ...]:
 
 
 def _on_host(task: Task, name: str, placement: Placement) -> int:
-    """Return the bytes of a model's weights that host memory holds, however short it is."""
     # A model that runs on the host may copy mapped weights, for its kernels want other addresses.
     whole = placement.source == "pinned" or placement.kind == "host"
     return task.bytes_of(name) if whole else min(task.anonymous.get(name, 0), task.bytes_of(name))

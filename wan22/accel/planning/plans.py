@@ -1,4 +1,4 @@
-"""A plan: where each model is kept, how the video is decoded, and what that takes."""
+"""Plans: where each model is kept, how videos are decoded, and the memory and time that takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,7 @@ from .machine import GB, Machine
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a call, and the most memory it takes.
-
-    Args:
-        name: "text", "denoise" or "decode".
-        weights: bytes of the weights that are on the device.
-        activations: bytes of everything else.
-    """
+    """A part of a call, "text", "denoise" or "decode", and the most bytes it takes on the device."""
 
     name: str
     weights: int
@@ -29,21 +23,20 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where models are kept and how a video is made, and what that takes; `pipe.apply(plan)` does it.
+    """A way to make videos, and what it takes; `pipe.apply(plan)` carries it out.
 
     Args:
-        name: of the checkpoint.
-        size: width, height and frames that it is made for.
-        machine: that it is made for.
-        placements: of each model.
-        strips: that a video is decoded in; None: whole frames.
-        prefetch: whether the second expert comes while the first one still runs.
-        quantize: how the transformers are quantised; None: they are not.
-        phases: of a call, in order.
-        host: bytes of the host's memory that are taken: weights that are in no file, or run there, and what
-            the device's weights and the videos pass through.
-        mapped: bytes of weights at home in files; the system drops their pages when it needs the room.
-        step_seconds: of one step, both guidance passes; None where no rates are known.
+        name: the checkpoint's name.
+        size: width, height and frames.
+        machine: the machine with its budget.
+        placements: the models' placements, by component name.
+        strips: strips that a video is decoded in; None: whole frames.
+        prefetch: whether the second expert is loaded while the first one still runs.
+        quantize: the transformers' quantisation; None: they are not quantised.
+        phases: the parts of a call, in order.
+        host: bytes of host memory: weights that are in no file or run there, staging buffers and videos.
+        mapped: bytes of weights in files, whose pages the system can drop.
+        step_seconds: time of one step, both guidance passes; None: rates are unknown.
         videos: number of videos of a call.
     """
 
@@ -62,7 +55,7 @@ class Plan:
 
     @property
     def device_peak(self) -> int:
-        """Most bytes on the device at any time."""
+        """Most bytes on the device."""
         return max(phase.total for phase in self.phases)
 
     @property
@@ -73,7 +66,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether device and host have so much."""
+        """Whether device and host have enough memory."""
         return self.device_peak <= self.machine.vram and self.host <= self.machine.ram
 
     def __str__(self) -> str:
