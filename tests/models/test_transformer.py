@@ -28,7 +28,7 @@ SMALL = {
     "num_layers": 2,
 }
 DEEP = SMALL | {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "num_layers": 30}
-# Wan 2.1 I2V and FLF: rows of a CLIP image encoder beside the text.
+# Wan 2.1 I2V and FLF: tokens of a CLIP image encoder beside the text.
 WITH_IMAGE = SMALL | {"in_channels": 36, "image_dim": 28, "added_kv_proj_dim": 48}
 
 
@@ -44,8 +44,8 @@ def golden_inputs(name: str, case: str) -> dict[str, torch.Tensor]:
     x = io[f"{case}.x"]
     if f"{case}.y" in io:
         x = torch.cat([x, io[f"{case}.y"]], dim=1)
-    rows = [io[f"{case}.context{i}"] for i in range(len(x))]
-    text = torch.stack([F.pad(r, (0, 0, 0, 512 - len(r))) for r in rows])
+    tokens = [io[f"{case}.context{i}"] for i in range(len(x))]
+    text = torch.stack([F.pad(r, (0, 0, 0, 512 - len(r))) for r in tokens])
     return {"hidden_states": x, "timestep": io[f"{case}.t"], "encoder_hidden_states": text}
 
 
@@ -67,8 +67,8 @@ def random_inputs(config: dict, b: int = 1, seed: int = 1) -> dict[str, torch.Te
         "encoder_hidden_states": torch.randn(b, 512, config["text_dim"], generator=g),
     }
     if "image_dim" in config:
-        rows = (2 * b, 9) if config.get("pos_embed_seq_len") else (b, 9)
-        inputs["encoder_hidden_states_image"] = torch.randn(*rows, config["image_dim"], generator=g)
+        shape = (2 * b, 9) if config.get("pos_embed_seq_len") else (b, 9)
+        inputs["encoder_hidden_states_image"] = torch.randn(*shape, config["image_dim"], generator=g)
     return inputs
 
 
@@ -389,10 +389,10 @@ def test_half_precision_files_are_not_expanded_where_the_layer_does_that(asked, 
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].bfloat16()
     model.save_pretrained(tmp_path)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path, dtype=asked)
-    islands = {n for n, p in loaded.named_parameters() if p.dtype == torch.float32}
-    assert "patch_embedding.weight" in islands and "blocks.0.scale_shift_table" in islands
+    in_float32 = {n for n, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert {"patch_embedding.weight", "blocks.0.scale_shift_table"} <= in_float32
     narrow = [n for n in dict(loaded.named_parameters()) if "time_" in n or "proj_out" in n]
-    assert len(narrow) == 8 and not islands & set(narrow)
+    assert len(narrow) == 8 and not in_float32 & set(narrow)
     with torch.no_grad():
         align_weights(loaded)
         got = loaded(**inputs).sample

@@ -128,19 +128,9 @@ class ResidualUpBlock(nn.Module):
 
 
 class Encoder3d(nn.Module):
-    """From (patched) pixels to the moments of the latents.
+    """From (patched) pixels to the moments of the latents; the arguments are those of `AutoencoderKLWan`.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output, twice those of a latent.
-        base_dim: channels at full resolution.
-        dim_mult: channels of each resolution, in multiples of base_dim.
-        num_res_blocks: residual blocks per resolution.
-        attn_scales: resolutions, as fractions of the full one, with attention after each residual
-            block (2.1 only).
-        temporal_downsample: whether the step from each resolution to the next halves time as well.
-        dropout: dropout rate.
-        is_residual: the 2.2 family, with shortcuts around each resolution.
+    `attn_scales` are fractions of the full resolution, with attention after each residual block (2.1 only).
     """
 
     def __init__(
@@ -196,18 +186,9 @@ class Encoder3d(nn.Module):
 
 
 class Decoder3d(nn.Module):
-    """From latents to (patched) pixels.
+    """From latents to (patched) pixels; the arguments are those of `AutoencoderKLWan`.
 
-    Args:
-        in_channels: channels of a latent.
-        out_channels: channels of the output.
-        base_dim: channels at full resolution.
-        dim_mult: channels of each resolution, in multiples of base_dim, full resolution first.
-        num_res_blocks: residual blocks per resolution; the decoder has one more.
-        temporal_upsample: whether the step from each resolution to the next doubles time as well, lowest
-            resolution first.
-        dropout: dropout rate.
-        is_residual: the 2.2 family, with shortcuts around each resolution.
+    `temporal_upsample` starts with the lowest resolution, and each resolution has one more residual block.
     """
 
     def __init__(
@@ -246,14 +227,13 @@ class Decoder3d(nn.Module):
     def forward(
         self, z: Tensor, cache: TemporalCache | None = None, strips: Sequence[TemporalCache] = ()
     ) -> Tensor:
-        """Map latents to pixels.
+        """Map latents "b c t h w" to pixels "b c t' h' w'".
 
         Args:
-            z: latents, "b c t h w".
+            z: latents.
             cache: the clip's cache; None: z is the whole clip.
             strips: caches of the horizontal strips that the highest resolution is computed in, from the top;
                 none: it is computed as a whole. The result is the same, as strips overlap by what they need.
-        Returns: pixels, "b c t' h' w'".
         """
         refined = self._lower(z, cache)
         if strips:

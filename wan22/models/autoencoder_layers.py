@@ -57,9 +57,7 @@ class CausalConv3d(nn.Conv3d):
 class RMSNorm(nn.Module):
     """Scale each position's channel vector to root mean square 1, then by a learned gain.
 
-    Args:
-        channels: length of the channel vector.
-        axes: how many axes follow the channels: 3 for "b c t h w", 2 for "b c h w".
+    `axes` is the number of axes after the channels: 3 for "b c t h w", 2 for "b c h w".
     """
 
     def __init__(self, channels: int, axes: int = 3):
@@ -121,12 +119,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width and, if `temporal`, the number of frames after the clip's first.
-
-    Args:
-        channels: channels of input and output.
-        temporal: whether to halve time too.
-    """
+    """Halve height and width and, if `temporal`, the number of frames after the clip's first."""
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
@@ -148,13 +141,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width and, if `temporal`, the number of frames after the clip's first.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        temporal: whether to double time too.
-    """
+    """Double height and width and, if `temporal`, the number of frames after the clip's first."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__()
@@ -184,11 +171,7 @@ class Upsample(nn.Module):
 class AverageDown(nn.Module):
     """Shortcut of a 2.2 down block: pixels become channels, which are averaged in groups.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        factor_t: reduction in time, 1 or 2.
-        factor_s: reduction in height and width, 1 or 2.
+    `factor_t` and `factor_s`, 1 or 2, are the reductions in time and in space.
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
@@ -212,11 +195,7 @@ class AverageDown(nn.Module):
 class DuplicateUp(nn.Module):
     """Shortcut of a 2.2 up block: channels are repeated and become pixels.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        factor_t: growth in time, 1 or 2.
-        factor_s: growth in height and width.
+    `factor_t` and `factor_s`, 1 or 2, are the growth in time and in space.
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):

@@ -34,14 +34,9 @@ class Tile(NamedTuple):
 
 
 def split_axis(length: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """Cover an axis by spans of equal size; the last is moved back to end with the axis.
+    """Cover `length` cells by spans (start, stop) of `size` that start every `stride` cells, at most `size`.
 
-    Args:
-        length: cells to cover.
-        size: cells of a span; a shorter axis is one span.
-        stride: cells from one span's start to the next, at most `size`.
-
-    Returns: (start, stop) of each span, in order.
+    The last one is moved back to end with the axis; an axis shorter than `size` is one span.
     """
     if length <= size:
         return [(0, length)]
@@ -50,37 +45,23 @@ def split_axis(length: int, size: int, stride: int) -> list[tuple[int, int]]:
 
 
 class Strip(NamedTuple):
-    """A strip's own rows and those it sees, each a (start, stop) pair."""
+    """A strip's own rows and the rows that it depends on, each a (start, stop) pair."""
 
     rows: tuple[int, int]
     seen: tuple[int, int]
 
 
 def split_strips(rows: int, count: int, halo: int) -> list[Strip]:
-    """Divide rows into strips of equal height, up to a row, that see `halo` more rows on either side.
-
-    Args:
-        rows: rows to divide.
-        count: strips, at most `rows`.
-        halo: rows seen beyond the strip's own, where there are any.
-
-    Returns: the strips from the top.
-    """
+    """Divide rows into `count` strips of equal height, up to a row, with a halo of rows on either side."""
     cuts = [rows * i // count for i in range(count + 1)]
     return [Strip((a, b), (max(a - halo, 0), min(b + halo, rows))) for a, b in pairwise(cuts)]
 
 
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int = 1) -> list[Tensor]:
-    """Weigh overlapping spans so that at every place the weights sum to 1.
+    """Return float64 weights of each span's elements, `scale` a cell, that sum to 1 at every place.
 
     Where two spans overlap, one fades linearly into the other: a constant stays constant, and the border of a
     span leaves no step.
-
-    Args:
-        spans: (start, stop) in cells, covering an axis from 0 on.
-        scale: elements per cell.
-
-    Returns: float64 weights of each span's elements.
     """
     length = max(stop for _, stop in spans) * scale
     total = torch.zeros(length, dtype=torch.float64)

@@ -55,13 +55,9 @@ class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftA
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the flow velocity of noisy latents.
+        """`wan22.models.transformer.WanTransformer3DModel.forward`, with diffusers' arguments and output.
 
         Args:
-            hidden_states: as `wan22.models.transformer.WanTransformer3DModel.forward` takes it.
-            timestep: the same.
-            encoder_hidden_states: the same.
-            encoder_hidden_states_image: the same.
             return_dict: False returns a tuple.
             attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
         """
@@ -89,15 +85,7 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
     def encode(
         self, x: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Encode a clip to the posterior of its raw latents.
-
-        Args:
-            x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
-            return_dict: False returns a tuple.
-            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
-
-        Raises: ValueError: shape or chunk_latents is not as above.
-        """
+        """`wan22.models.autoencoder.AutoencoderKLWan.encode`, whose moments become a posterior."""
         posterior = DiagonalGaussianDistribution(super().encode(x, chunk_latents))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -105,15 +93,7 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
     def decode(
         self, z: Tensor, return_dict: bool = True, chunk_latents: int | None = 1
     ) -> DecoderOutput | tuple[Tensor]:
-        """Decode a clip to pixels, "b 3 t h w" in [-1, 1].
-
-        Args:
-            z: raw (not normalised) latents, "b c t h w".
-            return_dict: False returns a tuple.
-            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
-
-        Raises: ValueError: shape or chunk_latents is not as above.
-        """
+        """`wan22.models.autoencoder.AutoencoderKLWan.decode`, in diffusers' output object or a tuple."""
         sample = super().decode(z, chunk_latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -121,15 +101,7 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
     def encode_stream(
         self, frames: Iterable[Tensor], chunk_latents: int = 1
     ) -> Iterator[DiagonalGaussianDistribution]:
-        """Encode a clip that arrives piece by piece; the posteriors together are that of `encode`.
-
-        Args:
-            frames: pieces "b 3 t h w" of the clip in [-1, 1], each of any number of frames, 1 + 4k in all.
-            chunk_latents: latent frames to compute at a time.
-
-        Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
-            not as above.
-        """
+        """`wan22.models.autoencoder.AutoencoderKLWan.encode_stream`, whose moments become posteriors."""
         return map(DiagonalGaussianDistribution, super().encode_stream(frames, chunk_latents))
 
     decode_stream = apply_forward_hook(AutoencoderKLWan.decode_stream)
