@@ -1,4 +1,4 @@
-"""What a pipeline call returns: the frames, their rate, and the recipe that made them.
+"""The result of a call: frames, frame rate, and the recipe that made them.
 
 Shapes: b videos, t frames, h rows, w columns, c colours.
 """
@@ -26,19 +26,19 @@ OUTPUT_TYPES = get_args(OutputType)
 
 @dataclass(repr=False)
 class WanVideo(BaseOutput):
-    """Generated videos. In a notebook they play where they stand.
+    """Generated videos. A notebook shows them as players.
 
     Args:
         frames: "np": float32 array "b t h w c" in [0, 1]; "pt": the same as a tensor "b t c h w"; "pil": a
             list of frames per video; "latent": normalised latents, a tensor "b c t h w".
         fps: frames per second of the checkpoint.
-        recipe: every setting of the call.
+        recipe: all settings of the call.
     """
 
     frames: Any
     fps: int
     recipe: Recipe
-    # No field: of several ranks that make a video together, one writes its files.
+    # Not a field: of several ranks that make a video together, one writes the files.
     writes = True
 
     def save(
@@ -49,22 +49,21 @@ class WanVideo(BaseOutput):
         quality: int | None = None,
         crf: int | None = None,
     ) -> list[Path]:
-        """Write each video to a file that plays, with the recipe in its metadata.
+        """Write each video to a file, with the recipe in its metadata.
 
         Args:
-            path: its ending says the format: .mp4 (H.264, plays everywhere), .gif, .webp, .png (one file per
-                frame), or .npy (the frames' values as they are, without a recipe). With several videos a
-                number is put before the ending.
+            path: file whose ending sets the format: .mp4 (H.264), .gif, .webp, .png (one file per frame), or
+                .npy (the values unchanged, without a recipe). Several videos get a number before the ending.
             overwrite: whether existing files are replaced.
             quality: 1 to 100, for .mp4 and .webp; default 90.
-            crf: instead of quality, for .mp4: H.264's own scale, 0 (nothing lost) to 51.
+            crf: H.264's scale for .mp4 instead of quality, 0 (lossless) to 51.
 
-        Returns: the files; none on all but the first of several ranks, which leave the writing to it.
+        Returns: the files; none on the ranks after the first.
 
         Raises:
-            ValueError: another ending, a quality that the format does not have, or frames that are latents.
-            FileExistsError: a file exists.
-            OSError: a file could not be written; the frames are still here to be saved elsewhere.
+            ValueError: the ending is unknown, the quality does not suit it, or the frames are latents.
+            FileExistsError: a file exists and overwrite is False.
+            OSError: a file cannot be written; the frames remain and can be saved elsewhere.
         """
         path = Path(path).expanduser()
         writers.check_quality(path, quality, crf)
@@ -87,7 +86,7 @@ class WanVideo(BaseOutput):
         for video in self.as_uint8():
             _, h, w, _ = video.shape
             size = cell_width, max(1, round(h * cell_width / w))
-            # Whole multiples keep the pixels of miniature videos crisp.
+            # Integer multiples keep the pixels of miniature videos crisp.
             resample = Image.Resampling.NEAREST if cell_width % w == 0 else Image.Resampling.LANCZOS
             picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
             cells = [np.asarray(Image.fromarray(video[i]).resize(size, resample)) for i in picks]
@@ -103,7 +102,7 @@ class WanVideo(BaseOutput):
         return [values if values.dtype == np.uint8 else to_uint8(values) for values in self._values()]
 
     def _values(self) -> list[np.ndarray]:
-        """Return each video as "t h w c": what was computed, or the 8 bits of PIL images."""
+        """Return each video as "t h w c" in its own dtype."""
         if isinstance(self.frames, list):
             return [np.stack([np.asarray(frame) for frame in video]) for video in self.frames]
         if isinstance(self.frames, torch.Tensor):
@@ -129,15 +128,9 @@ class WanVideo(BaseOutput):
 
 
 class WanStream:
-    """The frames of one video, decoded as they are asked for: "h w 3" in uint8, once.
+    """One video's frames "h w 3" in uint8, decoded while they are iterated over, once.
 
-    Of several ranks that make it together the first one has them; the others must go through them, too, and
-    have none.
-
-    Args:
-        frames: their source.
-        fps: frames per second.
-        recipe: every setting of the call.
+    With several ranks the first one gets the frames; the others must iterate as well, and get none.
     """
 
     writes = True
@@ -159,9 +152,9 @@ class WanStream:
         quality: int | None = None,
         crf: int | None = None,
     ) -> list[Path]:
-        """Write the frames as they are decoded; a .mp4 or .png never has more than a few in memory.
+        """Write the frames as they are decoded; .mp4 and .png keep only a few in memory.
 
-        The arguments and errors are those of `WanVideo.save`; after one the frames are gone.
+        See `WanVideo.save` for arguments and errors. After an error the frames cannot be saved again.
         """
         path = Path(path).expanduser()
         writers.check_ending(path)
@@ -175,7 +168,7 @@ class WanStream:
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Turn [0, 1] into 0 to 255, truncated. Source: Wan2.2 wan/utils/utils.py, save_video."""
+    """Scale [0, 1] to 0 to 255, truncated. Source: Wan2.2 wan/utils/utils.py, save_video."""
     return (frames.clip(0, 1) * np.float32(255)).astype(np.uint8)
 
 
@@ -186,7 +179,7 @@ def player(video: np.ndarray, fps: int, recipe: str) -> str:
         file = Path(folder, "clip.mp4")
         writers.write(video, file, fps, recipe)
         data = base64.b64encode(file.read_bytes()).decode()
-    # Miniatures are shown four times as large, with their pixels crisp.
+    # Miniature videos are enlarged four times, with crisp pixels.
     width, style = (4 * w, "image-rendering: pixelated") if w <= 128 else (w, "max-width: 100%")
     return (
         f'<video controls loop muted autoplay width="{width}" style="{style}" '
