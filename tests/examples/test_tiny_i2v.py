@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiers import slow
 from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
 
 SHARED = {"i2v": {"text_encoder", "tokenizer", "vae"}, "ti2v": {"tokenizer"}}
@@ -21,7 +22,7 @@ def load(name, pipeline=WanI2VPipeline):
     return pipe
 
 
-@pytest.fixture(params=SHARED)
+@pytest.fixture(params=["i2v", *slow(["ti2v"])])
 def pipe(request):
     return load(request.param)
 

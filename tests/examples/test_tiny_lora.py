@@ -109,6 +109,7 @@ def test_every_dialect_gives_the_video_of_the_merged_weights(dialect, pipe, merg
     assert [verdict.color for verdict in read] == ["purple"] * 2
 
 
+@pytest.mark.slow
 def test_on_gguf_files(pipe, tmp_path):
     """Both experts in blocks of 8 bits, the LoRA beside them."""
     files = {}
@@ -137,6 +138,7 @@ def test_on_gguf_files(pipe, tmp_path):
         other.fuse_lora()
 
 
+@pytest.mark.slow
 def test_in_the_image_to_video_model(caplog):
     """Trained for text to video, it fits there, too; the given frame stays as it is."""
     pipe = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v"), dtype=torch.float32)
