@@ -51,7 +51,7 @@ def encode_clips(vae: AutoencoderKLWan, n: int, seed: list[int], split: str) -> 
     Args:
         vae: the trained autoencoder.
         n: number of clips.
-        seed: of scenes, captions and paths.
+        seed: seed of scenes, captions and paths.
         split: "train" or "held_out".
     Returns: "latents", normalised, "n c t h w" float16; "captions", n strings.
     """
@@ -66,7 +66,7 @@ def encode_clips(vae: AutoencoderKLWan, n: int, seed: list[int], split: str) -> 
 def encode_conditions(vae: AutoencoderKLWan, n: int, seed: list[int], split: str) -> dict[str, Any]:
     """Draw the clips of `encode_clips` again, and encode only their given frames, zeros in place of the rest.
 
-    Args: those of encode_clips.
+    Args: see encode_clips.
     Returns: "first", where the first frame is given, and "both", first and last: "n c t h w" float16.
     Source: Wan2.2 wan/image2video.py, WanI2V.generate.
     """
@@ -86,7 +86,7 @@ def read_latents(
     """Read all clips of some files of a folder.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         files: a pattern that their names match.
         conditions: read the given frames, too, and only clips that have them.
     Returns: "latents" and, with conditions, "first" and "both", each "n c t h w" float16; n captions.

@@ -165,7 +165,7 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = SIZE, frames: int =
     """Draw one clip of a scene.
 
     Args:
-        scene: what to show.
+        scene: the scene to draw.
         rng: source of everything the caption leaves open.
         size: height and width in pixels.
         frames: number of frames.

@@ -37,8 +37,8 @@ class Checkpoint:
 
     Args:
         pipeline: diffusers' class for it.
-        parts: of the training, by the transformer's slot.
-        boundary_ratio: where the second transformer takes over; None for one transformer.
+        parts: parts of the training, by transformer slot.
+        boundary_ratio: noise level at which the second transformer takes over; None for one transformer.
         expand_timesteps: whether the transformer takes one timestep per token.
         absent: components that the pipeline may have and this checkpoint does not.
     """
@@ -87,12 +87,12 @@ def export(
     """Write a checkpoint folder, replacing one that is there.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: name of the checkpoint to write.
         source: folder of the training.
-        folder: where the checkpoint goes.
-        dtype: of the transformers' and the text encoder's weights.
-        vae_dtype: of the autoencoder's weights.
-        shift: of the noise schedule, for the scheduler's config.
+        folder: folder to write to.
+        dtype: dtype of the transformers' and the text encoder's weights.
+        vae_dtype: dtype of the autoencoder's weights.
+        shift: shift of the noise schedule, for the scheduler's config.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -205,8 +205,8 @@ def score(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, Any
     """Compare verdicts with what was asked for.
 
     Args:
-        scenes: what each clip should show.
-        verdicts: what the judge read, in the same order.
+        scenes: the scene that each clip should show.
+        verdicts: the judge's readings, in the same order.
     Returns: "n"; accuracy from 0 to 1 for color, background, shape, motion, size_change, and "all" of them at
         once; "per_motion": n, accuracy and what was read, for each motion asked for.
     Raises: ValueError: different lengths, or none.
@@ -263,8 +263,8 @@ def given_frames(scenes: Sequence[Scene], seed: int, size: int, last: bool) -> d
     """Draw a clip of each scene and return the frames that image to video is given of it.
 
     Args:
-        scenes: what the clips show.
-        seed: of the clips.
+        scenes: the scenes of the clips.
+        seed: seed of the clips.
         size: height and width in pixels.
         last: whether the last frame is given, too.
     Returns: "image" and, with last, "last_image": uint8, "n h w c".

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         matrices: weights with two or more axes.
         others: embeddings, heads, norms and biases.
         lr: learning rate of both.
-        momentum: of Muon (Nesterov).
+        momentum: Muon's momentum (Nesterov).
         weight_decay: decoupled, on matrices only.
     """
 

@@ -104,10 +104,10 @@ class Part:
         lr: learning rate at the start.
         lr_end: learning rate at the end.
         start: the part whose averaged weights it starts from.
-        shift: of the noise levels it learns at; the higher, the more of them are high.
+        shift: shift of the training noise levels; higher values favour high noise.
         vae: the autoencoder whose latents it learns, see train_vae.CONFIGS.
-        in_channels: what the transformer takes, the latents' channels and the condition's.
-        condition: what is given beside the text.
+        in_channels: the transformer's input channels, latents and condition.
+        condition: kind of input beside the text.
     """
 
     steps: int

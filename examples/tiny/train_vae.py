@@ -230,10 +230,10 @@ def train(
 
     Args:
         vae: the autoencoder, changed in place.
-        number: of the stage.
-        stage: what to do.
-        seed: of the clips.
-        path: where checkpoints go.
+        number: number of the stage.
+        stage: settings of the stage.
+        seed: seed of the clips.
+        path: file for checkpoints.
         state: the checkpoint to go on from, or empty.
     """
     vae.encoder.requires_grad_(not stage.decoder_only)
