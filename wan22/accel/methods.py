@@ -1,14 +1,11 @@
-"""Functions in the place of a module's methods, and versions of its tensors."""
+"""Functions in place of a module's methods."""
 
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import nn
-
-from ..private_apis import version
 
 _patched: WeakSet[MethodType] = WeakSet()
 
@@ -30,12 +27,3 @@ def patch_method(module: nn.Module, name: str, function: Callable[..., Any]) -> 
 def is_replaced(module: nn.Module, name: str) -> bool:
     """Whether something other than `patch_method` has replaced a module's method: an offload's hook, say."""
     return not is_own(module, name) and vars(module)[name] not in _patched
-
-
-def identity(tensor: torch.Tensor) -> tuple[int, int | None]:
-    """Return what changes when a tensor is another one, or is written to; keep the tensor beside it.
-
-    Tensors made in torch.inference_mode do not count what is written to them, and compiled code cannot ask.
-    """
-    unknown = torch.compiler.is_compiling() or tensor.is_inference()
-    return id(tensor), None if unknown else version(tensor)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.autoencoder_layers import CausalConv3d, Upsample
-from .methods import identity, is_replaced
+from ..private_apis import version
+from .methods import is_replaced
 
 
 class SubpixelConv2d(nn.Module):
@@ -40,13 +41,13 @@ class SubpixelConv2d(nn.Module):
         w = w.transpose(0, 1).flatten(0, 2)  # column row c c 2 2 to (row column c) c 2 2
         w = w.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
         self.register_buffer("sums", w, persistent=False)
-        self.summed = identity(self.weight)
+        self.summed = _identity(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map "b c h w" to "b c 2h 2w"."""
         # Tracing on the meta device replaces the weights by others without values.
         known = torch.compiler.is_compiling() or self.weight.is_meta
-        if not known and identity(self.weight) != self.summed:
+        if not known and _identity(self.weight) != self.summed:
             doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
             return F.conv2d(doubled, self.weight, self.bias, padding=1)
         b, _, h, w = x.shape
@@ -142,3 +143,12 @@ def _convolutions(vae: AutoencoderKLWan) -> Iterator[nn.Conv3d | nn.Conv2d]:
 def _faster_contiguous(weight: Tensor, device: torch.device) -> bool:
     """Whether oneDNN convolves faster with channels outermost: wide layers in float32, by 5 to 25 %."""
     return device.type == "cpu" and weight.dtype == torch.float32 and max(weight.shape[:2]) >= 256
+
+
+def _identity(tensor: Tensor) -> tuple[int, int | None]:
+    """Return what changes when a tensor is replaced or written to; keep the tensor beside it.
+
+    Tensors made in torch.inference_mode do not count writes, and compiled code cannot ask.
+    """
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return id(tensor), None if unknown else version(tensor)
