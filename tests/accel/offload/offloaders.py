@@ -84,9 +84,15 @@ def models_of(pipe):
 def offload(pipe, device, default=ON_DEMAND, **placements):
     """Attach an offloader to all models of a pipeline."""
     models = {name: (model, placements.get(name, default)) for name, model in models_of(pipe).items()}
-    offloader = ModelOffloader(models, device, chunk_bytes=CHUNK)
+    return attached(ModelOffloader(models, device))
+
+
+def attached(offloader):
+    """Attach an offloader whose copies are recorded, and whose staging buffer is small."""
+    device, loader = offloader.device, offloader._loader
+    loader.chunk_bytes = CHUNK
     if isinstance(device, RecordingDevice):
-        device.watch(offloader._loader)
+        device.watch(loader)
     offloader.attach()
     return offloader
 

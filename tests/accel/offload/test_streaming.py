@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.accel.offload.offloaders import (
-    CHUNK,
     DEVICES,
     LAYERS,
     ON_DEMAND,
     addresses,
+    attached,
     inputs_of,
     make_device,
     make_pipe,
@@ -40,11 +40,7 @@ SOURCES = ("mmap", "pinned")
 
 def alone(model, device, placement, name="transformer"):
     """Attach an offloader to one model."""
-    offloader = ModelOffloader({name: (model, placement)}, device, chunk_bytes=CHUNK)
-    if isinstance(device, RecordingDevice):
-        device.watch(offloader._loader)
-    offloader.attach()
-    return offloader
+    return attached(ModelOffloader({name: (model, placement)}, device))
 
 
 def expected_of(model, kind, seed=0):

@@ -17,7 +17,7 @@ from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from .devices import Device
 from .layout import Placement, device_bytes
 from .streaming import ModelStreamer
-from .transfer import CHUNK_BYTES, Loader
+from .transfer import Loader
 
 
 class ModelOffloader:
@@ -29,21 +29,15 @@ class ModelOffloader:
     Args:
         models: models on the CPU with their placements, by name.
         device: device that they run on.
-        chunk_bytes: size of each of the staging buffer's parts.
 
     Raises:
         ValueError: a model cannot be placed so, or something else moves it already.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str, tuple[nn.Module, Placement]],
-        device: Device,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
+    def __init__(self, models: Mapping[str, tuple[nn.Module, Placement]], device: Device) -> None:
         self.device = device
         self.models = dict(models)
-        self._loader = Loader(device, chunk_bytes)
+        self._loader = Loader(device)
         self._streamers: dict[str, ModelStreamer] = {}
         self._hooks: dict[str, OffloadHook] = {}
         self._active: str | None = None  # the model that was called last

@@ -40,12 +40,12 @@ class Transfer:
 class Loader:
     """Copies packed blocks to a device: from pinned memory at once, from elsewhere in a thread.
 
-    If the system refuses to pin more memory, blocks are staged through a buffer with parts of `chunk_bytes`.
+    If the system refuses to pin more memory, blocks are staged through a small buffer instead.
     """
 
-    def __init__(self, device: Device, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = CHUNK_BYTES
         self._thread: ThreadPoolExecutor | None = None
         self._chunks: list[tuple[torch.Tensor, Mark]] = []  # oldest copy first
         self._pins = True  # False once the system has refused to pin

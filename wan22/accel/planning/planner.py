@@ -57,8 +57,8 @@ def plan(
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is "cuda" if there is one or vram is given, or else "cpu".
-        converted: for a pipeline without weights, the bytes of each model that loading will convert from what
-            its file holds, so that they need the host's memory.
+        converted: bytes of weights that loading will convert from their files to host memory, by component
+            name; for a pipeline without weights.
 
     Returns: the plan; print it.
 
@@ -66,15 +66,15 @@ def plan(
         ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or ranks
             have divided the weights.
     """
-    ranks = getattr(target, "parallel", None)
-    if ranks is not None:
-        ranks.check_whole()
     check_positive_int("videos", videos)
-    preset = target if isinstance(target, Preset) else target.preset
-    models = released_models(preset) if isinstance(target, Preset) else meta_copies(target.components)
+    anonymous: dict[str, int] = {}
+    if isinstance(target, Preset):
+        preset, name, models, on_device = target, target.name, released_models(target), 0
+    else:
+        target.ranks.check_whole()
+        preset, name, models = target.preset, target.checkpoint_name, meta_copies(target.components)
+        anonymous, on_device = _held(target, models)
     size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)
-    name = preset.name if isinstance(target, Preset) else target.checkpoint_name
-    anonymous, on_device = ({}, 0) if isinstance(target, Preset) else _held(target, models)
     task = Task(name, models, size, quantize, guided, videos, anonymous)
     for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
         check_size(axis, value, multiple)
