@@ -25,28 +25,23 @@ class Acceleration(Part):
         """Compile the transformers' repeated block, once for all layers and experts, and the VAE's chunks.
 
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
-        changes; calls with another prompt and the other expert use what there is. Decoding in strips, and the
-        chunks of an image's condition that leave out what would repeat itself, run as they are; so does a VAE
-        whose rows are shared among ranks.
+        changes; calls with another prompt and the other expert use what there is. Decoding in strips, a VAE whose
+        rows are shared among ranks, and an image condition's chunks without repetitions are not compiled.
 
         Args:
             vae: whether to compile the VAE, too.
             **options: arguments of torch.compile, such as `mode="max-autotune-no-cudagraphs"` or `backend`.
-                CUDA graphs cannot run block by block.
 
         Raises:
-            ValueError: the options ask for CUDA graphs, or something else has replaced a block's forward.
+            ValueError: the options ask for CUDA graphs, which cannot run block by block, or something else
+                has replaced a block's forward.
         """
         self.uncompile()
         vae = vae and not self._pipe.ranks.shares_rows
         self.compiled = Compiled(self._pipe.transformers, self._pipe.vae if vae else None, **options)
 
     def uncompile(self) -> None:
-        """Run as before `compile`, to the bit.
-
-        Raises:
-            ValueError: a block's forward has been replaced since, by a step cache say.
-        """
+        """Undo `compile`, to the bit; refused if a step cache or the like has replaced a forward since."""
         if self.compiled is not None:
             self.compiled.detach()
             self.compiled = None
@@ -57,8 +52,7 @@ class Acceleration(Part):
         """Compute the same faster: results move by rounding, see `accel.vae` for the bounds.
 
         The VAE works with channels innermost in memory, and upsamples inside a convolution; the attention
-        kernel is the fastest exact one. Weights that are loaded later need it again, and so do
-        models that run elsewhere later: on a GPU in place of the CPU.
+        kernel is the fastest exact one. Call it again after loading other weights or moving to a GPU.
         """
         pipe = self._pipe
         if pipe.memory.moves_models:
@@ -79,13 +73,10 @@ class Acceleration(Part):
         self.accelerated = False
 
     def set_attention_backend(self, backend: str = "auto") -> str:
-        """Choose the kernel that computes attention in all transformers, after trying it.
+        """Try an attention kernel, use it in all transformers, and return its name.
 
         Args:
-            backend: "auto" is the fastest exact one for the device; or a name of
-                `wan22.accel.attention.available()`.
-
-        Returns: the name of the one that is used.
+            backend: name in `wan22.accel.attention.available()`; "auto" is the device's fastest exact one.
 
         Raises:
             ValueError: it is not available here, or its results are wrong; or there is no transformer.

@@ -72,23 +72,19 @@ class Loras(Part):
         subfolder: str = "",
         **hub: Any,
     ) -> str:
-        """Load a LoRA in any dialect: one for all transformers, or a pair for the two experts.
+        """Load a LoRA in any dialect, for all transformers or as a pair for the two experts; return its name.
 
         Args:
             lora: file, folder, repository, or table of tensors, for both experts; its keys below
                 "transformer_2." are for the low-noise expert alone. A folder or repository that holds
                 high_noise_model.safetensors and low_noise_model.safetensors is a pair.
-            adapter_name: name of the adapter; default is "lora_0", "lora_1", …
-            high: the high-noise expert's file, folder, repository or table.
-            low: the low-noise expert's file, folder, repository or table.
+            adapter_name: default is "lora_0", "lora_1", …
+            high, low: for one expert each, in any of these forms.
             strength: factor of its weights: one number, two (high, low), or a table such as
                 {"transformer": 1, "transformer_2": 0.5}.
             weight_name: file in the folder or repository.
             subfolder: folder of that file in there.
-            **hub: options of the download: `cache_dir`, `force_download`, `token`, `local_files_only`,
-                `revision`.
-
-        Returns: the adapter's name.
+            **hub: `cache_dir`, `force_download`, `token`, `local_files_only`, `revision`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -115,10 +111,10 @@ class Loras(Part):
         adapter_names: str | Sequence[str],
         adapter_weights: Strength | Sequence[Strength | None] | None = None,
     ) -> None:
-        """Choose the active adapters and their strengths; an unknown name is a ValueError.
+        """Choose the active adapters; all others are off. An unknown name is a ValueError.
 
         Args:
-            adapter_names: the adapters to be active; all others are not.
+            adapter_names: the adapters to be active.
             adapter_weights: one strength for all, or a list with one for each adapter; each as the strength
                 of `load_lora_weights`. None: 1.
         """
@@ -209,13 +205,11 @@ class Loras(Part):
         return self._parts({slot: (file, slot) for slot in sections})
 
     def _parts(self, sources: Mapping[str, tuple[WeightFile, str]]) -> dict[str, Lora]:
-        """Return what each transformer gets from a section of a file."""
         if lacking := [slot for slot in sources if getattr(self._pipe, slot) is None]:
             raise ValueError(f"there is a LoRA for {lacking[0]}, which is not loaded")
         return {slot: self._part(file, slot, section) for slot, (file, section) in sources.items()}
 
     def _part(self, file: WeightFile, slot: str, section: str) -> Lora:
-        """Return what a file's section has for a transformer; name what fits nowhere."""
         lora = read_lora(file, adapters_of(getattr(self._pipe, slot)).shapes)[section]
         if not lora:
             raise ValueError(
@@ -256,7 +250,6 @@ class Loras(Part):
 
 
 def _by_slot(strength: Strength) -> dict[str, float]:
-    """Return the strength in each transformer."""
     if isinstance(strength, Mapping):
         if unknown := sorted(strength.keys() - set(SLOTS)):
             raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
@@ -294,7 +287,6 @@ def _pair_in(source: Any, where: LoraSource) -> tuple[Path, Path] | None:
 
 
 def _warn_if_swapped(high: Any, low: Any) -> None:
-    """Warn where the files' names say the opposite of where they were given."""
     names = [Path(s).name.lower() if isinstance(s, str | Path) else "" for s in (high, low)]
     if re.search(r"low.?noise|_low\b|-low\b", names[0]) or re.search(
         r"high.?noise|_high\b|-high\b", names[1]

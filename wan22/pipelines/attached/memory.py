@@ -37,8 +37,6 @@ class Memory(Part):
     def fit(self, vram: str | float | None = None, ram: str | float | None = None, **options: Any) -> Plan:
         """Find the fastest way to make videos in a budget, apply it, and do so anew for larger videos.
 
-        Where nothing fits, the plan that was applied before stays.
-
         Args:
             vram: memory of the device, such as "12GB"; default is what is free.
             ram: memory of the host; default is what is free.
@@ -47,7 +45,7 @@ class Memory(Part):
         Returns: the plan; print it.
 
         Raises:
-            ValueError: nothing fits.
+            ValueError: nothing fits; the plan that was applied before stays.
         """
         from ...accel.planning.planner import plan
 
@@ -58,10 +56,10 @@ class Memory(Part):
         return found
 
     def apply(self, plan: Plan, device: Device | None = None) -> None:
-        """Keep the models where a plan says, and decode as it says.
+        """Keep the models where a plan of `wan22.accel.plan` says, and decode as it says.
 
         Args:
-            plan: result of `wan22.accel.plan` for this pipeline.
+            plan: plan for this pipeline.
             device: device of the models; default is the plan's.
 
         Raises:
@@ -147,8 +145,7 @@ class Memory(Part):
     def replan_if_larger(self, height: int, width: int, num_frames: int, videos: int = 1) -> None:
         """Plan anew for a call that is larger than planned for; without a budget, warn that it may not fit.
 
-        Larger frames, in pixels, take more to decode, however few they are. Where the call does not fit into
-        the budget, a ValueError says so and the plan stays.
+        Larger frames take more to decode, however few. If nothing fits, a ValueError says so; the plan stays.
         """
         plan = self.plan
         if plan is None or (self._offloader is not None and not self.moves_models):

@@ -19,10 +19,7 @@ from .text import pad_tokens
 class StepCallback:
     """Calls a function as f(pipe, step, timestep, tensors) and applies what it returns.
 
-    Args:
-        function: the caller's; or a callback of diffusers, which names its tensors itself.
-        tensors: names of the tensors that it gets.
-        allowed: names that there are.
+    `tensors` are the names it asks for, among `allowed`; a callback of diffusers names its tensors itself.
     """
 
     def __init__(self, function: Callable[..., Any], tensors: Sequence[str], allowed: Sequence[str]) -> None:
@@ -33,10 +30,7 @@ class StepCallback:
         self.function, self.tensors = function, tuple(tensors)
 
     def __call__(self, pipe: Any, step: Step, latents: torch.Tensor, embeds: TextEmbeds) -> torch.Tensor:
-        """Call the function after a step; return the latents "b c t h w" to go on with.
-
-        Embeddings "b l d" are replaced in place. A ValueError names a replacement that does not fit.
-        """
+        """Return the latents "b c t h w" to go on with; embeddings "b l d" are replaced in place."""
         offered = {"latents": latents, **embeds}
         replaced = self.function(pipe, step.index, step.timestep, {n: offered[n] for n in self.tensors}) or {}
         for name in embeds.keys() & replaced.keys():

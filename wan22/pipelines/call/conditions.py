@@ -38,16 +38,12 @@ class NoCondition:
 class ChannelCondition:
     """Given frames in channels beside the noisy ones: I2V-A14B, and Wan 2.1 I2V with CLIP tokens.
 
-    Args:
-        channels: for each video, "1 c t h w": 4 channels of mask, then the latents of the clip that holds the
-            given frames and is zero elsewhere.
-        image_embeds: for each video, the image encoder's tokens, "1 l d" ("2 l d" for first and last frame);
-            None for checkpoints without an image encoder.
-
     Source: Wan2.2 wan/image2video.py, WanI2V.generate.
     """
 
+    # One per video, "1 c t h w": 4 channels of mask, then latents of a clip of the given frames and zeros.
     channels: Sequence[torch.Tensor]
+    # CLIP tokens per video, "1 l d", "2 l d" for first and last frame; None without an image encoder.
     image_embeds: Sequence[torch.Tensor] | None = None
 
     def model_inputs(self, video: int, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
@@ -66,13 +62,10 @@ class ChannelCondition:
 class FirstFrameCondition:
     """A given first frame that stays in the latents, its tokens at time 0: TI2V-5B.
 
-    Args:
-        first: latents of the given frames, "b c 1 h w".
-
     Source: Wan2.2 wan/textimage2video.py, WanTI2V.i2v.
     """
 
-    first: torch.Tensor
+    first: torch.Tensor  # latents of the given frames, "b c 1 h w"
 
     def model_inputs(self, video: int, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
         """Return the transformer's arguments with one timestep per latent frame, "1 t"."""

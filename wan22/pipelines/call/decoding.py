@@ -25,14 +25,9 @@ Bar = Callable[..., Any]
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor, output_type: str, bar: Bar, retry: bool) -> Any:
-    """Decode normalised latents "b c t h w", video by video and chunk by chunk.
+    """Decode normalised latents "b c t h w" into frames of an output type of `WanVideo.frames`.
 
-    Args:
-        vae: decoder.
-        latents: "b c t h w".
-        output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
-        bar: makes a progress bar.
-        retry: whether to go on in strips where memory runs out.
+    `bar` makes a progress bar; `retry` goes on in strips where memory runs out.
     """
     if output_type == "latent":
         return latents

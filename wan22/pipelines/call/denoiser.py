@@ -33,11 +33,8 @@ class CFGDenoiser:
     batch, and one video's tokens fill a device.
 
     Args:
-        condition: what the transformer gets beside latents and text.
         embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d"; no step is guided if the latter
             is None. A callback may replace them between steps.
-        guidance: formula that combines the predictions.
-        attention_kwargs: the transformer's.
         run_passes: runs the passes of a step, one or two, and returns what each predicts.
     """
 

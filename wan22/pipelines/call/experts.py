@@ -40,14 +40,9 @@ class Step:
 
 
 class Experts:
-    """Chooses the transformer of each timestep.
+    """Chooses the transformer of each timestep; `boundary` is the lowest one of the high-noise expert.
 
-    Args:
-        transformer: high-noise expert, or the only transformer.
-        transformer_2: low-noise expert.
-        boundary: lowest timestep of the high-noise expert; None for one transformer.
-
-    Source: Wan2.2 wan/text2video.py, WanT2V.generate.
+    With one transformer, the boundary is None. Source: Wan2.2 wan/text2video.py, WanT2V.generate.
     """
 
     def __init__(

@@ -24,15 +24,11 @@ class Guidance(Protocol):
 class ClassifierFreeGuidance:
     """Classifier-free guidance with a scale for each expert.
 
-    Args:
-        scale: scale of the high-noise expert, or of the only transformer; 1 turns guidance off.
-        scale_2: scale of the low-noise expert.
-
     Source: Wan2.2 wan/text2video.py, WanT2V.generate.
     """
 
-    scale: float
-    scale_2: float
+    scale: float  # high-noise expert's, or the only transformer's; 1 turns guidance off
+    scale_2: float  # low-noise expert's
 
     def scale_at(self, step: Step) -> float:
         """Return the scale of a step's expert."""

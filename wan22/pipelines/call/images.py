@@ -65,15 +65,13 @@ class Picture:
 
 
 def load_pictures(name: str, images: Any) -> list[Picture]:
-    """Read one image or several.
+    """Read one image or several; return them upright, transparency on white, [] for None.
 
     Args:
         name: the argument's name, for errors.
         images: None; or one image: a PIL image of any mode, a path, a URL (http, https, file), an array
             "h w", "h w 1", "h w 3" or "h w 4", or a tensor "c h w" of as many channels, each uint8 or
             floating in [0, 1]; or a list of images, or a batch "b h w c" or "b c h w".
-
-    Returns: the images, upright, transparency on white; [] for None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -251,14 +249,10 @@ def lanczos(picture: Picture, size: Size) -> Picture:
 
 
 def fit_picture(picture: Picture, size: Size, fit: Fit, resize: Any) -> Picture:
-    """Bring an image to a size.
+    """Bring an image to a size by `resize`, that is `bicubic` or `lanczos`.
 
-    Args:
-        picture: the image.
-        size: width and height.
-        fit: "crop" covers the size and cuts the rest evenly; "pad" fits inside, on black; "stretch" scales
-            each axis by itself.
-        resize: `bicubic` or `lanczos`.
+    `fit`: "crop" covers the size and cuts the rest evenly; "pad" fits inside, on black; "stretch" scales each
+    axis by itself.
     """
     if fit == "stretch" or picture.size == size:
         return resize(picture, size)

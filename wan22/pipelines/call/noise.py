@@ -15,13 +15,7 @@ from .request import Request
 
 
 def generators_of(request: Request, count: int, draw_seed: Callable[[], int]) -> list[torch.Generator]:
-    """Return one generator per video; a single seed s gives the videos s, s + 1, …
-
-    Args:
-        request: `seed`, `generator`, `noise_device`.
-        count: videos of the call.
-        draw_seed: gives the seed of a call without one.
-    """
+    """Return one generator for each of `count` videos; a single seed s gives the videos s, s + 1, …"""
     if request.generator is None:
         return _seeded(draw_seed() if request.seed is None else request.seed, request.noise_device, count)
     if request.seed is not None:

@@ -20,12 +20,7 @@ from .text import check_prompts, check_text_encoder
 
 
 def prepare(pipe: PipelineParts, given: Request) -> Call:
-    """Check a request and complete it.
-
-    Raises:
-        ValueError: an argument breaks its rule; the message names the value, the rule and the nearest valid
-            value.
-    """
+    """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
     pipe.check_components()  # one may have been replaced since
     preset, request = pipe.preset, with_distilled(given)
     check_choice("output_type", request.output_type, OUTPUT_TYPES)

@@ -66,15 +66,11 @@ class Previewer:
         show: a function that takes each Preview; or a file that each of them replaces, .png for the middle
             frame, .gif or .webp for the video; or True: in a notebook one picture that changes in place,
             elsewhere the file preview.png in the working folder.
-        vae: the pipeline's VAE; its config tells the latents' colours.
+        vae: the pipeline's; its config tells the latents' colours.
         fps: frames per second of the video.
         every: steps from one preview to the next; None: about ten in a run. The last step always has one.
         decoder: a TinyDecoder, or its file (taew2_1, taew2_2): finer previews that take longer. None: a pixel
             per latent cell, which takes next to no time.
-
-    Raises:
-        FileNotFoundError: there is no such decoder.
-        ValueError: show or every is not as above, or the decoder or the colours are for other latents.
     """
 
     def __init__(
@@ -188,11 +184,7 @@ class Display:
 
 
 def write(preview: Preview, path: Path) -> None:
-    """Replace a file by a preview at once: its middle frame in a .png, all frames in a .gif or .webp.
-
-    Raises:
-        NotWrittenError: the file could not be written.
-    """
+    """Replace a file by a preview at once: its middle frame in a .png, all frames in a .gif or .webp."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

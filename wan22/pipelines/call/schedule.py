@@ -57,20 +57,15 @@ def set_schedule(
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
 ) -> Any:
-    """Set a call's schedule, to be run from its beginning.
+    """Set a call's schedule; return the scheduler, a new one where diffusers' has to be built anew.
 
     Args:
         scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers.
         device: device of the timesteps.
-        steps: denoising steps; may be None if sigmas or timesteps are given.
-        shift: shift of the schedule; None keeps the scheduler's.
+        steps: denoising steps; None only with sigmas or timesteps.
+        shift: None keeps the scheduler's.
         sigmas: noise levels to use as they are, 0 to 1.
         timesteps: timesteps to use as they are, 0 to 1000.
-
-    Returns: the scheduler; a new one where diffusers' has to be built anew for the shift.
-
-    Raises:
-        ValueError: the schedule contradicts itself, or the scheduler cannot follow it.
     """
     if shift is not None and (isinstance(shift, bool) or not isinstance(shift, (int, float))):
         raise ValueError(f"flow_shift={shift!r} must be a number above 0, such as 5.0")

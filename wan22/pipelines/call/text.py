@@ -68,11 +68,7 @@ def encode_prompt(
 ) -> torch.Tensor:
     """Encode one prompt by itself, so that the result cannot depend on its neighbours in a batch.
 
-    Args:
-        tokenizer: umT5's, from transformers.
-        text_encoder: UMT5EncoderModel.
-        prompt: text, cleaned here.
-        max_tokens: tokens at which a prompt is cut, with a warning; 1 to 512, the end token included.
+    A prompt is cut, with a warning, at `max_tokens`, 1 to 512, the end token included.
 
     Returns: "1 512 d", zero past the prompt's end, on the text encoder's device and in its dtype.
     """

@@ -21,19 +21,13 @@ KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transform
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caller wants of a checkpoint.
+    """What a caller wants of a checkpoint."""
 
-    Args:
-        given: components that are ready made, or None to leave one out, and settings of the pipeline.
-        dtype: dtype of all components, or by component and "default"; None, there too: as stored.
-        dequantize: whether to expand weights that are stored quantised.
-        others: further arguments, which only some layouts know.
-    """
-
+    # Components that are ready made, or None to leave one out, and settings of the pipeline.
     given: Mapping[str, Any] = field(default_factory=dict)
-    dtype: Dtypes = None
-    dequantize: bool = False
-    others: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Dtypes = None  # one for all components, or by component and "default"; None, there too: as stored
+    dequantize: bool = False  # whether to expand weights that are stored quantised
+    others: Mapping[str, Any] = field(default_factory=dict)  # what only some layouts know
 
     @classmethod
     def of(
@@ -54,15 +48,10 @@ class Wanted:
 
 @dataclass
 class Outline:
-    """A checkpoint's models without their weights.
+    """A checkpoint's models without their weights."""
 
-    Args:
-        models: models on the meta device, in the sizes and dtypes that they would be loaded in.
-        converted: bytes of each model that loading converts from what its file holds, so that they are in
-            the host's memory and not mapped from the file.
-    """
-
-    models: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)  # on the meta device, in their sizes and dtypes
+    # Bytes of each model that loading converts: they are in the host's memory, not mapped from the file.
     converted: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, model: nn.Module, stored: torch.dtype, asked: torch.dtype | None) -> None:
@@ -74,22 +63,13 @@ class Outline:
 
 
 class Checkpoint(Protocol):
-    """A checkpoint in one of the layouts.
+    """A checkpoint in one of the layouts."""
 
-    Args:
-        source: the folder, repository or files, as the caller gave them.
-        kind: what it is for, in the words of the layout's configuration; None if nothing says so.
-    """
-
-    source: str
-    kind: str | None
+    source: str  # the folder, repository or files, as the caller gave them
+    kind: str | None  # what it is for, in the words of the layout's configuration; None if nothing says so
 
     def outline(self, wanted: Wanted) -> Outline:
-        """Return the models that would be loaded, without reading weights.
-
-        Of a repository that is not here, configurations alone are downloaded; what they do not describe is
-        missing.
-        """
+        """Return the models without reading weights; of a repository that is not here, those it describes."""
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline of this class; a repository is downloaded first."""

@@ -25,15 +25,9 @@ _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class DiffusersLayout:
-    """A checkpoint in the Diffusers layout.
+    """A checkpoint in the Diffusers layout: a folder, or a repository whose configurations are in `folder`.
 
-    Args:
-        source: folder or repository.
-        folder: where its configurations are; None if they could not be downloaded.
-        hub: options of the download.
-
-    Raises:
-        OSError: there is no model_index.json.
+    `hub` are options of the download; without a model_index.json there is an OSError.
     """
 
     def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
@@ -98,8 +92,7 @@ def dtypes_in(folder: Path, wanted: Wanted) -> dict[str, torch.dtype]:
 def correct_shift(pipe: Any) -> None:
     """Give a converted repository of a released checkpoint the official shift.
 
-    diffusers' conversion script writes the same 3.0 for every Wan checkpoint but TI2V-5B, and a repository
-    that still has it gets worse videos than the official code.
+    diffusers' conversion script writes 3.0 for all of them but TI2V-5B, and videos get worse with it.
     """
     preset = pipe.released
     if preset is not None and scheduler_shift(pipe.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift:

@@ -34,8 +34,7 @@ _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
 def from_diffusers_model(component: Any) -> Any:
     """Return our model for one of diffusers' own, sharing its weights; anything else as it is.
 
-    Raises:
-        ValueError: the model was changed since it was loaded, by a LoRA or a quantiser say.
+    A ValueError says if a LoRA, a quantiser or the like has changed the model since it was loaded.
     """
     ours = _MODELS.get(type(component).__name__)
     if ours is None or isinstance(component, ours):

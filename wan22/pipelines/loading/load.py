@@ -28,9 +28,7 @@ _SMALL_FILES = ["model_index.json", "config.json", "*/config.json", "*.safetenso
 def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint in a folder or repository; of a repository only configurations are downloaded.
 
-    Raises:
-        FileNotFoundError: there is no such folder, and it is no repository's name.
-        OSError: there is no such repository, or it cannot be reached.
+    A FileNotFoundError says if it is neither, an OSError if the repository cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -149,9 +147,9 @@ def lora_arguments(loras: Any) -> list[dict[str, Any]]:
 
 
 def transformers_as_stored(wanted: Wanted) -> tuple[torch.dtype | None, Wanted]:
-    """Let transformers be loaded as they are stored, mapped from their files, to be converted by parts.
+    """Return the transformers' dtype, None for the stored one, and what is wanted without it.
 
-    Returns: the dtype that they are to have, None if that is the stored one; what is wanted without it.
+    The weights then stay mapped from their files, and are converted part by part.
     """
     dtypes = {wanted.dtype_of(name) for name in TRANSFORMERS}
     if len(dtypes) > 1 or None in dtypes:  # each its own: as on one rank

@@ -27,13 +27,7 @@ FILES = (
 
 
 class OfficialLayout:
-    """A checkpoint in the official layout.
-
-    Args:
-        source: folder or repository.
-        folder: where its configurations are.
-        hub: options of the download.
-    """
+    """A checkpoint in the official layout: a folder, or a repository whose configurations are in `folder`."""
 
     def __init__(self, source: str, folder: Path, hub: Mapping[str, Any]) -> None:
         self.source, self.folder, self.hub = source, folder, hub
@@ -56,12 +50,7 @@ class OfficialLayout:
         return outline
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
-        """Load a pipeline of this class; a repository is downloaded first.
-
-        Raises:
-            FileNotFoundError: the folder is no checkpoint, or something is missing; it is named.
-            ValueError: an argument is for the Diffusers layout alone.
-        """
+        """Load a pipeline of this class; a repository is downloaded first."""
         check_options(wanted)
         if not is_folder(self.source):
             snapshot_download(self.source, allow_patterns=list(FILES), **self.hub)
@@ -91,11 +80,7 @@ def config_files(folder: Path) -> list[Path]:
 
 
 def official_files(folder: Path) -> dict[str, Path]:
-    """Find the components in a folder of the official layout.
-
-    Raises:
-        FileNotFoundError: it is none, or something is missing; it is named.
-    """
+    """Return the components in a folder; a FileNotFoundError names what is missing."""
     experts = [folder / name for name in EXPERTS if (folder / name).is_dir()]
     if len(experts) == 1:
         (missing,) = set(EXPERTS) - {experts[0].name}

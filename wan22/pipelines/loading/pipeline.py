@@ -23,14 +23,10 @@ _Pipeline = TypeVar("_Pipeline", bound="LoadablePipeline")
 
 
 class LoadablePipeline(DiffusionPipeline):
-    """Base of the pipelines: what they are made from, and how they are saved.
+    """Base of the pipelines: what they are made from, and how they are saved."""
 
-    A subclass names the diffusers pipeline it stands for, and the kinds of checkpoints that it runs, in the
-    words of their configurations.
-    """
-
-    hub_class_name: str
-    checkpoint_kinds: tuple[str, ...]
+    hub_class_name: str  # the diffusers pipeline that a subclass stands for
+    checkpoint_kinds: tuple[str, ...]  # what it runs, in the words of the checkpoints' configurations
     provenance: Provenance
 
     @classmethod
@@ -59,14 +55,11 @@ class LoadablePipeline(DiffusionPipeline):
                 one process, it goes to its GPU. Or arguments of `wan22.accel.parallel.parallelize`.
             loras: a LoRA, or a list of them: files, folders, repositories, tables of tensors, or dicts with
                 arguments of `load_lora_weights`.
-            dtype: dtype of all components, or a dict by component and "default"; None, the default, is the
-                one that each is stored in.
+            dtype: dtype of all components, or a dict by component and "default"; None: as stored.
             dequantize: whether to expand quantised weights.
             **options: any component, ready made, or None to leave it out. The hub's `revision`, `cache_dir`,
                 `token`, `local_files_only`, `force_download`. In the Diffusers layout also those of
                 diffusers' loader, such as `variant`, `device_map`, `quantization_config`.
-
-        Returns: the pipeline.
 
         Raises:
             FileNotFoundError: there is no such folder, or something is missing in it.
@@ -106,17 +99,12 @@ class LoadablePipeline(DiffusionPipeline):
             text_encoder: file, or model; None if prompt_embeds are given at every call.
             tokenizer: folder or repository, such as "google/umt5-xxl"; or tokenizer.
             image_encoder: file, or model (Wan 2.1 for images).
-            memory: as in from_pretrained; weights that stay quantised count as they are stored.
-            quantize: as in from_pretrained.
-            parallel: as in from_pretrained.
-            loras: as in from_pretrained.
+            memory, quantize, parallel, loras: as in from_pretrained.
             dtype: as in from_pretrained; bfloat16 by default for quantised weights.
             dequantize: whether to expand those.
             **options: further components and settings of the pipeline, such as `scheduler` or
                 `boundary_ratio`; default are those of the released checkpoint with the same shapes.
                 `attention_head_dim`, if it is not 128.
-
-        Returns: the pipeline.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -132,11 +120,9 @@ class LoadablePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:
-        """Build this pipeline from another one's components, sharing their weights; nothing is cast.
+        """Build this pipeline from another one's components, ours or diffusers', sharing their weights.
 
-        Args:
-            pipeline: one of ours or of diffusers' Wan pipelines.
-            **kwargs: components and settings that replace the other's.
+        Nothing is cast; `kwargs` are components and settings that replace the other's.
         """
         components, settings = signature_keys(cls)
         names = [*components, *settings]

@@ -21,12 +21,7 @@ _HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
 
 class SingleFiles:
-    """A checkpoint whose components are files of any format.
-
-    Args:
-        paths: file of each component, a folder for the tokenizer and where there are shards.
-        source: what the caller calls the whole; default is the paths.
-    """
+    """A checkpoint whose components are files of any format."""
 
     kind: str | None = None
 
@@ -45,11 +40,7 @@ class SingleFiles:
         return outline
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
-        """Load the components, and choose the settings that belong to them; what is given comes first.
-
-        Raises:
-            ValueError: an argument is for the Diffusers layout alone, or there is no VAE.
-        """
+        """Load the components, and choose the settings that belong to them; what is given comes first."""
         check_options(wanted)
         paths = {name: path for name, path in self.paths.items() if name not in wanted.given}
         parts: dict[str, Any] = dict.fromkeys((*KINDS, "tokenizer")) | dict(wanted.given)
