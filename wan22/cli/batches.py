@@ -27,11 +27,7 @@ Item = dict[str, Any]
 
 
 def run_batch(file: Path, folder: Path, ending: str, loading: Loading, saving: Saving) -> None:
-    """Make the videos of a file's items in a folder, and record each in its results.jsonl.
-
-    Raises:
-        ValueError: a line is no item, or the ending is no video format's.
-    """
+    """Make the videos of a file's items in a folder, and record each in its results.jsonl."""
     from ..video.writers import check_ending, check_quality
 
     check_ending(folder / f"video{ending}")
@@ -94,9 +90,7 @@ def _make_item(pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: s
 def read_items(file: Path) -> list[tuple[str, Item]]:
     """Return a file's items, each with a key of its own: one a line, in a .txt a prompt, else JSON.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no item, or two have one name; the line is named.
+    A ValueError names a line that is no item, or the second of two with one name.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")

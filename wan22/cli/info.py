@@ -16,12 +16,7 @@ LICENCE = "Apache-2.0"
 
 
 def describe(name: str, as_json: bool) -> None:
-    """Print the recipe in a video, or what a checkpoint is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither.
-    """
+    """Print the recipe in a video, or what a checkpoint is."""
     path = Path(name).expanduser()
     known = {preset.name.lower(): preset for preset in PRESETS}
     known |= {preset.repo.lower(): preset for preset in PRESETS if preset.repo}
@@ -39,14 +34,7 @@ def describe(name: str, as_json: bool) -> None:
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
-    """Return what a weight file or a folder is, told from its tensors.
-
-    Args:
-        path: file, model's folder, or repository in any layout.
-
-    Raises:
-        ValueError: it is no model of Wan, or holds what has no place.
-    """
+    """Return what a file, a model's folder or a repository in any layout holds, told from its tensors."""
     from ..checkpoints.converting.source import read_source
 
     source = read_source(path)

@@ -32,12 +32,8 @@ def load(
 ) -> "Pipeline":
     """Load a pipeline and set it up; under torchrun the ranks share its work.
 
-    Args:
-        task: key of PIPELINES.
-        options: the command's.
-        quiet: whether to show no progress.
-        loras: arguments of load_lora_weights, beside those of the options.
-        dtypes: dtype names by component, unless the options name one.
+    `task` is a key of PIPELINES; `loras`, arguments of load_lora_weights, are beside those of the options;
+    `dtypes` are names by component, unless the options name one.
     """
     import wan22
 

@@ -42,10 +42,7 @@ RENAMED = {"recipe": "distilled"}
 class CallOptions:
     """Options for the arguments of a pipeline's call.
 
-    Args:
-        task: "t2v" or "i2v".
-        names: which arguments; default is all that can be typed.
-        positional: those without a flag.
+    `task` is "t2v" or "i2v"; `names` default to all that can be typed; `positional` have no flag.
     """
 
     def __init__(self, task: str, names: Sequence[str] = (), positional: Sequence[str] = POSITIONAL) -> None:

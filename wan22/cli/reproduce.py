@@ -19,12 +19,7 @@ def reproduce_file(
 ) -> None:
     """Load what a recipe names, set it up as it was, make the video, save it.
 
-    Args:
-        file: video with its recipe.
-        replaced: arguments of the call that replace the recipe's.
-        loading: options that replace what the recipe tells of the pipeline.
-        target: file of the new video.
-        saving: how it is written.
+    `replaced` are arguments of the call, and `loading` options, in place of the recipe's.
     """
     from ..video.metadata import read_recipe
 

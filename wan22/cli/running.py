@@ -39,9 +39,7 @@ def make(
 ) -> Result:
     """Run a call of a pipeline, which makes `count` videos, and save them.
 
-    Raises:
-        ValueError: the file's ending or quality breaks its rule; before the run.
-        FileExistsError: a file exists; before the run.
+    A wrong ending or quality and a file that exists are refused before the run.
     """
     from ..video import writers
 

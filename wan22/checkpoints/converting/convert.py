@@ -61,7 +61,7 @@ def convert(
         source: repository, of the hub or a folder, in the Diffusers or the official layout; folder of single
             files; one model's folder or file: safetensors, scaled float8 too, .pth, or GGUF.
         destination: folder that is not there yet; for one model to "single-file", a file that ends in
-            .safetensors.
+            .safetensors. It is returned.
         to: "diffusers", "official", or "single-file": official names, and of a repository one file per model.
         dtype: dtype of all tensors, or "bf16", "fp16", "fp32"; None: as they are stored, bfloat16 for those
             that are quantised.
@@ -69,8 +69,6 @@ def convert(
         attention_head_dim: size of a transformer's head where the source does not have it; None: 128.
         verify: whether to read the result again and compare each tensor with the source.
         progress: whether to show a bar.
-
-    Returns: the destination.
 
     Raises:
         FileExistsError: the destination is there, or beside it a different conversion's unfinished folder.
@@ -228,7 +226,6 @@ def _write_pth(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bytes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 

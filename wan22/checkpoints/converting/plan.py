@@ -60,11 +60,7 @@ class OutputTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def values(self) -> torch.Tensor:
-        """Return the values to be written.
-
-        Raises:
-            ValueError: they are larger than float16 can be.
-        """
+        """Return the values to be written; a ValueError says if they are larger than float16 can be."""
         values = expanded(self.tensor)
         result = values.to(self.dtype).contiguous()
         if self.dtype == torch.float16 and (lost := result.isinf() & values.isfinite()).any():
@@ -111,16 +107,9 @@ class Plan:
 def make_plan(source: Source, to: str, name: str, dtype: torch.dtype | None, shard_size: int) -> Plan:
     """Return what has to be written.
 
-    Args:
-        source: what is to be converted.
-        to: one of `LAYOUTS`.
-        name: file name for a single model in a single file.
-        dtype: dtype of all tensors; None: as they are stored, bfloat16 for those that are quantised.
-        shard_size: bytes of the largest file, where a layout has shards.
-
-    Raises:
-        FileNotFoundError: the source lacks a component that the layout has.
-        ValueError: the source has a component that the layout has no place for.
+    `name` is the name of a single model's single file; `dtype` None keeps the stored ones, bfloat16 for
+    quantised tensors; `shard_size` is in bytes, where the layout `to` has shards. A component that the source
+    lacks is a FileNotFoundError, one that the layout has no place for a ValueError.
     """
     plan = Plan()
     for component, model in source.models.items():
@@ -177,7 +166,6 @@ def _path_of(component: str, model: StoredModel, to: str, source: Source, name: 
 
 
 def _shards(path: str, tensors: list[OutputTensor], limit: int | None) -> Iterable[OutputFile]:
-    """Divide tensors among files, in their order."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:

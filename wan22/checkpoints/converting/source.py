@@ -36,13 +36,8 @@ class Source:
 def read_source(path: Path, head_dim: int | None = None) -> Source:
     """Read a weight file, a model's folder, or a repository in any layout; weights stay memory-mapped.
 
-    Args:
-        path: file or folder.
-        head_dim: size of a transformer's head where no config.json has it; None: 128, as in all releases.
-
-    Raises:
-        FileNotFoundError: something is missing; it is named.
-        ValueError: something cannot be read, is no model of Wan, or has no place.
+    What is missing is named by a FileNotFoundError, what cannot be read or has no place by a ValueError.
+    `head_dim` is the size of a transformer's head where no config.json has it; None: 128, as in all releases.
     """
     if not path.exists():
         raise FileNotFoundError(

@@ -12,9 +12,7 @@ from .quantized import GgufBlocks, QuantizedTensor
 def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], dict[str, Any]]:
     """Return a file's tensors, memory-mapped, and its metadata.
 
-    Raises:
-        ImportError: the package gguf is not installed.
-        ValueError: the file is cut off, or has blocks of a type that cannot be read.
+    Without the package gguf there is an ImportError; a ValueError names a type of blocks that cannot be read.
     """
     try:
         import gguf

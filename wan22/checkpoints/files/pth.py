@@ -7,11 +7,7 @@ import torch
 
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """Return a file's tensors, memory-mapped unless it has the format from before PyTorch 1.6.
-
-    Raises:
-        ValueError: the file holds anything but tensors, or is cut off.
-    """
+    """Return a file's tensors, memory-mapped unless it has the format from before PyTorch 1.6."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     try:

@@ -75,11 +75,7 @@ class QuantizedTensor:
 
 
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
-    """Return a float8 tensor times a scale: one number, or for data "o i" also "o", "o 1" or "o g 1".
-
-    Raises:
-        ValueError: the scale has another shape.
-    """
+    """Return a float8 tensor times a scale: one number, or for data "o i" also "o", "o 1" or "o g 1"."""
     scale = torch.ones(()) if scale is None else scale.float()
     shape, groups = tuple(data.shape), None
     if scale.numel() == 1:

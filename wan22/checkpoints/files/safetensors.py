@@ -12,11 +12,7 @@ STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
-    """Return a safetensors file's tensor table, key to dtype, shape and byte offsets, and its metadata.
-
-    Raises:
-        ValueError: the file is not safetensors, or is cut off.
-    """
+    """Return a safetensors file's tensor table, key to dtype, shape and byte offsets, and its metadata."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -37,9 +33,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
     """Return the floating dtype of most bytes of a folder's safetensors files; None without any.
 
-    Args:
-        folder: one component in the Diffusers layout.
-        variant: part of the files' names, such as "fp16", if there are such; None: the files without one.
+    `variant` is a part of the files' names, such as "fp16", if there are such; None: the files without one.
     """
     files = sorted(folder.glob("*.safetensors"))
     files = [f for f in files if (f".{variant}" in f.name if variant else "." not in f.stem)] or files
@@ -53,11 +47,7 @@ def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return a file's tensors, memory-mapped, and its metadata.
-
-    Raises:
-        ValueError: the file is not safetensors, or is cut off.
-    """
+    """Return a file's tensors, memory-mapped, and its metadata."""
     header, metadata = read_header(path)
     try:
         return load_file(path), metadata

@@ -36,9 +36,7 @@ class WeightFile:
 def read_weights(path: Path) -> WeightFile:
     """Read a weight file, an index of shards, or a folder that holds one of either.
 
-    Raises:
-        FileNotFoundError: there is nothing, or a shard is missing.
-        ValueError: the file is of no format that is read here, is cut off, or holds anything but tensors.
+    A missing file or shard is a FileNotFoundError, another format or a file that is cut off a ValueError.
     """
     if path.is_dir():
         return _read_folder(path)

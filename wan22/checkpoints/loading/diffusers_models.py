@@ -57,9 +57,7 @@ class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftA
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """`wan22.models.transformer.WanTransformer3DModel.forward`, with diffusers' arguments and output.
 
-        Args:
-            return_dict: False returns a tuple.
-            attention_kwargs: {"scale": s} multiplies the loaded LoRAs by s.
+        `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple.
         """
         velocity = super().forward(
             hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
@@ -113,14 +111,7 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """Encode and decode a clip.
-
-        Args:
-            sample: pixels, "b 3 t h w" in [-1, 1].
-            sample_posterior: whether to draw the latents; otherwise they are the posterior's mean.
-            return_dict: False returns a tuple.
-            generator: randomness of the draw.
-        """
+        """Encode and decode a clip "b 3 t h w" in [-1, 1], through the posterior's mean or a sample of it."""
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)

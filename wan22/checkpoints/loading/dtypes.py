@@ -13,18 +13,11 @@ from .quantized_linear import QuantizedLinear
 def dtype_for(
     owner: nn.Module, name: str, stored: torch.dtype, asked: torch.dtype, in_float32: Iterable[str]
 ) -> torch.dtype:
-    """Return the dtype that a weight gets.
+    """Return the dtype that a weight `name` of the module `owner` gets in a model of the dtype asked for.
 
-    In a half-precision model, a weight of float32 arithmetic is float32; where its module widens it in the
-    computation, it keeps a half precision that it is stored in: the same numbers, and 0.37 GB less for an
-    expert of A14B.
-
-    Args:
-        owner: the weight's module.
-        name: the weight's name in the model.
-        stored: dtype in the file.
-        asked: dtype of the model.
-        in_float32: names of modules and parameters that compute in float32.
+    In a half-precision model, the modules and parameters named in `in_float32` are float32. Where the module
+    widens a weight in the computation, it keeps a half precision that it is stored in: the same numbers, and
+    0.37 GB less for an expert of A14B.
     """
     if asked not in HALF or set(in_float32).isdisjoint(name.split(".")):
         return asked
@@ -32,11 +25,9 @@ def dtype_for(
 
 
 def dtypes_in(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Return by name the dtypes that a loaded model's weights would have had if it were loaded in a dtype.
+    """Return by name the dtypes that a model's weights would have if it had been loaded in a dtype.
 
-    Args:
-        model: transformer or VAE, not quantised.
-        dtype: dtype of the model; None: the one that each weight has.
+    The model is not quantised; None stands for the dtype that each weight has.
     """
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return {

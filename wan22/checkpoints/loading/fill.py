@@ -41,22 +41,16 @@ def fill(
     dequantize: bool = False,
     in_float32: Iterable[str] = (),
 ) -> Model:
-    """Give a model on the meta device its weights, in place.
+    """Give a model on the meta device its weights, by its own names, in place; return it in evaluation mode.
 
-    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one.
+    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one. A ValueError
+    names the first few weights that are missing, left over, or of another shape.
 
     Args:
-        model: its parameters are replaced.
         source: the file, for errors.
-        tensors: weights by the model's own names.
         dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
         dequantize: whether to expand quantised weights of linear layers, which stay quantised otherwise.
         in_float32: names of modules and parameters that are float32 in a half-precision model.
-
-    Returns: the model, in evaluation mode.
-
-    Raises:
-        ValueError: a weight is missing, is left over, or has another shape; the first few are named.
     """
     expected = shapes_of(model.state_dict())
     found = shapes_of(tensors)

@@ -108,7 +108,7 @@ class FromFiles:
         torch_dtype: torch.dtype | None = None,
         **config: Any,
     ) -> _Model:
-        """Load a model from a weight file of any format; its sizes are inferred from its tensors.
+        """Load a model from a weight file, in evaluation mode; its sizes are inferred from its tensors.
 
         Args:
             path: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF; or a folder of shards.
@@ -117,8 +117,6 @@ class FromFiles:
             torch_dtype: another name for dtype.
             **config: entries of the configuration that shapes do not determine, such as attention_head_dim,
                 128 in every released transformer.
-
-        Returns: the model, in evaluation mode.
 
         Raises:
             FileNotFoundError: there is no such file, or a shard is missing.
@@ -132,16 +130,12 @@ class FromFiles:
     ) -> _Model:
         """Load a model from a folder or hub repository in the Diffusers or the official layout, or a file.
 
+        The model is in evaluation mode; errors are those of `from_single_file`.
+
         Args:
             pretrained_model_name_or_path: folder, repository or file.
             **kwargs: `subfolder`, the hub's options, and those of `from_single_file`; in the Diffusers layout
                 those of diffusers' `from_pretrained`, too, such as `variant` and `device_map`.
-
-        Returns: the model, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: there is no such file, or a shard is missing.
-            ValueError: it cannot be read, is another model's, or holds weights that have no place.
         """
         source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         root, access = Path(source).expanduser(), {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}

@@ -18,12 +18,9 @@ _expanding = ContextVar("expanding", default=False)  # see expanded_state
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight is expanded at each call, in float32 and then to the input's dtype.
+    """A linear layer whose weight "o i" is expanded at each call, in float32 and then to the input's dtype.
 
-    Args:
-        weight: quantised weight, "o i".
-        bias: "o", or None.
-        dtype: dtype of the `weight` property.
+    `dtype` is that of the `weight` property.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:

@@ -27,10 +27,6 @@ def read_model(
         kind: one of `FORMATS`; None: the one of `RECOGNIZED` that knows the most of the tensors' names.
         config: contents of config.json; None: that of the folder, if path is one.
         head_dim: size of a transformer's head where no config.json has it; None: 128, as in all releases.
-
-    Raises:
-        FileNotFoundError: there is no such file, or a shard is missing.
-        ValueError: it cannot be read, is no model of Wan, or holds weights that have no place.
     """
     file = read_weights(path)
     if config is None:

@@ -35,13 +35,10 @@ class ModelFormat(ABC):
 
     @abstractmethod
     def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
-        """Return the model's configuration; a ValueError says that the tensors are another model's.
+        """Return the configuration for these shapes; a ValueError says that they are another model's.
 
-        Args:
-            source: the file, for errors.
-            shapes: shapes of the tensors, by the model's own names.
-            given: config.json beside the weights; ignored if it is another model's.
-            known: entries that the caller gives.
+        `given` is the config.json beside the weights, ignored if it is another model's; `known` are entries
+        that the caller gives; `source` is the file, for errors.
         """
 
     @abstractmethod
@@ -116,10 +113,7 @@ class StoredModel:
         return self.format.settings(self.config)
 
     def meta_model(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
-        """Return the model on the meta device, in the dtypes that `load` would give; no weights are read.
-
-        Args and errors as of `load`.
-        """
+        """Return the model on the meta device, in the dtypes that `load` would give; no weights are read."""
         return self._filled({name: on_meta(t) for name, t in self.tensors.items()}, dtype, dequantize)
 
     def load(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
@@ -128,9 +122,6 @@ class StoredModel:
         Args:
             dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
             dequantize: whether to expand quantised weights, which stay quantised otherwise.
-
-        Raises:
-            ValueError: a weight is missing, is left over, has another shape, or cannot be meant.
         """
         return self._filled(self.format.checked(self.source, self.tensors), dtype, dequantize)
 
@@ -146,9 +137,7 @@ def read_as(
 ) -> StoredModel:
     """Read a file as a model of a known kind; see `ModelFormat.config` for the arguments.
 
-    Raises:
-        FileNotFoundError: there is no such file, or a shard is missing.
-        ValueError: it cannot be read, is another model's, or holds weights that have no place.
+    A missing file or shard is a FileNotFoundError, another model or a weight without a place a ValueError.
     """
     file = read_weights(file.expanduser()) if isinstance(file, Path) else file
     used = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(format.unused)}

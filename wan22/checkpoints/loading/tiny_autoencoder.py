@@ -17,18 +17,11 @@ _FRAMES = ("decoder.7.conv", "decoder.13.conv", "decoder.19.conv")
 
 
 def load_tiny_decoder(path: str | Path, dtype: torch.dtype | None = None) -> TinyDecoder:
-    """Load a tiny decoder, in evaluation mode; its sizes are inferred from its tensors.
+    """Load a tiny decoder from .pth or .safetensors, in evaluation mode; sizes are inferred from tensors.
 
-    lightx2v's `lighttaew2_1` and `lighttaew2_2` have the same tensors, but take latents that are not
-    normalised: with them, previews have the wrong colours.
-
-    Args:
-        path: .pth or .safetensors; the encoder in it is left out.
-        dtype: dtype of the parameters; None: as they are stored.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, holds another model, or lacks a part of this one.
+    The encoder in the file is left out; `dtype` None keeps the stored one. lightx2v's `lighttaew2_1` and
+    `lighttaew2_2` have the same tensors, but take latents that are not normalised: with them, previews have
+    the wrong colours.
     """
     file = read_weights(Path(path).expanduser())
     tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}

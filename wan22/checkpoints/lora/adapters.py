@@ -32,8 +32,7 @@ class Adapters:
     def load(self, name: str, lora: Lora, strength: float) -> None:
         """Add an adapter, whose weights are copied and multiplied by a strength.
 
-        Raises:
-            ValueError: the model's weights are absent, or are quantised where the LoRA has whole differences.
+        Whole differences of quantised weights are refused, and any LoRA where weights are absent.
         """
         self._refuse_fused()
         if any(parameter.is_meta for parameter in self.model.parameters()):
@@ -117,8 +116,7 @@ class Adapters:
     def fuse(self, dequantize: bool = False) -> None:
         """Add the active adapters to the weights, so that they cost no time; the weights before are kept.
 
-        Args:
-            dequantize: whether to expand quantised layers, which raise a ValueError otherwise.
+        Quantised layers are expanded if `dequantize`, refused otherwise.
         """
         self._refuse_fused()
         layers = [layer for layer in lora_layers(self.model) if not layer.disable_adapters]

@@ -108,16 +108,10 @@ class Lora:
 
 
 def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lora]:
-    """Sort a LoRA file's tensors by the transformer and the layer that they change.
+    """Return a LoRA file's weights by transformer, "transformer" for keys that do not name "transformer_2".
 
-    Args:
-        file: the LoRA file; its tensors are not changed.
-        shapes: shapes of the transformer's parameters, by our names.
-
-    Returns: LoRAs by transformer, "transformer" for all keys but those that name "transformer_2".
-
-    Raises:
-        ValueError: the file is another kind of adapter, which is named, or a layer is incomplete.
+    `shapes` are those of the transformer's parameters, by our names. A ValueError names another kind of
+    adapter, or a layer that is incomplete.
     """
     for mark, kind in _OTHERS.items():
         if key := next((key for key in file.tensors if mark in key), None):

@@ -52,9 +52,9 @@ def refuse_other_transformers(source: str, names: Iterable[str]) -> None:
 
 
 def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None) -> dict[str, Any]:
-    """Return the transformer's configuration, from shapes by official names and the size of a head.
+    """Return the transformer's configuration, from shapes by official names.
 
-    The shapes do not determine that size; it is 128 in every released transformer.
+    The shapes do not determine the size of a head, which is 128 in every released transformer.
     """
     get = _getter(source, shapes)
     dim, in_channels, *patch = get("patch_embedding.weight")

@@ -39,8 +39,7 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def normalize(file: WeightFile) -> Tensors:
     """Return a file's tensors without prefixes, each float8 weight together with its scale.
 
-    Raises:
-        ValueError: a layer is quantised in a way that is not known, or its scale is missing.
+    A ValueError names a layer that is quantised in an unknown way, or lacks its scale.
     """
     found: dict[str, torch.Tensor | QuantizedTensor] = {}
     for key, name in stripped(file.tensors).items():

@@ -21,14 +21,8 @@ def own_names(
 ) -> dict[str, str]:
     """Return the file's name of each of a model's own names.
 
-    Args:
-        source: the file, for errors.
-        names: the file's names, which are the model's own, or those of one of the tables.
-        tables: from names in files to the model's own.
-        noun: the model, for errors.
-
-    Raises:
-        ValueError: there are names that the best table does not have; the first few are listed.
+    The file's names are the model's own, or those of one of `tables`; the best one counts, and a ValueError
+    lists the first few names that it lacks. `source` and `noun` are the file and the model, for errors.
     """
     names = list(names)
     table = max(tables, key=lambda table: count_known(names, table))
