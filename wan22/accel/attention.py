@@ -58,18 +58,12 @@ def select(
 ) -> str:
     """Choose a kernel, check it against float32 attention once, and register it.
 
-    Args:
-        name: a kernel's name; "auto" is the fastest exact one: FlashAttention 3 on compute capability 9.x and
-            FlashAttention 4 on 10.x, if installed, else cuDNN's there; elsewhere PyTorch's own choice. It
-            warns of kernels that fail their check or whose library is broken, and leaves them out.
-        device: device to run on.
-        dtype: dtype of queries, keys and values.
-        head_dim: channels of one head.
+    "auto" is the fastest exact one: FlashAttention 3 on compute capability 9.x and FlashAttention 4 on 10.x,
+    if installed, else cuDNN's there; elsewhere PyTorch's own choice. It warns of kernels that fail their
+    check or whose library is broken, and leaves them out. The other arguments are those of `available`.
 
     Returns: the name for `attention` and `set_attention_backend`.
-
-    Raises:
-        ValueError: there is no kernel of that name, it cannot run here, or it fails its check.
+    Raises: ValueError: there is no kernel of that name, it cannot run here, or it fails its check.
     """
     device = torch.device(device)
     if name == "auto":
@@ -93,7 +87,7 @@ def use(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Let a transformer compute attention with a kernel.
+    """Let a transformer compute attention with a kernel, and return the kernel's name.
 
     Args:
         model: the transformer, compiled or not.
@@ -101,10 +95,7 @@ def use(
         device: device that the model will run on; None: where it runs now, offloaded or not.
         dtype: dtype that the model will run in; None: its own.
 
-    Returns: the kernel's name.
-
-    Raises:
-        ValueError: the kernel cannot be used.
+    Raises: ValueError: the kernel cannot be used.
     """
     model = uncompiled(model)
     device = torch.device(device or get_module_execution_device(model))
@@ -195,11 +186,7 @@ def _function(backend: Backend) -> Callable[..., torch.Tensor]:
 @cache
 @torch.no_grad()
 def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a kernel on small random tensors; return how it fails, or None.
-
-    Raises:
-        torch.OutOfMemoryError: there is no memory for that now.
-    """
+    """Run a kernel on small random tensors; return how it fails, or None."""
     bound = BOUNDS.get(dtype, 0.0) if backend.exact else LOSSY_BOUND
     function, generator = _function(backend), torch.Generator().manual_seed(0)
     for l, s in LENGTHS:  # noqa: E741

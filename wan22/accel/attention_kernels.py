@@ -33,10 +33,9 @@ class Backend:
     """A kernel that can be chosen by name.
 
     Args:
-        name: the kernel's name.
-        load: function that imports the library and returns the function for `wan22.models.attention.Kernel`;
-            raises NotInstalledError where the library is not installed.
-        refuses: function that returns, for a device, dtype and head size, why the kernel cannot run; or None.
+        load: imports the library and returns the function for `wan22.models.attention.Kernel`; raises
+            NotInstalledError where the library is not installed.
+        refuses: returns, for a device, dtype and head size, why the kernel cannot run; or None.
         exact: whether it computes in the dtype of its operands; others are chosen only by name.
         preferred: whether "auto" tries it on a device, before PyTorch's own choice.
     """
@@ -57,12 +56,7 @@ def running_kernel(
 ) -> str:
     """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math".
 
-    Args:
-        device: device to run on.
-        dtype: dtype of queries, keys and values.
-        head_dim: channels of one head.
-        queries: number of query tokens.
-        keys: number of key tokens; None: as many.
+    There are as many keys as queries where their number is not given.
     """
     keys = keys or queries
     q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
@@ -79,13 +73,9 @@ def _rules(
     dtypes: tuple[torch.dtype, ...] | None = None,
     multiple: int = 1,
 ) -> Callable[[torch.device, torch.dtype, int], str | None]:
-    """Return a kernel's `refuses` from its rules.
+    """Return a kernel's `refuses` from its rules; None: any.
 
-    Args:
-        device: device type that it needs.
-        capability: lowest and highest compute capability of the GPU; None: any.
-        dtypes: dtypes that it can compute in; None: any.
-        multiple: divisor of the head size.
+    `capability` is the GPU's lowest and highest compute capability, `multiple` a divisor of the head size.
     """
 
     def refuses(where: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -162,15 +152,7 @@ def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def _library(name: str, module: str, function: str, package: str, **options: Any) -> Callable[..., Any]:
-    """Return the `load` of a library's kernel, a function of "b l n d" tensors.
-
-    Args:
-        name: the backend's name.
-        module: the module that holds the function.
-        function: the function's name.
-        package: the package to install, for the error.
-        **options: further arguments of the function.
-    """
+    """Return the `load` of a library's kernel, a function of "b l n d" tensors and the options."""
 
     def load() -> Callable[..., torch.Tensor]:
         try:
@@ -187,11 +169,8 @@ def _library(name: str, module: str, function: str, package: str, **options: Any
 def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., torch.Tensor]:
     """Make a kernel an operator of PyTorch, which torch.compile does not trace; without gradients.
 
-    Args:
-        name: the operator's name, in wan22's namespace.
-        function: attention of query, key and value, "b l n d"; returns the result, or a tuple that begins
-            with it.
-        **options: further arguments of the function.
+    The function maps query, key and value "b l n d" and the options to the result, or to a tuple that begins
+    with it.
     """
 
     def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

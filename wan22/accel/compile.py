@@ -28,11 +28,10 @@ class Compiled:
 
     Args:
         transformers: models whose blocks are compiled, all by one function.
-        vae: autoencoder whose encoder and decoder are compiled, too; or None.
+        vae: autoencoder whose encoder and decoder are compiled, too.
         **options: options of torch.compile.
 
-    Raises:
-        ValueError: the options ask for CUDA graphs, or a forward is replaced already, by a step cache say.
+    Raises: ValueError: the options ask for CUDA graphs, or a forward is replaced already, by a step cache.
     """
 
     def __init__(
@@ -61,8 +60,7 @@ class Compiled:
     def detach(self) -> None:
         """Run as before; what is compiled is dropped.
 
-        Raises:
-            ValueError: a forward has been replaced since, by a step cache say, which would be lost.
+        Raises: ValueError: a forward has been replaced since, by a step cache, which would be lost.
         """
         for module, method in self._methods:
             if vars(module).get("forward") is not method and not is_own(module, "forward"):

@@ -39,7 +39,7 @@ MULTIPLE = 16
 
 
 def quantize(model: Model, method: Any, block: int | None = None) -> Model:
-    """Quantise the large linear layers of a model's blocks in place, one after the other.
+    """Quantise the large linear layers of a model's blocks in place, one after the other; return the model.
 
     Those are attention's projections and the feed-forward's layers; norms, embeddings, modulation and head
     stay as they are. The original weights are gone afterwards. LoRAs are loaded after this, not before.
@@ -50,8 +50,6 @@ def quantize(model: Model, method: Any, block: int | None = None) -> Model:
             multiplies in float8, too: faster on GPUs of compute capability 8.9 and more, and less accurate,
             as activations are rounded, with a scale per token. Or one of torchao's configurations.
         block: number of inputs that share a scale, for "fp8" and "int8"; None: all inputs of an output.
-
-    Returns: the model.
 
     Raises:
         ValueError: the method is unknown or does not fit a layer, or the model is quantised already, has
@@ -86,8 +84,7 @@ def dequantize(model: Model) -> Model:
 
     Weights keep the quantised values: only loading the model again brings the original ones back.
 
-    Raises:
-        ValueError: no layer is quantised.
+    Raises: ValueError: no layer is quantised.
     """
     inner = uncompiled(model)
     names = [name for name, module in inner.named_modules() if _is_quantized(module)]
@@ -153,7 +150,6 @@ _PRODUCTS = {"by rows": _scaled_by_rows, "afterwards": _scaled_afterwards}
 
 @torch.compiler.assume_constant_result
 def _product_form(device: torch.device) -> str | None:
-    """Return the name of a device's float8 product; None where there is none."""
     # On the meta device the memory of an expanded weight is counted, which is the larger.
     return None if device.type == "meta" else _tried_form(device)
 
@@ -178,7 +174,6 @@ def _tried_form(device: torch.device) -> str | None:
 
 
 def _quantized(linear: nn.Linear, method: str, block: int | None) -> QuantizedLinear:
-    """Return the quantised form of a layer."""
     kind, groups = KINDS[method], linear.in_features // (block or linear.in_features)
     pairs = [_rounded(rows, kind, groups) for rows in linear.weight.detach().split(ROWS)]
     data, scale = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -209,11 +204,7 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers of a model's blocks, by their names in the model.
-
-    Raises:
-        ValueError: it has no blocks.
-    """
+    """Yield the linear layers of a model's blocks, by their names in the model."""
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
@@ -225,12 +216,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Return whether a model has quantised layers, from a file or by `quantize`."""
+    """Whether a model has quantised layers, from a file or by `quantize`."""
     return any(_is_quantized(module) for module in model.modules())
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Return whether a layer is one of ours, or its weight is a tensor subclass such as torchao's."""
+    """Whether a layer is one of ours, or its weight is a tensor subclass such as torchao's."""
     if isinstance(module, QuantizedLinear):
         return True
     weight = module.weight if isinstance(module, nn.Linear) else None
@@ -239,11 +230,6 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers that can be quantised, by name.
-
-    Raises:
-        ValueError: the model cannot be quantised as it is.
-    """
     kind, layers = type(model).__name__, dict(_linears(model))
     attached = any(hasattr(module, "base_layer") for module in model.modules())
     if attached or (has_adapters(model) and adapters_of(model).strengths):
@@ -274,7 +260,6 @@ def check_method(method: Any) -> None:
 
 
 def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse a method that does not fit a layer."""
     if block is not None and method == "fp8_dynamic":
         raise ValueError("fp8_dynamic has one scale for all inputs of an output; leave block out")
     for name, layer in layers.items():
@@ -301,20 +286,12 @@ def _quantize_by_torchao(model: nn.Module, config: Any, names: set[str]) -> None
 
 @dataclass(frozen=True)
 class Report:
-    """What quantising did to a model; errors are relative, in the L2 norm.
+    """What quantising did to a model; errors are relative, in the L2 norm."""
 
-    Args:
-        layers: error of each layer's weight, by name.
-        block: error of the first block's output.
-        output: error of the model's output.
-        bytes_before: bytes of the plain model's parameters and buffers.
-        bytes_after: bytes of the quantised model's.
-    """
-
-    layers: Mapping[str, float]
-    block: float
-    output: float
-    bytes_before: int
+    layers: Mapping[str, float]  # error of each layer's weight, by name
+    block: float  # error of the first block's output
+    output: float  # error of the model's output
+    bytes_before: int  # size of the plain model's parameters and buffers
     bytes_after: int
 
     def __str__(self) -> str:
@@ -349,8 +326,7 @@ def report(
         size: latent frames, rows and columns of random latents.
         tokens: number of random text tokens.
 
-    Raises:
-        ValueError: no layer of the second model is quantised.
+    Raises: ValueError: no layer of the second model is quantised.
     """
     plain, quantized = (uncompiled(model) for model in (plain, quantized))
     inputs = _random_inputs(plain, size, tokens) if inputs is None else inputs
@@ -371,7 +347,6 @@ def report(
 
 
 def _values(layer: nn.Linear) -> torch.Tensor:
-    """Return a layer's weight in float32."""
     if isinstance(layer, QuantizedLinear):
         return layer.values()
     return (layer.weight.dequantize() if _is_quantized(layer) else layer.weight).float()
@@ -383,7 +358,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a model; return the outputs of its first block and of itself."""
+    """Return the outputs of a model's first block and of itself."""
     device, seen = get_module_execution_device(model), []
     hook = blocks_of(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
     try:
@@ -395,7 +370,6 @@ def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch
 
 
 def _random_inputs(model: Any, size: tuple[int, int, int], tokens: int) -> dict[str, torch.Tensor]:
-    """Return random arguments of the forward of a transformer or of umT5."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     if hasattr(config, "vocab_size"):
         ids = torch.randint(config.vocab_size, (1, tokens), generator=generator)

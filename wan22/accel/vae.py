@@ -21,10 +21,7 @@ class SubpixelConv2d(nn.Module):
 
     A 3x3 window of the doubled image holds 2x2 different pixels. So each of the four pixels that a pixel
     becomes is a 2x2 convolution of the small image with sums of the weights: 16 products instead of 36.
-    If the weights have changed since, the image is doubled.
-
-    Args:
-        conv: the 3x3 convolution; its parameters stay, under their names, beside the sums.
+    If the weights have changed since, the image is doubled. The parameters of `conv` stay, under their names.
     """
 
     sums: Tensor
@@ -64,9 +61,9 @@ class SubpixelConv2d(nn.Module):
 def accelerate(vae: AutoencoderKLWan) -> None:
     """Make an autoencoder faster, in place; in float32 its results change by less than 1e-5 of their norm.
 
-    On a GPU that holds with `torch.backends.cudnn.allow_tf32 = False`. By default PyTorch rounds the operands
-    of float32 convolutions to TF32 there, an error of 1e-3 with or without this. In half types the error is
-    that of the plain model, within a tenth.
+    On a GPU that holds with `torch.backends.cudnn.allow_tf32 = False`: by default PyTorch rounds operands of
+    float32 convolutions to TF32, an error of 1e-3 with or without this. In half types the error is that of
+    the plain model, within a tenth.
 
     Weights save and move as before. After loading other weights, and for a copy of the model, call it again,
     as it keeps sums of them; until then those layers compute as before, but compiled code keeps the old sums.
@@ -75,9 +72,8 @@ def accelerate(vae: AutoencoderKLWan) -> None:
         vae: the autoencoder with its weights, in the dtype and on the device that it will run in and on, or
             offloaded to that device as a whole.
 
-    Raises:
-        TypeError: vae is not wan22's autoencoder.
-        ValueError: it is offloaded piece by piece, or its layers are cast as they run.
+    Raises: TypeError: vae is not wan22's autoencoder; ValueError: it is offloaded piece by piece, or its
+        layers are cast as they run.
     """
     _check(vae)
     _refuse_hooks(vae)
@@ -98,9 +94,7 @@ def accelerate(vae: AutoencoderKLWan) -> None:
 def detach(vae: AutoencoderKLWan) -> None:
     """Undo `accelerate`, in place: results are those of the plain model, to the bit.
 
-    Raises:
-        TypeError: vae is not wan22's autoencoder.
-        ValueError: it is accelerated, and offloaded piece by piece since.
+    Raises: ValueError: it is accelerated, and offloaded piece by piece since.
     """
     _check(vae)
     if any(isinstance(module, SubpixelConv2d) for module in vae.modules()):

@@ -38,14 +38,10 @@ class Device(ABC):
 
     @abstractmethod
     def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
-        """Queue a copy behind all earlier ones.
+        """Queue a copy behind all earlier ones, and return its mark.
 
-        Args:
-            buffer: bytes on the device.
-            source: as many bytes from `allocate_host`, which must stay as they are until the copy is over.
-            after: mark that `release` returned for the buffer; None: an earlier copy waited for it.
-
-        Returns: a mark of the copy.
+        The source, from `allocate_host`, must stay as it is until the copy is over. `after` is the mark that
+        `release` returned for the buffer; None: an earlier copy waited for it.
         """
 
     @abstractmethod
@@ -81,11 +77,9 @@ class CudaDevice(Device):
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def allocate_host(self, nbytes: int) -> torch.Tensor:
-        """See Device; the memory is pinned.
-
-        PyTorch's own pinned memory comes in powers of two, half as much again for a block of 14B, and never
-        goes back to the system.
-        """
+        """See Device; the memory is pinned."""
+        # PyTorch's own pinned memory comes in powers of two, half as much again for a block of 14B, and never
+        # goes back to the system.
         cudart, address = torch.cuda.cudart(), 0
 
         def freed() -> None:

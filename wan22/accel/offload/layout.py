@@ -34,9 +34,6 @@ class Placement:
         buffers: blocks in a streamed model's pool, 2 or 3.
         source: where weights are kept on the host: "mmap" leaves them where they are, in a file say, and
             stages them through a small pinned buffer; "pinned" moves them to pinned memory, which is faster.
-
-    Raises:
-        ValueError: a value breaks its rule.
     """
 
     kind: Kind
@@ -59,25 +56,15 @@ class Placement:
 
 @dataclass
 class PackedTensor:
-    """A tensor and its place among the bytes of its block.
+    """A tensor and its place among the bytes of its block."""
 
-    Args:
-        owners: parameters and buffers that are this tensor, more than one if they are tied.
-        host: the tensor on the host.
-        shape: the tensor's shape.
-        stride: its packed stride, which is dense whatever the host tensor's is.
-        offset: its first byte in the block.
-        nbytes: its size.
-        mapped: the tensor in its file, if it was moved to pinned memory from there.
-    """
-
-    owners: list[torch.Tensor]
+    owners: list[torch.Tensor]  # parameters and buffers that are this tensor, more than one if they are tied
     host: torch.Tensor
     shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    stride: tuple[int, ...]  # stride when packed, dense whatever the host tensor's is
+    offset: int  # its first byte in the block
     nbytes: int
-    mapped: torch.Tensor | None = None
+    mapped: torch.Tensor | None = None  # the tensor in its file, if it was moved to pinned memory from there
 
     def view_in(self, packed: torch.Tensor) -> torch.Tensor:
         """Return the tensor in a block's bytes."""
@@ -101,19 +88,12 @@ class PackedTensor:
 
 @dataclass
 class PackedBlock:
-    """Weights that are transferred together.
+    """Weights that are transferred together."""
 
-    Args:
-        name: the model's name and the block's number, or "rest".
-        tensors: tensors in packed order.
-        nbytes: size of the whole.
-        pinned: the packed bytes in pinned memory, if the tensors are kept there.
-    """
-
-    name: str
-    tensors: list[PackedTensor] = field(default_factory=list)
+    name: str  # the model's name and the block's number, or "rest"
+    tensors: list[PackedTensor] = field(default_factory=list)  # in packed order
     nbytes: int = 0
-    pinned: torch.Tensor | None = None
+    pinned: torch.Tensor | None = None  # the packed bytes, if the tensors are kept in pinned memory
 
     def add(self, tensor: torch.Tensor) -> PackedTensor:
         """Append a tensor."""
@@ -177,11 +157,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
-    """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first.
-
-    Raises:
-        ValueError: a weight is no ordinary tensor.
-    """
+    """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first."""
     blocks = blocks_of(model)
     parts = [(f"{name}.rest", _tensors(model, blocks))]
     parts += [(f"{name}.{i}", _tensors(block)) for i, block in enumerate(blocks)]
@@ -203,11 +179,7 @@ def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
 
 
 def streamed_blocks(placement: Placement, count: int, name: str = "model") -> list[int]:
-    """Return which of a model's `count` blocks pass through buffers.
-
-    Raises:
-        ValueError: the model has no blocks, or fewer than are to be resident.
-    """
+    """Return which of a model's `count` blocks pass through buffers."""
     if placement.kind != "streamed":
         return []
     if not count:

@@ -24,14 +24,8 @@ class ModelOffloader:
     """Keeps models where their placements say; on the device they take exactly `device_bytes`.
 
     After `offload_transient` only resident models are on the device. Code that edits weights (fuses a LoRA,
-    casts a model) calls `offload_all` first.
-
-    Args:
-        models: models on the CPU with their placements, by name.
-        device: device that they run on.
-
-    Raises:
-        ValueError: a model cannot be placed so, or something else moves it already.
+    casts a model) calls `offload_all` first. Models are given on the CPU; one that cannot be placed so, or
+    that something else moves already, is refused.
     """
 
     def __init__(self, models: Mapping[str, tuple[nn.Module, Placement]], device: Device) -> None:
@@ -164,7 +158,6 @@ class OffloadHook(ModelHook):
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    """Refuse a model whose weights something else moves."""
     if uncompiled(model) is not model:
         raise ValueError(f"{name} is compiled as a whole, hooks and all; compile its blocks instead")
     for module in model.modules():
@@ -179,11 +172,7 @@ def _check_free(name: str, model: nn.Module) -> None:
 
 
 def free(models: Iterable[nn.Module] = ()) -> None:
-    """Give memory back to the system.
-
-    Args:
-        models: models to be emptied first, whoever still holds them; they are not usable after.
-    """
+    """Give memory back to the system; `models` are emptied first, whoever holds them, and unusable after."""
     for model in models:
         model.to("meta")
     gc.collect()

@@ -18,16 +18,11 @@ from .transfer import Loader, Transfer
 
 @dataclass
 class BlockBuffer:
-    """Memory on the device for one block.
-
-    Args:
-        memory: its bytes.
-        transfer: transfer of the block that is in it, or on its way.
-        views: tensors in it, by the name of the block that was bound to it.
-    """
+    """Memory on the device for one block."""
 
     memory: torch.Tensor
-    transfer: Transfer | None = None
+    transfer: Transfer | None = None  # transfer of the block in it, or on its way to it
+    # Tensors in the memory, by the name of the block that was bound to it.
     views: dict[str, list[tuple[PackedTensor, torch.Tensor]]] = field(default_factory=dict)
 
     def bind(self, block: PackedBlock) -> None:
@@ -108,11 +103,7 @@ class BlockBufferPool:
 
 
 class ModelStreamer:
-    """Loads one model's weights from the CPU to the device and drops them again.
-
-    Raises:
-        ValueError: the model cannot be placed so.
-    """
+    """Loads one model's weights from the CPU to the device and drops them again."""
 
     def __init__(
         self, name: str, model: nn.Module, placement: Placement, device: Device, loader: Loader
@@ -167,11 +158,7 @@ class ModelStreamer:
 
     @torch.inference_mode(False)
     def load(self) -> None:
-        """Start to copy the model to the device.
-
-        Raises:
-            torch.OutOfMemoryError: it does not fit; all of it is on the host then.
-        """
+        """Start to copy the model to the device; after a torch.OutOfMemoryError all of it is on the host."""
         self._scan()
         self.on_device = True
         try:
@@ -182,11 +169,7 @@ class ModelStreamer:
             raise
 
     def begin(self) -> None:
-        """Wait for the weights outside of blocks; hooks wait for each block's.
-
-        Raises:
-            ValueError: weights that pass through buffers would need gradients.
-        """
+        """Wait for the weights outside of blocks; hooks wait for each block's."""
         if self._pool and torch.is_grad_enabled():
             trained = any(parameter.requires_grad for parameter in self.model.parameters())
             if trained:
@@ -254,7 +237,6 @@ class ModelStreamer:
             self._pending.remove(index)
 
     def _hooks(self, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Return what runs before and after a block is called."""
 
         # Compiled along with a block, they would run only once, when it is traced.
         @torch.compiler.disable

@@ -51,13 +51,7 @@ class Loader:
         self._pins = True  # False once the system has refused to pin
 
     def send(self, block: PackedBlock, buffer: torch.Tensor, source: Source) -> Transfer:
-        """Start to fill a buffer.
-
-        Args:
-            block: weights to copy; with source "pinned", they are moved to pinned memory first.
-            buffer: bytes on the device that no later computation reads.
-            source: where the block is kept.
-        """
+        """Start to fill a buffer on the device, for which "pinned" moves the block to pinned memory first."""
         transfer = Transfer(block, buffer, self.device.release(buffer))
         if block.pinned is not None:
             transfer.queued.set_result(self._copy(transfer, block.pinned))
@@ -107,7 +101,6 @@ class Loader:
         return pinned
 
     def _stage(self, transfer: Transfer) -> Mark:
-        """Copy a block part by part through the staging buffer."""
         buffer, block, mark = transfer.buffer, transfer.block, None
         assert buffer is not None, "a transfer is dropped after it was queued"
         for start in range(0, block.nbytes, self.chunk_bytes):

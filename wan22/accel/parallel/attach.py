@@ -24,22 +24,14 @@ Frame = TypeVar("Frame")
 
 
 class Parallel:
-    """A pipeline whose work is shared among ranks, until detached.
+    """A pipeline whose work is shared among ranks, until detached. `parallelize` describes the arguments.
 
     All ranks make the same calls, and each gets the video; the frames of `pipe.stream` go to the first one
     alone, though all must go through them. The first rank shows progress and previews, and writes what is
     saved; the others are silent, and their `save` writes nothing.
 
-    Args:
-        pipe: the pipeline; each rank has its own, with the same weights.
-        layout: number of ranks along each axis of the mesh.
-        vae: whether the ranks share the VAE's rows, too.
-        fsdp: whether each rank keeps only its part of the transformers' and the text encoder's weights.
-        dtype: dtype that each rank converts its part of the transformers to; None: as they are.
-
-    Raises:
-        ValueError: the layout does not suit, a step cache is enabled, the VAE is compiled, or weights cannot
-            be divided.
+    Raises: ValueError: the layout does not suit, a step cache is enabled, the VAE is compiled, or weights
+        cannot be divided.
     """
 
     def __init__(
@@ -183,14 +175,12 @@ def parallelize(
             more than that from their files, and a block's come together while it computes; False: all of
             them. None: True where a rank's GPU would be filled by more than 70 %.
         vae: whether the ranks share the VAE's rows, too.
-        dtype: to convert the transformers to. Of divided ones each rank converts its part, where loading them
-            in another dtype than they are stored in would convert the whole on every rank.
+        dtype: dtype of the transformers afterwards; None: as they are. Of divided ones each rank converts its
+            part, where loading them in another dtype than their files' would convert the whole on every rank.
 
     Returns: the ranks, `pipe.parallel`; `detach()` undoes it.
-
-    Raises:
-        ValueError: this is no rank of several, they cannot be shared out so, or the weights cannot be
-            divided; the message says how.
+    Raises: ValueError: this is no rank of several, they cannot be shared out so, or the weights cannot be
+        divided; the message says how.
     """
     ranks = processes.join()
     if ring is ulysses is cfg is None:

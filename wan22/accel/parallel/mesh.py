@@ -33,11 +33,7 @@ class Layout:
         return self.ring * self.ulysses * self.cfg
 
     def check(self, ranks: int, heads: int) -> None:
-        """Refuse a layout for another number of ranks, or one that does not divide the transformer's heads.
-
-        Raises:
-            ValueError: the message suggests a layout that fits.
-        """
+        """Refuse a layout that is for another number of ranks, or does not divide the transformer's heads."""
         check_positive_int("ring", self.ring)
         check_positive_int("ulysses", self.ulysses)
         check_positive_int("cfg", self.cfg, most=2)
@@ -53,13 +49,8 @@ class Layout:
 def suggest(ranks: int, heads: int, guided: bool = False) -> Layout:
     """Return the layout that moves the fewest bytes.
 
-    Args:
-        ranks: number of ranks.
-        heads: heads of the transformer.
-        guided: whether steps have two passes.
-
-    Returns: each pass on half of the ranks, if their number is even; within a pass Ulysses as far as heads
-        can be divided, and rings for the rest.
+    With guidance each pass runs on half of the ranks, if their number is even. Within a pass Ulysses goes as
+    far as heads can be divided, and rings take the rest.
     """
     cfg = 2 if guided and ranks % 2 == 0 else 1
     each = ranks // cfg
@@ -69,21 +60,13 @@ def suggest(ranks: int, heads: int, guided: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that this rank belongs to.
+    """The process groups that this rank belongs to."""
 
-    Args:
-        ring: the ranks that pass keys and values around.
-        ulysses: the ranks that exchange tokens for heads.
-        sequence: all ranks that share a pass, in the order of their tokens.
-        guidance: the ranks that have the same tokens in each pass.
-        mesh: all ranks, along one axis.
-    """
-
-    ring: dist.ProcessGroup
-    ulysses: dist.ProcessGroup
-    sequence: dist.ProcessGroup
-    guidance: dist.ProcessGroup
-    mesh: DeviceMesh
+    ring: dist.ProcessGroup  # the ranks that pass keys and values around
+    ulysses: dist.ProcessGroup  # the ranks that exchange tokens for heads
+    sequence: dist.ProcessGroup  # all ranks that share a pass, in the order of their tokens
+    guidance: dist.ProcessGroup  # the ranks that have the same tokens in each pass
+    mesh: DeviceMesh  # all ranks, along one axis
 
     @classmethod
     def of(cls, layout: Layout, device_type: str) -> "Groups":
@@ -118,12 +101,9 @@ def _made(layout: Layout, device_type: str, world: dist.ProcessGroup) -> Groups:
 
 
 def gathered(x: torch.Tensor, group: dist.ProcessGroup, to_first: bool = False) -> list[torch.Tensor]:
-    """Return each rank's tensor, in the order of the ranks.
+    """Return each rank's tensor, all of one shape, in the order of the ranks.
 
-    Args:
-        x: this rank's tensor; all have the same shape.
-        group: the ranks.
-        to_first: whether only the first rank gets the tensors; the others get an empty list.
+    With to_first only the first rank gets them; the others get an empty list.
     """
     x = x.contiguous()
     receives = not to_first or dist.get_rank(group) == 0

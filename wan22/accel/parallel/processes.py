@@ -27,13 +27,10 @@ def own_device() -> torch.device:
 
 
 def join() -> int:
-    """Join the other ranks, once, and return the number of ranks.
+    """Join the other ranks, once, and return the number of ranks; ValueError if this process is alone.
 
     From then on an unhandled error and Ctrl-C end this process at once, even while it waits for another rank;
     torchrun then ends the others.
-
-    Raises:
-        ValueError: this process is alone.
     """
     if _joined():
         return dist.get_world_size()
@@ -98,7 +95,6 @@ def _end_at_once() -> None:
 
 
 def _leave() -> None:
-    """Leave the group, at the end of the script."""
     if _joined():
         gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()

@@ -33,13 +33,6 @@ class RowParallel:
 
     All ranks are given the same pixels or latents, and get the same result. Each rank computes by itself what
     is decoded in strips, and clips of fewer latent rows than ranks.
-
-    Args:
-        vae: the autoencoder.
-        group: the ranks.
-
-    Raises:
-        ValueError: the VAE is compiled, or its rows are shared already.
     """
 
     def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
@@ -110,11 +103,9 @@ class RowParallel:
         return bool(self._shares)
 
     def _join_moments(self, encoder: nn.Module, arguments: Any, x: Tensor) -> Tensor:
-        """Return the moments "b c t h w" of all ranks' rows."""
         return self._finish(x)
 
     def _join_pixels(self, decoder: nn.Module, arguments: Any, x: Tensor) -> Tensor:
-        """Return the pixels "b c t h w" of all ranks' rows; to the first rank alone, if that is asked for."""
         return self._finish(x, self._to_first)
 
     def _finish(self, x: Tensor, to_first: bool = False) -> Tensor:
@@ -148,11 +139,9 @@ class RowParallel:
     # ---- layers ----
 
     def _gather_frames(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give attention whole frames."""
         return (self._joined(arguments[0]), *arguments[1:]) if self._shares else None
 
     def _take_own(self, module: nn.Module, arguments: Any, x: Tensor) -> Tensor | None:
-        """Take this rank's rows of attention's result."""
         return self._own(x) if self._shares else None
 
     def _with_halo(self, module: nn.Module, crop: int) -> None:

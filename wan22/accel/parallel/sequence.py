@@ -36,16 +36,10 @@ _numbers = itertools.count()
 class SequenceParallel:
     """Shares the tokens of transformers among ranks, until detached.
 
-    All ranks call a transformer with the same arguments, and get the same result.
-
-    Args:
-        models: the transformers of a pipeline, which run one at a time. Their own kernel computes attention
-            within Ulysses groups; in a ring, PyTorch's flash or memory-efficient one, which return the
-            log-sum-exp.
-        groups: the ranks.
-
-    Raises:
-        ValueError: a step cache is enabled: each rank would decide by its own tokens what to skip.
+    All ranks call a transformer with the same arguments, and get the same result. The models are those of a
+    pipeline, which run one at a time. Their own kernel computes attention within Ulysses groups; in a ring,
+    PyTorch's flash or memory-efficient one, which return the log-sum-exp. A step cache is refused, as each
+    rank would decide by its own tokens what to skip.
     """
 
     def __init__(self, models: Sequence[Any], groups: Groups) -> None:
@@ -77,12 +71,10 @@ class SequenceParallel:
         self._handles = []
 
     def _refuse_cache(self, model: Any, *_: Any) -> None:
-        """Refuse a step cache."""
         if getattr(model, "is_cache_enabled", False):
             raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
 
     def _compute_by(self, backend: str) -> None:
-        """Choose the kernel that computes attention of exchanged tokens."""
         self.backend = backend
         register(self.name, Kernel(self._kernel(backend), inner=backend))
         for own in self._attentions:
@@ -102,7 +94,6 @@ class SequenceParallel:
         return (x, text, *self._shared, *rest)
 
     def _after(self, block: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        """Gather the tokens of all ranks after the last block."""
         self._shared = ()
         return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
@@ -187,12 +178,7 @@ class SequenceParallel:
 def attention_and_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to a part of the keys.
-
-    Args:
-        query: queries, "b l n d".
-        key: keys, "b s n d".
-        value: values, "b s n d".
+    """Attend from "b l n d" to a part of the keys and values, "b s n d".
 
     Returns: the result "b l n d", and the log-sum-exp of the scores "b l n 1"; float32 or float64.
     """

@@ -26,19 +26,10 @@ def check(model: Any) -> None:
 
 
 def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy of a model whose weights PyTorch's fully_shard divides; the model stays as it is.
+    """Return a copy of a model on the CPU whose weights fully_shard divides; the model stays as it is.
 
-    Each weight is cut along its first axis; of a mapped one, a rank reads only its part of the file.
-
-    Args:
-        model: transformer or text encoder on the CPU.
-        mesh: device mesh of the ranks, with one axis.
-        dtype: dtype that each rank converts its part to, as on loading; None: as it is.
-
-    Returns: the copy, without gradients.
-
-    Raises:
-        ValueError: the model is quantised, or not on the CPU.
+    Each weight is cut along its first axis; of a mapped one, a rank reads only its part of the file, and
+    converts it to `dtype` as loading does. The mesh has one axis. The copy has no gradients.
     """
     check(model)
     part = meta_copy(model, dtypes=dtypes_in(model, dtype), attached=True)

@@ -25,24 +25,15 @@ LATENT_COPIES = 12
 
 @dataclass
 class Task:
-    """The videos of one call and the models that make them, with the bytes that each part takes.
-
-    Args:
-        name: the checkpoint's name.
-        models: models on the meta device, by component name.
-        size: width, height, frames.
-        quantize: the transformers' quantisation.
-        guided: whether steps have two passes.
-        videos: number of videos of the call.
-        anonymous: bytes of each model's weights that are in host memory and in no file.
-    """
+    """The videos of one call and the models that make them, with the bytes that each part takes."""
 
     name: str
-    models: dict[str, Any]
-    size: tuple[int, int, int]
-    quantize: str | None
-    guided: bool
+    models: dict[str, Any]  # on the meta device, by component name
+    size: tuple[int, int, int]  # width, height, frames
+    quantize: str | None  # the transformers' quantisation
+    guided: bool  # whether steps have two passes
     videos: int = 1
+    # Bytes of each model's weights that are in host memory and in no file.
     anonymous: Mapping[str, int] = field(default_factory=dict)
     _known: dict[Any, int] = field(default_factory=dict)
 
@@ -156,12 +147,7 @@ class Task:
 
 
 def forward_flops(config: Any, tokens: int) -> float:
-    """Return the floating-point operations of one call of a transformer, its embeddings aside.
-
-    Args:
-        config: the transformer's configuration.
-        tokens: video tokens l.
-    """
+    """Return the floating-point operations of a transformer for l video tokens, its embeddings aside."""
     d = config.num_attention_heads * config.attention_head_dim
     text = 4 * MAX_TEXT_TOKENS * d * d  # keys and values
     linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim) + text

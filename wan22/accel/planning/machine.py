@@ -20,23 +20,14 @@ CONTEXT = 600e6
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory and rates that a plan is made for.
+    """Memory and rates that a plan is made for; a rate of None is unknown."""
 
-    Args:
-        device: device of the transformers.
-        vram: bytes of the device for tensors; on a CPU, of the host.
-        ram: bytes of the host.
-        flops: operations a second of matrix products in bfloat16; None: unknown.
-        bandwidth: bytes a second from host to device; None: unknown.
-        disk: bytes a second from files; None: unknown.
-    """
-
-    device: torch.device
-    vram: float
-    ram: float
-    flops: float | None = None
-    bandwidth: float | None = None
-    disk: float | None = None
+    device: torch.device  # the transformers' device
+    vram: float  # device bytes for tensors; on a CPU, host bytes
+    ram: float  # host bytes
+    flops: float | None = None  # operations a second of matrix products in bfloat16
+    bandwidth: float | None = None  # bytes a second from host to device
+    disk: float | None = None  # bytes a second from files
 
     @classmethod
     def of(
@@ -47,17 +38,10 @@ class Machine:
         device: Any = None,
         taken: Mapping[str, int] | None = None,
     ) -> "Machine":
-        """Return this machine within a budget.
+        """Return this machine within a budget; the arguments but the last are those of `plan`.
 
-        Args:
-            vram: device memory, such as "12GB", the context included; default is what is free.
-            ram: host memory; default is what is free.
-            disk: amount a second from files.
-            device: default is "cuda" if there is one or vram is given, or else "cpu".
-            taken: bytes, by type of device, that the plan is to place anew: they count as free.
-
-        Raises:
-            ValueError: an amount cannot be read, vram is given for a CPU, or there is no CUDA device.
+        `taken` has bytes, by type of device, that the plan is to place anew: they count as free. Unreadable
+        amounts, vram for a CPU, and a missing CUDA device are refused.
         """
         here = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if here or vram is not None else "cpu"))
@@ -102,9 +86,7 @@ def available_ram() -> float:
 def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
     """Yield what is left of each memory limit of a process's control groups, such as a container's.
 
-    Args:
-        groups: text of /proc/self/cgroup.
-        root: mount point.
+    `groups` is the text of /proc/self/cgroup, `root` the mount point.
     """
     for line in groups.splitlines():
         number, controllers, path = line.split(":", 2)

@@ -31,9 +31,7 @@ VAE_22 |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
 def released_models(preset: Preset, stored: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:
     """Return a released checkpoint's models on the meta device.
 
-    Args:
-        preset: the checkpoint.
-        stored: dtypes of its files by component name; default is bfloat16, and float32 for the VAE.
+    `stored` has dtypes of its files by component name; default is bfloat16, and float32 for the VAE.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -65,12 +63,9 @@ def released_models(preset: Preset, stored: Mapping[str, torch.dtype] | None = N
 
 
 def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
-    """Give a model on the meta device the dtypes that its weights have once they are loaded.
+    """Give a model on the meta device, in place, the dtypes that its weights have once loaded as `dtype`.
 
-    Args:
-        model: on the meta device; changed in place.
-        dtype: dtype asked for.
-        stored: dtype of the files; default is `dtype`.
+    `stored` is the dtype of the files, if it is another one.
     """
     kept = model._keep_in_fp32_modules if isinstance(model, WanTransformer3DModel) else ()
     for name, parameter in model.named_parameters():
@@ -92,14 +87,13 @@ def meta_copy(
     """Copy a model without its weights: parameters and buffers become meta tensors; tied ones stay tied.
 
     Other attributes are shared with the model, which stays as it is; quantised layers and LoRAs are included.
+    The copy has no gradients.
 
     Args:
         model: any model, compiled ones included.
         blocks: how many of its blocks the copy has; None: all.
-        dtypes: dtypes of the copy's parameters by name; None: the model's.
+        dtypes: dtypes of all the copy's parameters by name; None: the model's.
         attached: whether hooks and patched methods are copied; otherwise they are left behind.
-
-    Returns: the copy, without gradients.
     """
     model = uncompiled(model)
     left_out = set() if blocks is None else {id(block) for block in blocks_of(model)[blocks:]}

@@ -50,8 +50,9 @@ def plan(
         height: pixels, a multiple of 16 (TI2V-5B: 32); default is the checkpoint's own.
         width: pixels, a multiple of 16 (TI2V-5B: 32); default is the checkpoint's own.
         num_frames: 1 + a multiple of 4; default is the checkpoint's own.
-        vram: device memory: "12GB" (1e9 bytes each), "11.5GiB", or bytes; default is what is free.
-        ram: host memory, written likewise; default is what is free.
+        vram: device memory, CUDA's context included: "12GB" (1e9 bytes each), "11.5GiB", or bytes; default
+            is what is free.
+        ram: host memory, in the forms of vram; default is what is free.
         disk: bytes a second that weights are read with where host memory is short of them.
         videos: number of videos of a call, of all prompts.
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
@@ -61,10 +62,8 @@ def plan(
             name; for a pipeline without weights.
 
     Returns: the plan; print it.
-
-    Raises:
-        ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or ranks
-            have divided the weights.
+    Raises: ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or
+        ranks have divided the weights.
     """
     check_positive_int("videos", videos)
     anonymous: dict[str, int] = {}
@@ -112,7 +111,6 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
 
 
 def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
-    """Yield ways to make the video, fastest first."""
     if not machine.has_device:
         for strips in STRIPS:
             yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips)
@@ -226,7 +224,6 @@ def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
 
 
 def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:
-    """Return the slower one of a step's arithmetic and its copies."""
     if machine.flops is None:
         return None
     seconds = task.step_flops() / machine.flops
@@ -246,7 +243,6 @@ def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placeme
 
 
 def _what_would_fit(task: Task, machine: Machine) -> str:
-    """Say how much the smallest way takes, and which other videos would fit."""
     smallest = min(_candidates(task, machine), key=lambda p: p.device_peak)
     width, height, frames = task.size
     where = "device" if machine.has_device else "host"

@@ -29,11 +29,11 @@ class Plan:
         name: the checkpoint's name.
         size: width, height and frames.
         machine: the machine with its budget.
-        placements: the models' placements, by component name.
-        strips: strips that a video is decoded in; None: whole frames.
+        placements: placements of the models, by component name.
+        strips: number of strips that a video is decoded in; None: whole frames.
         prefetch: whether the second expert is loaded while the first one still runs.
-        quantize: the transformers' quantisation; None: they are not quantised.
-        phases: the parts of a call, in order.
+        quantize: how the transformers are quantised.
+        phases: "text", "denoise" and "decode", in order.
         host: bytes of host memory: weights that are in no file or run there, staging buffers and videos.
         mapped: bytes of weights in files, whose pages the system can drop.
         step_seconds: time of one step, both guidance passes; None: rates are unknown.

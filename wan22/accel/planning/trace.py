@@ -39,7 +39,6 @@ class LiveBytes(DispatchMode):
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in an operator's arguments or results."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, list | tuple | dict):
@@ -60,12 +59,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Return the most bytes that a function's tensors take at once, its result included.
-
-    Args:
-        function: makes all its tensors on the meta device.
-        *args: its arguments; their tensors do not count.
-    """
+    """Return the most bytes that a function's meta tensors take at once, its result but not its arguments."""
     with torch.no_grad(), FusedAttention(), LiveBytes() as live:
         function(*args)
     return live.peak
