@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from wan22.pipelines.preview import Preview
+from wan22.pipelines.call.preview import Preview
 
 from wan22 import WanT2VPipeline, tiny_checkpoint
 
