@@ -168,7 +168,7 @@ def to_pixels(frames: np.ndarray) -> torch.Tensor:
 
 def moments(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
     """Return mean and log variance of the latents of whole clips "b c t h w", "b 2c t h w"."""
-    return vae.quant_conv(vae.encode_chunk(x)[0])
+    return vae.quant_conv(vae.encode_chunk(x))
 
 
 def loss_of(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +176,7 @@ def loss_of(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch
     mean, logvar = moments(vae, x).chunk(2, dim=1)
     logvar = logvar.clamp(-20, 4)
     z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    error = vae.decode_chunk(vae.post_quant_conv(z))[0] - x  # not clamped, unlike vae.decode
+    error = vae.decode_chunk(vae.post_quant_conv(z)) - x  # not clamped, unlike vae.decode
     square = error.square().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + SQUARE_WEIGHT * square + KL_WEIGHT * kl, square.detach() / 4

@@ -100,7 +100,7 @@ def condition(family: str, dtype: torch.dtype, settings: Settings) -> Row:
         return torch.cat([posterior.parameters for posterior in ours.encode_stream(pieces)], dim=2)
 
     cache = TemporalCache()
-    every = torch.cat([ours.quant_conv(ours.encode_chunk(piece, cache)[0]) for piece in pieces], dim=2)
+    every = torch.cat([ours.quant_conv(ours.encode_chunk(piece, cache)) for piece in pieces], dim=2)
     same = torch.equal(stream(), every)
     row = compare(
         f"VAE {family} I2V condition",

@@ -23,7 +23,7 @@ def _encode_every_chunk(vae, x):
     """What `encode` and `encode_stream` give if they compute every chunk."""
     cache = TemporalCache()
     chunks = [x[:, :, :1], *x[:, :, 1:].split(vae.temporal_stride, dim=2)]
-    encoded = [vae.encode_chunk(chunk, cache)[0] for chunk in chunks]
+    encoded = [vae.encode_chunk(chunk, cache) for chunk in chunks]
     # Its rounding may depend on how many frames it gets.
     return vae.quant_conv(torch.cat(encoded, dim=2)), torch.cat(list(map(vae.quant_conv, encoded)), dim=2)
 

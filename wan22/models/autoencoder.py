@@ -100,29 +100,25 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     # Chunks: one step through a clip.
 
-    def encode_chunk(
-        self, x: Tensor, cache: TemporalCache | None = None
-    ) -> tuple[Tensor, TemporalCache | None]:
+    def encode_chunk(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Encode the next frames of a clip; `quant_conv` follows.
 
         Args:
             x: pixels, "b 3 t h w": 1 + 4k frames at the clip's start, 4k later.
-            cache: the clip's cache, new at its start; None: x is the whole clip.
-        Returns: the encoder's output, "b 2c t h w"; the cache for the next chunk.
+            cache: the clip's cache, new at its start and updated in place; None: x is the whole clip.
+        Returns: the encoder's output, "b 2c t h w".
         """
-        return self.encoder(patchify(x, self.patch_size), cache), cache
+        return self.encoder(patchify(x, self.patch_size), cache)
 
-    def decode_chunk(
-        self, z: Tensor, cache: TemporalCache | None = None
-    ) -> tuple[Tensor, TemporalCache | None]:
+    def decode_chunk(self, z: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Decode the next latent frames of a clip.
 
         Args:
             z: output of `post_quant_conv` on raw latents, "b c t h w", any number of frames.
-            cache: the clip's cache, new at its start; None: z is the whole clip.
-        Returns: pixels, "b 3 t h w", not clamped; the cache for the next chunk.
+            cache: the clip's cache, new at its start and updated in place; None: z is the whole clip.
+        Returns: pixels, "b 3 t h w", not clamped.
         """
-        return unpatchify(self.decoder(z, cache), self.patch_size), cache
+        return unpatchify(self.decoder(z, cache), self.patch_size)
 
     # Clips.
 
@@ -199,7 +195,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
-            return self.quant_conv(self.encode_chunk(x)[0])
+            return self.quant_conv(self.encode_chunk(x))
         cache, settled = TemporalCache(), SettledPrefix()
         groups = regroup_frames([x], *self._chunk_frames(chunk_latents))
         return self.quant_conv(torch.cat([self._encode_next(x, cache, settled) for x in groups], dim=2))
@@ -207,7 +203,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     def _encode_next(self, x: Tensor, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
         """Encode a clip's next chunk; without gradients, layers that would repeat their result do not run."""
         if torch.is_grad_enabled() or not settled.repeats(x):
-            return self.encode_chunk(x, cache)[0]
+            return self.encode_chunk(x, cache)
         return self.encoder(patchify(x, self.patch_size), cache, settled)
 
     def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
@@ -220,7 +216,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     def _decode_next(self, z: Tensor, cache: TemporalCache | None, strips: Sequence[TemporalCache]) -> Tensor:
         if not strips:
-            return self.decode_chunk(z, cache)[0]
+            return self.decode_chunk(z, cache)
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)
 
     @torch.no_grad()
