@@ -30,20 +30,15 @@ class NotInstalledError(ImportError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel that can be chosen by name.
-
-    Args:
-        load: imports the library and returns the function for `wan22.models.attention.Kernel`; raises
-            NotInstalledError where the library is not installed.
-        refuses: returns, for a device, dtype and head size, why the kernel cannot run; or None.
-        exact: whether it computes in the dtype of its operands; others are chosen only by name.
-        preferred: whether "auto" tries it on a device, before PyTorch's own choice.
-    """
+    """A kernel that can be chosen by name."""
 
     name: str
+    # Imports the library and returns the function for `wan22.models.attention.Kernel`; or NotInstalledError.
     load: Callable[[], Callable[..., torch.Tensor]]
+    # Returns, for a device, dtype and head size, why the kernel cannot run; or None.
     refuses: Callable[[torch.device, torch.dtype, int], str | None]
-    exact: bool = True
+    exact: bool = True  # it computes in the dtype of its operands; others are chosen only by name
+    # Whether "auto" tries it on a device, before PyTorch's own choice.
     preferred: Callable[[torch.device], bool] = lambda device: False
 
 
@@ -54,10 +49,7 @@ def running_kernel(
     queries: int = 4096,
     keys: int | None = None,
 ) -> str:
-    """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math".
-
-    There are as many keys as queries where their number is not given.
-    """
+    """Return which of its kernels PyTorch chooses: "cudnn", "flash", "efficient" or "math"."""
     keys = keys or queries
     q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device=device) for n in (queries, keys))
     choice = SDPBackend(sdpa_choice(q, k, k))

@@ -1,4 +1,4 @@
-"""Offloading of a pipeline's models: each is loaded when it is called, after others have made room for it.
+"""Offloading of a pipeline's models: each is loaded when it is called, after others are offloaded.
 
 Offloading copies nothing, because weights never change: it drops the copy on the device.
 """

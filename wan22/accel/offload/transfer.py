@@ -51,7 +51,7 @@ class Loader:
         self._pins = True  # False once the system has refused to pin
 
     def send(self, block: PackedBlock, buffer: torch.Tensor, source: Source) -> Transfer:
-        """Start to fill a buffer on the device, for which "pinned" moves the block to pinned memory first."""
+        """Start to fill a buffer that no later computation reads; source "pinned" pins the block first."""
         transfer = Transfer(block, buffer, self.device.release(buffer))
         if block.pinned is not None:
             transfer.queued.set_result(self._copy(transfer, block.pinned))

@@ -15,13 +15,7 @@ from ...checks import check_positive_int
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what; their product is the number of ranks.
-
-    Args:
-        ring: ranks that pass keys and values around; any number.
-        ulysses: ranks that exchange tokens for heads; a divisor of the heads.
-        cfg: 2: the two passes of guidance run at once, each on half of the ranks; 1: one after the other.
-    """
+    """How many ranks share what, as `parallelize` describes; their product is the number of ranks."""
 
     ring: int = 1
     ulysses: int = 1

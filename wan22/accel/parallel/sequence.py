@@ -157,7 +157,7 @@ class SequenceParallel:
         return wait_tensor(sent)
 
     def _ring(self, query: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        """Attend to the keys and values "2 b s n d" of each rank of the ring in turn."""
+        """Attend to the keys and values "2 b s n d" of each rank of the ring, one after the other."""
         size, rank = dist.get_world_size(self.groups.ring), dist.get_rank(self.groups.ring)
         receivers = [(i + 1) % size for i in range(size)]
         total: tuple[torch.Tensor, torch.Tensor] | None = None

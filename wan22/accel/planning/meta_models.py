@@ -63,10 +63,7 @@ def released_models(preset: Preset, stored: Mapping[str, torch.dtype] | None = N
 
 
 def store_as(model: nn.Module, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
-    """Give a model on the meta device, in place, the dtypes that its weights have once loaded as `dtype`.
-
-    `stored` is the dtype of the files, if it is another one.
-    """
+    """Give a meta model the dtypes that weights of dtype `stored`, else `dtype`, have loaded as `dtype`."""
     kept = model._keep_in_fp32_modules if isinstance(model, WanTransformer3DModel) else ()
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
