@@ -121,7 +121,9 @@ def _prepare(
     size = parse_bytes(shard_size, "shard_size")
     target = Path(destination).expanduser()
     _check_absent(target)
-    origin = _local(source)
+    origin = Path(source).expanduser()
+    if not origin.exists() and is_repository_name(str(source)):  # downloaded first
+        origin = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
     if origin.resolve() in target.resolve().parents:
         raise ValueError(f"{target} lies inside of what is to be converted, {origin}; choose another place")
     found = read_source(origin, attention_head_dim)
@@ -134,14 +136,6 @@ def _prepare(
     request = {"source": _stamp(origin), "to": to, "dtype": str(dtype), "shard_size": size}
     request["attention_head_dim"] = attention_head_dim
     return found, make_plan(found, to, target.name, dtype, size), request
-
-
-def _local(source: str | Path) -> Path:
-    """Return a source's path; what is converted of a repository of the hub is downloaded first."""
-    path = Path(source).expanduser()
-    if not path.exists() and is_repository_name(str(source)):
-        path = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
-    return path
 
 
 def _check_absent(target: Path) -> None:

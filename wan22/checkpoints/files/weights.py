@@ -46,10 +46,10 @@ def read_weights(path: Path) -> WeightFile:
         return _read_shards(path)
     with path.open("rb") as file:
         start = file.read(64)
-    if start[8:9] == b"{" and not start.startswith(b"GGUF"):
-        return WeightFile(str(path), *read_safetensors(path))
     if start.startswith(b"GGUF"):
         return WeightFile(str(path), *read_gguf(path))
+    if start[8:9] == b"{":
+        return WeightFile(str(path), *read_safetensors(path))
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return WeightFile(str(path), read_pth(path))
     for sign, what in _MISTAKEN.items():

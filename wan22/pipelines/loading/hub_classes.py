@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ...checkpoints.naming.names import shapes_of
 from ...schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
 from ...schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
 from ...schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
@@ -36,15 +37,14 @@ def from_diffusers_model(component: Any) -> Any:
 
     A ValueError says if a LoRA, a quantiser or the like has changed the model since it was loaded.
     """
-    ours = _MODELS.get(type(component).__name__)
+    name = type(component).__name__
+    ours = _MODELS.get(name)
     if ours is None or isinstance(component, ours):
         return component
     with empty_weights():
         model = ours.from_config(component.config)
     weights = component.state_dict()
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if expected != {name: tensor.shape for name, tensor in weights.items()}:
-        name = type(component).__name__
+    if shapes_of(weights) != shapes_of(model.state_dict()):
         raise ValueError(
             f"this {name} of diffusers was changed since it was loaded; load it with wan22.{name}"
         )
