@@ -79,7 +79,7 @@ class Loras(Part):
                 "transformer_2." are for the low-noise expert alone. A folder or repository that holds
                 high_noise_model.safetensors and low_noise_model.safetensors is a pair.
             adapter_name: default is "lora_0", "lora_1", …
-            high, low: for one expert each, in any of these forms.
+            high, low: the high-noise and the low-noise expert's, in any of these forms.
             strength: factor of its weights: one number, two (high, low), or a table such as
                 {"transformer": 1, "transformer_2": 0.5}.
             weight_name: file in the folder or repository.

@@ -56,11 +56,9 @@ class Memory(Part):
         return found
 
     def apply(self, plan: Plan, device: Device | None = None) -> None:
-        """Keep the models where a plan of `wan22.accel.plan` says, and decode as it says.
+        """Keep the models where a plan of `wan22.accel.plan` for this pipeline says, and decode as it says.
 
-        Args:
-            plan: plan for this pipeline.
-            device: device of the models; default is the plan's.
+        `device` is the models'; default is the plan's.
 
         Raises:
             ValueError: the plan is for another pipeline, its device is not here, ranks have divided the

@@ -21,7 +21,7 @@ _HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
 
 class SingleFiles:
-    """A checkpoint whose components are files of any format."""
+    """A checkpoint of single files in any format, folders of shards, and the tokenizer's folder."""
 
     kind: str | None = None
 
