@@ -54,17 +54,17 @@ CASES = [
     # embeddings
     (
         {"prompt": None, "prompt_embeds": "a"},
-        ["prompt_embeds must be a floating-point tensor 'b s 32'", "str 'a'"],
+        ["prompt_embeds must be a floating-point tensor 'b l 32'", "str 'a'"],
     ),
-    ({"prompt": None, "prompt_embeds": ROWS[0]}, ["prompt_embeds must be", "'b s 32'", "(4, 32)"]),
+    ({"prompt": None, "prompt_embeds": ROWS[0]}, ["prompt_embeds must be", "'b l 32'", "(4, 32)"]),
     ({"prompt": None, "prompt_embeds": ROWS.long()}, ["floating-point", "int64 tensor of shape (1, 4, 32)"]),
-    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, ["(1, 4, 31)", "'b s 32'", "1 to 512"]),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, ["(1, 4, 31)", "'b l 32'", "1 to 512"]),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 513, 32)}, ["(1, 513, 32)", "1 to 512"]),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, 32)}, ["(1, 0, 32)", "1 to 512"]),
-    ({"prompt": None, "prompt_embeds": torch.zeros(0, 4, 32)}, ["(0, 4, 32)", "'b s 32'"]),
+    ({"prompt": None, "prompt_embeds": torch.zeros(0, 4, 32)}, ["(0, 4, 32)", "'b l 32'"]),
     ({"prompt": None, "prompt_embeds": torch.full((1, 4, 32), NAN)}, ["prompt_embeds", "finite"]),
     ({"negative_prompt_embeds": torch.full((1, 4, 32), INF)}, ["negative_prompt_embeds", "finite"]),
-    ({"negative_prompt_embeds": torch.zeros(1, 4, 31)}, ["negative_prompt_embeds", "(1, 4, 31)", "'b s 32'"]),
+    ({"negative_prompt_embeds": torch.zeros(1, 4, 31)}, ["negative_prompt_embeds", "(1, 4, 31)", "'b l 32'"]),
     ({"negative_prompt_embeds": torch.zeros(2, 4, 32)}, ["negative_prompt_embeds is for 2", "for 1"]),
     # steps
     ({"num_inference_steps": 0}, ["num_inference_steps=0", "at least 1", "nearest is 1"]),
