@@ -53,9 +53,6 @@ def parse_bytes(amount: str | float, name: str = "amount") -> int:
     """Return a number of bytes: 12 * 10**9 for "12GB", 12 * 2**30 for "12GiB"; a number stays as it is.
 
     A rate, such as "1.5GB/s", gives bytes a second.
-
-    Raises:
-        ValueError: the amount cannot be read, or is less than one byte.
     """
     match = re.fullmatch(r"(\d+\.?\d*(?:E\+?\d+)?)\s*([KMGT]?I?)B?(?:/S)?", str(amount).strip().upper())
     value = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0

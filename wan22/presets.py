@@ -20,19 +20,16 @@ class Preset:
     """One released checkpoint: its sizes and its official settings.
 
     Args:
-        name: the checkpoint's name.
         repo: hub repository in the Diffusers layout; "" if the checkpoint ships inside this package.
         dim: the transformer's model size, heads times head size.
         in_channels: the transformer's input channels.
         boundary_ratio: timesteps at or above this share of 1000 use the high-noise expert; None for one
             transformer.
-        num_inference_steps: denoising steps.
         flow_shift: shift of the noise schedule.
         guidance_scale: guidance of the high-noise expert, or of the only transformer.
         guidance_scale_2: guidance of the low-noise expert; None for one transformer.
-        width: pixels.
-        height: pixels.
-        num_frames: frames, 1 + a multiple of 4.
+        width, height: pixels.
+        num_frames: 1 + a multiple of 4.
         fps: frames per second.
         negative_prompt: replaces an empty negative prompt.
         two_frames: the transformer attends to the image tokens of a first and a last frame (Wan 2.1 FLF).
@@ -203,15 +200,10 @@ PRESETS = (
 
 @dataclass(frozen=True)
 class FewSteps:
-    """How a checkpoint or LoRA distilled to a few steps runs, with Euler's method.
+    """How a checkpoint or LoRA distilled to a few steps runs, with Euler's method."""
 
-    Args:
-        timesteps: the timesteps it was trained on.
-        guidance_scale: guidance of all experts; 1 turns it off.
-    """
-
-    timesteps: tuple[float, ...]
-    guidance_scale: float = 1.0
+    timesteps: tuple[float, ...]  # those it was trained on
+    guidance_scale: float = 1.0  # of all experts; 1 turns guidance off
 
 
 # Lightning's are four even steps at shift 5: 1000, 937.5, 833.3, 625.
@@ -224,12 +216,7 @@ def has_timestep_per_token(config: Mapping[str, Any]) -> bool:
 
 
 def release_of(config: Mapping[str, Any], experts: int) -> Preset:
-    """Return the released checkpoint with this transformer, or the one closest to it.
-
-    Args:
-        config: the transformer's configuration.
-        experts: number of transformers, 1 or 2.
-    """
+    """Return the released checkpoint with a transformer of this configuration, or the one closest to it."""
     preset = find_preset(
         dim=config["num_attention_heads"] * config["attention_head_dim"],
         in_channels=config["in_channels"],

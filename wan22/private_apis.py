@@ -43,10 +43,7 @@ def version(tensor: Tensor) -> int:
 
 
 def own_tensors(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
-    """Return a module's own parameters and buffers, absent ones included.
-
-    Module.named_parameters leaves out absent and tied ones, and attributes may be computed.
-    """
+    """Return a module's own parameters and buffers; named_parameters leaves out absent and tied ones."""
     return module._parameters, module._buffers
 
 
@@ -80,10 +77,7 @@ def reapply_group_offloading(model: nn.Module) -> None:
 
 
 def register_block(kind: type[nn.Module]) -> None:
-    """Let diffusers' step caches find the input and output of a class of blocks.
-
-    diffusers has no public way for classes that are not its own.
-    """
+    """Let diffusers' step caches find input and output of a class of blocks, in public only for its own."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     TransformerBlockRegistry.register(kind, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -36,14 +36,9 @@ class ChatModel(Protocol):
     """Anything that answers a conversation: a function, or `OpenAIChat`, or `TransformersChat`."""
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
-        """Return the answer to a conversation.
+        """Return the answer to a conversation: one of those possible by seed, the model's choice with None.
 
-        Args:
-            messages: the conversation so far.
-            seed: chooses among the possible answers; None leaves the choice to the model.
-
-        Raises:
-            ChatError: there is no answer.
+        Raises: ChatError: there is no answer.
         """
         ...
 
@@ -58,9 +53,6 @@ class OpenAIChat:
         api_key: bearer token, sent to this server only.
         timeout: seconds to wait for an answer.
         options: further fields of the request, such as {"temperature": 0.7}.
-
-    Raises:
-        ValueError: base_url, api_key or timeout cannot be used.
     """
 
     base_url: str
@@ -88,8 +80,7 @@ class OpenAIChat:
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
         """Return the model's answer. Images are sent as JPEG data URLs; the server may ignore the seed.
 
-        Raises:
-            ChatError: no connection, no answer in time, an HTTP error, or an answer of another form.
+        Raises: ChatError: no connection, no answer in time, an HTTP error, or an answer of another form.
         """
         request: dict[str, Any] = {"model": self.model, "messages": [_openai_message(m) for m in messages]}
         request |= {} if seed is None else {"seed": seed}
@@ -150,9 +141,7 @@ class TransformersChat:
         max_new_tokens: limit of the answer, thinking included.
         device: device for a model loaded by name; the GPU by default, if there is one.
         template_options: arguments for the chat template, such as {"enable_thinking": False}.
-
-    Raises:
-        ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
+    Raises: ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
     """
 
     def __init__(
@@ -191,10 +180,7 @@ class TransformersChat:
         """Return the model's answer: a random one by seed, or the likeliest one with seed=None.
 
         Torch's global random state stays as it is.
-
-        Raises:
-            ValueError: images for a model without a processor.
-            ChatError: the answer was cut off.
+        Raises: ValueError: images for a model without a processor. ChatError: the answer was cut off.
         """
         import torch
 
@@ -247,7 +233,6 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
-    """Return a message's content in the form of transformers' processors."""
     images = [{"type": "image", "image": image} for image in message.images]
     return [*images, {"type": "text", "text": message.text}]
 

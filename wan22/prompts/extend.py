@@ -89,7 +89,7 @@ def extend_prompt(
     last_image: "str | Path | Image | None" = None,
     seed: int | None = None,
 ) -> str:
-    """Let a chat model write a prompt out in full.
+    """Let a chat model write a prompt out in full, in one line.
 
     Args:
         prompt: a few words, or a prompt by formula.
@@ -100,8 +100,6 @@ def extend_prompt(
         image: first frame, a file or a PIL image, for a chat model that sees images.
         last_image: last frame, a file or a PIL image.
         seed: chooses another answer to the same prompt.
-
-    Returns: the new prompt in one line.
 
     Raises:
         ValueError: an empty prompt, or a task that the images do not suit.
@@ -127,12 +125,9 @@ def system_prompt(task: Task, language: str | None = None, seen: bool = False) -
 
 
 def clean_answer(answer: str) -> str:
-    """Return the prompt in a chat model's answer, in one line.
+    """Return the prompt in a chat model's answer, in one line of at most 3000 characters, or raise ChatError.
 
     Thinking, an introduction, a "Prompt:" label, code fences, bold type and quotation marks are stripped.
-
-    Raises:
-        ChatError: nothing is left, or more than 3000 characters.
     """
     text = re.sub(r"<(think|thinking)>.*?</\1>", "", answer, flags=re.DOTALL | re.IGNORECASE)
     # Some templates open the thinking themselves; some models run out of tokens before they close it.

@@ -34,7 +34,7 @@ _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")  # noqa: RUF001 (Ch
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A prompt for text to video; `str()` gives the text for the model.
+    """A prompt for text to video; `str()` gives the text for the model. Only the subject is needed.
 
     Subject, scene and motion are the guide's basic formula, the other fields its advanced one.
 
@@ -51,9 +51,6 @@ class TextPrompt:
         camera: camera movement.
         style: visual style, such as "felt style".
         effect: special effect, such as "time-lapse photography".
-
-    Raises:
-        ValueError: the subject is empty, or a field is not a string.
     """
 
     subject: str
@@ -86,14 +83,11 @@ class TextPrompt:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A prompt for image to video: the image already shows subject, scene and style.
+    """A prompt for image to video, whose image shows subject, scene and style; one field may be empty.
 
     Args:
         motion: what moves, how far, how fast.
         camera: camera movement, such as "camera pushes in"; "fixed camera" keeps it still.
-
-    Raises:
-        ValueError: motion and camera are both empty, or one is not a string.
     """
 
     motion: str
@@ -121,10 +115,7 @@ def multi_shot(overall: str, shots: Sequence[tuple[float, str | Prompt]]) -> str
 
     Args:
         overall: what the whole video is about.
-        shots: length in seconds and prompt of each shot, in order.
-
-    Raises:
-        ValueError: a length is not a positive number.
+        shots: length in seconds, a positive number, and prompt of each shot, in order.
     """
     parts, start = [overall], 0.0
     for number, (seconds, prompt) in enumerate(shots, 1):
@@ -138,10 +129,10 @@ def multi_shot(overall: str, shots: Sequence[tuple[float, str | Prompt]]) -> str
 def unknown_terms(prompt: Prompt) -> dict[str, tuple[str, ...]]:
     """Find terms in a prompt's camera, light, style, … that are not in the guide's vocabulary.
 
-    They are no mistake, as the models read free text; but "rim lite" may stand for "rim light".
+    They are no mistake, as the models read free text; but "rim lite" may stand for "rim light". Subject,
+    scene and motion are not checked.
 
-    Returns: each unknown term, with up to three similar terms of its field, the closest first. Subject, scene
-        and motion are not checked.
+    Returns: each unknown term, with up to three similar terms of its field, the closest first.
     """
     found: dict[str, tuple[str, ...]] = {}
     for name, tables in TABLES.items():

@@ -23,12 +23,7 @@ def check_solver_order(solver_order: int) -> None:
 def checked_table(
     name: str, values: Any, top: float, num_inference_steps: int | None, shift: float | None
 ) -> np.ndarray:
-    """Return custom sigmas or timesteps in float64.
-
-    Raises:
-        ValueError: they do not fall strictly within (0, top], there are not num_inference_steps of them, or a
-            shift is given, too: a table is used as it is.
-    """
+    """Return custom sigmas or timesteps in float64; they must fall strictly within (0, top]."""
     table = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
     if table.ndim != 1 or len(table) < 1:
         raise ValueError(f"{name} must be a list of at least 1 value, got shape {table.shape}")

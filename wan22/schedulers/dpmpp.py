@@ -18,9 +18,6 @@ class FlowMatchDPMSolverScheduler(FlowMatchScheduler):
         shift: default shift of the schedule, above 0.
         solver_order: 1 or 2; the first and the last step are of order 1.
 
-    Raises:
-        ValueError: a value outside its range.
-
     Source: Lu et al. 2022, arXiv:2211.01095, Algorithm 2; Wan2.2 wan/utils/fm_solvers.py,
     FlowDPMSolverMultistepScheduler and get_sampling_sigmas.
     """

@@ -18,9 +18,6 @@ class FlowMatchEulerScheduler(FlowMatchScheduler):
         num_train_timesteps: the timestep of pure noise, at least 2.
         shift: default shift of the schedule, above 0.
 
-    Raises:
-        ValueError: a value outside its range.
-
     Source: Liu et al. 2022, arXiv:2209.03003, section 2 (the ODE dx = v dsigma by Euler's method).
     """
 

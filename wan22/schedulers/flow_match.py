@@ -24,14 +24,7 @@ from .hub_config import MULTISTEP_FLOW, SCHEMAS, HubSchema, read_config
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """Move sigmas towards 1 for shift > 1; 0 and 1 stay where they are.
-
-    Args:
-        sigmas: noise levels in [0, 1].
-        shift: above 0; 1 changes nothing.
-
-    Returns: shift s / (1 + (shift - 1) s), in the dtype of `sigmas`.
-    """
+    """Move sigmas in [0, 1] towards 1 for shift > 1: s -> shift s / (1 + (shift - 1) s); 0 and 1 stay."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -54,9 +47,6 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps: the timestep of pure noise, at least 2.
         shift: default shift of the schedule, above 0.
-
-    Raises:
-        ValueError: a value outside its range.
     """
 
     schema: ClassVar[HubSchema]
@@ -112,9 +102,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             shift: replaces the config's, above 0; only for a schedule built from `num_inference_steps`.
             sigmas: noise levels in (0, 1], strictly descending, without the final 0; not shifted.
             timesteps: sigma * num_train_timesteps, strictly descending; not shifted, kept as floats.
-
-        Raises:
-            ValueError: a value outside its range, or arguments that contradict each other.
+        Raises: ValueError: a value outside its range, or arguments that contradict each other.
         """
         if sigmas is not None and timesteps is not None:
             raise ValueError("sigmas and timesteps were both given; give one of them")
@@ -169,11 +157,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next run at a later step of the schedule.
 
-        Args:
-            begin_index: from 0 to the number of steps - 1.
-
-        Raises:
-            ValueError: no schedule, or an index outside it.
+        Raises: ValueError: no schedule, or an index outside it.
         """
         steps = self._require_schedule()
         if not 0 <= begin_index < steps:
@@ -184,15 +168,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Find the first step with this timestep.
+        """Return the index of the first step with this timestep, one value or several equal ones.
 
-        Args:
-            timestep: one value, or several equal ones.
-
-        Returns: its index.
-
-        Raises:
-            ValueError: no schedule, or a timestep that is not in it.
+        Raises: ValueError: no schedule, or a timestep that is not in it.
         """
         self._require_schedule()
         values = torch.as_tensor(timestep).flatten().unique()
@@ -234,11 +212,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             sample: noisy sample of any shape.
             generator: unused, the solvers are deterministic; pipelines written for diffusers pass it.
             return_dict: False returns a tuple.
-
         Returns: the sample at the next noise level as `prev_sample`, in the dtype of `sample`.
-
-        Raises:
-            ValueError: no schedule, no step left, or shapes that differ.
+        Raises: ValueError: no schedule, no step left, or shapes that differ.
         """
         steps = self._require_schedule()
         if model_output.shape != sample.shape:
@@ -272,14 +247,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             sample: clean sample, "b ...".
-            timestep: timesteps of the schedule, one or "b"; a begin or step index counts instead if there is
-                one.
-            noise: noise, shaped like `sample`.
-
+            timestep: timesteps of the schedule, one or "b"; a begin or step index takes precedence.
+            noise: shaped like `sample`.
         Returns: shaped like `sample`, in its dtype.
-
-        Raises:
-            ValueError: no schedule, or a timestep that is not in it.
+        Raises: ValueError: no schedule, or a timestep that is not in it.
         """
         steps = self._require_schedule()
         index = self._begin_index if self._step_index is None else self._step_index
@@ -300,18 +271,14 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build this solver from a diffusers flow scheduler's config, whichever of the supported ones it is.
+        """Build this solver from the config of any supported flow scheduler.
 
         Args:
             config: config of diffusers' UniPCMultistepScheduler, DPMSolverMultistepScheduler or
                 FlowMatchEulerDiscreteScheduler, or of a solver here.
             return_unused_kwargs: whether to return (scheduler, kwargs that are no setting).
             kwargs: settings that replace the config's, such as `shift` or `flow_shift`.
-
-        Returns: the scheduler.
-
-        Raises:
-            ValueError: a setting that is not supported.
+        Raises: ValueError: a setting that is not supported.
         """
         settings = {"num_train_timesteps", "solver_order", "shift", "flow_shift"}.union(
             *(s.fixed for s in SCHEMAS)

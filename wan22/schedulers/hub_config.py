@@ -26,17 +26,11 @@ MULTISTEP_FLOW = MappingProxyType(
 
 @dataclass(frozen=True)
 class HubSchema:
-    """One diffusers scheduler class.
+    """One diffusers scheduler class."""
 
-    Args:
-        class_name: diffusers' class name, written as `_class_name`.
-        shift_field: name of the shift in that class's config.
-        fixed: settings with one supported value; None, False and () all mean "off".
-    """
-
-    class_name: str
-    shift_field: str
-    fixed: Mapping[str, Any]
+    class_name: str  # written as `_class_name`
+    shift_field: str  # name of the shift in that class's config
+    fixed: Mapping[str, Any]  # settings with one supported value; None, False and () all mean "off"
 
 
 UNIPC = HubSchema(
@@ -99,11 +93,8 @@ def read_config(
         config: config of a class in SCHEMAS, named by its `_class_name`.
         overrides: settings that replace the config's; the shift is `shift` or `flow_shift`.
         default: schema of a config without `_class_name`.
-
     Returns: `num_train_timesteps`, `shift` and `solver_order`, as far as they are given.
-
-    Raises:
-        ValueError: the class or one of its settings is not supported here.
+    Raises: ValueError: the class or one of its settings is not supported here.
     """
     class_name = config.get("_class_name", default.class_name)
     source = next((schema for schema in SCHEMAS if schema.class_name == class_name), None)

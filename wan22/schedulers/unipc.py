@@ -19,9 +19,6 @@ class FlowMatchUniPCScheduler(FlowMatchScheduler):
         shift: default shift of the schedule, above 0.
         solver_order: 1 or 2; the first and the last step are of order 1. The corrector raises each by one.
 
-    Raises:
-        ValueError: a value outside its range.
-
     Source: Zhao et al. 2023, arXiv:2302.04867, UniP and UniC for data prediction; Wan2.2
     wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
     """

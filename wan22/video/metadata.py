@@ -11,14 +11,9 @@ EXIF_DESCRIPTION = 0x010E
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a file's metadata.
+    """Return the recipe in an MP4, GIF, WebP or PNG written by `WanVideo.save`, under any name.
 
-    Args:
-        path: MP4, GIF, WebP or PNG written by `WanVideo.save`, under any name.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file carries no recipe.
+    Raises: FileNotFoundError: there is no such file. ValueError: the file carries no recipe.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -7,13 +7,7 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(iterable: Any = None, total: int | None = None, **options: Any) -> Any:
-    """Return tqdm's bar, drawn in terminals and notebooks only.
-
-    Args:
-        iterable: items to iterate over; None if the bar is updated by hand.
-        total: number of items.
-        **options: tqdm's options; `disable` decides whether the bar is drawn.
-    """
+    """Return tqdm's bar, drawn in terminals and notebooks only; the option `disable` decides otherwise."""
     # disable=None is tqdm's for: not if the output is a file, as in CI.
     notebook = in_notebook()
     defaults: dict[str, Any] = {"disable": False if notebook else None, "dynamic_ncols": not notebook}

@@ -16,36 +16,22 @@ PER_PROMPT = ("prompt", "negative_prompt", "seed", "image", "last_image")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a pipeline's weights came from.
+    """Where a pipeline's weights came from."""
 
-    Args:
-        place: folder, repository or files, as they were given.
-        revision: the repository's commit; None for anything but a repository's snapshot.
-        files: fingerprint of each weight file, by component and file name.
-        replaced: components given ready made or replaced since, whose files are not known.
-    """
-
-    place: str
-    revision: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    replaced: tuple[str, ...] = ()
+    place: str  # folder, repository or files, as they were given
+    revision: str | None = None  # commit of a repository's snapshot
+    files: Mapping[str, str] = field(default_factory=dict)  # fingerprints by component and file name
+    replaced: tuple[str, ...] = ()  # components given ready made or replaced since, whose files are unknown
 
 
 @dataclass(frozen=True)
 class UsedLora:
-    """An active LoRA.
-
-    Args:
-        name: the adapter's name.
-        source: file, folder or repository; None for tensors in memory.
-        strengths: factor of its weights in each transformer.
-        files: fingerprint of each of its files, by transformer.
-    """
+    """An active LoRA."""
 
     name: str
-    source: str | None
-    strengths: Mapping[str, float]
-    files: Mapping[str, str] = field(default_factory=dict)
+    source: str | None  # file, folder or repository; None for tensors in memory
+    strengths: Mapping[str, float]  # factor of its weights in each transformer
+    files: Mapping[str, str] = field(default_factory=dict)  # fingerprints by transformer
 
 
 @dataclass(frozen=True)
@@ -57,16 +43,12 @@ class Recipe:
         pipeline: class name of the pipeline.
         call: the call's arguments as plain values, completed with the checkpoint's settings:
             `pipe(**recipe.call)` makes the video again. Images are paths or URLs, None for one in memory.
-        width: pixels.
-        height: pixels.
-        num_frames: frames.
+        width, height: pixels.
         fps: frames per second.
         scheduler: class name of the scheduler.
         num_inference_steps: denoising steps.
         boundary_ratio: share of 1000 at which the experts switch; None for one transformer.
         scheduler_config: the scheduler's settings.
-        origin: the files behind the weights.
-        loras: the active LoRAs.
         dtypes: dtype of each component.
         changes: what else moves the result, by rounding or by more: attention kernel, quantisation, tiling, …
         device: the device's name.
@@ -146,8 +128,7 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Read what `to_json` wrote, in this version or an earlier one.
 
-        Raises:
-            ValueError: it is something else.
+        Raises: ValueError: it is something else.
         """
         try:
             values = json.loads(text)

@@ -94,11 +94,7 @@ class WanVideo(BaseOutput):
         return Image.fromarray(np.concatenate(rows))
 
     def as_uint8(self) -> list[np.ndarray]:
-        """Return each video as "t h w c" in 0 to 255, truncated as in the official code.
-
-        Raises:
-            ValueError: the frames are latents.
-        """
+        """Return each video as "t h w c" in 0 to 255, truncated as in the official code; not for latents."""
         return [values if values.dtype == np.uint8 else to_uint8(values) for values in self._values()]
 
     def _values(self) -> list[np.ndarray]:

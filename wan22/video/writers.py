@@ -41,12 +41,8 @@ def write(
         path: file, replaced if it exists; a .png gets the frame's number before its ending.
         fps: frames per second.
         recipe: text for the metadata.
-        quality: 1 to 100, for .mp4 and .webp; None is 90.
-        crf: H.264's scale for .mp4 instead of quality, 0 (lossless) to 51.
-
-    Raises:
-        ValueError: the ending is unknown, the quality does not suit it, or there are no frames.
-        OSError: the file cannot be written.
+        quality, crf: as in `WanVideo.save`.
+    Raises: ValueError: the ending or the quality is wrong, or there are no frames. OSError: writing fails.
     """
     ending = check_ending(path)
     check_quality(path, quality, crf)
@@ -54,14 +50,14 @@ def write(
 
 
 def check_ending(path: Path) -> str:
-    """Return a file's ending in lower case; raise ValueError if no format has it."""
+    """Return a file's ending in lower case, or raise ValueError if no format has it."""
     if (ending := path.suffix.lower()) not in WRITERS:
         raise ValueError(f"{path} must end in {', '.join(WRITERS)}; say {path.with_suffix('.mp4')}")
     return ending
 
 
 def check_quality(path: Path, quality: int | None, crf: int | None) -> None:
-    """Raise ValueError if the quality is out of range, or the format has none."""
+    """Refuse a quality or crf out of range, or for a format that has none."""
     ending = path.suffix.lower()
     if crf is not None and ending != ".mp4":
         raise ValueError(f"crf={crf!r} is for .mp4, not {ending}")
@@ -83,8 +79,7 @@ def crf_of(quality: int) -> int:
 def numbered(path: Path, count: int, overwrite: bool) -> list[Path]:
     """Return a file name for each of several videos, with a number before the ending.
 
-    Raises:
-        FileExistsError: a file exists and overwrite is False.
+    Raises: FileExistsError: a file exists and overwrite is False.
     """
     paths = [path] if count == 1 else [numbered_name(path, i) for i in range(count)]
     taken = [file for name in paths for file in existing_files(name)]
@@ -260,7 +255,6 @@ def _first(frames: Frames) -> tuple[np.ndarray, Iterator[np.ndarray]]:
 
 
 def _even(frame: np.ndarray) -> np.ndarray:
-    """Repeat the last row and column of odd sizes."""
     h, w, _ = frame.shape
     return np.pad(frame, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge") if h % 2 or w % 2 else frame
 
