@@ -727,7 +727,8 @@ def command():
     return runpy.run_path("conversion/convert.py")["main"]
 
 
-def test_the_command_line(t2v, command, tmp_path, capsys):
+def test_the_command_line(t2v, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist's, at which older versions of tqdm cut lines
     command(
         [
             str(t2v),
