@@ -12,15 +12,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Kernel:
-    """An attention kernel.
+    """An attention kernel."""
 
-    Args:
-        function: maps query "b l n d", key and value "b s n d" to "b l n d".
-        inner: name of the kernel that this one calls, if it does.
-    """
-
-    function: Callable[..., torch.Tensor]
-    inner: str | None = None
+    function: Callable[..., torch.Tensor]  # query "b l n d", key and value "b s n d" to "b l n d"
+    inner: str | None = None  # the kernel that this one calls
 
 
 def attention(
@@ -32,9 +27,6 @@ def attention(
     """Softmax attention without mask or dropout: query "b l n d", key and value "b s n d" to "b l n d".
 
     On the meta device no kernel runs: none materialises the scores, and PyTorch's meta kernel would.
-
-    Raises:
-        ValueError: no kernel is registered under this name.
     """
     if query.is_meta:
         return query.new_empty((*query.shape[:3], value.shape[-1]))
@@ -65,7 +57,7 @@ def computing_backend(backend: str) -> str:
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless a kernel is registered under this name."""
+    """Refuse a name under which no kernel is registered."""
     if backend not in _kernels:
         raise ValueError(
             f"attention backend {backend!r} is not registered, only {', '.join(map(repr, _kernels))}; "

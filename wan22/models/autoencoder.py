@@ -44,15 +44,12 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         num_res_blocks: residual blocks per resolution.
         attn_scales: resolutions with extra attention in the encoder (none in released checkpoints).
         temperal_downsample: whether each step down halves time as well (spelt as in the checkpoints).
-        dropout: dropout rate.
-        latents_mean: mean of each latent channel.
-        latents_std: standard deviation of each latent channel.
+        latents_mean, latents_std: statistics of each latent channel.
         is_residual: the 2.2 family.
-        in_channels: channels of the encoder's input: 3 x patch_size^2.
-        out_channels: channels of the decoder's output: 3 x patch_size^2.
+        in_channels, out_channels: 3 x patch_size^2.
         patch_size: side of the pixel squares that are folded into channels; None: 1.
-        scale_factor_temporal: recorded for pipelines; `temporal_stride` is what the layers do.
-        scale_factor_spatial: recorded for pipelines; `spatial_stride` is what the layers do.
+        scale_factor_temporal, scale_factor_spatial: recorded for pipelines; `temporal_stride` and
+            `spatial_stride` are what the layers do.
     Source: Wan2.2 wan/modules/vae2_1.py and vae2_2.py, WanVAE_.
     """
 
@@ -101,22 +98,17 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     # Chunks: one step through a clip.
 
     def encode_chunk(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Encode the next frames of a clip; `quant_conv` follows.
+        """Encode a clip's next frames "b 3 t h w" to "b 2c t h w", which `quant_conv` follows.
 
-        Args:
-            x: pixels, "b 3 t h w": 1 + 4k frames at the clip's start, 4k later.
-            cache: the clip's cache, new at its start and updated in place; None: x is the whole clip.
-        Returns: the encoder's output, "b 2c t h w".
+        A chunk has 1 + 4k frames at the clip's start and 4k later. The clip's cache is new at its start and
+        updated in place; None: x is the whole clip.
         """
         return self.encoder(patchify(x, self.patch_size), cache)
 
     def decode_chunk(self, z: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Decode the next latent frames of a clip.
+        """Decode a clip's next latents "b c t h w", from `post_quant_conv`, to "b 3 t h w", not clamped.
 
-        Args:
-            z: output of `post_quant_conv` on raw latents, "b c t h w", any number of frames.
-            cache: the clip's cache, new at its start and updated in place; None: z is the whole clip.
-        Returns: pixels, "b 3 t h w", not clamped.
+        The cache is the clip's, as in `encode_chunk`.
         """
         return unpatchify(self.decoder(z, cache), self.patch_size)
 
@@ -129,7 +121,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
             x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
             chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
         Returns: moments of the raw (not normalised) latents, "b 2c t h w": mean and log variance.
-        Raises: ValueError: shape or chunk_latents is not as above.
         """
         self._check_video(x)
         self._check_frame_count(x.shape[2])
@@ -139,13 +130,9 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return blend_tiles((self._encode_clip(tile.cut(x, s), chunk_latents) for tile in tiles), tiles)
 
     def decode(self, z: Tensor, chunk_latents: int | None = 1) -> Tensor:
-        """Decode a clip.
+        """Decode raw (not normalised) latents "b c t h w" to pixels "b 3 t h w" in [-1, 1].
 
-        Args:
-            z: raw (not normalised) latents, "b c t h w".
-            chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
-        Returns: pixels, "b 3 t h w" in [-1, 1].
-        Raises: ValueError: shape or chunk_latents is not as above.
+        `chunk_latents` is the number of latent frames to compute at a time, as in `encode`.
         """
         self._check_latents(z)
         self._check_chunk_latents(chunk_latents)
@@ -159,21 +146,16 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         Args:
             frames: pieces "b 3 t h w" of the clip in [-1, 1], any number of frames each, 1 + 4k in all.
             chunk_latents: latent frames to compute at a time.
-        Returns: an iterator over the moments of consecutive latents, together those of `encode`.
-        Raises: ValueError: chunk_latents is below 1; while iterating, a piece's shape or the sum of frames is
-            not as above.
+        Returns: an iterator over the moments of consecutive latents, together those of `encode`; it raises
+            ValueError for a piece of another shape, or another sum of frames.
         """
         self._check_chunk_latents(chunk_latents)
         return self._encode_stream(frames, chunk_latents)
 
     def decode_stream(self, z: Tensor, chunk_latents: int = 1) -> Iterator[Tensor]:
-        """Decode a clip piece by piece, in the memory of one chunk and without gradients.
+        """Decode raw latents as `decode`, in the memory of one chunk and without gradients.
 
-        Args:
-            z: raw latents, "b c t h w".
-            chunk_latents: latent frames to compute at a time.
-        Returns: an iterator over pixels "b 3 t h w" in [-1, 1], together those of `decode`.
-        Raises: ValueError: z's shape or chunk_latents is not as above.
+        Returns: an iterator over consecutive pixels "b 3 t h w", together those of `decode`.
         """
         self._check_latents(z)
         self._check_chunk_latents(chunk_latents)

@@ -229,11 +229,8 @@ class Decoder3d(nn.Module):
     ) -> Tensor:
         """Map latents "b c t h w" to pixels "b c t' h' w'".
 
-        Args:
-            z: latents.
-            cache: the clip's cache; None: z is the whole clip.
-            strips: caches of the horizontal strips that the highest resolution is computed in, from the top;
-                none: it is computed as a whole. The result is the same, as strips overlap by what they need.
+        `strips` are caches of the horizontal strips that the highest resolution is computed in, top first;
+        none: it is computed as a whole. The result is the same, as strips overlap by what they need.
         """
         refined = self._lower(z, cache)
         if strips:

@@ -19,12 +19,8 @@ from .temporal_cache import TemporalCache
 class CausalConv3d(nn.Conv3d):
     """Convolution over the present and earlier frames; before the clip there are zeros.
 
-    It runs in the memory format of its weight, contiguous or channels last.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: extents in time, height and width; time at least 2, height and width odd.
+    It runs in the memory format of its weight, contiguous or channels last. `kernel_size` is at least 2 in
+    time, and odd in height and width.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int] = (3, 3, 3)):

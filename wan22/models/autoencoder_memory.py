@@ -28,13 +28,10 @@ class MemoryModes:
     ) -> None:
         """Compute large videos in overlapping tiles, which takes less memory and changes the result a little.
 
-        Args:
-            tile_sample_min_height: height of a tile in pixels; None keeps the present value, initially 256.
-            tile_sample_min_width: width of a tile; None as above.
-            tile_sample_stride_height: rows from tile to tile; None keeps the present value, initially 192.
-            tile_sample_stride_width: columns from tile to tile; None as above.
-        Raises: ValueError: a value is no positive multiple of `spatial_stride`, a stride exceeds its tile, or
-            strips are enabled.
+        Sizes of a tile and strides from tile to tile are pixels, positive multiples of `spatial_stride`; a
+        stride is at most its tile. None keeps the present value, initially 256 and 192.
+
+        Raises: ValueError: a value is not as above, or strips are enabled.
         """
         if self.use_strips:
             raise ValueError(
@@ -68,11 +65,9 @@ class MemoryModes:
     def enable_strips(self, strips: int = 4) -> None:
         """Decode the highest resolution in horizontal strips, which takes less memory and keeps the result.
 
-        The strips overlap by the rows that the layers depend on, which are computed twice.
+        The strips, at most as many as rows, overlap by the rows that the layers depend on, which are computed
+        twice. More than four save no more: the layers' history of earlier frames then outweighs the strip.
 
-        Args:
-            strips: number of strips, capped at the number of rows. More than four save no more: the layers'
-                history of earlier frames then outweighs the strip.
         Raises: ValueError: strips is below 1, or tiling is enabled.
         """
         if strips < 1:
@@ -113,7 +108,7 @@ class MemoryModes:
 
 
 def check_multiple(name: str, value: int, step: int) -> None:
-    """Raise ValueError unless value is a multiple of step."""
+    """Refuse a value that is not a multiple of step."""
     if value % step:
         below = value - value % step
         nearest = f"{below} or {below + step}" if below else f"{step}"

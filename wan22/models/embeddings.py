@@ -27,13 +27,9 @@ class ConditionEmbedder(nn.Module):
         )
 
     def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed timesteps.
+        """Embed noise levels "b" or "b k": embedding "b k d", modulation of the blocks "b k 6 d".
 
-        Args:
-            timestep: noise levels, "b" or "b k".
-            dtype: dtype to compute in, float32 or float64.
-
-        Returns: the embedding, "b k d", and the modulation of the blocks, "b k 6 d".
+        `dtype` is that of the computation, float32 or float64.
         """
         if timestep.ndim == 1:
             timestep = timestep[:, None]
@@ -41,11 +37,7 @@ class ConditionEmbedder(nn.Module):
         return temb, rearrange(self.time_proj(F.silu(temb)), "b k (six d) -> b k six d", six=6)
 
     def embed_image(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embed CLIP tokens "b s image_dim" to "b s d".
-
-        Raises:
-            ValueError: the model takes no image tokens.
-        """
+        """Embed CLIP tokens "b s image_dim" to "b s d"."""
         if self.image_embedder is None:
             raise ValueError(
                 "encoder_hidden_states_image was given, but this transformer takes none (image_dim is None)"
@@ -88,10 +80,9 @@ class ImageEmbedder(nn.Module):
 
 
 def sinusoidal_embedding(position: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of positions "…" at geometrically spaced frequencies.
+    """Map positions "…" to "… dim", cosines, then sines, in float64 (float32 on devices without it).
 
-    Returns: "… dim", float64 (float32 on devices without it); dim is even.
-    Source: Wan2.2 wan/modules/model.py, sinusoidal_embedding_1d.
+    `dim` is even. Source: Wan2.2 wan/modules/model.py, sinusoidal_embedding_1d.
     """
     dtype = torch.float32 if position.device.type == "mps" else torch.float64
     exponents = torch.arange(dim // 2, dtype=dtype, device=position.device) / (dim // 2)

@@ -26,25 +26,15 @@ _DIGITS = 4  # of the table's numbers
 
 @dataclass(frozen=True)
 class LatentRGB:
-    """A map from latents to colours, linear in them, or in them and their products.
+    """A map from latents to colours, linear in them, or in them and their products."""
 
-    Args:
-        name: name of the family of autoencoders.
-        source: origin of the numbers.
-        latents_mean: mean of each latent channel; with latents_std it identifies the family.
-        latents_std: standard deviation of each latent channel.
-        factors: weight of each latent channel in red, green and blue, "3 c".
-        bias: red, green and blue where all latents are 0, "3".
-        products: weight of each product of two latent channels, "3 c(c+1)/2", in the order of
-            torch.triu_indices; empty in a linear map.
-    """
-
-    name: str
-    source: str
-    latents_mean: tuple[float, ...]
+    name: str  # family of autoencoders
+    source: str  # origin of the numbers
+    latents_mean: tuple[float, ...]  # per latent channel; with latents_std it identifies the family
     latents_std: tuple[float, ...]
-    factors: tuple[tuple[float, ...], ...]
-    bias: tuple[float, ...]
+    factors: tuple[tuple[float, ...], ...]  # "3 c", weight of each latent channel in red, green and blue
+    bias: tuple[float, ...]  # "3", the colour where all latents are 0
+    # "3 c(c+1)/2", weight of each product of two channels, in torch.triu_indices' order; empty if linear
     products: tuple[tuple[float, ...], ...] = ()
 
     @property
@@ -104,16 +94,11 @@ def latent_rgb_maps() -> tuple[LatentRGB, ...]:
 
 
 def latent_rgb_of(vae: Any) -> LatentRGB:
-    """Return the map for an autoencoder's latents.
+    """Return the map for an autoencoder's latents; its config has z_dim, latents_mean and latents_std.
 
-    Args:
-        vae: an autoencoder whose config has z_dim, latents_mean and latents_std.
+    If its statistics are unknown, the map is, with a warning, that of a family with as many channels.
 
-    Returns: the map of its family; if its statistics are unknown, with a warning, that of a family with as
-        many channels.
-
-    Raises:
-        ValueError: no family has as many channels.
+    Raises: ValueError: no family has as many channels.
     """
     config, maps = vae.config, latent_rgb_maps()
     for known in maps:
@@ -146,11 +131,8 @@ def fit_latent_rgb(
         videos: clips of uint8 frames "t h w 3", t = 1 + 4k, h and w multiples of the VAE's stride.
         source: description of the videos, for the record.
         products: whether the map may use the products of two latents.
-
     Returns: the map, rounded to the table's digits; the share of the colours' variance that it explains.
-
-    Raises:
-        ValueError: there are no more latent cells than unknowns per colour.
+    Raises: ValueError: there are no more latent cells than unknowns per colour.
     """
     channels = vae.config.z_dim
     known = channels + products * channels * (channels + 1) // 2  # features; then a 1, and three colours
@@ -188,15 +170,7 @@ def fit_latent_rgb(
 
 
 def cell_colours(x: torch.Tensor, temporal_stride: int, spatial_stride: int) -> torch.Tensor:
-    """Average pixels over latent cells; the first latent frame is the first frame alone.
-
-    Args:
-        x: pixels, "3 t h w" with t = 1 + a multiple of temporal_stride.
-        temporal_stride: frames of each later latent frame.
-        spatial_stride: rows and columns of a cell.
-
-    Returns: "3 t h w", cells.
-    """
+    """Average pixels "3 t h w" over latent cells; the first latent frame is the first frame alone."""
     cells = F.avg_pool2d(x.transpose(0, 1), spatial_stride)  # t 3 h w
     later = cells[1:].unflatten(0, (-1, temporal_stride)).mean(1)
     return torch.cat([cells[:1], later]).transpose(0, 1)

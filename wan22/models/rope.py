@@ -17,15 +17,11 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 def rotary_tables(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every token's rotation angles.
+    """Return cosine and sine, "1 l 1 d/2", of the rotation angles of a grid of tokens along t, h, w.
 
-    Args:
-        grid: tokens along t, h, w; tokens are ordered frame, row, column.
-        head_dim: size of one attention head, even and at least 6.
-        device: device of the result.
-        dtype: dtype of the result. The angles are float64 in any case: in float32, frame 20's is off by 1e-6.
+    The angles are float64 whatever the dtype: in float32, frame 20's is off by 1e-6. `head_dim` is even and
+    at least 6.
 
-    Returns: cosine and sine, each "1 l 1 d/2".
     Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
     """
     # Devices without float64 (MPS) get tables made on the CPU.

@@ -16,9 +16,9 @@ Unit: TypeAlias = "Callable[[Tensor, TemporalCache | None], Tensor]"
 class TemporalCache:
     """The last frames that each causal layer saw of one clip, handed from chunk to chunk.
 
-    One cache belongs to one clip, one direction and one tile. The caller makes it and passes it with every
-    chunk in order; layers hold no state, so one model can process any number of clips at a time. Each history
-    is replaced when its layer has read it, so that two generations of them never occupy memory at once.
+    One cache belongs to one clip, one direction and one tile. The caller passes it with every chunk in order;
+    layers hold no state, so one model can process any number of clips at a time. Each history is replaced
+    when its layer has read it, so that two generations of them never occupy memory at once.
     """
 
     def __init__(self) -> None:
@@ -26,15 +26,9 @@ class TemporalCache:
         self._history: dict[str, Tensor] = {}
 
     def exchange(self, layer: str, x: Tensor, frames: int) -> Tensor | None:
-        """Return a layer's history and replace it by the end of the layer's new input.
+        """Return a layer's last `frames` frames before x "b c t h w", and keep the end of x in their place.
 
-        Args:
-            layer: the layer's key, see `assign_cache_keys`.
-            x: this chunk's input of the layer, "b c t h w", t at least 1.
-            frames: number of frames to keep.
-
-        Returns: the last `frames` frames before x, "b c t h w" (zeros before the clip's start); None at the
-            first call.
+        They are None at the first call, and zeros before the clip's start. `layer` is its `cache_key`.
         """
         past = self._history.get(layer)
         t = x.shape[2]
@@ -64,8 +58,7 @@ class SettledPrefix:
     """Skips the units at the start of a chain whose result would repeat, while a clip stands still.
 
     A unit whose histories come out as they went in, bit for bit, gives the same result for the same input: it
-    has settled. During the zeros after a conditioning image, one unit after the other settles and need not
-    run any more.
+    has settled. During the zeros after a conditioning image, one unit after the other does.
     """
 
     def __init__(self) -> None:
@@ -84,14 +77,7 @@ class SettledPrefix:
         return same
 
     def run(self, units: Sequence[Unit], x: Tensor, cache: TemporalCache) -> Tensor:
-        """Run a chain on a chunk that `repeats`, without the units that have settled.
-
-        Args:
-            units: the layers, each called with its input and the cache.
-            x: the first unit's input, "b c t h w".
-            cache: the clip's cache.
-        Returns: the last unit's output.
-        """
+        """Run a chain on a chunk "b c t h w" that `repeats`, without the units that have settled."""
         x = x if self._output is None else self._output
         settling = True
         for unit in units[self._length :]:

@@ -88,15 +88,9 @@ def make_tiles(
 
 
 def blend_tiles(parts: Iterable[Tensor], tiles: Sequence[Tile], scale: int = 1) -> Tensor:
-    """Join the tiles' results.
+    """Join the tiles' results "b c t h w", in their dtype; `scale` elements make a cell.
 
-    Args:
-        parts: each tile's result, "b c t h w", in the order of `tiles`; consumed one by one, so that a
-            generator keeps only one in memory.
-        tiles: result of `make_tiles`.
-        scale: elements of the result per cell.
-
-    Returns: the joined "b c t h w", in the parts' dtype.
+    The parts come in the order of `tiles` and are consumed one by one: a generator keeps only one in memory.
     """
     if len(tiles) == 1:
         return next(iter(parts))

@@ -48,15 +48,9 @@ class TinyDecoder(nn.Module):
             self.temporal_stride *= factor
 
     def forward(self, z: Tensor) -> Tensor:
-        """Decode a clip.
+        """Decode normalised latents "c t h w" of one video to pixels "3 t h w" in [0, 1].
 
-        Args:
-            z: normalised latents of one video, "c t h w", without the VAE's mean and deviation.
-
-        Returns: pixels, "3 t h w" in [0, 1]: 1 + temporal_stride * (t - 1) frames.
-
-        Raises:
-            ValueError: z has another shape.
+        There are 1 + temporal_stride * (t - 1) frames.
         """
         return torch.cat(list(self.stream(z)), dim=1)
 
@@ -76,13 +70,9 @@ class TinyDecoder(nn.Module):
             yield (frames if i else frames[-1:]).transpose(0, 1)
 
     def decode_next(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Decode the next latent frames of a clip.
+        """Decode a clip's next latent frames "t c h w" to "t 3 h w" in [0, 1], temporal_stride for each.
 
-        Args:
-            x: "t c h w".
-            memory: result of the last call; empty at the clip's start.
-
-        Returns: pixels, "t 3 h w" in [0, 1], temporal_stride frames for each; the memory for the next call.
+        Takes and returns the memory for the next call; it is empty at the clip's start.
         """
         seen: Memory = {}
         for i, layer in enumerate(self.decoder):

@@ -56,15 +56,10 @@ class WanAttention(nn.Module):
         image: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
     ) -> torch.Tensor:
-        """Attend from the video tokens to themselves, or to text (and, in Wan 2.1 I2V, image) tokens.
+        """Attend from the video tokens x "b l d" to themselves, or to text tokens "b s d" as the context.
 
-        Args:
-            x: video tokens, "b l d".
-            context: text tokens, "b s d"; None attends to x itself.
-            image: image tokens, "b s d", attended to separately; the two results are added.
-            rotary: cosine and sine tables for queries and keys.
-
-        Returns: "b l d".
+        In Wan 2.1 I2V, image tokens "b s d" are attended to separately and the results are added. `rotary`
+        has cosine and sine for queries and keys.
         """
         context = x if context is None else context
         query, key = self._heads(self.norm_q(self.to_q(x))), self._heads(self.norm_k(self.to_k(context)))
@@ -113,13 +108,11 @@ class WanTransformerBlock(nn.Module):
         """Refine the video tokens.
 
         Args:
-            hidden_states: residual stream, "b l d", float32.
+            hidden_states: residual stream, "b l d", float32, as is the result.
             encoder_hidden_states: text tokens, "b s d", in the dtype that the linear layers run in.
             temb: shift, scale and gate of self-attention and feed-forward, "b k 6 d", float32.
             rotary_emb: cosine and sine from `rotary_tables`.
             encoder_hidden_states_image: image tokens of Wan 2.1 I2V, "b s d".
-
-        Returns: the new residual stream, "b l d", float32.
         """
         x, dtype = hidden_states, encoder_hidden_states.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
@@ -143,10 +136,8 @@ class WanTransformer3DModel(nn.Module):
         text_dim: width of a text token from the encoder.
         freq_dim: channels of the sinusoidal time embedding.
         ffn_dim: hidden size of the feed-forward.
-        num_layers: number of blocks.
         cross_attn_norm: whether cross-attention's input is normalised.
         qk_norm: "rms_norm_across_heads", the only one Wan uses.
-        eps: epsilon of every norm.
         image_dim: width of a CLIP token (Wan 2.1 I2V).
         added_kv_proj_dim: width of an image token inside the blocks (Wan 2.1 I2V).
         rope_max_seq_len: largest number of tokens along one axis.
@@ -205,19 +196,14 @@ class WanTransformer3DModel(nn.Module):
         """Predict the flow velocity of noisy latents.
 
         Args:
-            hidden_states: noisy latents, "b c t h w".
+            hidden_states: noisy latents, "b c t h w"; t, h and w are multiples of the patch.
             timestep: "b" or "b 1"; for TI2V-5B also "b t", one value per latent frame, or "b l", one per
                 token; 0 to 1000 (pure noise). Never rounded: it is used in float64.
             encoder_hidden_states: text tokens, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 tokens, zero past the prompt's end, and attends to all of them.
             encoder_hidden_states_image: CLIP tokens of Wan 2.1 I2V, "b s image_dim".
-
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
-
-        Raises:
-            ValueError: a size is not a multiple of the patch, the channels are not in_channels, or the
-                timesteps are not one per sample, latent frame or token.
-
+        Raises: ValueError: a shape is not as above.
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
@@ -242,14 +228,7 @@ class WanTransformer3DModel(nn.Module):
         )
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the attention kernel of all layers.
-
-        Args:
-            backend: "native", PyTorch's own, or a name that `wan22.accel.attention` registered.
-
-        Raises:
-            ValueError: no such backend is registered.
-        """
+        """Choose all layers' attention kernel: "native" or a name registered by `wan22.accel.attention`."""
         check_backend(backend)
         for module in self.modules():
             if isinstance(module, WanAttention):
