@@ -132,7 +132,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     def decode(self, z: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Decode raw (not normalised) latents "b c t h w" to pixels "b 3 t h w" in [-1, 1].
 
-        `chunk_latents` is the number of latent frames to compute at a time, as in `encode`.
+        `chunk_latents` is as in `encode`.
         """
         self._check_latents(z)
         self._check_chunk_latents(chunk_latents)

@@ -165,10 +165,7 @@ class Upsample(nn.Module):
 
 
 class AverageDown(nn.Module):
-    """Shortcut of a 2.2 down block: pixels become channels, which are averaged in groups.
-
-    `factor_t` and `factor_s`, 1 or 2, are the reductions in time and in space.
-    """
+    """Shortcut of a 2.2 down block: pixels become channels, averaged in groups; the factors are 1 or 2."""
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
@@ -189,10 +186,7 @@ class AverageDown(nn.Module):
 
 
 class DuplicateUp(nn.Module):
-    """Shortcut of a 2.2 up block: channels are repeated and become pixels.
-
-    `factor_t` and `factor_s`, 1 or 2, are the growth in time and in space.
-    """
+    """Shortcut of a 2.2 up block: channels are repeated and become pixels; factors are 1 or 2."""
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()

@@ -27,10 +27,7 @@ class ConditionEmbedder(nn.Module):
         )
 
     def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed noise levels "b" or "b k": embedding "b k d", modulation of the blocks "b k 6 d".
-
-        `dtype` is that of the computation, float32 or float64.
-        """
+        """Embed noise levels "b" or "b k" in `dtype`: embedding "b k d", blocks' modulation "b k 6 d"."""
         if timestep.ndim == 1:
             timestep = timestep[:, None]
         temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))

@@ -20,9 +20,7 @@ def rotary_tables(
     """Return cosine and sine, "1 l 1 d/2", of the rotation angles of a grid of tokens along t, h, w.
 
     The angles are float64 whatever the dtype: in float32, frame 20's is off by 1e-6. `head_dim` is even and
-    at least 6.
-
-    Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
+    at least 6. Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
     """
     # Devices without float64 (MPS) get tables made on the CPU.
     build = torch.device("cpu") if device.type == "mps" else device

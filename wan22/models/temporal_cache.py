@@ -57,7 +57,7 @@ class TemporalCache:
 class SettledPrefix:
     """Skips the units at the start of a chain whose result would repeat, while a clip stands still.
 
-    A unit whose histories come out as they went in, bit for bit, gives the same result for the same input: it
+    A unit whose histories come out as they went in, bit for bit, repeats its result for the same input: it
     has settled. During the zeros after a conditioning image, one unit after the other does.
     """
 

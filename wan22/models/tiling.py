@@ -60,8 +60,7 @@ def split_strips(rows: int, count: int, halo: int) -> list[Strip]:
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int = 1) -> list[Tensor]:
     """Return float64 weights of each span's elements, `scale` a cell, that sum to 1 at every place.
 
-    Where two spans overlap, one fades linearly into the other: a constant stays constant, and the border of a
-    span leaves no step.
+    Where two spans overlap, one fades linearly into the other: a constant stays, and borders leave no step.
     """
     length = max(stop for _, stop in spans) * scale
     total = torch.zeros(length, dtype=torch.float64)

@@ -105,14 +105,10 @@ class WanTransformerBlock(nn.Module):
         rotary_emb: RotaryTables,
         encoder_hidden_states_image: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Refine the video tokens.
+        """Refine the residual stream "b l d", float32, by text and (Wan 2.1 I2V) image tokens "b s d".
 
-        Args:
-            hidden_states: residual stream, "b l d", float32, as is the result.
-            encoder_hidden_states: text tokens, "b s d", in the dtype that the linear layers run in.
-            temb: shift, scale and gate of self-attention and feed-forward, "b k 6 d", float32.
-            rotary_emb: cosine and sine from `rotary_tables`.
-            encoder_hidden_states_image: image tokens of Wan 2.1 I2V, "b s d".
+        The linear layers run in the dtype of the text tokens. `temb` "b k 6 d", float32, is shift, scale and
+        gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`.
         """
         x, dtype = hidden_states, encoder_hidden_states.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
@@ -129,8 +125,7 @@ class WanTransformer3DModel(nn.Module):
 
     Args:
         patch_size: latent frames, rows and columns of one token.
-        num_attention_heads: heads n.
-        attention_head_dim: channels of one head; d = n times this.
+        attention_head_dim: channels of one head; d = num_attention_heads times this.
         in_channels: 16 (T2V), 36 (I2V: 16 noisy, 4 mask, 16 image), 48 (TI2V-5B).
         out_channels: 16, or 48 for TI2V-5B.
         text_dim: width of a text token from the encoder.
@@ -138,11 +133,9 @@ class WanTransformer3DModel(nn.Module):
         ffn_dim: hidden size of the feed-forward.
         cross_attn_norm: whether cross-attention's input is normalised.
         qk_norm: "rms_norm_across_heads", the only one Wan uses.
-        image_dim: width of a CLIP token (Wan 2.1 I2V).
-        added_kv_proj_dim: width of an image token inside the blocks (Wan 2.1 I2V).
+        image_dim, added_kv_proj_dim: width of a CLIP token, and inside the blocks (Wan 2.1 I2V).
         rope_max_seq_len: largest number of tokens along one axis.
         pos_embed_seq_len: image tokens of first and last frame together (Wan 2.1 FLF).
-
     Source: Wan2.2 wan/modules/model.py, WanModel; names are those of diffusers 0.42.1.
     """
 

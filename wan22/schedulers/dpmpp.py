@@ -14,10 +14,8 @@ class FlowMatchDPMSolverScheduler(FlowMatchScheduler):
     The noise levels are shift(linspace(1, 0, n + 1)); the first is exactly 1.
 
     Args:
-        num_train_timesteps: the timestep of pure noise, at least 2.
-        shift: default shift of the schedule, above 0.
+        num_train_timesteps, shift: as in `FlowMatchScheduler`.
         solver_order: 1 or 2; the first and the last step are of order 1.
-
     Source: Lu et al. 2022, arXiv:2211.01095, Algorithm 2; Wan2.2 wan/utils/fm_solvers.py,
     FlowDPMSolverMultistepScheduler and get_sampling_sigmas.
     """

@@ -12,11 +12,8 @@ class FlowMatchEulerScheduler(FlowMatchScheduler):
 
     The noise levels are shift(linspace(1, 0, n + 1)), shifted once, and the timesteps keep their fractions:
     4 steps at shift 5 are 1000, 937.5, 833.33 and 625. (diffusers' FlowMatchEulerDiscreteScheduler shifts its
-    first and last level and then the whole table again: other levels from the same config.)
-
-    Args:
-        num_train_timesteps: the timestep of pure noise, at least 2.
-        shift: default shift of the schedule, above 0.
+    first and last level and then the whole table again: other levels from the same config.) Arguments are
+    those of `FlowMatchScheduler`.
 
     Source: Liu et al. 2022, arXiv:2209.03003, section 2 (the ODE dx = v dsigma by Euler's method).
     """

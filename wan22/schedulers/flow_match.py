@@ -243,13 +243,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(
         self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Bring a clean sample to a step's noise level, (1 - sigma) x0 + sigma noise, in float32.
+        """Bring a clean sample "b ..." to a step's noise level, (1 - sigma) x0 + sigma noise, in float32.
 
-        Args:
-            sample: clean sample, "b ...".
-            timestep: timesteps of the schedule, one or "b"; a begin or step index takes precedence.
-            noise: shaped like `sample`.
-        Returns: shaped like `sample`, in its dtype.
+        `timestep` is one of the schedule's or "b"; a begin or step index takes precedence. The result has the
+        sample's dtype.
         Raises: ValueError: no schedule, or a timestep that is not in it.
         """
         steps = self._require_schedule()

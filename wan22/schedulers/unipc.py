@@ -15,10 +15,8 @@ class FlowMatchUniPCScheduler(FlowMatchScheduler):
     largest level of the unshifted training schedule.
 
     Args:
-        num_train_timesteps: the timestep of pure noise, at least 2.
-        shift: default shift of the schedule, above 0.
+        num_train_timesteps, shift: as in `FlowMatchScheduler`.
         solver_order: 1 or 2; the first and the last step are of order 1. The corrector raises each by one.
-
     Source: Zhao et al. 2023, arXiv:2302.04867, UniP and UniC for data prediction; Wan2.2
     wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
     """

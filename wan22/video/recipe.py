@@ -40,18 +40,13 @@ class Recipe:
 
     Args:
         checkpoint: the preset's name, or the source of the weights.
-        pipeline: class name of the pipeline.
+        pipeline, scheduler: class names.
         call: the call's arguments as plain values, completed with the checkpoint's settings:
             `pipe(**recipe.call)` makes the video again. Images are paths or URLs, None for one in memory.
         width, height: pixels.
-        fps: frames per second.
-        scheduler: class name of the scheduler.
-        num_inference_steps: denoising steps.
         boundary_ratio: share of 1000 at which the experts switch; None for one transformer.
-        scheduler_config: the scheduler's settings.
         dtypes: dtype of each component.
         changes: what else moves the result, by rounding or by more: attention kernel, quantisation, tiling, …
-        device: the device's name.
         versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
         not_reproducible_because: why the call alone does not give the video again; None if it does.
