@@ -24,6 +24,10 @@ const once = (what, name) => new Promise((yes, no) => {
   what.addEventListener(name, yes, {once: true});
   what.addEventListener("error", () => no(what.error && what.error.message), {once: true});
 });
+const shown = (video, t) => new Promise(yes => {
+  const look = (_, frame) => Math.round(frame.mediaTime * RATE) == t ? yes() : video.requestVideoFrameCallback(look);
+  video.requestVideoFrameCallback(look);
+});
 (async () => {
   const video = document.querySelector("video");
   // As a whole: the server here cannot send a part, and without that a browser cannot seek.
@@ -40,9 +44,10 @@ const once = (what, name) => new Promise((yes, no) => {
   const brush = canvas.getContext("2d");
   told.frames = [];
   for (let t = 0; t < FRAMES; t++) {
-    const sought = once(video, "seeked");
+    // "seeked" may come before the frame is shown; until then the canvas gets the frame before it.
+    const presented = shown(video, t);
     video.currentTime = (t + 0.5) / RATE;
-    await sought;
+    await presented;
     brush.drawImage(video, 0, 0);
     told.frames.push(Array.from(brush.getImageData(0, 0, canvas.width, canvas.height).data));
   }
