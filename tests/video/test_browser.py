@@ -25,8 +25,9 @@ const once = (what, name) => new Promise((yes, no) => {
   what.addEventListener("error", () => no(what.error && what.error.message), {once: true});
 });
 const shown = (video, t) => new Promise(yes => {
-  const look = (_, frame) => Math.round(frame.mediaTime * RATE) == t ? yes() : video.requestVideoFrameCallback(look);
-  video.requestVideoFrameCallback(look);
+  const next = () => video.requestVideoFrameCallback(look);
+  const look = (_, frame) => Math.round(frame.mediaTime * RATE) == t ? yes() : next();
+  next();
 });
 (async () => {
   const video = document.querySelector("video");
