@@ -21,7 +21,7 @@ from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
 PROMPT = "a red circle moves to the right on a blue background"
 NEGATIVE = "fog"
 STEPS = 20
-TARGET = 1.5
+TARGET = 1.0
 # Name, checkpoint, whether it is given an image, width and height, guidance.
 CASES = (
     ("T2V", "t2v", False, 64, {"guidance_scale": 4.0, "guidance_scale_2": 3.0}),
