@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from wan22 import WanT2VPipeline, tiny_checkpoint
-from wan22.pipelines.call.preview import Preview
+from wan22 import Preview, WanT2VPipeline, tiny_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("prompt", nargs="?", default="a red circle moves to the right on a blue background")

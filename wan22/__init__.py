@@ -11,6 +11,7 @@ _EXPORTS = {
     "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
     "FlowMatchEulerScheduler": "wan22.schedulers.euler",
     "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
+    "Preview": "wan22.pipelines.call.preview",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
     "WanTransformer3DModel": "wan22.checkpoints.loading.models",
@@ -23,6 +24,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "WanT2VPipeline",
     "WanI2VPipeline",
     "WanVideo",
+    "Preview",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
     "FlowMatchUniPCScheduler",
@@ -35,6 +37,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 if TYPE_CHECKING:
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+    from wan22.pipelines.call.preview import Preview
     from wan22.pipelines.i2v import WanI2VPipeline
     from wan22.pipelines.t2v import WanT2VPipeline
     from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler
