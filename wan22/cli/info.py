@@ -1,4 +1,4 @@
-"""`wan22 info` and `wan22 models`: what a file, a folder or a name stands for."""
+"""`wan22 info` and `wan22 models`: what a file, a folder or a known name is."""
 
 import json
 from pathlib import Path

@@ -95,7 +95,7 @@ def extend_prompt(
         prompt: a few words, or a prompt by formula.
         chat: chat model, such as OpenAIChat or TransformersChat.
         task: "t2v" text to video, "i2v" image to video, "flf2v" first and last frame; by default, chosen by
-            the number of images. Without images, the chat model is told that it cannot see them.
+            the number of images. Without images, the instructions say that none can be seen.
         language: language of the new prompt, such as "English"; None keeps the prompt's.
         image: first frame, a file or a PIL image, for a chat model that sees images.
         last_image: last frame, a file or a PIL image.
