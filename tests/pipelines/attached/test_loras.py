@@ -16,8 +16,8 @@ from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS, in_diffusers, linears, make_lora, save
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.lora import sources
 from wan22.checkpoints.naming.keys import TRANSFORMER
-from wan22.pipelines.attached import loras as lora_module
 
 SLOTS = ("transformer", "transformer_2")
 
@@ -583,13 +583,13 @@ def test_a_repository(pipe, tables, both, tmp_path, monkeypatch):
     for slot, name in zip(SLOTS, ("high_noise_model", "low_noise_model"), strict=True):
         save(tables[slot], folder / f"{name}.safetensors")
     names = ["README.md", *(f"Seko-V1/{n}_noise_model.safetensors" for n in ("high", "low"))]
-    monkeypatch.setattr(lora_module, "list_repo_files", lambda repo, **hub: names)
+    monkeypatch.setattr(sources, "list_repo_files", lambda repo, **hub: names)
 
     def download(repo, name, subfolder, **hub):
         assert (repo, hub) == ("org/lightning", {"revision": "v1"})
         return str(tmp_path / subfolder / name)
 
-    monkeypatch.setattr(lora_module, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
     pipe.load_lora_weights("org/lightning", subfolder="Seko-V1", revision="v1")
     close(latents_of(pipe), both)
 

@@ -1,57 +1,21 @@
 """LoRAs for pipelines with one or two transformers."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
-
-from ...checkpoints.files.hub import OPTIONS, check_repository_name
-from ...checkpoints.files.weights import WeightFile, read_weights
+from ...checkpoints.files.hub import OPTIONS
+from ...checkpoints.files.weights import WeightFile
 from ...checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
 from ...checkpoints.lora.dialects import SLOTS, Lora, read_lora, sections_of
+from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source, warn_if_swapped
 from ...checkpoints.naming.names import listed
 from .part import Part
 
 logger = logging.getLogger(__name__)
 
-# How pairs for the two experts are named; Lightning's are so.
-_PAIR = ("high_noise_model.safetensors", "low_noise_model.safetensors")
-TABLE = "the given table"
 # One strength for all experts, or one for each: (high, low), or by the transformer's name.
 Strength = float | Sequence[float] | Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class LoraSource:
-    """A LoRA's file in a folder or repository: its name (None: the only one), subfolder, hub options."""
-
-    weight_name: str | None
-    subfolder: str
-    hub: dict[str, Any]
-
-    def files_of(self, source: str | Path) -> list[str]:
-        """Return the names of the safetensors files there."""
-        folder = Path(source).expanduser()
-        if folder.is_dir():
-            return sorted(path.name for path in (folder / self.subfolder).glob("*.safetensors"))
-        check_repository_name(str(source), "file")
-        paths = map(PurePosixPath, list_repo_files(str(source), **self._options("revision", "token")))
-        here = [path for path in paths if path.parent == PurePosixPath(self.subfolder)]
-        return sorted(path.name for path in here if path.suffix == ".safetensors")
-
-    def fetch(self, source: str | Path, name: str) -> Path:
-        """Return the path of one of these files, downloading it first from a repository."""
-        folder = Path(source).expanduser()
-        if folder.is_dir():
-            return folder / self.subfolder / name
-        return Path(hf_hub_download(str(source), name, subfolder=self.subfolder or None, **self.hub))
-
-    def _options(self, *names: str) -> dict[str, Any]:
-        return {name: self.hub[name] for name in names if name in self.hub}
 
 
 class Loras(Part):
@@ -189,15 +153,15 @@ class Loras(Part):
 
     def _read_loras(self, lora: Any, pair: tuple[Any, Any], where: LoraSource) -> dict[str, Lora]:
         """Read a file for both experts, or one for each; return what each transformer gets."""
-        if lora is not None and (found := _pair_in(lora, where)):
+        if lora is not None and (found := pair_in(lora, where)):
             lora, pair = None, found
         if lora is None:
-            _warn_if_swapped(*pair)
+            warn_if_swapped(*pair)
             sources = dict(zip(SLOTS, pair, strict=True))
-            files = {slot: _read(s, where) for slot, s in sources.items() if s is not None}
+            files = {slot: read_source(s, where) for slot, s in sources.items() if s is not None}
             # What is given for one expert is for that one, whichever its keys name.
             return self._parts({slot: (file, sections_of(file)[-1]) for slot, file in files.items()})
-        file = _read(lora, where)
+        file = read_source(lora, where)
         sections = sections_of(file)
         if sections == SLOTS[:1]:  # the keys name no expert: for all that are loaded
             loaded = [slot for slot in SLOTS if getattr(self._pipe, slot) is not None]
@@ -259,36 +223,3 @@ def _by_slot(strength: Strength) -> dict[str, float]:
             raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
         return dict(zip(SLOTS, map(float, strength), strict=True))
     return dict.fromkeys(SLOTS, float(strength))
-
-
-def _read(source: Any, where: LoraSource) -> WeightFile:
-    """Read a LoRA's file; from a folder or a repository, the one of the name asked for, or the only one."""
-    if isinstance(source, Mapping):
-        return WeightFile(TABLE, dict(source))
-    path = Path(source).expanduser()
-    if path.is_file():
-        return read_weights(path)
-    names = where.files_of(source)
-    if where.weight_name in names or (where.weight_name is None and len(names) == 1):
-        return read_weights(where.fetch(source, where.weight_name or names[0]))
-    raise FileNotFoundError(
-        f"{source} holds {', '.join(names) or 'no safetensors file'}; "
-        + ("give weight_name, one of them" if where.weight_name is None else f"not {where.weight_name}")
-    )
-
-
-def _pair_in(source: Any, where: LoraSource) -> tuple[Path, Path] | None:
-    """Return the two experts' files in a folder or repository, if it holds such a pair."""
-    if isinstance(source, Mapping) or Path(source).expanduser().is_file() or where.weight_name:
-        return None
-    if not set(_PAIR) <= set(where.files_of(source)):
-        return None
-    return where.fetch(source, _PAIR[0]), where.fetch(source, _PAIR[1])
-
-
-def _warn_if_swapped(high: Any, low: Any) -> None:
-    names = [Path(s).name.lower() if isinstance(s, str | Path) else "" for s in (high, low)]
-    if re.search(r"low.?noise|_low\b|-low\b", names[0]) or re.search(
-        r"high.?noise|_high\b|-high\b", names[1]
-    ):
-        logger.warning("high=%s and low=%s look swapped by their names", *names)
