@@ -139,9 +139,20 @@ def test_one_file_that_names_both_experts(pipe, tables, both, tmp_path):
     for slot in SLOTS:
         pairs = DIALECTS["diffusers"](tables[slot])
         file |= {key.replace("transformer.", f"{slot}.", 1): w for key, w in pairs.items()}
-    save_file(file, tmp_path / "w.safetensors")
-    pipe.load_lora_weights(tmp_path / "w.safetensors")
+    path = tmp_path / "w.safetensors"
+    save_file(file, path)
+    pipe.load_lora_weights(path)
     close(latents_of(pipe), both)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(high=path, low=path)
+    close(latents_of(pipe), both)
+
+
+def test_a_file_that_names_the_first_expert(pipe, tables):
+    """By the official folder's name: "transformer." is what diffusers writes before either's."""
+    pairs = DIALECTS["no prefix"](tables["transformer"])
+    pipe.load_lora_weights({f"high_noise_model.{key}": w for key, w in pairs.items()})
+    close(latents_of(pipe), merged((1, 0), dict.fromkeys(SLOTS, tables["transformer"])))
 
 
 def test_a_file_that_names_the_second_expert(pipe, tables, tmp_path):
@@ -535,6 +546,9 @@ def test_arguments(pipe, tables, tmp_path):
             pipe.load_lora_weights(**arguments)
     with pytest.raises(ValueError, match=r"must be one number, or two: \(high, low\)"):
         pipe.load_lora_weights(path, strength=(1, 2, 3))
+    for strength in (float("nan"), (1, float("inf")), {"transformer": float("nan")}):
+        with pytest.raises(ValueError, match=r"strength=(nan|inf) must be a finite number"):
+            pipe.load_lora_weights(path, strength=strength)
     with pytest.raises(ValueError, match="a strength is given for 'high'"):
         pipe.load_lora_weights(path, strength={"high": 1})
     with pytest.raises(ValueError, match=r"takes no cache$"):

@@ -12,7 +12,7 @@ from ...models.layers import Float32Linear, at_least_float32
 from ...private_apis import mark_peft_layers, own_tensors, reapply_group_offloading, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
-from .dialects import AdapterWeights, Lora
+from .weights import AdapterWeights, Lora
 
 
 class Adapters:

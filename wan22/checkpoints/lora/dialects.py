@@ -1,12 +1,7 @@
-"""Bring every LoRA dialect to one form: matrices and whole differences, under our parameters' names.
-
-Shapes: o outputs, i inputs of a layer, r rank.
-"""
+"""Bring every LoRA dialect to one form: matrices and whole differences, under our parameters' names."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
@@ -14,23 +9,10 @@ from ..files.quantized import QuantizedTensor
 from ..files.weights import WeightFile
 from ..naming.keys import TRANSFORMER
 from ..naming.names import listed
+from .scales import Scaling, stabilised_alpha, written_scaling
+from .spellings import BIAS, DELTAS, SLOTS, names_of, read_key
+from .weights import MAGNITUDE, AdapterWeights, Lora
 
-SLOTS = ("transformer", "transformer_2")
-# What programs write before a module's name: for the second expert in a file of both, and otherwise.
-_SECOND = "transformer_2."
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-# These programs also write "_" in place of ".".
-_FLAT = ("lora_unet__", "lora_unet_", "lycoris_")
-_PART = re.compile(
-    r"(.+)\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up|lora_magnitude_vector)(?:\.(?!weight$)\w+)?\.weight"
-    r"|(.+)\.(dora_scale|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|lora_magnitude_vector)"
-)
-# PEFT's names of an adapter's parts; the others have the same name everywhere.
-_PEFT = {"lora_down": "lora_A", "lora.down": "lora_A", "lora_up": "lora_B", "lora.up": "lora_B"}
-_PEFT |= {"dora_scale": "lora_magnitude_vector"}
-_MAGNITUDE = "lora_magnitude_vector"
-# Whole differences of a weight, a bias, and of a modulation, which is neither.
-_DELTAS = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}
 _OTHERS = {
     ".lora_mid": "LoCon with a third matrix",
     ".lokr_t": "LoKr of a convolution",
@@ -38,157 +20,155 @@ _OTHERS = {
     ".oft_": "OFT",
     ".boft_": "BOFT",
 }
-
-
-@dataclass
-class AdapterWeights:
-    """An adapter's matrices for one layer, whose product times alpha / r is added to the layer's weight.
-
-    The parts have PEFT's names. LoRA: lora_A "r i" and lora_B "o r"; DoRA also lora_magnitude_vector "o".
-    LoKr: lokr_w1 and lokr_w2, whole or as factors "_a" and "_b". LoHa: hada_w1_a to hada_w2_b.
-    """
-
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
-    alpha: float | None = None  # None: r
-
-    @property
-    def kind(self) -> str:
-        """One of "lora", "dora", "lokr", "loha"."""
-        first = next(iter(self.parts), "lora_")
-        if _MAGNITUDE in self.parts:
-            return "dora"
-        return {"lora_": "lora", "lokr_": "lokr", "hada_": "loha"}[first[:5]]
-
-    @property
-    def complete(self) -> bool:
-        """Whether no part is missing."""
-        names = set(self.parts)
-        if self.kind in ("lora", "dora"):
-            return {"lora_A", "lora_B"} <= names
-        if self.kind == "loha":
-            return {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"} <= names
-        return all({f"lokr_w{n}"} <= names or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= names for n in (1, 2))
-
-    @property
-    def rank(self) -> int:
-        """The rank r; 1 for a LoKr that has none, whose alpha does not count."""
-        sides = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
-        return next((self.parts[side].shape[0] for side in sides if side in self.parts), 1)
-
-    @property
-    def scale_alpha(self) -> float:
-        """The alpha that PEFT takes."""
-        whole = self.kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(self.parts)
-        return self.rank if self.alpha is None or whole else self.alpha
-
-    def shape(self) -> tuple[int, int]:
-        """Return the number of outputs and inputs of the layer."""
-        if self.kind in ("lora", "dora"):
-            return self.parts["lora_B"].shape[0], self.parts["lora_A"][0].numel()
-        if self.kind == "loha":
-            return self.parts["hada_w1_a"].shape[0], self.parts["hada_w1_b"].shape[1]
-        outputs, inputs = (
-            [self.parts[w if w in self.parts else w + side] for w in ("lokr_w1", "lokr_w2")]
-            for side in ("_a", "_b")
-        )
-        return math.prod(len(w) for w in outputs), math.prod(w.shape[1] for w in inputs)
-
-
-@dataclass
-class Lora:
-    """A file's weights for one transformer."""
-
-    layers: dict[str, AdapterWeights] = field(default_factory=dict)
-    deltas: dict[str, torch.Tensor] = field(default_factory=dict)  # whole differences, by parameter
-    unmatched: list[str] = field(default_factory=list)  # keys that fit nothing in the transformer
-    source: str = ""  # the file; "" for a table of tensors
-
-    def __bool__(self) -> bool:
-        return bool(self.layers or self.deltas)
+# Blissful Tuner's notes for all layers: whether the alphas are rank-stabilised, and whether it is DoRA.
+_STABILISED, _DORA = "use_rslora_flag", "use_dora_flag"
 
 
 def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lora]:
     """Return a LoRA file's weights by transformer, "transformer" for keys that do not name "transformer_2".
 
     `shapes` are those of the transformer's parameters, by our names. A ValueError names another kind of
-    adapter, or a layer that is incomplete.
+    adapter; a layer that is incomplete, twice there, or whose matrices do not fit together; a number that
+    is not finite; and a configuration that contradicts the tensors.
     """
     for mark, kind in _OTHERS.items():
         if key := next((key for key in file.tensors if mark in key), None):
             raise ValueError(f"{file.source} is a {kind} adapter ({key}), which is not read")
-    names = _names(shapes)
-    loras = {slot: Lora() for slot in SLOTS}
-    for key, tensor in file.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
-            raise ValueError(f"{file.source}: {key} is quantised; a LoRA must not be")
-        slot, name = _slot(key)
-        _sort_in(loras[slot], key, name, tensor, names)
-    for lora in loras.values():
-        for name in [name for name, weights in lora.layers.items() if not weights.parts]:
-            del lora.layers[name]  # an alpha alone, which some programs write beside a whole difference
-            if f"{name}.weight" not in lora.deltas:
-                lora.unmatched.append(f"{name}.alpha")
-        if half := [name for name, weights in lora.layers.items() if not weights.complete]:
-            raise ValueError(f"{file.source}: of {listed(half)} not all matrices are there")
-        _drop_misfits(lora, shapes)
-    return loras
+    names = names_of(shapes)
+    readers = {slot: _Reader(file, slot) for slot in SLOTS}
+    for key in file.tensors:
+        if key in (_STABILISED, _DORA):
+            continue
+        spelled = read_key(key)
+        readers[spelled.expert or SLOTS[0]].add(key, spelled.module, spelled.part, names)
+    return {slot: reader.lora(shapes) for slot, reader in readers.items()}
 
 
 def sections_of(file: WeightFile) -> tuple[str, ...]:
-    """Return the transformers that a LoRA file's keys are for, "transformer" where they name none."""
-    named = {_slot(key)[0] for key in file.tensors}
-    return tuple(slot for slot in SLOTS if slot in named) or SLOTS[:1]
+    """Return the transformers that a LoRA file's keys name; () if they name none, and it is for any.
+
+    Beside keys for the second, those that name none are for the first.
+    """
+    named = {read_key(key).expert for key in file.tensors}
+    if SLOTS[1] in named and None in named:
+        named.add(SLOTS[0])
+    return tuple(slot for slot in SLOTS if slot in named)
 
 
-def _names(parameters: Iterable[str]) -> dict[str, str]:
-    """Return our name of each parameter under all names that files may give it, without prefixes."""
-    official = TRANSFORMER.inverse
-    names: dict[str, str] = {}
-    for ours in parameters:
-        for name in {ours, official.rename(ours) or ours}:
-            module, _, attribute = name.rpartition(".")
-            names[name] = names[f"{module.replace('.', '_')}.{attribute}"] = ours
-    return names
+def section_for(file: WeightFile, slot: str) -> str:
+    """Return the section of a file that is given for one expert: its own, or the only one that there is."""
+    sections = sections_of(file) or SLOTS[:1]
+    return slot if slot in sections else sections[0]
 
 
-def _slot(key: str) -> tuple[str, str]:
-    """Return a key's transformer, and the key without prefixes."""
-    if key.startswith(_SECOND):
-        return SLOTS[1], key.removeprefix(_SECOND)
-    for prefix in (*_PREFIXES, *_FLAT):
-        key = key.removeprefix(prefix)
-    return SLOTS[0], key
+class _Reader:
+    """Sorts a file's tensors for one transformer into layers and whole differences."""
 
+    def __init__(self, file: WeightFile, slot: str) -> None:
+        self._file, self._slot = file, slot
+        self._lora = Lora()
+        self._keys: dict[tuple[str, str], str] = {}  # by layer or parameter, and part
+        self._modules: dict[str, str] = {}  # the file's name of each layer
+        self._biases: dict[str, torch.Tensor] = {}
 
-def _sort_in(lora: Lora, key: str, name: str, tensor: torch.Tensor, names: Mapping[str, str]) -> None:
-    """Add one tensor of a file to a LoRA, under our name."""
-    for suffix, attribute in _DELTAS.items():
-        if name.endswith(suffix):
-            ours = names.get(name.removesuffix(suffix) + attribute)
-            if ours is None:
-                lora.unmatched.append(key)
-            else:
-                lora.deltas[ours] = tensor
+    def add(self, key: str, module: str, part: str | None, names: Mapping[str, str]) -> None:
+        """Sort one tensor in, under our name."""
+        if part in DELTAS:
+            places = (names.get(module + suffix) for suffix in DELTAS[part])
+            ours = next((place for place in places if place), None)
+        else:
+            ours = names.get(f"{module}.weight") if part else None
+        if ours is None:
+            self._lora.unmatched.append(key)
             return
-    match = _PART.fullmatch(name)
-    module = (match[1] or match[3]) if match else name.removesuffix(".alpha")
-    ours = names.get(f"{module}.weight")
-    if ours is None or not (match or name.endswith(".alpha")):
-        lora.unmatched.append(key)
-        return
-    weights = lora.layers.setdefault(ours.removesuffix(".weight"), AdapterWeights())
-    if match is None:
-        weights.alpha = float(tensor)
-    else:
-        part = match[2] or match[4]
-        weights.parts[_PEFT.get(part, part)] = tensor
+        tensor = self._checked(key, floating=part != "alpha")
+        if part in DELTAS:
+            self._claim(ours, "difference", key)
+            self._lora.deltas[ours] = tensor
+            return
+        layer = ours.removesuffix(".weight")
+        self._claim(layer, str(part), key)
+        self._modules[layer] = module
+        weights = self._lora.layers.setdefault(layer, AdapterWeights())
+        if part == "alpha":
+            weights.alpha = self._number(key, tensor)
+        elif part == BIAS:
+            self._biases[layer] = tensor
+        else:
+            weights.parts[str(part)] = tensor
+
+    def lora(self, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+        """Return all that was sorted in, with each layer's scale."""
+        layers = self._lora.layers
+        for name in [name for name, weights in layers.items() if not weights.parts]:
+            if name not in self._biases:
+                del layers[name]  # an alpha alone, which some programs write beside a whole difference
+                if f"{name}.weight" not in self._lora.deltas:
+                    self._lora.unmatched.append(f"{name}.alpha")
+        if half := [name for name, weights in layers.items() if not weights.complete]:
+            raise ValueError(f"{self._file.source}: of {listed(half)} not all matrices are there")
+        written = written_scaling(self._file, self._slot) if layers else None
+        for name, weights in layers.items():
+            try:
+                weights.check()
+                weights.alpha = self._alpha(name, weights, written)
+            except ValueError as error:
+                raise ValueError(f"{self._file.source}: {name}: {error}") from error
+        self._add_biases(shapes)
+        _drop_misfits(self._lora, shapes)
+        return self._lora
+
+    def _alpha(self, name: str, weights: AdapterWeights, written: Scaling | None) -> float | None:
+        if weights.alpha is None:
+            official = str(TRANSFORMER.inverse.rename(f"{name}.weight")).removesuffix(".weight")
+            known = (self._modules[name], name, official)
+            return None if written is None else written.alpha_of(weights, known)
+        if weights.whole:
+            return None  # LyCORIS writes one, and does not use it
+        flag = self._file.tensors.get(_STABILISED)
+        stabilised = isinstance(flag, torch.Tensor) and bool(flag.any())
+        return stabilised_alpha(weights, weights.alpha) if stabilised else weights.alpha
+
+    def _add_biases(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make differences of the biases after second matrices, which have the matrices' scale."""
+        for name, bias in self._biases.items():
+            weights, parameter = self._lora.layers[name], f"{name}.bias"
+            key = self._keys[name, BIAS]
+            if weights.kind != "lora" or parameter not in shapes:
+                raise ValueError(f"{self._file.source}: {key}: such a bias is not read for this layer")
+            self._claim(parameter, "difference", key)
+            self._lora.deltas[parameter] = bias.float() * (weights.scale_alpha / weights.rank)
+
+    def _claim(self, place: str, part: str, key: str) -> None:
+        other = self._keys.setdefault((place, part), key)
+        if other != key:
+            raise ValueError(f"{self._file.source}: {other} and {key} are for the same part of {place}")
+
+    def _checked(self, key: str, floating: bool) -> torch.Tensor:
+        tensor = self._file.tensors[key]
+        if isinstance(tensor, QuantizedTensor):
+            raise ValueError(f"{self._file.source}: {key} is quantised; a LoRA must not be")
+        if floating and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{self._file.source}: {key} is {kind}; a LoRA of such numbers is not read")
+        values = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
+        # The extremes are NaN or infinite if anything is, and cost no memory.
+        if values.numel() and not all(math.isfinite(float(x)) for x in torch.aminmax(values)):
+            raise ValueError(f"{self._file.source}: {key} holds NaN or infinity")
+        return tensor
+
+    def _number(self, key: str, tensor: torch.Tensor) -> float:
+        if tensor.numel() != 1:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{self._file.source}: {key} must be one number, and has shape {shape}")
+        return float(tensor)
 
 
 def _drop_misfits(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Count weights for a layer of another size, such as I2V's patch embedding in T2V, as unmatched."""
     for module, weights in list(lora.layers.items()):
         shape = shapes[f"{module}.weight"]
-        magnitude = weights.parts.get(_MAGNITUDE)
+        magnitude = weights.parts.get(MAGNITUDE)
         fits = weights.shape() == (shape[0], math.prod(shape[1:]))
         if not fits or (magnitude is not None and magnitude.numel() != shape[0]):
             lora.unmatched.append(module)

@@ -7,8 +7,11 @@ from typing import Any
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.files.weights import WeightFile
 from ...checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
-from ...checkpoints.lora.dialects import SLOTS, Lora, read_lora, sections_of
+from ...checkpoints.lora.dialects import read_lora, section_for, sections_of
+from ...checkpoints.lora.scales import check_strength
 from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source, warn_if_swapped
+from ...checkpoints.lora.spellings import SLOTS
+from ...checkpoints.lora.weights import Lora
 from ...checkpoints.naming.names import listed
 from .part import Part
 
@@ -160,10 +163,10 @@ class Loras(Part):
             sources = dict(zip(SLOTS, pair, strict=True))
             files = {slot: read_source(s, where) for slot, s in sources.items() if s is not None}
             # What is given for one expert is for that one, whichever its keys name.
-            return self._parts({slot: (file, sections_of(file)[-1]) for slot, file in files.items()})
+            return self._parts({slot: (file, section_for(file, slot)) for slot, file in files.items()})
         file = read_source(lora, where)
         sections = sections_of(file)
-        if sections == SLOTS[:1]:  # the keys name no expert: for all that are loaded
+        if not sections:  # the keys name no expert: for all that are loaded
             loaded = [slot for slot in SLOTS if getattr(self._pipe, slot) is not None]
             return self._parts({slot: (file, SLOTS[0]) for slot in loaded})
         return self._parts({slot: (file, slot) for slot in sections})
@@ -217,9 +220,9 @@ def _by_slot(strength: Strength) -> dict[str, float]:
     if isinstance(strength, Mapping):
         if unknown := sorted(strength.keys() - set(SLOTS)):
             raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
-        return {slot: float(strength.get(slot, 1.0)) for slot in SLOTS}
+        return {slot: check_strength(strength.get(slot, 1.0)) for slot in SLOTS}
     if isinstance(strength, Sequence):
         if len(strength) != len(SLOTS):
             raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
-        return dict(zip(SLOTS, map(float, strength), strict=True))
-    return dict.fromkeys(SLOTS, float(strength))
+        return dict(zip(SLOTS, map(check_strength, strength), strict=True))
+    return dict.fromkeys(SLOTS, check_strength(strength))
