@@ -76,6 +76,14 @@ def reapply_group_offloading(model: nn.Module) -> None:
     _maybe_remove_and_reapply_group_offloading(model)
 
 
+def hooks_of_diffusers(model: nn.Module) -> set[str]:
+    """Return the names of diffusers' hooks in a model: offloading, step caches, layerwise casting. diffusers
+    only adds and removes them in public.
+    """
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return {name for registry in registries if registry is not None for name in registry.hooks}
+
+
 def register_block(kind: type[nn.Module]) -> None:
     """Let diffusers' step caches find input and output of a class of blocks, in public only for its own."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry

@@ -208,12 +208,28 @@ def test_another_seed_is_another_video(pipe):
     assert not torch.equal(latents_of(pipe, seed=1), latents_of(pipe, seed=2))
 
 
-def test_the_global_generator_is_left_alone(pipe):
+def test_with_a_seed_the_global_generator_is_left_alone(pipe):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     latents_of(pipe)
-    pipe("a", **SMALL)
+    pipe("a", seed=1, **SMALL)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_without_a_seed_the_global_generator_decides(pipe):
+    """One number of it for all videos, which the recipe tells; the run itself leaves it alone."""
+    torch.manual_seed(0)
+    first = pipe(["a", "b"], output_type="latent", **SMALL)
+    after = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    again = pipe(["a", "b"], output_type="latent", **SMALL)
+    assert torch.equal(again.frames, first.frames) and again.recipe == first.recipe
+    seed, following = first.recipe.seeds
+    assert following == seed + 1 and 0 <= seed < 2**32
+    assert torch.equal(pipe("b", seed=following, output_type="latent", **SMALL).frames, first.frames[1:])
+    torch.manual_seed(0)
+    torch.randint(2**32, ())
+    assert torch.equal(torch.random.get_rng_state(), after)
 
 
 # ---- latents and noise ----

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
 from tests.builders import SMALL, latents_of, random_pipeline, recording
 from tests.golden_data import relative_error
@@ -112,6 +113,46 @@ def test_their_scheduler_in_our_pipeline(solver, folders):
     assert relative_error(video.frames, theirs(**arguments).frames) <= 1e-5
     assert video.recipe.scheduler == type(ours.scheduler).__name__
     assert video.recipe.flow_shift == 5.0
+
+
+def set_scale(change):
+    """A callback that changes pipe._guidance_scale after the first step."""
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 0:
+            pipe._guidance_scale = change(pipe._guidance_scale)
+        return tensors
+
+    return callback
+
+
+CALLBACKS = {
+    "raised": lambda: set_scale(lambda scale: scale + 4),
+    "off": lambda: set_scale(lambda scale: 1.0),
+    "below": lambda: set_scale(lambda scale: -1),
+    "cutoff": lambda: SDCFGCutoffCallback(cutoff_step_ratio=0.5),
+    "index": lambda: MultiPipelineCallbacks(
+        [SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["t2v", "ti2v"])
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_guidance_changed_in_a_callback(callback, form, folders):
+    folder, form = folders[form]
+    ours = random_pipeline(**form, scheduler=THEIRS["euler"](5.0))
+    theirs = their_pipeline(folder, scheduler=THEIRS["euler"](5.0))
+    arguments = inputs(ours, output_type="latent")
+    for name in ("prompt_embeds", "negative_prompt_embeds", "latents"):
+        arguments[name] = arguments[name][:1]  # a cut-off keeps the last prompt's embeddings alone
+    mine = ours(**arguments, callback_on_step_end=CALLBACKS[callback]())
+    expected = theirs(**arguments, callback_on_step_end=CALLBACKS[callback]())
+    assert relative_error(mine.frames, expected.frames) <= 1e-5
+    assert ours.guidance_scale == theirs.guidance_scale
+    assert ours.do_classifier_free_guidance == theirs.do_classifier_free_guidance
+    assert mine.recipe.not_reproducible_because is not None
+    assert torch.equal(mine.frames, ours(**arguments).frames) == (callback == "raised")
 
 
 @pytest.mark.parametrize("solver", THEIRS)

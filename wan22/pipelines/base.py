@@ -7,7 +7,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from ..checkpoints.loading.alignment import align_weights
 from ..presets import MAX_TEXT_TOKENS
 from ..video.metadata import read_recipe
-from ..video.recipe import Recipe
+from ..video.recipe import Recipe, stopped_after
 from ..video.result import WanStream, WanVideo
 from .attached.provenance import scheduler_of
 from .call import checks, decoding
@@ -44,27 +43,26 @@ class WanPipeline(PipelineParts):
 
     def make_denoiser(self, call: Call, embeds: TextEmbeds, condition: Condition) -> Denoiser:
         """Return what predicts the velocity of a step."""
-        kwargs = call.request.attention_kwargs
-        return CFGDenoiser(condition, embeds, call.guidance, kwargs, self.ranks.run_passes)
+        return CFGDenoiser(condition, embeds, call.guidance, call.state, self.ranks.run_passes)
 
     # ---- a call, and its steps ----
 
     @torch.no_grad()
     def run(self, request: Request) -> Any:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
-        call = prepare(self, request)
-        previewer = self.make_previewer(call)
-        recipe, videos = call.recipe, len(call.generators)
-        self._recipe, self._guided = recipe, call.guided
-        self._interrupt = self._stop = False
-        logger.info("%s", recipe)
-        self.memory.replan_if_larger(recipe.height, recipe.width, recipe.num_frames, videos)
-        with self.running():
-            embeds = self.encode(call)
-            condition = self.make_condition(call)
-            latents = self.prepare_latents(call)
-            latents = self.denoise(call, latents, embeds, condition, previewer)
-            return self.finish(call, latents)
+        with self.calls.begin(request.attention_kwargs) as state:
+            call = prepare(self, request, state)
+            previewer = self.make_previewer(call)
+            recipe, videos = call.recipe, len(call.generators)
+            self.calls.started(state)
+            logger.info("%s", recipe)
+            self.memory.replan_if_larger(recipe.height, recipe.width, recipe.num_frames, videos)
+            with self.running():
+                embeds = self.encode(call)
+                condition = self.make_condition(call)
+                latents = self.draw_latents(call)
+                latents = self.denoise(call, latents, embeds, condition, previewer)
+                return self.finish(call, latents)
 
     def stream(self, *args: Any, **kwargs: Any) -> WanStream:
         """Make one video whose frames are decoded as they are asked for, so that a long one needs no memory.
@@ -94,19 +92,17 @@ class WanPipeline(PipelineParts):
         arguments = {**recipe.call, **changes}
         if missing := [name for name in ("image", "last_image") if arguments.get(name) == [None]]:
             raise ValueError(f"the recipe's {missing[0]} was in memory; give {missing[0]}=")
-        mine = self.scheduler
-        try:
-            self.scheduler = scheduler_of(recipe, mine)
+        with self.calls.using(scheduler_of(recipe, self.scheduler)):
             return self(**arguments)
-        finally:
-            self.scheduler = mine
 
     def stop(self) -> None:
-        """Let a running call end with its current step: it returns the video as it would become.
+        """Let the running calls end with their current step: each returns the video as it would become.
 
-        For another thread, or a signal's handler; the recipe tells after how many steps.
+        For another thread, or a signal's handler; a callback stops its own call. The recipe tells after how
+        many steps.
         """
-        self._stop = True
+        for state in self.calls.addressed:
+            state.stop = True
 
     def encode_prompt(
         self,
@@ -175,7 +171,7 @@ class WanPipeline(PipelineParts):
         )
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
-    def prepare_latents(self, call: Call) -> torch.Tensor:
+    def draw_latents(self, call: Call) -> torch.Tensor:
         """Draw each video's noise from its own generator, or take the given latents; "b c t h w", float32."""
         device, given, recipe = self._execution_device, call.request.latents, call.recipe
         if given is not None:
@@ -211,13 +207,13 @@ class WanPipeline(PipelineParts):
         latents = condition.overwrite_known_frames(latents)
         with self.progress_bar(total=len(call.steps), desc="sampling", unit="step") as bar:
             for step in call.steps:
-                self._current_timestep = step.timestep
+                call.state.current_timestep = step.timestep
                 self.memory.prefetch_next(step.next_expert)
                 place = previewer.place if previewer is not None else ""
                 bar.set_postfix_str(", ".join(filter(None, (step.expert.label, place))))
                 velocity = denoiser(latents, step)
                 clean = condition.overwrite_known_frames(latents - step.sigma * velocity)
-                latents = take_step(call.scheduler, velocity, step.timestep, latents, call.generators)
+                latents = take_step(call.state, velocity, step.timestep, latents, call.generators)
                 latents = condition.overwrite_known_frames(latents)
                 checks.check_finite(latents, step)
                 if previewer is not None:
@@ -225,10 +221,9 @@ class WanPipeline(PipelineParts):
                 if call.callback is not None:
                     latents = call.callback(self, step, latents, embeds)
                 bar.update()
-                stop, interrupt = self.ranks.any(self._stop, self._interrupt)
+                stop, interrupt = self.ranks.any(call.state.stop, call.state.interrupt)
                 if stop and not step.is_last:
-                    why = f"it was stopped after step {step.number}"
-                    self._recipe = replace(call.recipe, steps_done=step.number, not_reproducible_because=why)
+                    call.state.recipe = stopped_after(step.number, call.recipe)
                     return clean
                 if interrupt:
                     break
@@ -236,7 +231,7 @@ class WanPipeline(PipelineParts):
 
     def finish(self, call: Call, latents: torch.Tensor) -> WanVideo | WanStream | tuple[Any]:
         """Decode and wrap the result."""
-        recipe, request = self._recipe or call.recipe, call.request
+        recipe, request = call.state.recipe or call.recipe, call.request
         result: WanVideo | WanStream
         if request.output_type == "stream":
             result = WanStream(self.frames(latents), recipe.fps, recipe)
@@ -250,7 +245,7 @@ class WanPipeline(PipelineParts):
 
     def frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for."""
-        with self.running():
+        with self.calls.turn(), self.running():
             frames = decoding.stream_frames(self.vae, latents, self.progress_bar, not self.ranks.shares_rows)
             yield from self.ranks.frames_here(frames, self.vae)
 
@@ -287,6 +282,5 @@ class WanPipeline(PipelineParts):
         try:
             yield
         finally:
-            self._current_timestep = None
             self.loras.restore_strengths()
             self.maybe_free_model_hooks()

@@ -1,6 +1,5 @@
 """What a pipeline consists of: its components, and the parts that it holds and offers by one line each."""
 
-import secrets
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -13,16 +12,16 @@ from ..accel.planning.plans import Plan
 from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ..presets import Preset, closest_preset, find_preset
 from ..video.progress import progress_bar
-from ..video.recipe import Recipe
 from .attached.acceleration import Acceleration
+from .attached.calls import Calls
 from .attached.loras import Loras
 from .attached.memory import Memory
 from .attached.part import Part
 from .attached.provenance import Provenance
 from .attached.ranks import OneRank, Ranks
 from .call.request import Request
+from .diffusers_names import DiffusersNames
 from .loading.hub_classes import from_diffusers_model
-from .loading.pipeline import LoadablePipeline
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -40,7 +39,7 @@ def delegate(
     return call
 
 
-class PipelineParts(LoadablePipeline):
+class PipelineParts(DiffusersNames):
     """The components of a pipeline, and what it holds beside them: memory, LoRAs, ranks and others.
 
     Args:
@@ -63,7 +62,6 @@ class PipelineParts(LoadablePipeline):
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     vae: AutoencoderKLWan
-    scheduler: Any
     tokenizer: Any
     text_encoder: Any
     transformer: WanTransformer3DModel | None
@@ -82,11 +80,8 @@ class PipelineParts(LoadablePipeline):
     ) -> None:
         super().__init__()
         self.memory, self.acceleration, self.loras = Memory(self), Acceleration(self), Loras(self)
-        self.provenance = Provenance(self)
+        self.provenance, self.calls = Provenance(self), Calls(self)
         self.ranks: Ranks = OneRank()
-        self._recipe: Recipe | None = None  # the running or last call's
-        self._guided = self._interrupt = self._stop = False
-        self._current_timestep: torch.Tensor | None = None
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -187,8 +182,8 @@ class PipelineParts(LoadablePipeline):
         return None
 
     def draw_seed(self) -> int:
-        """Draw the seed of a call that gives none, one for all ranks."""
-        return self.ranks.agreed(secrets.randbelow(2**32))
+        """Draw the seed of a call that gives none from torch's default generator, one for all ranks."""
+        return self.ranks.agreed(int(torch.randint(2**32, ())))
 
     def run_metadata(self) -> dict[str, Any]:
         """Return a recipe's entries about the pipeline, beside the call's settings."""
@@ -260,42 +255,7 @@ class PipelineParts(LoadablePipeline):
     fuse_lora = delegate("loras", Loras.fuse_lora)
     unfuse_lora = delegate("loras", Loras.unfuse_lora)
 
-    # ---- what scripts and callbacks written for diffusers read ----
-
-    @property
-    def vae_scale_factor_temporal(self) -> int:
-        """Frames per latent frame."""
-        return self.vae.temporal_stride
-
-    @property
-    def vae_scale_factor_spatial(self) -> int:
-        """Pixels per latent row and column."""
-        return self.vae.spatial_stride
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """Guidance scale of the running or last call, for the high-noise expert."""
-        return self._recipe.guidance_scale if self._recipe else None
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether any step of the running or last call is guided."""
-        return self._guided
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by setting `pipe._interrupt = True`."""
-        return self._interrupt
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the running or last call."""
-        return self._recipe.num_inference_steps if self._recipe else 0
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        """Timestep of the running step; None outside a call."""
-        return self._current_timestep
+    # ---- progress ----
 
     def progress_bar(self, iterable: Any = None, total: int | None = None, **options: Any) -> Any:
         """Return a progress bar with the settings of `set_progress_bar_config`; the first rank's is drawn."""

@@ -92,7 +92,7 @@ class WanT2VPipeline(WanPipeline):
                 negative_prompt_embeds.
             max_sequence_length: tokens at which a prompt is cut, at most 512.
             seed: in place of generator: the first video's, the next get seed + 1, …; or one per video. None
-                draws one, which the recipe tells.
+                draws one from torch's default generator (torch.manual_seed), which the recipe tells.
             flow_shift: shift of the noise schedule.
             sigmas: noise levels in place of num_inference_steps and flow_shift, 0 to 1, used as they are.
             timesteps: timesteps in place of them, 0 to 1000, used as they are.

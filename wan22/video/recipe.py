@@ -145,6 +145,11 @@ class Recipe:
             raise ValueError("this is no recipe of wan22") from error
 
 
+def stopped_after(step: int, recipe: Recipe) -> Recipe:
+    """Return the recipe of a call that was stopped after a step, counted from 1."""
+    return replace(recipe, steps_done=step, not_reproducible_because=f"it was stopped after step {step}")
+
+
 def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe of format 1, which held the settings of each video, in the present format."""
     call: dict[str, Any] = {

@@ -172,7 +172,7 @@ def test_an_error_of_one_rank_ends_the_command_line(tmp_path):
         "def prepare(self, call):\n"
         "    raise MemoryError('no room on this one')\n"
         "if rank() == 1:\n"
-        "    WanPipeline.prepare_latents = prepare\n"
+        "    WanPipeline.draw_latents = prepare\n"
         "main()\n"
     )
     code, _, err = ended(start(tmp_path, 2, wrapper, "t2v", PROMPT, "-o", "video.mp4"))
@@ -194,12 +194,12 @@ def test_ctrl_c_ends_all(tmp_path, what):
             "from wan22.accel.parallel.environment import rank\n"
             "from wan22.pipelines.base import WanPipeline\n"
             "from wan22.cli import main\n"
-            "prepare = WanPipeline.prepare_latents\n"
+            "prepare = WanPipeline.draw_latents\n"
             "def wait(self, call):\n"
             "    Path(f'rank-{rank()}').touch()\n"
             f"    time.sleep({2 * HANG} if rank() == 1 else 0)\n"
             "    return prepare(self, call)\n"
-            "WanPipeline.prepare_latents = wait\n"
+            "WanPipeline.draw_latents = wait\n"
             "main()\n"
         )
         command = [wrapper, "t2v", PROMPT, "-o", "video.mp4"]

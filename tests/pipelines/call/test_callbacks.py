@@ -2,10 +2,18 @@
 
 import copy
 import functools
+import logging
 
 import pytest
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    PipelineCallback,
+    SD3CFGCutoffCallback,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
 
 from tests.builders import SMALL, latents_of, random_pipeline, recording
 from wan22 import FlowMatchEulerScheduler
@@ -145,6 +153,67 @@ def test_several_callback_objects(pipe):
     with recording(pipe) as calls:
         latents_of(pipe, callback_on_step_end=callback)
     assert len(calls) == 2 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    "callback", [SDXLCFGCutoffCallback(), SD3CFGCutoffCallback(), IPAdapterScaleCutoffCallback()]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_callbacks_for_other_models_are_refused(callback, several, pipe):
+    with recording(pipe) as calls, pytest.raises(ValueError, match=r"add_text_embeds|pooled|IP adapter"):
+        latents_of(pipe, callback_on_step_end=MultiPipelineCallbacks([callback]) if several else callback)
+    assert not calls
+
+
+def test_a_cut_off_keeps_one_prompt(pipe):
+    """diffusers' callback keeps the embeddings of the last prompt alone."""
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    with pytest.raises(ValueError, match="prompt_embeds is for 1 prompts; it must be for 2"):
+        latents_of(pipe, ["a", "b"], callback_on_step_end=callback)
+
+
+def test_a_higher_scale_in_a_callback_is_said_to_change_nothing(pipe, caplog):
+    def raise_scale(caller, step, timestep, tensors):
+        caller._guidance_scale += 1
+
+    with caplog.at_level(logging.WARNING):
+        changed = latents_of(pipe, callback_on_step_end=raise_scale)
+    assert torch.equal(changed, latents_of(pipe))
+    assert caplog.text.count("guidance_scale=4 in a running call changes nothing") == 1
+    assert "guidance_scale=5" not in caplog.text
+    assert pipe.guidance_scale == 3.0, "the next call has its own"
+
+
+def test_guidance_cannot_begin_in_a_callback(pipe):
+    def switch_on(caller, step, timestep, tensors):
+        caller._guidance_scale = 4.0
+
+    with pytest.raises(ValueError, match=r"guidance_scale=4 in a call that began without guidance"):
+        latents_of(pipe, callback_on_step_end=switch_on, guidance_scale=1.0, guidance_scale_2=1.0)
+
+
+def test_guidance_may_come_back_in_a_callback(pipe):
+    def skip_one(caller, step, timestep, tensors):
+        caller._guidance_scale = 0.0 if step == 0 else 3.0
+
+    with recording(pipe) as calls:
+        latents_of(pipe, callback_on_step_end=skip_one)
+    assert len(calls) == 2 + 2 + 1 + 2
+
+
+def test_a_call_in_a_callback(pipe):
+    """It disturbs neither the schedule nor the state of the call around it."""
+    expected, inner = latents_of(pipe), latents_of(pipe, seed=3, num_inference_steps=2)
+    seen = []
+
+    def call_again(caller, step, timestep, tensors):
+        if step == 1:
+            seen.append(latents_of(caller, seed=3, num_inference_steps=2))
+            assert (caller.num_timesteps, int(caller.current_timestep)) == (3, int(timestep))
+            assert len(caller.scheduler.timesteps) == 3
+
+    assert torch.equal(latents_of(pipe, callback_on_step_end=call_again), expected)
+    assert torch.equal(seen[0], inner)
 
 
 def test_an_unknown_tensor(pipe):

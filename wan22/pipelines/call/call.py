@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from .callback import StepCallback
 from .experts import Step
 from .guidance import Guidance
 from .request import Request
+from .state import CallState
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Call:
     prompts: Sequence[str | None]  # one per prompt, not per video; None where embeddings were given
     negative_prompts: Sequence[str | None]  # one per prompt, too
     generators: Sequence[torch.Generator]  # one per video: source of all its noise
-    scheduler: Any  # solver whose schedule is set
+    state: CallState  # what changes meanwhile; its scheduler's schedule is set
     steps: Sequence[Step]
     guidance: Guidance
     guided: bool  # whether any step needs the negative prompt

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 
 from ...checks import check_choice
 from .checks import check_embeds, check_latents
@@ -25,6 +25,8 @@ class StepCallback:
     def __init__(self, function: Callable[..., Any], tensors: Sequence[str], allowed: Sequence[str]) -> None:
         if isinstance(function, PipelineCallback | MultiPipelineCallbacks):
             tensors = function.tensor_inputs
+            if any(isinstance(callback, IPAdapterScaleCutoffCallback) for callback in _all_of(function)):
+                raise ValueError("IPAdapterScaleCutoffCallback is for an IP adapter, and Wan has none")
         for name in tensors:
             check_choice("callback_on_step_end_tensor_inputs", name, allowed)
         self.function, self.tensors = function, tuple(tensors)
@@ -45,3 +47,10 @@ class StepCallback:
         replacement = replaced.get("latents", latents)
         check_latents(replacement, tuple(latents.shape))
         return replacement.to(latents)
+
+
+def _all_of(callback: Any) -> list[Any]:
+    """Return the callbacks that one of diffusers' consists of."""
+    if not isinstance(callback, MultiPipelineCallbacks):
+        return [callback]
+    return [each for part in callback.callbacks for each in _all_of(part)]

@@ -12,6 +12,7 @@ import torch
 from .conditions import Condition
 from .experts import Step
 from .guidance import Guidance
+from .state import CallState
 
 TextEmbeds = dict[str, torch.Tensor | None]
 Pass = Callable[[], torch.Tensor]
@@ -35,6 +36,7 @@ class CFGDenoiser:
     Args:
         embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d"; no step is guided if the latter
             is None. A callback may replace them between steps.
+        state: the call's; a callback may switch guidance off in it.
         run_passes: runs the passes of a step, one or two, and returns what each predicts.
     """
 
@@ -43,11 +45,11 @@ class CFGDenoiser:
         condition: Condition,
         embeds: TextEmbeds,
         guidance: Guidance,
-        attention_kwargs: dict[str, Any] | None,
+        state: CallState,
         run_passes: RunPasses,
     ) -> None:
         self.condition, self.embeds, self.guidance = condition, embeds, guidance
-        self._attention_kwargs, self._run_passes = attention_kwargs, run_passes
+        self.state, self._run_passes = state, run_passes
 
     def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the guided velocity of noisy latents, both "b c t h w" float32."""
@@ -58,7 +60,8 @@ class CFGDenoiser:
         positive, negative = self.embeds["prompt_embeds"], self.embeds["negative_prompt_embeds"]
         assert positive is not None, "a call always has prompt embeddings"
         passes = [partial(self._predict, "cond", video, positive, inputs, step)]
-        if negative is None or not self.guidance.needs_negative(step):
+        wanted = self.state.do_classifier_free_guidance and self.guidance.needs_negative(step)
+        if negative is None or not wanted:
             return self._run_passes(passes)[0]
         passes.append(partial(self._predict, "uncond", video, negative, inputs, step))
         conditional, unconditional = self._run_passes(passes)
@@ -74,7 +77,7 @@ class CFGDenoiser:
         with model.cache_context(name + (f"-{video}" if video else ""), **state):
             return model(
                 encoder_hidden_states=text,
-                attention_kwargs=self._attention_kwargs,
+                attention_kwargs=self.state.attention_kwargs,
                 return_dict=False,
                 **inputs,
             )[0].float()

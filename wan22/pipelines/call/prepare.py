@@ -16,10 +16,11 @@ from .guidance import ClassifierFreeGuidance
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
 from .schedule import scheduler_for, scheduler_shift, with_distilled
+from .state import CallState
 from .text import check_prompts, check_text_encoder
 
 
-def prepare(pipe: PipelineParts, given: Request) -> Call:
+def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
     pipe.check_components()  # one may have been replaced since
     preset, request = pipe.preset, with_distilled(given)
@@ -37,7 +38,8 @@ def prepare(pipe: PipelineParts, given: Request) -> Call:
     generators = generators_of(request, videos, pipe.draw_seed)
     callback = _callback(request, pipe._callback_tensor_inputs)
     default_steps = preset.num_inference_steps
-    scheduler = scheduler_for(request, pipe.scheduler, pipe._execution_device, default_steps)
+    with state.stepping:
+        scheduler = scheduler_for(request, state.scheduler, pipe._execution_device, default_steps)
     guidance, ratio = _guidance(pipe, request), pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
     steps = Experts(pipe.transformer, pipe.transformer_2, boundary).steps(scheduler)
@@ -65,7 +67,9 @@ def prepare(pipe: PipelineParts, given: Request) -> Call:
         not_reproducible_because=not_reproducible_because(request, generators, guided),
         **pipe.run_metadata(),
     )
-    return Call(request, recipe, prompts, negatives, generators, scheduler, steps, guidance, guided, callback)
+    state.scheduler = scheduler
+    state.start(recipe, guided, len(steps))
+    return Call(request, recipe, prompts, negatives, generators, state, steps, guidance, guided, callback)
 
 
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from ...presets import FEW_STEPS
 from ...schedulers import FlowMatchEulerScheduler, FlowMatchScheduler
 from .noise import NoisePerVideo
 from .request import Request
+from .state import CallState
 
 
 def with_distilled(request: Request) -> Request:
@@ -38,15 +39,15 @@ def scheduler_for(request: Request, scheduler: Any, device: torch.device, defaul
 
 
 def take_step(
-    scheduler: Any,
+    state: CallState,
     velocity: torch.Tensor,
     timestep: torch.Tensor,
     latents: torch.Tensor,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
     """Return the latents after a solver's step; what it draws comes from the videos' own generators."""
-    with NoisePerVideo(generators):
-        return scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    with state.stepping, NoisePerVideo(generators):
+        return state.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
 def set_schedule(
