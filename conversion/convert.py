@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wan22.checkpoints.converting.convert import DTYPES, SHARD_SIZE, convert, plan
+from wan22.checkpoints.converting.convert import SHARD_SIZE, convert, plan
 from wan22.checkpoints.converting.plan import LAYOUTS
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", help="folder or hub repository in any layout, or a weight file")
     parser.add_argument("destination", help="folder, or .safetensors file, that is not there yet")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as stored)")
+    parser.add_argument("--dtype", help="of all tensors: bf16, fp16 or fp32 (default: as stored)")
     parser.add_argument("--shard-size", default=SHARD_SIZE, help="largest file (default: %(default)s)")
     parser.add_argument("--attention-head-dim", type=int, help="if it is not 128 and no config.json tells it")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")

@@ -88,14 +88,35 @@ def plain_fp8(weights: Weights, path: Path) -> Weights:
     return {name: tensor.float() for name, tensor in file.items()}
 
 
-def write_gguf(weights: Weights, path: Path, kind: str, architecture: str = "wan") -> Weights:
-    """GGUF as ComfyUI-GGUF's converter writes it: matrices in blocks, the rest in float32 or float16."""
+def every_fp8(weights: Weights, path: Path, kind: torch.dtype = FP8, scaled: bool = False) -> Weights:
+    """Every tensor in float8, norms, biases and modulation, too; `scaled`: each with a scale per output."""
+    file, values = {}, {}
+    for name, tensor in weights.items():
+        file[name] = tensor.to(kind)
+        values[name] = file[name].float()
+        if scaled:
+            scale = tensor.flatten(1).abs().amax(1) if tensor.ndim > 1 else tensor.abs().max()
+            scale = (scale / 100).clamp(min=1e-6).reshape(-1, *[1] * (tensor.ndim - 1))
+            file[name] = (tensor / scale).to(kind)
+            file[f"{name.removesuffix('.weight')}.scale_weight"] = scale.contiguous()
+            values[name] = file[name].float() * scale
+    save_file(file, path)
+    return values
+
+
+def write_gguf(
+    weights: Weights, path: Path, kind: str, architecture: str = "wan", every: bool = False
+) -> Weights:
+    """GGUF as ComfyUI-GGUF's converter writes it: matrices in blocks, the rest in float32 or float16.
+
+    `every`: whatever fills whole blocks is quantised, whatever it is.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     quantization, values = gguf.GGMLQuantizationType[kind], {}
     for name, tensor in weights.items():
         data = tensor.float().numpy()
         block = gguf.GGML_QUANT_SIZES[quantization][0]
-        if not is_linear(name, tensor) or data.shape[-1] % block:
+        if not (every or is_linear(name, tensor)) or data.shape[-1] % block:
             if data.ndim > 4:
                 writer.add_array(f"comfy.gguf.orig_shape.{name}", list(data.shape))
                 data = data.reshape(data.shape[0], -1)

@@ -685,9 +685,9 @@ def test_a_component_in_the_wrong_place(tmp_path):
         (
             {"dtype": "fp8"},
             ValueError,
-            "dtype='fp8' must be one of 'bf16', 'fp16', 'fp32'; the nearest is 'fp",
+            "dtype='fp8' must be a dtype of torch, its name, or 'auto'; the nearest is 'fp",
         ),
-        ({"dtype": torch.int8}, ValueError, r"dtype=torch\.int8 must be one of torch\.bfloat16"),
+        ({"dtype": torch.int8}, ValueError, r"dtype=torch\.int8: models do not compute in it; the nearest"),
         (
             {"shard_size": "5 apples"},
             ValueError,

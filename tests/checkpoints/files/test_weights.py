@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.checkpoints import writers
 from wan22.checkpoints.files.quantized import expanded
 from wan22.checkpoints.files.safetensors import read_header, stored_dtype
-from wan22.checkpoints.files.weights import read_weights
+from wan22.checkpoints.files.weights import read_json, read_weights, shards_of
 
 WEIGHTS = {
     "a.weight": torch.zeros(4, 8, dtype=torch.bfloat16),
@@ -142,7 +142,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     [
         ([1], "holds a list"),
         ({"a": torch.ones(1), "epoch": 3}, "'epoch', which is no tensor"),
-        ({}, "holds a dict"),
+        ({}, "holds no tensors"),
     ],
 )
 def test_a_file_of_other_things(state, message, tmp_path):
@@ -218,3 +218,34 @@ def test_gguf_blocks_that_cannot_be_read_are_named(tmp_path):
     writers.write_gguf(weights, tmp_path / "w.gguf", "TQ1_0")
     with pytest.raises(ValueError, match=r"blocks\.0\.x\.weight: blocks of type TQ1_0 cannot .* can: .*Q4_K"):
         read_weights(tmp_path / "w.gguf")
+
+
+# ---- JSON ----
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"{", "is not JSON"),
+        (b"[1]", "holds a list, not a table"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_json_that_is_none_is_named(content, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json {message}") as error:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(tmp_path / "config.json") == {"a": "é"}
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_without_places(content, tmp_path):
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json is no index of weight files"):
+        shards_of(tmp_path / "x.safetensors.index.json")

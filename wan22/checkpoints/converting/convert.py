@@ -19,10 +19,10 @@ from ...checks import check_choice, parse_bytes
 from ..files.hub import is_repository_name
 from ..files.safetensors import STORED_DTYPES
 from ..files.weights import SUFFIXES
+from ..loading.dtypes import read_dtype
 from .plan import LAYOUTS, OutputFile, OutputTensor, Plan, make_plan
 from .source import Source, read_source
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_SIZE = "5GB"
 _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}  # of safetensors
 _NOT_CONVERTED = ["*.md", "*.py", "*.mp4", "*.png", "*.jpg", "*.gif", "assets/*", "examples/*"]
@@ -113,11 +113,7 @@ def _prepare(
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Check all arguments and read the source's headers; return source, plan, and the request in short."""
     check_choice("to", to, LAYOUTS)
-    if isinstance(dtype, str):
-        check_choice("dtype", dtype, DTYPES)
-        dtype = DTYPES[dtype]
-    elif dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, DTYPES.values()))}")
+    dtype = read_dtype(dtype)
     size = parse_bytes(shard_size, "shard_size")
     target = Path(destination).expanduser()
     _check_absent(target)

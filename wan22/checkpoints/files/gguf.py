@@ -28,17 +28,18 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
         # GGUF lists the innermost axis first; more than four axes are kept beside the tensor.
         shape = fields.get(f"comfy.gguf.orig_shape.{tensor.name}", [*reversed(tensor.shape.tolist())])
         try:
-            tensors[tensor.name] = _tensor(tensor, tuple(int(n) for n in shape))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the map is read-only, as weights are used
+                data = torch.from_numpy(tensor.data)
+            kind = tensor.tensor_type.name
+            tensors[tensor.name] = gguf_tensor(data, kind, tuple(int(n) for n in shape))
         except ValueError as error:
             raise ValueError(f"{path}: {tensor.name}: {error}") from error
     return tensors, fields
 
 
-def _tensor(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the map is read-only, as weights are used
-        data = torch.from_numpy(tensor.data)
-    kind = tensor.tensor_type.name
+def gguf_tensor(data: torch.Tensor, kind: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:
+    """Return the tensor whose values have a shape; `kind` is GGUF's name of the type of what is stored."""
     if kind == "BF16":
         data = data.view(torch.bfloat16)
     if kind in ("F64", "F32", "F16", "BF16"):

@@ -1,7 +1,9 @@
 """Read PyTorch's own files, without running the code that may be in them."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,10 +20,17 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is cut off or damaged: {error}") from error
-    while isinstance(state, dict) and len(state) == 1 and isinstance(next(iter(state.values())), dict):
+    return tensors_in(state, str(path))
+
+
+def tensors_in(state: Any, source: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of what was saved, which may be in another table; `source` is it, for errors."""
+    while isinstance(state, Mapping) and len(state) == 1 and isinstance(next(iter(state.values())), Mapping):
         (state,) = state.values()  # {"state_dict": …}
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a table of tensors")
-    if others := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"{path} holds {others[0]!r}, which is no tensor")
-    return state
+    if not isinstance(state, Mapping) or not state:
+        what = f"a {type(state).__name__}, not a table of tensors" if state else "no tensors"
+        raise ValueError(f"{source} holds {what}")
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+            raise ValueError(f"{source} holds {str(key)[:100]!r}, which is no tensor")
+    return dict(state)

@@ -33,7 +33,7 @@ class ScaledNumbers:
         if self.groups is None:
             values.mul_(scale.reshape(1))
         else:
-            values.unflatten(1, (self.groups, -1)).mul_(scale)
+            values.view(len(values), self.groups, -1).mul_(scale)
         return values.to(dtype)
 
 
@@ -75,12 +75,15 @@ class QuantizedTensor:
 
 
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
-    """Return a float8 tensor times a scale: one number, or for data "o i" also "o", "o 1" or "o g 1"."""
+    """Return a float8 tensor times a scale: one number, or one per output, "o" or "o 1 …".
+
+    Data "o i" may also have one per group of an output's inputs, "o g 1".
+    """
     scale = torch.ones(()) if scale is None else scale.float()
     shape, groups = tuple(data.shape), None
     if scale.numel() == 1:
         scale = scale.reshape(())
-    elif len(shape) == 2 and tuple(scale.shape) in ((shape[0],), (shape[0], 1)):
+    elif shape[:1] == scale.shape[:1] and scale.numel() == shape[0]:
         scale, groups = scale.reshape(-1, 1, 1), 1
     elif (
         (len(shape), scale.ndim) == (2, 3)

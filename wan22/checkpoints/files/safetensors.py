@@ -31,18 +31,18 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
-    """Return the floating dtype of most bytes of a folder's safetensors files; None without any.
+    """Return the dtype of most bytes of a folder's safetensors files; None without any, and for float8.
 
     `variant` is a part of the files' names, such as "fp16", if there are such; None: the files without one.
     """
     files = sorted(folder.glob("*.safetensors"))
     files = [f for f in files if (f".{variant}" in f.name if variant else "." not in f.stem)] or files
-    sizes: Counter[torch.dtype] = Counter()
+    sizes: Counter[torch.dtype | None] = Counter()
     for file in files:
         for entry in read_header(file)[0].values():
-            if entry["dtype"] in STORED_DTYPES:
+            if entry["dtype"] in STORED_DTYPES or entry["dtype"].startswith("F8"):
                 start, end = entry["data_offsets"]
-                sizes[STORED_DTYPES[entry["dtype"]]] += end - start
+                sizes[STORED_DTYPES.get(entry["dtype"])] += end - start
     return sizes.most_common(1)[0][0] if sizes else None
 
 

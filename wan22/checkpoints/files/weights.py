@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .gguf import read_gguf
-from .pth import read_pth
+from .gguf import gguf_tensor, read_gguf
+from .pth import read_pth, tensors_in
 from .quantized import QuantizedTensor
 from .safetensors import read_safetensors
 
@@ -60,6 +60,19 @@ def read_weights(path: Path) -> WeightFile:
     )
 
 
+def weights_of(table: Mapping[str, Any]) -> WeightFile:
+    """Return a table of tensors, as from a file; diffusers' tensors of GGUF keep their blocks."""
+    source = "the table of tensors"
+    return WeightFile(source, {name: _plain(tensor) for name, tensor in tensors_in(table, source).items()})
+
+
+def _plain(tensor: Any) -> torch.Tensor | QuantizedTensor:
+    if not hasattr(tensor, "quant_type"):
+        return tensor.detach()
+    # diffusers' GGUFParameter, of which nearly every method returns another one
+    return gguf_tensor(tensor.as_tensor(), tensor.quant_type.name, tuple(tensor.quant_shape))
+
+
 def _read_folder(folder: Path) -> WeightFile:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
@@ -72,16 +85,25 @@ def _read_folder(folder: Path) -> WeightFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's contents; {} if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Return a file's contents; {} if there is no such file. A ValueError: it is no table in JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark first
+    except (ValueError, RecursionError) as error:
+        what = "is empty" if not path.stat().st_size else f"is not JSON: {str(error)[:200]}"
+        raise ValueError(f"{path} {what}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table")
+    return content
 
 
 def shards_of(index: Path) -> dict[str, str]:
     """Return the name of the file that holds each tensor, as an index of shards says."""
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of weight files: it has no weight_map") from error
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} is no index of weight files: it has no weight_map")
+    return places
 
 
 def _read_shards(index: Path) -> WeightFile:

@@ -1,13 +1,51 @@
-"""Which dtype each weight gets in a model of a dtype."""
+"""Which dtype a caller asks for, and which one each weight gets in a model of it."""
 
+import difflib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...models.layers import Float32Linear
-from ..files.quantized import HALF
+from ..files.quantized import FLOAT8, HALF
 from .quantized_linear import QuantizedLinear
+
+# Names of dtypes, also with "torch." before them.
+NAMES = {
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64},
+}
+AS_STORED = "auto"
+
+
+def read_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype | None:
+    """Return the dtype that an argument of a loader names; None, for None and "auto": as stored.
+
+    A name is like "bfloat16", "torch.bfloat16" or "bf16". A ValueError names the nearest, and says that
+    weights of this dtype cannot be computed with; a TypeError that it is no dtype.
+    """
+    if isinstance(dtype, str) and dtype != AS_STORED:
+        name = dtype.strip().lower().removeprefix("torch.")
+        found = NAMES.get(name, getattr(torch, name, None))  # float8, which torch has, is refused below
+        if not isinstance(found, torch.dtype):
+            near = difflib.get_close_matches(dtype.lower(), [*NAMES, AS_STORED], 1, 0.3) or ["bfloat16"]
+            rule = f"must be a dtype of torch, its name, or {AS_STORED!r}; the nearest is {near[0]!r}"
+            raise ValueError(f"{argument}={dtype[:80]!r} {rule}")
+        dtype = found
+    if dtype is None or dtype == AS_STORED:
+        return None
+    if not isinstance(dtype, torch.dtype):
+        rule = "must be a dtype of torch, or its name"
+        raise TypeError(f"{argument}={str(dtype)[:80]} is a {type(dtype).__name__}; it {rule}")
+    if dtype not in NAMES.values():
+        advice = (
+            "; call enable_layerwise_casting after loading, or keep the file in float8"
+            if dtype in FLOAT8
+            else "; the nearest is torch.bfloat16"
+        )
+        raise ValueError(f"{argument}={dtype}: models do not compute in it{advice}")
+    return dtype
 
 
 def dtype_for(

@@ -64,7 +64,7 @@ def fill(
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         if isinstance(tensor, QuantizedTensor):
-            if type(owner) is nn.Linear and not dequantize:
+            if type(owner) is nn.Linear and attribute == "weight" and not dequantize:
                 quantized[path] = tensor
                 continue
             stored, asked = torch.float32, dtype or torch.bfloat16

@@ -1,8 +1,9 @@
 """The models, with the files and folders that they can be loaded from."""
 
+import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ..files import hub
-from ..files.weights import read_json, shards_of
+from ..files.folders import DIFFUSERS, candidates, weights_in
+from ..files.safetensors import stored_dtype
+from ..files.weights import read_json
 from ..naming.configs import (
     Shapes,
     autoencoder_config,
@@ -23,8 +26,10 @@ from ..naming.configs import (
 )
 from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
+from .dtypes import read_dtype
 from .fill import account, empty_weights
 from .quantized_linear import expanded_state
+from .single_file import Arguments, Source, only_source, read_source, refuse_unknown
 from .stored import Config, ModelFormat, read_as
 
 # Arguments of `from_pretrained` that are ours, and values of others that are; all else is for diffusers.
@@ -102,27 +107,41 @@ class FromFiles:
     @classmethod
     def from_single_file(
         cls: type[_Model],
-        path: str | Path,
-        dtype: torch.dtype | None = None,
+        source: Source | None = None,
+        dtype: torch.dtype | str | None = None,
         dequantize: bool = False,
-        torch_dtype: torch.dtype | None = None,
-        **config: Any,
+        **options: Any,
     ) -> _Model:
         """Load a model from a weight file, in evaluation mode; its sizes are inferred from its tensors.
 
         Args:
-            path: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF; or a folder of shards.
-            dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
+            source: safetensors (float8, too, scaled or not), PyTorch's .pth, or GGUF, also with other models
+                in the same file; a folder of shards; an address such as
+                "https://huggingface.co/org/name/blob/main/file.gguf" or "org/name/file.gguf"; or a table of
+                tensors by name. In diffusers: pretrained_model_link_or_path_or_dict.
+            dtype: dtype of the parameters, or its name; None or "auto": as they are stored, bfloat16 for
+                those that were quantised. In diffusers: torch_dtype, and compute_dtype of a
+                GGUFQuantizationConfig.
             dequantize: whether to expand quantised weights, which stay quantised otherwise.
-            torch_dtype: another name for dtype.
-            **config: entries of the configuration that shapes do not determine, such as attention_head_dim,
-                128 in every released transformer.
+            **options: entries of the configuration that shapes do not determine, such as attention_head_dim,
+                128 in every released transformer. The hub's options. Of diffusers': `config` and `subfolder`,
+                a folder or repository whose config.json is held against the tensors if it is on this machine;
+                `device`, or a `device_map` to one device. `low_cpu_mem_usage`, `disable_mmap`,
+                `use_safetensors` and device maps such as "auto" have no effect.
 
         Raises:
             FileNotFoundError: there is no such file, or a shard is missing.
-            ValueError: the file cannot be read, is another model's, or holds weights that have no place.
+            TypeError: there is no such argument.
+            ValueError: the file cannot be read, is another model's, or holds weights that have no place; or
+                an argument asks for what cannot be done.
         """
-        return read_as(cls._format(cls), Path(path), known=config).load(dtype or torch_dtype, dequantize)
+        source, form = only_source(source, options), cls._format(cls)
+        given = Arguments.of(dtype, options, form.kind)
+        refuse_unknown(f"{cls.__name__}.from_single_file", given.others, _entries(cls))
+        known = {n: v for n, v in given.reference.entries.items() if n == "attention_head_dim"}
+        stored = read_as(form, read_source(source, given.access), known=known | dict(given.others))
+        model = given.reference.agreed(stored, cls.__name__).load(given.dtype, dequantize)
+        return model if given.device is None else model.to(given.device)
 
     @classmethod
     def from_pretrained(
@@ -134,10 +153,13 @@ class FromFiles:
 
         Args:
             pretrained_model_name_or_path: folder, repository or file.
-            **kwargs: `subfolder`, the hub's options, and those of `from_single_file`; in the Diffusers layout
-                those of diffusers' `from_pretrained`, too, such as `variant` and `device_map`.
+            **kwargs: `subfolder`, the hub's options, and `dtype` and `dequantize` of `from_single_file`; in
+                the Diffusers layout those of diffusers' `from_pretrained`, too, such as `variant` and
+                `device_map`, in the others entries of the configuration.
         """
         source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
+        asked = kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = read_dtype(asked if kwargs.get("dtype") is None else kwargs["dtype"])
         root, access = Path(source).expanduser(), {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}
 
         def download(*names: str) -> Path:
@@ -155,19 +177,22 @@ class FromFiles:
         config, known = read_json(place / "config.json"), {}
         in_diffusers_layout = config.get("_class_name") == cls.__name__
         if in_diffusers_layout:
-            path, *shards = _diffusers_weights(place, kwargs.get("variant"))
-            ours = "quantization_config" not in config and not _needs_diffusers(kwargs)
-            if ours and not local:
-                download(path.name, *(shard.name for shard in shards))
-            if not ours or not path.is_file():  # weights that are not safetensors
+            variant, asked_of_diffusers = kwargs.get("variant"), _needs_diffusers(kwargs)
+            if local:
+                path = weights_in(place, variant)
+            elif not asked_of_diffusers:
+                path = _downloaded(place, variant, download)
+            if asked_of_diffusers or "quantization_config" in config:
                 return cls._from_diffusers(source, **kwargs)
         else:
             if not local:
                 download(*cls._official_files)
             path = cls._official_weights(place)
             known = {name: value for name, value in kwargs.items() if name not in _OWN}
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        model = read_as(cls._format(cls), path, config, known).load(dtype, kwargs.get("dequantize", False))
+            refuse_unknown(f"{cls.__name__}.from_pretrained", known, _entries(cls))
+        model = read_as(cls._format(cls), path, config, known).load(
+            kwargs["dtype"], kwargs.get("dequantize", False)
+        )
         if in_diffusers_layout:
             model.register_to_config(_name_or_path=source)
         return model
@@ -176,6 +201,10 @@ class FromFiles:
     def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model in the Diffusers layout as diffusers does, but refuse what it only warns of."""
         load = super().from_pretrained  # type: ignore[misc]
+        place = Path(source).expanduser() / (kwargs.get("subfolder") or "")
+        if kwargs["dtype"] is None and place.is_dir():  # diffusers would take float32
+            kwargs["dtype"] = stored_dtype(place, kwargs.get("variant"))
+        kwargs.pop("dequantize", None)
         model, info = load(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # those have tensors beside the parameters
             account(source, info["missing_keys"], info["unexpected_keys"])
@@ -190,6 +219,12 @@ class FromFiles:
     @classmethod
     def _official_weights(cls, place: Path) -> Path:
         """Return what to read in the official layout: the file itself, the folder, or the one .pth in it."""
+        if not place.exists():
+            raise FileNotFoundError(f"there is no folder {place}")
+        if not (place / "config.json").exists() and list(place.glob(f"{DIFFUSERS[0][0]}*")):
+            raise FileNotFoundError(
+                f"{place} has no config.json beside its weights; from_single_file reads weights without one"
+            )
         single = [p for pattern in cls._official_files for p in place.glob(pattern) if p.suffix == ".pth"]
         if len(single) > 1:
             names = ", ".join(sorted(path.name for path in single))
@@ -224,10 +259,15 @@ def _needs_diffusers(options: dict[str, Any]) -> bool:
     )
 
 
-def _diffusers_weights(place: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors files of a folder in the Diffusers layout: one, or an index and its shards."""
-    ending = f".{variant}" if variant else ""
-    index = place / f"diffusion_pytorch_model.safetensors.index{ending}.json"
-    if not index.is_file():
-        return [place / f"diffusion_pytorch_model{ending}.safetensors"]
-    return [index, *(place / name for name in sorted(set(shards_of(index).values())))]
+def _entries(cls: type[Any]) -> list[str]:
+    """Return the names of a model's configuration's entries."""
+    return list(inspect.signature(cls.__init__).parameters)[1:]  # without self
+
+
+def _downloaded(place: Path, variant: str | None, download: Callable[..., Path]) -> Path:
+    """Return a repository's weights after their download; safetensors come before PyTorch's files."""
+    for path, shards in candidates(place, variant):
+        download(path.name, *(shard.name for shard in shards))
+        if path.is_file():
+            break
+    return weights_in(place, variant)

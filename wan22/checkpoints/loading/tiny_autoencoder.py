@@ -9,6 +9,7 @@ from ...models.tiny_autoencoder import TinyDecoder
 from ..files.weights import read_weights
 from ..naming.dialects import normalize
 from ..naming.names import shapes_of
+from .dtypes import read_dtype
 from .fill import empty_weights, fill
 
 # Convolutions whose shapes give the sizes: the first, those after each upsampling, the last; those in time.
@@ -16,13 +17,14 @@ _FIRST, _UP, _LAST = "decoder.1", ("decoder.8", "decoder.14", "decoder.20"), "de
 _FRAMES = ("decoder.7.conv", "decoder.13.conv", "decoder.19.conv")
 
 
-def load_tiny_decoder(path: str | Path, dtype: torch.dtype | None = None) -> TinyDecoder:
+def load_tiny_decoder(path: str | Path, dtype: torch.dtype | str | None = None) -> TinyDecoder:
     """Load a tiny decoder from .pth or .safetensors, in evaluation mode; sizes are inferred from tensors.
 
-    The encoder in the file is left out; `dtype` None keeps the stored one. lightx2v's `lighttaew2_1` and
-    `lighttaew2_2` have the same tensors, but take latents that are not normalised: with them, previews have
-    the wrong colours.
+    The encoder in the file is left out; `dtype` None or "auto" keeps the stored one. lightx2v's
+    `lighttaew2_1` and `lighttaew2_2` have the same tensors, but take latents that are not normalised: with
+    them, previews have the wrong colours.
     """
+    asked = read_dtype(dtype)
     file = read_weights(Path(path).expanduser())
     tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}
     shapes = shapes_of(tensors)
@@ -34,4 +36,4 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype | None = None) -> Tin
     factors = [shapes[name][0] // width for name, width in zip(names[5:], widths, strict=False)]
     with empty_weights():
         model = TinyDecoder(first[1], math.isqrt(last[0] // 3), widths, factors)
-    return fill(model, file.source, tensors, dtype)
+    return fill(model, file.source, tensors, asked)

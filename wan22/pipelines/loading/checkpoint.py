@@ -1,6 +1,6 @@
 """What every checkpoint offers, whatever its layout, and what a caller wants of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +11,12 @@ from torch import nn
 
 from ...accel.planning.meta_models import MODELS, store_as
 from ...checkpoints.files.hub import OPTIONS
+from ...checkpoints.loading.dtypes import read_dtype
+from ...checks import check_choice
 from ...private_apis import signature_keys
 
-Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
+Dtype = torch.dtype | str | None
+Dtypes = Dtype | Mapping[str, Dtype]
 TRANSFORMERS = ("transformer", "transformer_2")
 # The models of a pipeline, and what kind of model each is.
 KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transformer")
@@ -25,7 +28,8 @@ class Wanted:
 
     # Components that are ready made, or None to leave one out, and settings of the pipeline.
     given: Mapping[str, Any] = field(default_factory=dict)
-    dtype: Dtypes = None  # one for all components, or by component and "default"; None, there too: as stored
+    # One for all components, or by component and "default"; None, there too: as stored.
+    dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None
     dequantize: bool = False  # whether to expand weights that are stored quantised
     others: Mapping[str, Any] = field(default_factory=dict)  # what only some layouts know
 
@@ -33,17 +37,30 @@ class Wanted:
     def of(
         cls, pipeline: type[DiffusionPipeline], dtype: Dtypes, dequantize: bool, options: Mapping[str, Any]
     ) -> "Wanted":
-        """Sort the further arguments of a pipeline's constructor, without those of a download."""
+        """Sort the further arguments of a pipeline's constructor, without those of a download.
+
+        `dtype` comes before `torch_dtype` in `options`; a ValueError says what is wrong with it.
+        """
         names = {name for names in signature_keys(pipeline) for name in names}
         given = {name: value for name, value in options.items() if name in names}
         others = {n: v for n, v in options.items() if n not in names | OPTIONS | {"torch_dtype"}}
-        return cls(given, options.get("torch_dtype") if dtype is None else dtype, dequantize, others)
+        asked = options.get("torch_dtype") if dtype is None else dtype
+        components = signature_keys(pipeline)[0]
+        return cls(given, _read_dtypes(asked, components), dequantize, others)
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """Return the dtype asked for a component; None: as stored."""
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(name, self.dtype.get("default"))
         return self.dtype
+
+
+def _read_dtypes(asked: Dtypes, components: Iterable[str]) -> Any:
+    if not isinstance(asked, Mapping):
+        return read_dtype(asked)
+    for name in asked:
+        check_choice("a key of dtype", name, (*components, "default"))
+    return {name: read_dtype(dtype, f"dtype[{name!r}]") for name, dtype in asked.items()}
 
 
 @dataclass
@@ -60,6 +77,11 @@ class Outline:
         self.models[name] = model
         mapped = stored if asked in (None, stored) else None  # what is kept in float32 is copied, too
         self.converted[name] = sum(p.nbytes for p in model.parameters() if p.dtype != mapped)
+
+    def update(self, other: "Outline") -> None:
+        """Add the models of another outline."""
+        self.models.update(other.models)
+        self.converted.update(other.converted)
 
 
 class Checkpoint(Protocol):

@@ -16,6 +16,8 @@ from ...checkpoints.loading.recognize import FORMATS
 from ...presets import CONVERTED_FLOW_SHIFT
 from ..call.schedule import reshifted, scheduler_shift
 from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted, is_folder
+from .components import OURS, check_components, check_index
+from .single_files import SingleFiles
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ class DiffusersLayout:
 
     def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
         self.source, self.hub = source, hub
+        if folder is not None:
+            check_index(folder / "model_index.json")
         # Without a folder, diffusers tries once more, and says what is wrong.
         index = DiffusionPipeline.load_config(folder or source, **hub)
         self.folder, self.index = folder or Path(), index
@@ -46,7 +50,11 @@ class DiffusersLayout:
             folder = self.folder / name
             if (folder / "config.json").is_file() and name not in wanted.given:
                 model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
-                stored = stored_dtype(folder, variant) or indexed_dtype(folder, variant, model)
+                stored = stored_dtype(folder, variant)
+                if stored is None and list(folder.glob("*.safetensors")):  # float8, which stays so
+                    outline.update(SingleFiles({name: folder}).outline(wanted))
+                    continue
+                stored = stored or indexed_dtype(folder, variant, model)
                 outline.add(name, model, stored or torch.bfloat16, wanted.dtype_of(name))
         return outline
 
@@ -62,6 +70,7 @@ class DiffusersLayout:
                     options[name] = WanTransformer3DModel.from_pretrained(
                         folder / name, dtype=dtype, dequantize=True, variant=variant
                     )
+        check_components(folder, self.index, wanted)
         pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
@@ -81,12 +90,16 @@ def indexed_dtype(folder: Path, variant: str | None, model: nn.Module) -> torch.
     return None
 
 
-def dtypes_in(folder: Path, wanted: Wanted) -> dict[str, torch.dtype]:
-    """Return the dtypes to load a folder's components in, the stored ones where none is asked for."""
+def dtypes_in(folder: Path, wanted: Wanted) -> dict[str, torch.dtype | None]:
+    """Return the dtypes to load a folder's components in, the stored ones where none is asked for.
+
+    None is for our own models in float8, whose loader keeps each tensor as it is stored.
+    """
     names = ["default", *(path.name for path in sorted(folder.iterdir()) if path.is_dir())]
     stored = {name: stored_dtype(folder / name, wanted.others.get("variant")) for name in names}
     found = {name: wanted.dtype_of(name) or dtype for name, dtype in stored.items()}
-    return {"default": torch.float32} | {name: dtype for name, dtype in found.items() if dtype is not None}
+    known = {name: dtype for name, dtype in found.items() if dtype is not None or name in OURS}
+    return {"default": torch.float32} | known
 
 
 def correct_shift(pipe: Any) -> None:

@@ -1,0 +1,81 @@
+"""Refuse a folder in the Diffusers layout that is not whole, before anything in it is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, weights_in
+from ...checkpoints.files.weights import read_json
+from .checkpoint import Wanted
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What must be in a component's folder: one of these files, and weights with these names.
+_SETTINGS = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer_config.json", "tokenizer.json", "spiece.model"),
+    "image_processor": ("preprocessor_config.json",),
+}
+OURS = ("transformer", "transformer_2", "vae")  # loaded by our own classes
+_WEIGHTS: dict[str, Names] = {
+    **dict.fromkeys(OURS, DIFFUSERS),
+    **dict.fromkeys(("text_encoder", "image_encoder"), TRANSFORMERS),
+}
+
+
+def check_index(path: Path) -> None:
+    """Refuse a model_index.json that cannot be read, or names no components."""
+    _refuse_mark(path)
+    if not any(_is_component(entry) for entry in read_json(path).values()):
+        raise ValueError(f"{path} names no components, such as transformer; it is not that of a pipeline")
+
+
+def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> None:
+    """Refuse a folder that lacks what its model_index.json lists; what is given need not be there.
+
+    A FileNotFoundError names the file or folder, a ValueError one that is not JSON.
+    """
+    for name in _SETTINGS.keys() | _WEIGHTS.keys():
+        if name in wanted.given or not _is_component(index.get(name)):
+            continue
+        place = folder / name
+        if not place.is_dir():
+            raise FileNotFoundError(f"{folder} has no folder {name}, which its model_index.json lists")
+        _check_settings(place, _SETTINGS.get(name, ("config.json",)), name in OURS)
+        if name in _WEIGHTS and wanted.others.get("use_safetensors") is not False:
+            _check_weights(place, wanted.others.get("variant"), _WEIGHTS[name])
+
+
+def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:
+    """Check that one of the files is there, and that what is JSON can be read."""
+    found = [place / name for name in names if (place / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{place} has no {names[0]}")
+    for path in found:
+        if path.suffix == ".json" and not read_json(path):
+            raise ValueError(f"{path} is an empty table")
+        if not ours:
+            _refuse_mark(path)
+
+
+def _refuse_mark(path: Path) -> None:
+    """Refuse a byte-order mark where diffusers or transformers read the file, which cannot."""
+    with path.open("rb") as file:
+        if file.read(3) == _BYTE_ORDER_MARK:
+            raise ValueError(f"{path} begins with a byte-order mark; save it as UTF-8 without one")
+
+
+def _is_component(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+
+
+def _check_weights(place: Path, variant: str | None, names: Names) -> None:
+    """Check that a component's weights are there; diffusers takes those without the variant otherwise."""
+    if variant is not None:
+        try:
+            weights_in(place, variant, names)
+        except FileNotFoundError:
+            if list(place.glob(f"*.{variant}.*")):
+                raise
+        else:
+            return
+    weights_in(place, None, names)
