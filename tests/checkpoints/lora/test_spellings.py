@@ -255,3 +255,15 @@ def test_what_a_key_says():
     assert read_key("transformer.head.head.diff_b").expert is None
     assert read_key("blocks.0.self_attn.q.lora_magnitude_vector.x.y.weight").part == "lora_magnitude_vector"
     assert read_key("module").part is None
+
+
+def test_long_keys_make_no_long_errors(shapes):
+    name = "x" * 10**6
+    for tensors in (
+        {f"{MODULE}.lora_A.{name}.weight": torch.full((4, SIZE), math.nan)},
+        {f"{MODULE}.lora_A.{name}{i}.weight": torch.ones(4, SIZE) for i in range(2)},
+        {f"{name}.lora_mid.weight": torch.ones(1)},
+    ):
+        with pytest.raises(ValueError) as error:
+            read(tensors, shapes)
+        assert len(str(error.value)) < 500

@@ -33,7 +33,7 @@ def read_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     """
     for mark, kind in _OTHERS.items():
         if key := next((key for key in file.tensors if mark in key), None):
-            raise ValueError(f"{file.source} is a {kind} adapter ({key}), which is not read")
+            raise ValueError(f"{file.source} is a {kind} adapter ({listed([key])}), which is not read")
     names = names_of(shapes)
     readers = {slot: _Reader(file, slot) for slot in SLOTS}
     for key in file.tensors:
@@ -135,32 +135,40 @@ class _Reader:
             weights, parameter = self._lora.layers[name], f"{name}.bias"
             key = self._keys[name, BIAS]
             if weights.kind != "lora" or parameter not in shapes:
-                raise ValueError(f"{self._file.source}: {key}: such a bias is not read for this layer")
+                raise ValueError(
+                    f"{self._file.source}: {listed([key])}: such a bias is not read for this layer"
+                )
             self._claim(parameter, "difference", key)
             self._lora.deltas[parameter] = bias.float() * (weights.scale_alpha / weights.rank)
 
     def _claim(self, place: str, part: str, key: str) -> None:
         other = self._keys.setdefault((place, part), key)
         if other != key:
-            raise ValueError(f"{self._file.source}: {other} and {key} are for the same part of {place}")
+            raise ValueError(
+                f"{self._file.source}: {listed([other])} and {listed([key])} are for the same part of {place}"
+            )
 
     def _checked(self, key: str, floating: bool) -> torch.Tensor:
         tensor = self._file.tensors[key]
         if isinstance(tensor, QuantizedTensor):
-            raise ValueError(f"{self._file.source}: {key} is quantised; a LoRA must not be")
+            raise ValueError(f"{self._file.source}: {listed([key])} is quantised; a LoRA must not be")
         if floating and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{self._file.source}: {key} is {kind}; a LoRA of such numbers is not read")
+            raise ValueError(
+                f"{self._file.source}: {listed([key])} is {kind}; a LoRA of such numbers is not read"
+            )
         values = tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
         # The extremes are NaN or infinite if anything is, and cost no memory.
         if values.numel() and not all(math.isfinite(float(x)) for x in torch.aminmax(values)):
-            raise ValueError(f"{self._file.source}: {key} holds NaN or infinity")
+            raise ValueError(f"{self._file.source}: {listed([key])} holds NaN or infinity")
         return tensor
 
     def _number(self, key: str, tensor: torch.Tensor) -> float:
         if tensor.numel() != 1:
             shape = tuple(tensor.shape)
-            raise ValueError(f"{self._file.source}: {key} must be one number, and has shape {shape}")
+            raise ValueError(
+                f"{self._file.source}: {listed([key])} must be one number, and has shape {shape}"
+            )
         return float(tensor)
 
 

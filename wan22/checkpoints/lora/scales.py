@@ -140,8 +140,6 @@ def _section(table: Mapping[str, Any], slot: str) -> dict[str, Any]:
     plain, own = {}, {}
     for key, value in table.items():
         expert, name = without_prefixes(key)
-        if "." in name:
-            continue  # of another model, such as "text_encoder.r"
         if name == key:
             plain[name] = value
         elif (expert or SLOTS[0]) == slot:
