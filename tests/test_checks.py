@@ -1,7 +1,10 @@
 """Checks of plain arguments say what is wrong, and what would be right."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+import torch
 
 from wan22 import checks
 
@@ -25,10 +28,10 @@ def test_choices(value, message):
     ("value", "options", "message"),
     [
         (0, {}, "n=0 must be an int, at least 1; the nearest is 1"),
-        (True, {}, "n=True must be an int, at least 1; the nearest is 1"),
-        ("2", {}, "n='2' must be an int, at least 1; the nearest is 1"),
+        (True, {}, "n=True must be an int, at least 1; such as 1"),
+        ("2", {}, "n='2' must be an int, at least 1; such as 1"),
         (3.6, {}, "n=3.6 must be an int, at least 1; the nearest is 4"),
-        (float("nan"), {}, "n=nan must be an int, at least 1; the nearest is 1"),
+        (float("nan"), {}, "n=nan must be an int, at least 1; such as 1"),
         (9, {"most": 2}, "n=9 must be an int, 1 to 2; the nearest is 2"),
         (1, {"least": 2}, "n=1 must be an int, at least 2; the nearest is 2"),
     ],
@@ -40,9 +43,14 @@ def test_counts(value, options, message):
 
 
 def test_whole_numbers_of_any_library():
-    assert type(checks.as_int(np.int32(3))) is int
-    assert checks.as_int(True) is True
-    assert checks.as_int(2.0) == 2.0
+    for value in (3, np.int32(3), np.array(3), torch.tensor(3)):
+        assert checks.as_number(value) == 3 and type(checks.as_number(value)) is int
+    for value in (0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        assert checks.as_number(value) == 0.5 and type(checks.as_number(value)) is float
+    for value in (True, np.True_, torch.tensor(True), "3", None, [3], np.array([3]), 1j, np.complex64(1)):
+        assert checks.as_number(value) is value
+    plain = checks.with_plain_numbers({"a": (np.int64(1), [torch.tensor(2.5)]), "b": True})
+    assert plain == {"a": (1, [2.5]), "b": True} and type(plain["a"][0]) is int and plain["b"] is True
 
 
 @pytest.mark.parametrize("value", [0, -16, 40, 32.0, True, "32", float("inf")])

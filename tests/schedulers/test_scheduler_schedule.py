@@ -134,18 +134,21 @@ def test_diffusers_interface(scheduler):
         ({}, "no schedule was given"),
         ({"num_inference_steps": 0}, "=0 must be an int, at least 1; the nearest is 1"),
         ({"num_inference_steps": 4.2}, "=4.2 must be an int, at least 1; the nearest is 4"),
-        ({"num_inference_steps": 4, "shift": 0.0}, "above 0, got 0.0; 1 leaves"),
-        ({"num_inference_steps": 4, "shift": float("nan")}, "above 0, got nan"),
+        ({"num_inference_steps": 4, "shift": 0.0}, r"shift=0\.0 must be a finite number, above 0; 1 leaves"),
+        ({"num_inference_steps": 4, "shift": float("nan")}, "shift=nan must be a finite number"),
         ({"num_inference_steps": 4, "shift": 1e12}, "closer than float32"),
         ({"sigmas": [0.9], "timesteps": [900]}, "both given"),
         ({"sigmas": []}, "at least 1 value"),
         ({"sigmas": [0.9, 0.5], "num_inference_steps": 3}, "contradicts 2 sigmas"),
         ({"sigmas": [0.9, 0.5], "shift": 5.0}, "leave the shift out"),
-        ({"sigmas": [1.5, 0.5]}, r"\(0, 1\], got sigmas\[0\] = 1.5; the nearest is 1"),
+        ({"sigmas": [1.5, 0.5]}, r"\(0, 1\], got sigmas\[0\] = 1.5; the nearest are \[1.0, 0.5\]"),
         ({"sigmas": [0.9, 0.0]}, r"sigmas\[1\] = 0; the final 0 is appended"),
-        ({"sigmas": [0.5, 0.9]}, r"sigmas\[1\] = 0.9 after 0.5; in order: \[0.9, 0.5\]"),
+        ({"sigmas": [0.5, 0.9]}, r"sigmas\[1\] = 0.9 after 0.5; the nearest are \[0.9, 0.5\]"),
         ({"timesteps": [900, 900]}, r"timesteps\[1\] = 900 after 900"),
-        ({"timesteps": [1001, 900]}, r"\(0, 1000\], got timesteps\[0\] = 1001; the nearest is 1000"),
+        (
+            {"timesteps": [1001, 900]},
+            r"\(0, 1000\], got = 1001; the nearest are \[1000.0, 900.0\]",
+        ),
         ({"timesteps": [float("nan")]}, "must lie in"),
     ],
 )
@@ -167,7 +170,7 @@ def test_step_refuses(scheduler):
         scheduler.step(x, 3, x)
     with pytest.raises(ValueError, match="must be one value"):
         scheduler.step(x, scheduler.timesteps, x)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2; the nearest is 1"):
+    with pytest.raises(ValueError, match="begin_index=2 must be an int, 0 to 1; the nearest is 1"):
         scheduler.set_begin_index(2)
     for t in scheduler.timesteps:
         x = scheduler.step(x, t, x).prev_sample
@@ -179,7 +182,7 @@ def test_step_refuses(scheduler):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shift": -1.0}, "above 0, got -1.0"),
+        ({"shift": -1.0}, r"shift=-1\.0 must be a finite number, above 0"),
         ({"num_train_timesteps": 1}, "=1 must be an int, at least 2; the nearest is 2"),
     ],
 )
@@ -190,7 +193,7 @@ def test_construction_refuses(solver, arguments, message):
 
 @pytest.mark.parametrize("solver", SOLVERS[:2])
 def test_solver_order_is_one_or_two(solver):
-    with pytest.raises(ValueError, match="must be 1 or 2, got 3; the nearest is 2"):
+    with pytest.raises(ValueError, match="solver_order=3 must be an int, 1 to 2; the nearest is 2"):
         solver(solver_order=3)
 
 

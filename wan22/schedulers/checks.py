@@ -1,23 +1,16 @@
 """Checks of a scheduler's arguments: errors name the value, the rule and the nearest valid value."""
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
-
-def check_shift(shift: float) -> None:
-    """Refuse a shift that is not finite and above 0."""
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift must be finite and above 0, got {shift}; 1 leaves the schedule unshifted")
+from ..checks import check_real, shown
 
 
-def check_solver_order(solver_order: int) -> None:
-    """Refuse an order that the multistep solvers do not have."""
-    if solver_order not in (1, 2):
-        nearest = 1 if solver_order < 1 else 2
-        raise ValueError(f"solver_order must be 1 or 2, got {solver_order}; the nearest is {nearest}")
+def check_shift(name: str, shift: Any) -> float:
+    """Return a shift as a number; refuse one that is not finite and above 0."""
+    return check_real(name, shift, 0, above=True, hint="1 leaves the schedule unshifted")
 
 
 def checked_table(
@@ -33,16 +26,18 @@ def checked_table(
         )
     if shift is not None:
         raise ValueError(
-            f"shift={shift} was given with {name}, which are used as they are; leave the shift out"
+            f"shift={shown(shift)} was given with {name}, which are used as they are; leave the shift out"
         )
+    # As the schedule holds them: float32 must tell them apart.
+    nearest = np.unique(np.clip(table[table > 0], None, top).astype(np.float32))[::-1].tolist()
+    hint = f"the nearest are {shown([float(f'{v:.7g}') for v in nearest])}" if nearest else "give at least 1"
     for index, value in enumerate(table):
         if not 0 < value <= top:
-            hint = f"the nearest is {top}" if value > top else "the final 0 is appended, leave it out"
-            raise ValueError(f"{name} must lie in (0, {top}], got {name}[{index}] = {value:g}; {hint}")
+            rest = "; the final 0 is appended, leave it out" if value == 0 else ""
+            raise ValueError(f"{name} must lie in (0, {top}], got {name}[{index}] = {value:g}{rest}; {hint}")
         before = table[max(index - 1, 0)]
         if index and np.float32(value) >= np.float32(before):
             raise ValueError(
-                f"{name} must fall at every step, got {name}[{index}] = {value:g} after {before:g}; "
-                f"in order: {sorted(set(table.tolist()), reverse=True)}"
+                f"{name} must fall at every step, got {name}[{index}] = {value:g} after {before:g}; {hint}"
             )
     return table

@@ -1,10 +1,11 @@
 """DPM-Solver++(2M), the official code's second solver."""
 
-import torch
-from diffusers.configuration_utils import register_to_config
+from typing import Any
 
+import torch
+
+from ..checks import check_positive_int
 from . import hub_config
-from .checks import check_solver_order
 from .flow_match import FlowMatchScheduler, half_log_snr, x0_from_velocity
 
 
@@ -14,7 +15,7 @@ class FlowMatchDPMSolverScheduler(FlowMatchScheduler):
     The noise levels are shift(linspace(1, 0, n + 1)); the first is exactly 1.
 
     Args:
-        num_train_timesteps, shift: as in `FlowMatchScheduler`.
+        num_train_timesteps, shift, **settings: as in `FlowMatchScheduler`.
         solver_order: 1 or 2; the first and the last step are of order 1.
     Source: Lu et al. 2022, arXiv:2211.01095, Algorithm 2; Wan2.2 wan/utils/fm_solvers.py,
     FlowDPMSolverMultistepScheduler and get_sampling_sigmas.
@@ -22,10 +23,16 @@ class FlowMatchDPMSolverScheduler(FlowMatchScheduler):
 
     schema = hub_config.DPMPP
 
-    @register_to_config
-    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0, solver_order: int = 2) -> None:
-        check_solver_order(solver_order)
-        super().__init__(num_train_timesteps, shift)
+    def __init__(
+        self,
+        *,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        solver_order: int = 2,
+        **settings: Any,
+    ) -> None:
+        order = check_positive_int("solver_order", solver_order, most=2)
+        super().__init__(num_train_timesteps, shift, solver_order=order, **settings)
 
     def _reset(self) -> None:
         self._previous_x0: torch.Tensor | None = None

@@ -1,7 +1,8 @@
 """Euler's method: one straight step along the velocity."""
 
+from typing import Any
+
 import torch
-from diffusers.configuration_utils import register_to_config
 
 from . import hub_config
 from .flow_match import FlowMatchScheduler
@@ -21,9 +22,8 @@ class FlowMatchEulerScheduler(FlowMatchScheduler):
     schema = hub_config.EULER
     truncates_timesteps = False
 
-    @register_to_config
-    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
-        super().__init__(num_train_timesteps, shift)
+    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0, **settings: Any) -> None:
+        super().__init__(num_train_timesteps, shift, **settings)
 
     def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
         return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity

@@ -8,8 +8,10 @@ Source: Wan2.2 wan/utils/fm_solvers_unipc.py and wan/utils/fm_solvers.py; Lipman
 """
 
 import json
+import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -18,9 +20,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from ..checks import check_positive_int
+from ..checks import as_number, check_positive_int, shown
 from .checks import check_shift, checked_table
-from .hub_config import MULTISTEP_FLOW, SCHEMAS, HubSchema, read_config
+from .hub_config import MULTISTEP_FLOW, SCHEMAS, SETTINGS, WRITER, HubSchema, read_config
+
+logger = logging.getLogger(__name__)
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -46,7 +50,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: the timestep of pure noise, at least 2.
-        shift: default shift of the schedule, above 0.
+        shift: default shift of the schedule, above 0; `flow_shift` is another name of it.
+        **settings: further settings of the diffusers class in `schema`. Those that only diffusion schedules
+            read are kept for it; any other value than this solver's is refused by a ValueError.
     """
 
     schema: ClassVar[HubSchema]
@@ -58,12 +64,27 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     timesteps: torch.Tensor
     sigmas: torch.Tensor
 
-    def __init__(self, num_train_timesteps: int, shift: float) -> None:
-        check_positive_int("num_train_timesteps", num_train_timesteps, least=2)
-        check_shift(shift)
-        # The live config carries diffusers' names too, so its classes can be built from it with from_config.
-        mirrored = {**MULTISTEP_FLOW, **self.schema.fixed, "flow_shift": shift}
-        self.register_to_config(**mirrored, _class_name=self.schema.class_name)
+    def __init__(self, num_train_timesteps: int, shift: float, **settings: Any) -> None:
+        schema, defaults = self.schema, self.schema.defaults
+        shift = _one_shift(shift, settings.pop("flow_shift", None))
+        if unknown := sorted(settings.keys() - defaults.keys() - MULTISTEP_FLOW.keys()):
+            raise TypeError(f"{type(self).__name__} has no setting {shown(unknown[0])}")
+        if lacks := schema.lacking(settings):
+            name, value, supported = lacks
+            raise ValueError(
+                f"the scheduler setting {name}={shown(value)} is not supported; the nearest supported value "
+                f"is {supported!r}; diffusers.{schema.class_name} has it"
+            )
+        steps = check_positive_int("num_train_timesteps", num_train_timesteps, least=2)
+        own = {"num_train_timesteps": steps, "shift": shift, "flow_shift": shift}
+        settings = {name: _as_json(value) for name, value in settings.items()}
+        # With the names of all of diffusers' solvers, so that each can be built from it with from_config.
+        config = defaults | settings | dict(MULTISTEP_FLOW) | dict(schema.fixed) | own
+        # In place of these, diffusers' from_config takes the defaults of the class that it builds.
+        absent = sorted(n for n in defaults if n not in {*settings, *own} and config[n] == defaults[n])
+        self.register_to_config(**config, _class_name=schema.class_name)
+        if absent:
+            self.register_to_config(_use_default_values=absent)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
         self.sigmas = torch.empty(0)
@@ -107,7 +128,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None and timesteps is not None:
             raise ValueError("sigmas and timesteps were both given; give one of them")
         if num_inference_steps is not None:
-            check_positive_int("num_inference_steps", num_inference_steps)
+            num_inference_steps = check_positive_int("num_inference_steps", num_inference_steps)
 
         scale = self.config["num_train_timesteps"]
         if timesteps is not None:
@@ -119,8 +140,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         elif num_inference_steps is None:
             raise ValueError("no schedule was given; give one of num_inference_steps, sigmas and timesteps")
         else:
-            shift = self.config["shift"] if shift is None else shift
-            check_shift(shift)
+            shift = self.config["shift"] if shift is None else check_shift("shift", shift)
             levels = shift_sigmas(np.linspace(self.sigma_start, 0, num_inference_steps + 1)[:-1], shift)
             times = levels * scale
 
@@ -160,12 +180,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         Raises: ValueError: no schedule, or an index outside it.
         """
         steps = self._require_schedule()
-        if not 0 <= begin_index < steps:
-            nearest = min(max(begin_index, 0), steps - 1)
-            raise ValueError(
-                f"begin_index must be from 0 to {steps - 1}, got {begin_index}; the nearest is {nearest}"
-            )
-        self._begin_index = begin_index
+        self._begin_index = check_positive_int("begin_index", begin_index, least=0, most=steps - 1)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """Return the index of the first step with this timestep, one value or several equal ones.
@@ -173,10 +188,11 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         Raises: ValueError: no schedule, or a timestep that is not in it.
         """
         self._require_schedule()
-        values = torch.as_tensor(timestep).flatten().unique()
+        values = torch.as_tensor(as_number(timestep)).flatten().unique()
         if len(values) != 1:
             raise ValueError(
-                f"timestep must be one value, got {values.tolist()}; set_begin_index says where to start"
+                f"timestep must be one value, got {shown(values.tolist())}; "
+                "set_begin_index says where to start"
             )
         distances = (self.timesteps.cpu().double() - values.cpu().double()).abs()
         index = int(distances.argmin())
@@ -267,34 +283,71 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     # ---- config ----
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build this solver from the config of any supported flow scheduler.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a scheduler's config from a file, a folder or a repository, for this solver.
+
+        A config with a setting that this solver lacks is loaded as it was saved, by the class of diffusers
+        that it names; a line in the log says so. `kwargs` are options of the download, and settings that
+        replace the config's.
+        """
+        config, kwargs, _ = cls.load_config(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            return_unused_kwargs=True,
+            return_commit_hash=True,
+            **kwargs,
+        )
+        theirs: Any = getattr(diffusers, config.get("_class_name", ""), None)
+        if theirs is not None and (lacks := _lacks(cls.schema, config, kwargs)):
+            logger.info("diffusers' %s, as it was saved: %s has no %s", theirs.__name__, cls.__name__, lacks)
+            return theirs.from_config(config, return_unused_kwargs, **kwargs)
+        return cls.from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build this solver from the config of any flow-matching scheduler, ours or diffusers'.
 
         Args:
-            config: config of diffusers' UniPCMultistepScheduler, DPMSolverMultistepScheduler or
-                FlowMatchEulerDiscreteScheduler, or of a solver here.
+            config: config of a scheduler; this solver takes from it the settings that it has itself.
             return_unused_kwargs: whether to return (scheduler, kwargs that are no setting).
             kwargs: settings that replace the config's, such as `shift` or `flow_shift`.
-        Raises: ValueError: a setting that is not supported.
+        Raises: ValueError: a setting that this solver lacks.
         """
-        settings = {"num_train_timesteps", "solver_order", "shift", "flow_shift"}.union(
-            *(s.fixed for s in SCHEMAS)
-        )
-        overrides = {name: kwargs.pop(name) for name in settings & kwargs.keys()}
-        arguments = read_config(config, overrides, cls.schema)
-        if "solver_order" not in cls._get_init_keys(cls):
-            arguments.pop("solver_order", None)
-        return super().from_config(arguments, return_unused_kwargs, **kwargs)
+        overrides = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
+        scheduler = cls(**read_config(config, overrides, cls.schema))
+        return (scheduler, kwargs) if return_unused_kwargs else scheduler
 
     def to_json_string(self) -> str:
         """Return the config as JSON that plain diffusers reads."""
-        fields = {
-            "_class_name": self.schema.class_name,
-            "_diffusers_version": diffusers.__version__,
-            "num_train_timesteps": self.config["num_train_timesteps"],
-            self.schema.shift_field: self.config["shift"],
-            **self.schema.fixed,
-        }
-        if "solver_order" in self.config:
-            fields["solver_order"] = self.config["solver_order"]
+        schema = self.schema
+        fields = {name: self.config[name] for name in schema.defaults}
+        fields |= {"_class_name": schema.class_name, "_diffusers_version": WRITER}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def _lacks(schema: HubSchema, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> str | None:
+    """Return what a solver lacks of a config, as "name=value"; None if it has it all."""
+    settings = read_config(config, {n: overrides[n] for n in SETTINGS & overrides.keys()}, schema)
+    if lacks := schema.lacking(settings):
+        return f"{lacks[0]}={shown(lacks[1])}"
+    order = settings.get("solver_order")
+    return None if order in (None, *schema.orders) else f"solver_order={shown(order)}"
+
+
+def _one_shift(shift: Any, flow_shift: Any) -> float:
+    """Return the shift, which has two names."""
+    if flow_shift is None:
+        return check_shift("shift", shift)
+    if shift not in (1, flow_shift):
+        raise ValueError(f"shift={shown(shift)} and flow_shift={shown(flow_shift)} are one setting; give one")
+    return check_shift("flow_shift", flow_shift)
+
+
+def _as_json(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value

@@ -1,10 +1,11 @@
 """UniPC, the official code's default solver: a multistep predictor, corrected with the next prediction."""
 
-import torch
-from diffusers.configuration_utils import register_to_config
+from typing import Any
 
+import torch
+
+from ..checks import check_positive_int
 from . import hub_config
-from .checks import check_solver_order
 from .flow_match import FlowMatchScheduler, half_log_snr, x0_from_velocity
 
 
@@ -15,7 +16,7 @@ class FlowMatchUniPCScheduler(FlowMatchScheduler):
     largest level of the unshifted training schedule.
 
     Args:
-        num_train_timesteps, shift: as in `FlowMatchScheduler`.
+        num_train_timesteps, shift, **settings: as in `FlowMatchScheduler`.
         solver_order: 1 or 2; the first and the last step are of order 1. The corrector raises each by one.
     Source: Zhao et al. 2023, arXiv:2302.04867, UniP and UniC for data prediction; Wan2.2
     wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
@@ -23,10 +24,16 @@ class FlowMatchUniPCScheduler(FlowMatchScheduler):
 
     schema = hub_config.UNIPC
 
-    @register_to_config
-    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0, solver_order: int = 2) -> None:
-        check_solver_order(solver_order)
-        super().__init__(num_train_timesteps, shift)
+    def __init__(
+        self,
+        *,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        solver_order: int = 2,
+        **settings: Any,
+    ) -> None:
+        order = check_positive_int("solver_order", solver_order, most=2)
+        super().__init__(num_train_timesteps, shift, solver_order=order, **settings)
 
     @property
     def sigma_start(self) -> float:

@@ -134,10 +134,10 @@ class Recipe:
             known = {f.name for f in fields(cls)}
             values = {name: value for name, value in values.items() if name in known}
             if values.get("origin") is not None:
-                values["origin"] = Origin(**_frozen(values["origin"]))
+                values["origin"] = Origin(**frozen(values["origin"]))
             values["loras"] = tuple(UsedLora(**lora) for lora in values.get("loras", ()))
             for name in ("scheduler_config", "changes"):
-                values[name] = _frozen(values.get(name, {}))
+                values[name] = frozen(values.get(name, {}))
             recipe = cls(**values)
             str(recipe)  # a call without seeds or scales is no recipe
             return recipe
@@ -173,10 +173,10 @@ def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, "call": call, "not_reproducible_because": old.get("obstacle")}
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Turn JSON's lists into tuples, also within others."""
     if isinstance(value, Mapping):
-        return {name: _frozen(inner) for name, inner in value.items()}
+        return {name: frozen(inner) for name, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_frozen(inner) for inner in value)
+        return tuple(frozen(inner) for inner in value)
     return value

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,49 @@ def test_another_scheduler_is_brought(cls, pipe, tmp_path):
     assert not np.array_equal(pipe("a", seed=1, **QUICK).frames, video.frames)
     assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
     assert pipe.scheduler is mine
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0, use_karras_sigmas=True),
+        diffusers.FlowMatchLCMScheduler(shift=6.0),
+        diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=4.0,
+            solver_order=3,
+            disable_corrector=[0],
+            trained_betas=np.array([0.1, 0.2]),
+        ),
+        diffusers.DPMSolverMultistepScheduler.from_config(
+            FlowMatchEulerScheduler(shift=2.0).config, algorithm_type="sde-dpmsolver++", flow_shift=3.0
+        ),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_of_diffusers_is_brought(scheduler, pipe, tmp_path, caplog):
+    mine = pipe.scheduler
+    try:
+        pipe.scheduler = scheduler
+        video = pipe("a", seed=1, **QUICK)
+    finally:
+        pipe.scheduler = mine
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+    assert Recipe.from_json(video.recipe.to_json()) == video.recipe
+    assert "not expected" not in caplog.text
+
+
+def test_a_shift_set_on_a_scheduler_of_diffusers(pipe, tmp_path):
+    mine = pipe.scheduler
+    try:
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+        pipe.scheduler.set_shift(2.0)
+        video = pipe("a", seed=1, **QUICK)
+    finally:
+        pipe.scheduler = mine
+    assert video.recipe.flow_shift == 2.0
+    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
 
 
 def test_with_changes(pipe, tmp_path):

@@ -69,9 +69,11 @@ def test_schedulers_go_there_and_back(ours, theirs, shift, tmp_path):
     assert type(plain.scheduler) is getattr(diffusers, theirs)
     assert plain.scheduler.config[shift] == 7.0
     plain.save_pretrained(tmp_path / "theirs")
+    assert type(load_pipeline(tmp_path / "ours").scheduler) is ours
+    # Whose arithmetic it was saved with is whose it is loaded with; diffusers' UniPC stands for the official.
     back = load_pipeline(tmp_path / "theirs").scheduler
-    assert type(back) is ours
-    assert back.config.shift == 7.0
+    assert type(back) is (ours if ours is FlowMatchUniPCScheduler else type(plain.scheduler))
+    assert back.config[shift] == 7.0
 
 
 @pytest.mark.parametrize(
@@ -293,29 +295,102 @@ def test_the_shift_of_an_unknown_checkpoint_is_kept(folder):
     assert load_pipeline(as_converted(folder, 3.0)).scheduler.config.shift == 3.0
 
 
-def test_the_shift_of_another_solver_is_corrected(folder, tiny_preset):
+def test_the_shift_of_another_solver_is_somebodys_choice(folder, tiny_preset):
     as_converted(folder, 3.0)
-    edit_json(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    with_scheduler(folder, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert load_pipeline(folder).scheduler.config.shift == 3.0
+
+
+# ---- any scheduler is loaded as it was saved ----
+
+
+def with_scheduler(folder, scheduler):
+    """Put a scheduler of diffusers into a saved pipeline, as diffusers saves it."""
+    edit_json(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
     shutil.rmtree(folder / "scheduler")
-    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    scheduler = load_pipeline(folder).scheduler
-    assert type(scheduler) is FlowMatchEulerScheduler
-    assert scheduler.config.shift == 5.0
+    scheduler.save_pretrained(folder / "scheduler")
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("use_karras_sigmas", True),
-        ("prediction_type", "epsilon"),
-        ("solver_type", "bh1"),
-        ("thresholding", True),
-    ],
-)
-def test_unsupported_scheduler_settings_are_named(setting, value, folder):
-    edit_json(folder / "scheduler/scheduler_config.json", **{setting: value})
-    with pytest.raises(ValueError, match=f"{setting}={value!r} is not supported"):
-        load_pipeline(folder)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+SAVED = {
+    "Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+    "Euler, Karras": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0, use_karras_sigmas=True),
+    "Euler, stochastic": lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=5.0),
+    "LCM": lambda: diffusers.FlowMatchLCMScheduler(shift=5.0),
+    "UniPC, order 3": lambda: diffusers.UniPCMultistepScheduler(**FLOW, solver_order=3),
+    "UniPC, Karras": lambda: diffusers.UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
+    "UniPC, thresholding": lambda: diffusers.UniPCMultistepScheduler(**FLOW, thresholding=True),
+    "UniPC, sigma_min": lambda: diffusers.UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+    "DPM++": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, euler_at_final=True),
+    "DPM++, SDE": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
+    "DEIS": lambda: diffusers.DEISMultistepScheduler(**FLOW),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_scheduler_of_diffusers(name, folder, tmp_path, pipe):
+    scheduler = SAVED[name]()
+    with_scheduler(folder, scheduler)
+    loaded = load_pipeline(folder)
+    plain = diffusers.WanPipeline.from_pretrained(folder).scheduler
+    assert type(loaded.scheduler) is type(plain) is type(scheduler)
+    assert dict(loaded.scheduler.config) == dict(plain.config)
+    given = load_pipeline(folder, scheduler=scheduler)
+    latents = latents_of(given)
+    assert torch.equal(latents_of(loaded), latents)
+    given.save_pretrained(tmp_path / "again")
+    again = load_pipeline(tmp_path / "again")
+    assert type(again.scheduler) is type(scheduler)
+    assert torch.equal(latents_of(again), latents)
+    if "stochastic" not in name:  # with its first level shifted once more, and other levels between
+        assert not torch.equal(latents_of(pipe), latents)
+
+
+class HalfSteps(diffusers.FlowMatchEulerDiscreteScheduler):
+    """A scheduler of somebody's own, which no library knows."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(model_output / 2, *args, **kwargs)
+
+
+def test_a_scheduler_of_the_callers_own(folder, tmp_path):
+    pipe = load_pipeline(folder, scheduler=HalfSteps(shift=5.0))
+    latents = latents_of(pipe)
+    pipe.save_pretrained(tmp_path / "own")
+    again = load_pipeline(tmp_path / "own")
+    assert type(again.scheduler) is HalfSteps
+    assert torch.equal(latents_of(again), latents)
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "own").scheduler
+    assert type(plain) is diffusers.FlowMatchEulerDiscreteScheduler  # diffusers loads none of others
+    again.scheduler = plain
+    again.save_pretrained(tmp_path / "plain")
+    assert type(load_pipeline(tmp_path / "plain").scheduler) is type(plain)
+
+
+def test_a_scheduler_of_a_class_that_is_not_here(folder, tmp_path, caplog):
+    load_pipeline(folder, scheduler=HalfSteps(shift=5.0)).save_pretrained(tmp_path / "own")
+    edit_json(tmp_path / "own/model_index.json", _wan22_scheduler=["elsewhere.steps", "HalfSteps"])
+    loaded = load_pipeline(tmp_path / "own")
+    assert type(loaded.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert "a HalfSteps of elsewhere.steps, which is not here" in caplog.text
+
+
+class OwnUniPC(FlowMatchUniPCScheduler):
+    """A solver of somebody's own that derives from ours."""
+
+
+def test_a_scheduler_that_derives_from_ours(folder, tmp_path):
+    load_pipeline(folder, scheduler=OwnUniPC(shift=5.0)).save_pretrained(tmp_path / "own")
+    assert type(load_pipeline(tmp_path / "own").scheduler) is OwnUniPC
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "own").scheduler
+    assert type(plain) is diffusers.UniPCMultistepScheduler and plain.config.flow_shift == 5.0
+
+
+def test_a_diffusion_scheduler_is_refused_at_the_call(folder):
+    with_scheduler(folder, diffusers.UniPCMultistepScheduler(flow_shift=5.0))
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler is not set to flow matching"):
+        latents_of(load_pipeline(folder))
 
 
 def test_an_image_to_video_repository(tmp_path):

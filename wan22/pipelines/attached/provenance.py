@@ -1,5 +1,6 @@
 """Where a pipeline's weights came from, and whether a recipe's video can be made with them."""
 
+import inspect
 import logging
 import platform
 import weakref
@@ -8,14 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ... import __version__, schedulers
 from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of, has_adapters
-from ...video.recipe import Origin, Recipe, UsedLora
+from ...checks import cut
+from ...video.recipe import Origin, Recipe, UsedLora, frozen
+from ..call.request import plain
 from .part import Part
 
 logger = logging.getLogger(__name__)
@@ -97,12 +102,11 @@ class Provenance(Part):
         """Return a recipe's entries about the pipeline, beside the call's settings."""
         pipe = self._pipe
         names = [name for name in MODELS if getattr(pipe, name, None) is not None]
-        scheduler = pipe.scheduler.config
         return {
             "checkpoint": pipe.checkpoint_name,
             "pipeline": type(pipe).__name__,
             "boundary_ratio": pipe.config.boundary_ratio,
-            "scheduler_config": {k: v for k, v in scheduler.items() if not k.startswith("_")},
+            "scheduler_config": scheduler_settings(pipe.scheduler),
             "origin": self.origin(),
             "loras": self.used_loras(),
             "dtypes": {name: str(getattr(pipe, name).dtype).removeprefix("torch.") for name in names},
@@ -169,19 +173,24 @@ def _loras(used: tuple[UsedLora, ...]) -> list[Any]:
 
 
 def scheduler_of(recipe: Recipe, mine: Any) -> Any:
-    """Return the scheduler that a recipe names, with its settings."""
-    config = {k: v for k, v in mine.config.items() if not k.startswith("_")}
+    """Return the scheduler that a recipe names, ours or diffusers', with its settings."""
     if recipe.call.get("distilled") is not None or (
-        type(mine).__name__ == recipe.scheduler and _plain(config) == _plain(recipe.scheduler_config)
+        type(mine).__name__ == recipe.scheduler and scheduler_settings(mine) == recipe.scheduler_config
     ):
         return mine
-    cls = (
-        type(mine) if type(mine).__name__ == recipe.scheduler else getattr(schedulers, recipe.scheduler, None)
-    )
+    name = recipe.scheduler
+    found = [getattr(place, name, None) for place in (schedulers, diffusers)]
+    known = [type(mine)] if type(mine).__name__ == name else found
+    cls: Any = next((cls for cls in known if isinstance(cls, type) and issubclass(cls, SchedulerMixin)), None)
     if cls is None:
-        raise ValueError(f"the recipe's scheduler is {recipe.scheduler}; set pipe.scheduler to one first")
-    return cls.from_config(dict(recipe.scheduler_config))
+        raise ValueError(f"the recipe's scheduler is {cut(name)}; set pipe.scheduler to one first")
+    # Without what the config has kept of other classes, and diffusers would warn of.
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return cls.from_config(dict(recipe.scheduler_config))
+    return cls.from_config({n: v for n, v in recipe.scheduler_config.items() if n in parameters})
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's settings as a recipe holds them."""
+    return frozen(plain({n: v for n, v in scheduler.config.items() if not n.startswith("_")}))

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
+from ...checks import check_real, shown
 from ...presets import MAX_TEXT_TOKENS
 from .experts import Step
 
 
 def check_guidance(name: str, value: float) -> None:
     """Refuse a guidance scale below 1, where libraries disagree about the meaning."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a number, 1 or more; 1 turns guidance off")
+    check_real(name, value, 1, hint="1 turns guidance off")
 
 
 def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str]:
@@ -57,9 +57,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
 
 def describe(value: Any) -> str:
     """Say in an error what a value is."""
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r:.80}"
+    return shown(value) if isinstance(value, torch.Tensor) else f"{type(value).__name__} {shown(value)}"
 
 
 def check_finite(latents: torch.Tensor, step: Step) -> None:

@@ -6,10 +6,11 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ...checks import as_int
+from ...checks import check_positive_int, shown
 from .checks import describe
 from .request import Request
 
@@ -35,19 +36,18 @@ def generators_of(request: Request, count: int, draw_seed: Callable[[], int]) ->
 
 
 def _seeded(seed: Any, device: str | None, count: int) -> list[torch.Generator]:
+    seed = seed.tolist() if isinstance(seed, np.ndarray | torch.Tensor) else seed
     alone = not isinstance(seed, Sequence) or isinstance(seed, str)
-    given = [as_int(value) for value in ([seed] if alone else seed)]
-    for value in given:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            nearest = min(max(value, 0), 2**63 - 1) if isinstance(value, int) else 0
-            raise ValueError(f"seed={value!r} must be an int from 0 to 2**63 - 1; the nearest is {nearest:d}")
+    given = [
+        check_positive_int("seed", value, least=0, most=2**63 - 1) for value in ([seed] if alone else seed)
+    ]
     seeds = [given[0] + i for i in range(count)] if alone else given
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} videos; give {count}, or one")
     try:
         return [torch.Generator(device or "cpu").manual_seed(value) for value in seeds]
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"noise_device={device!r} is not there to draw on; 'cpu' always is") from error
+        raise ValueError(f"noise_device={shown(device)} is not there to draw on; 'cpu' always is") from error
 
 
 def seeds_of(request: Request, generators: Sequence[torch.Generator]) -> list[int | None]:

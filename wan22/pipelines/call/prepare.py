@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...checks import as_int, check_choice, check_num_frames, check_positive_int, check_size
+from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
 from ...presets import MAX_TEXT_TOKENS
 from ...video.recipe import Recipe
 from ...video.result import OUTPUT_TYPES
@@ -75,12 +75,12 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:
     """Return height, width and frames: the given ones, or the checkpoint's."""
     patch = pipe.any_transformer.config.patch_size
-    height, width = as_int(request.height), as_int(request.width)
+    height, width = request.height, request.width
     if height is None or width is None:
         default_height, default_width = pipe.default_size(request)
         height = default_height if height is None else height
         width = default_width if width is None else width
-    num_frames = pipe.preset.num_frames if request.num_frames is None else as_int(request.num_frames)
+    num_frames = pipe.preset.num_frames if request.num_frames is None else request.num_frames
     check_size("height", height, pipe.vae.spatial_stride * patch[1])
     check_size("width", width, pipe.vae.spatial_stride * patch[2])
     check_num_frames(num_frames, pipe.vae.temporal_stride)
@@ -91,7 +91,9 @@ def _guidance(pipe: PipelineParts, request: Request) -> ClassifierFreeGuidance:
     """Return the guidance: the given scales or the checkpoint's; one serves both experts."""
     first, second = request.guidance_scale, request.guidance_scale_2
     if second is not None and pipe.config.boundary_ratio is None:
-        raise ValueError(f"guidance_scale_2={second!r} is for checkpoints of two experts; use guidance_scale")
+        raise ValueError(
+            f"guidance_scale_2={shown(second)} is for checkpoints of two experts; use guidance_scale"
+        )
     if second is None:
         second = pipe.preset.guidance_scale_2 if first is None else first
     if first is None:

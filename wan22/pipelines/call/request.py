@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...checks import shown, with_plain_numbers
 from .images import Picture
 
 Prompt = str | Sequence[str] | None
@@ -24,11 +25,11 @@ class Request:
     """A call's arguments, as attributes; made of the locals() of `__call__`."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        self.arguments = {name: value for name, value in arguments.items() if name != "self"}
+        self.arguments = {n: with_plain_numbers(value) for n, value in arguments.items() if n != "self"}
 
     def __getattr__(self, name: str) -> Any:
         if name == "arguments" or name not in self.arguments:
-            raise AttributeError(f"this call has no argument {name!r}")
+            raise AttributeError(f"this call has no argument {shown(name)}")
         return self.arguments[name]
 
     def changed(self, **changes: Any) -> "Request":

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import as_int, check_choice, check_positive_int
+from ...checks import check_choice, check_positive_int, check_real, shown
 from ...presets import FEW_STEPS
 from ...schedulers import FlowMatchEulerScheduler, FlowMatchScheduler
 from .noise import NoisePerVideo
 from .request import Request
 from .state import CallState
+
+_FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 def with_distilled(request: Request) -> Request:
@@ -22,14 +24,14 @@ def with_distilled(request: Request) -> Request:
     check_choice("distilled", name, tuple(FEW_STEPS))
     for other in ("num_inference_steps", "flow_shift", "sigmas", "timesteps"):
         if getattr(request, other) is not None:
-            raise ValueError(f"distilled={name!r} has its own timesteps; leave {other} out")
+            raise ValueError(f"distilled={shown(name)} has its own timesteps; leave {other} out")
     scale = FEW_STEPS[name].guidance_scale if request.guidance_scale is None else request.guidance_scale
     return request.changed(timesteps=FEW_STEPS[name].timesteps, guidance_scale=scale)
 
 
 def scheduler_for(request: Request, scheduler: Any, device: torch.device, default_steps: int) -> Any:
     """Return the scheduler of a call, its schedule set: the pipeline's, or Euler's for distilled models."""
-    steps = as_int(request.num_inference_steps)
+    steps = request.num_inference_steps
     if steps is None and request.sigmas is None and request.timesteps is None:
         steps = default_steps
     if steps is not None:
@@ -68,8 +70,8 @@ def set_schedule(
         sigmas: noise levels to use as they are, 0 to 1.
         timesteps: timesteps to use as they are, 0 to 1000.
     """
-    if shift is not None and (isinstance(shift, bool) or not isinstance(shift, (int, float))):
-        raise ValueError(f"flow_shift={shift!r} must be a number above 0, such as 5.0")
+    if shift is not None:
+        shift = check_real("flow_shift", shift, 0, above=True, hint="such as 5.0")
     lists = {"sigmas": sigmas, "timesteps": timesteps}
     custom: dict[str, Any] = {name: values for name, values in lists.items() if values is not None}
     if isinstance(scheduler, FlowMatchScheduler):
@@ -90,9 +92,11 @@ def set_schedule(
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
-    config = scheduler.config
-    by_settings = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(by_settings)
+    config, cls = scheduler.config, type(scheduler)
+    said = [config[name] == value for name, value in _FLOW_MATCHING.items() if name in config]
+    # Without such settings a class of diffusers tells by its name, and one of the caller's own is believed.
+    unsaid = cls.__name__.startswith("FlowMatch") or not cls.__module__.startswith("diffusers.")
+    return unsaid if not said else all(said) or cls.__name__.startswith("FlowMatch")
 
 
 def _custom_schedule_of_diffusers(
@@ -113,7 +117,10 @@ def _custom_schedule_of_diffusers(
 
 
 def scheduler_shift(scheduler: Any) -> float | None:
-    """Return the shift in a scheduler's config, ours or diffusers'."""
+    """Return a scheduler's shift, ours or diffusers'."""
+    # diffusers' set_shift leaves the config as it is.
+    if hasattr(type(scheduler), "shift"):
+        return float(scheduler.shift)
     for name in ("flow_shift", "shift"):
         if name in scheduler.config:
             return float(scheduler.config[name])

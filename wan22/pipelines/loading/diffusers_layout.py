@@ -14,15 +14,19 @@ from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.models import WanTransformer3DModel
 from ...checkpoints.loading.recognize import FORMATS
 from ...presets import CONVERTED_FLOW_SHIFT
+from ...schedulers import FlowMatchUniPCScheduler
 from ..call.schedule import reshifted, scheduler_shift
 from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted, is_folder
 from .components import OURS, check_components, check_index
+from .hub_classes import load_own_scheduler
 from .single_files import SingleFiles
 
 logger = logging.getLogger(__name__)
 
 # Stands in model_index.json, where diffusers ignores it: the settings in the folder are somebody's choice.
 MARK = "_wan22_version"
+# Stands there, too: module and name of a scheduler's class that is neither ours nor diffusers'.
+OWN_SCHEDULER = "_wan22_scheduler"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -71,6 +75,9 @@ class DiffusersLayout:
                         folder / name, dtype=dtype, dequantize=True, variant=variant
                     )
         check_components(folder, self.index, wanted)
+        own = self.index.get(OWN_SCHEDULER)
+        if own and "scheduler" not in options and (own := load_own_scheduler(own, folder / "scheduler")):
+            options["scheduler"] = own
         pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
@@ -105,9 +112,11 @@ def dtypes_in(folder: Path, wanted: Wanted) -> dict[str, torch.dtype | None]:
 def correct_shift(pipe: Any) -> None:
     """Give a converted repository of a released checkpoint the official shift.
 
-    diffusers' conversion script writes 3.0 for all of them but TI2V-5B, and videos get worse with it.
+    diffusers' conversion script writes UniPC with 3.0 for all of them but TI2V-5B, and videos get worse with
+    it. Any other scheduler is somebody's choice.
     """
-    preset = pipe.released
-    if preset is not None and scheduler_shift(pipe.scheduler) == CONVERTED_FLOW_SHIFT != preset.flow_shift:
+    preset, ours = pipe.released, isinstance(pipe.scheduler, FlowMatchUniPCScheduler)
+    shift = scheduler_shift(pipe.scheduler)
+    if preset is not None and ours and shift == CONVERTED_FLOW_SHIFT != preset.flow_shift:
         logger.info("flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift)
         pipe.scheduler = reshifted(pipe.scheduler, preset.flow_shift)

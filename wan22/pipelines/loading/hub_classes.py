@@ -4,17 +4,24 @@ diffusers imports the module that model_index.json names for each component and 
 `LoadablePipeline.load_config` makes it read "diffusers" as this module.
 """
 
+import logging
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...checkpoints.naming.names import shapes_of
-from ...schedulers import FlowMatchDPMSolverScheduler as DPMSolverMultistepScheduler
-from ...schedulers import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
-from ...schedulers import FlowMatchUniPCScheduler as UniPCMultistepScheduler
+from ...checks import cut
+from ...schedulers import FlowMatchDPMSolverScheduler, FlowMatchEulerScheduler, FlowMatchUniPCScheduler
+from ...schedulers.hub_config import written_here
+
+logger = logging.getLogger(__name__)
 
 # The two mixins are how diffusers tells models from schedulers.
 __all__ = [
@@ -30,6 +37,65 @@ _MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": A
 _VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
     f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
 }
+
+
+class _SavedScheduler(SchedulerMixin):
+    """Loads a scheduler's config by the class that it was saved by, ours or diffusers'."""
+
+    ours: Any
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+        """Load the scheduler; diffusers' own where ours lacks one of its settings."""
+        config = cls.ours.load_config(path, subfolder=options.get("subfolder"))
+        # What the hub's Wan repositories hold is UniPC, written by diffusers for the official one.
+        official = cls.ours is FlowMatchUniPCScheduler or written_here(config)
+        return (cls.ours if official else getattr(diffusers, cls.__name__)).from_pretrained(path, **options)
+
+
+class UniPCMultistepScheduler(_SavedScheduler):
+    """UniPC: ours."""
+
+    ours = FlowMatchUniPCScheduler
+
+
+class DPMSolverMultistepScheduler(_SavedScheduler):
+    """DPM-Solver++: ours if we wrote the config."""
+
+    ours = FlowMatchDPMSolverScheduler
+
+
+class FlowMatchEulerDiscreteScheduler(_SavedScheduler):
+    """Euler's method: ours if we wrote the config."""
+
+    ours = FlowMatchEulerScheduler
+
+
+def saved_scheduler(scheduler: Any) -> tuple[list[str] | None, list[str] | None]:
+    """Return what model_index.json says of a scheduler: an entry that diffusers loads, and the class itself.
+
+    The entry is None for a class that derives from none of diffusers' or ours: it stays as diffusers writes
+    it. The second is None where the entry says it all.
+    """
+    own = type(scheduler)
+    for cls in own.mro():
+        ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        name = cls.schema.class_name if ours else cls.__name__  # type: ignore[attr-defined]
+        if ours or (cls is not SchedulerMixin and getattr(diffusers, name, None) is cls):
+            return ["diffusers", name], None if cls is own else [own.__module__, own.__qualname__]
+    return None, None
+
+
+def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
+    """Load a scheduler by the caller's own class; None, with a warning, where the class is not here."""
+    module, name = entry
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        message = "the scheduler was a %s of %s, which is not here (%s); the class that it derives from runs"
+        logger.warning(message, cut(name), cut(module), cut(error))
+        return None
+    return cls.from_pretrained(folder)
 
 
 def from_diffusers_model(component: Any) -> Any:

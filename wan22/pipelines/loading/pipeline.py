@@ -15,7 +15,7 @@ from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
 from .checkpoint import Dtypes, Wanted
-from .diffusers_layout import MARK
+from .diffusers_layout import MARK, OWN_SCHEDULER
 from .load import load_pipeline, locate
 from .single_files import SingleFiles
 
@@ -170,8 +170,9 @@ class LoadablePipeline(DiffusionPipeline):
         config = json.loads(super().to_json_string())
         for name, value in config.items():
             if isinstance(value, list) and len(value) == 2 and str(value[0]).split(".")[0] == "wan22":
-                schema = getattr(getattr(self, name), "schema", None)
-                config[name] = ["diffusers", schema.class_name if schema else value[1]]
+                config[name] = ["diffusers", value[1]]
+        entry, own = hub_classes.saved_scheduler(self.scheduler)
+        config |= {"scheduler": entry or config["scheduler"], OWN_SCHEDULER: own}
         config |= {"_class_name": self.hub_class_name, MARK: __version__}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
