@@ -70,7 +70,7 @@ def check_positive_int(name: str, value: Any, most: int | None = None, least: in
     value = as_number(value)
     if _is_int(value) and value >= least and (most is None or value <= most):
         return int(value)
-    rule = f"at least {least}" if most is None else f"{least} to {most}"
+    rule = f"at least {least}" if most is None else f"{least} to {_written(most)}"
     nearest = max(least, round(value)) if _is_finite(value) else least
     nearest = nearest if most is None else min(nearest, most)
     hint = (
@@ -92,7 +92,7 @@ def check_real(
     value = as_number(value)
     if _is_finite(value) and least <= value <= most and not (above and value == least):
         return value
-    rules = ["a finite number"]
+    rules = ["a finite number" if _is_real(value) and not math.isfinite(value) else "a number"]
     if least > -math.inf:
         rules.append(f"above {least:g}" if above else f"{least:g} or more")
     if most < math.inf:
@@ -149,6 +149,11 @@ def _is_real(value: Any) -> bool:
 def _is_finite(value: Any) -> bool:
     # A whole number beyond the largest float is not finite to math.isfinite, but an OverflowError.
     return _is_real(value) and (isinstance(value, int) or math.isfinite(value))
+
+
+def _written(bound: int) -> str:
+    power = bound.bit_length()
+    return f"2**{power} - 1" if power > 32 and bound == 2**power - 1 else str(bound)
 
 
 def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:

@@ -82,7 +82,7 @@ CASES = [
     ({"sigmas": [0.5], "timesteps": [500]}, ["sigmas and timesteps", "one of them"]),
     (
         {"num_inference_steps": None, "flow_shift": None, "timesteps": [1001]},
-        ["timesteps", "1001", "nearest is 1000"],
+        ["timesteps", "1001", "nearest are [1000]"],
     ),
     # guidance
     ({"guidance_scale": 0.5}, ["guidance_scale=0.5", "1 or more", "1 turns guidance off"]),

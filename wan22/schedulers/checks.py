@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_real, shown
+from ..checks import check_real, cut, shown
 
 
 def check_shift(name: str, shift: Any) -> float:
@@ -29,8 +29,9 @@ def checked_table(
             f"shift={shown(shift)} was given with {name}, which are used as they are; leave the shift out"
         )
     # As the schedule holds them: float32 must tell them apart.
-    nearest = np.unique(np.clip(table[table > 0], None, top).astype(np.float32))[::-1].tolist()
-    hint = f"the nearest are {shown([float(f'{v:.7g}') for v in nearest])}" if nearest else "give at least 1"
+    nearest = {np.float32(value): value for value in np.clip(table[table > 0], None, top)}
+    listed = cut(", ".join(f"{nearest[level]:.10g}" for level in sorted(nearest, reverse=True)))
+    hint = f"the nearest are [{listed}]" if nearest else f"such as [{top}]"
     for index, value in enumerate(table):
         if not 0 < value <= top:
             rest = "; the final 0 is appended, leave it out" if value == 0 else ""
