@@ -171,7 +171,7 @@ def test_offline(repository, monkeypatch):
     unreachable(monkeypatch)
     for hub in ({"local_files_only": True}, {}):
         asked.clear()
-        assert read("org/loras", where(**hub)) == "a.safetensors"
+        assert read("org/loras", where(None, None, **hub)) == "a.safetensors"
         assert asked[0] == ("a.safetensors", hub)
 
 

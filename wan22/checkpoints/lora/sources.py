@@ -30,7 +30,7 @@ class LoraSource:
     """A LoRA's file in a folder or repository: its name (None: the only one), subfolder, hub options."""
 
     weight_name: str | None
-    subfolder: str
+    subfolder: str | None
     hub: dict[str, Any]
 
     def files_of(self, source: str | Path) -> list[str]:
@@ -46,7 +46,7 @@ class LoraSource:
         """
         folder, reason = Path(source).expanduser(), ""
         if folder.is_dir():
-            path = folder / self.subfolder / name
+            path = folder / (self.subfolder or "") / name
         else:
             check_repository_name(str(source), "file")
             path, reason = self._download(source, name)
@@ -73,7 +73,7 @@ class LoraSource:
 
     def in_folder(self) -> "LoraSource":
         """Return the same source with the folder in the file's name as a subfolder."""
-        path = PurePosixPath(self.subfolder, self.weight_name or "")
+        path = PurePosixPath(self.subfolder or "", self.weight_name or "")
         folder = "" if path.parent == PurePosixPath() else str(path.parent)
         return replace(self, weight_name=path.name, subfolder=folder) if self.weight_name else self
 
@@ -89,9 +89,9 @@ class LoraSource:
                     f"there is no file or folder {source}, nor can a repository of that name be listed"
                     f"{_reason(error)}"
                 ) from error
-            paths = [path for path in names if path.is_relative_to(self.subfolder)]
-            return [path.relative_to(self.subfolder) for path in paths if path.suffix in SUFFIXES]
-        base = folder / self.subfolder
+            paths = [path for path in names if path.is_relative_to(self.subfolder or "")]
+            return [path.relative_to(self.subfolder or "") for path in paths if path.suffix in SUFFIXES]
+        base = folder / (self.subfolder or "")
         found = (path for pattern in ("*", "*/*") for path in base.glob(pattern))
         return [PurePosixPath(path.relative_to(base)) for path in found if path.suffix in SUFFIXES]
 
