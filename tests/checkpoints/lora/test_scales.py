@@ -252,10 +252,10 @@ def test_lokr_and_loha_of_peft(kind, shapes):
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changes the model's own weights"),
         ({"use_dora": True}, "use_dora is set, but the magnitudes are not there"),
         ({"r": 0}, "r=0 must be an int, at least 1"),
-        ({"r": "8"}, "r=8 must be an int"),
-        ({"lora_alpha": "much"}, "alpha=much must be a finite number"),
-        ({"lora_alpha": math.nan}, "alpha=nan must be a finite number"),
-        ({"alpha_pattern": {"q": None}}, "alpha_pattern: None for q is no number"),
+        ({"r": "8"}, "r='8' must be an int"),
+        ({"lora_alpha": "much"}, "lora_alpha='much' must be a number"),
+        ({"lora_alpha": math.nan}, "lora_alpha=nan must be a finite number"),
+        ({"alpha_pattern": {"q": None}}, "alpha_pattern of q=None must be a number"),
         ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern: \(q is no regular expression"),
         ({"rank_pattern": [1]}, "rank_pattern is a list, no table"),
     ],
@@ -263,7 +263,7 @@ def test_lokr_and_loha_of_peft(kind, shapes):
 def test_configurations_that_are_refused(config, said, shapes, matrices):
     with pytest.raises(ValueError, match=said) as error:
         read_lora(WeightFile("w", keys(matrices), in_header(config, "transformer.")), shapes)
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < 400
 
 
 def test_whole_biases_are_refused(shapes, matrices):
@@ -287,5 +287,5 @@ def test_a_damaged_header(text, said, shapes, matrices):
 def test_strengths():
     assert check_strength(torch.tensor(0.5)) == 0.5
     for value in (math.nan, -math.inf, "x" * 10**5, None):
-        with pytest.raises(ValueError, match=r"strength=.{3,80} must be a finite number"):
+        with pytest.raises(ValueError, match=r"strength=.{3,400} must be a (finite )?number; 1 is the LoRA"):
             check_strength(value)

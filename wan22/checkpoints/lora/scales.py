@@ -9,11 +9,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
+from ...checks import check_positive_int, check_real, cut, shown
 from ..files.weights import WeightFile
 from .spellings import SLOTS, without_prefixes
 from .weights import AdapterWeights
@@ -105,13 +105,7 @@ def stabilised_alpha(weights: AdapterWeights, alpha: float) -> float:
 
 def check_strength(value: Any, name: str = "strength") -> float:
     """Return a LoRA's strength as a float; a ValueError refuses what is no finite number."""
-    try:
-        strength = float(value)
-    except (TypeError, ValueError):
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise ValueError(f"{name}={str(value)[:80]} must be a finite number; 1 is the LoRA as it was trained")
-    return strength
+    return float(check_real(name, value, hint="1 is the LoRA as it was trained"))
 
 
 # ---- PEFT ----
@@ -150,49 +144,44 @@ def _section(table: Mapping[str, Any], slot: str) -> dict[str, Any]:
 def _peft_scaling(place: str, config: Mapping[str, Any], file: WeightFile) -> Scaling:
     kind = str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
     if kind not in _KINDS:
-        raise ValueError(f"peft_type is {kind[:40]}; {', '.join(sorted(_KINDS))} are read")
+        raise ValueError(f"peft_type is {cut(kind)}; {', '.join(sorted(_KINDS))} are read")
     if unread := [name for name in _UNREAD if config.get(name)]:
-        raise ValueError(f"{unread[0]} is {str(config[unread[0]])[:80]}; such LoRAs are not read")
+        raise ValueError(f"{unread[0]} is {shown(config[unread[0]])}; such LoRAs are not read")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGE_WEIGHTS):
         raise ValueError(
-            f"init_lora_weights is {start[:40]}, which changes the model's own weights; convert the LoRA "
+            f"init_lora_weights is {cut(start)}, which changes the model's own weights; convert the LoRA "
             "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     bias = config.get("bias") or "none"
     if bias != "none" and any(key.endswith(".bias") and ".lora_" not in key for key in file.tensors):
-        raise ValueError(f"bias is {str(bias)[:40]}; whole biases are not read")
+        raise ValueError(f"bias is {cut(bias)}; whole biases are not read")
     magnitudes = ("lora_magnitude_vector", "dora_scale", "dora_layer")
     if config.get("use_dora") and not any(name in key for key in file.tensors for name in magnitudes):
         raise ValueError("use_dora is set, but the magnitudes are not there")
     alpha, rank = config.get("lora_alpha"), config.get("r")
     alpha = config.get("alpha") if alpha is None else alpha  # LoHa's and LoKr's
-    if rank is not None and not _is_rank(rank):
-        raise ValueError(f"r={str(rank)[:40]} must be an int, at least 1")
-    if alpha is not None and not _is_number(alpha):
-        raise ValueError(f"alpha={str(alpha)[:40]} must be a finite number")
     return Scaling(
         place,
-        None if alpha is None else float(alpha),
-        None if rank is None else int(rank),
+        None if alpha is None else check_real("lora_alpha", alpha),
+        None if rank is None else check_positive_int("r", rank),
         bool(config.get("use_rslora")),
-        _patterns("alpha_pattern", config, _is_number),
-        _patterns("rank_pattern", config, _is_rank),
+        _patterns("alpha_pattern", config, check_real),
+        _patterns("rank_pattern", config, check_positive_int),
     )
 
 
-def _patterns(name: str, config: Mapping[str, Any], allowed: Any) -> Patterns:
+def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, Any], float]) -> Patterns:
     table = config.get(name) or {}
     if not isinstance(table, Mapping):
         raise ValueError(f"{name} is a {type(table).__name__}, no table")
     values = []
     for pattern, value in table.items():
-        if not allowed(value):
-            raise ValueError(f"{name}: {str(value)[:40]} for {pattern[:80]} is no number that can be used")
+        number = check(f"{name} of {cut(pattern)}", value)
         try:
-            values.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), value))
+            values.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), number))
         except re.error as error:
-            raise ValueError(f"{name}: {pattern[:80]} is no regular expression: {error}") from error
+            raise ValueError(f"{name}: {cut(pattern)} is no regular expression: {error}") from error
     return Patterns(tuple(values))
 
 
@@ -216,7 +205,7 @@ def _kohya_scaling(file: WeightFile) -> Scaling | None:
     return Scaling(
         "ss_network_dim",
         number,
-        None if known is None or not _is_rank(known) else int(known),
+        known if isinstance(known, int) and known > 0 else None,
         bool(re.search(r'"(use_rslora|rs_lora)": *"?(true|1|yes|on)\b', str(options), re.IGNORECASE)),
         binding=False,
     )
@@ -229,11 +218,3 @@ def _number_in(text: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return (int(number) if number.is_integer() else number) if math.isfinite(number) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

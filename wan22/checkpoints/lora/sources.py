@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
+from ...checks import LONGEST, cut
 from ..files.hub import check_repository_name, hub_file
 from ..files.weights import SUFFIXES, WeightFile, read_weights, weight_files
 from ..naming.names import listed
@@ -22,7 +23,6 @@ _PAIR = ("high_noise_model.safetensors", "low_noise_model.safetensors")
 # The names, without endings, that diffusers and PEFT give a LoRA's file. The configuration is PEFT's.
 _DIFFUSERS, _PEFT = "pytorch_lora_weights", "adapter_model"
 TABLE = "the given table"
-_LONGEST = 500  # characters of what can be a path or address in an error
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def _located(source: str | Path, where: LoraSource) -> tuple[str | Path, LoraSou
         here = Path(source).expanduser().exists()
     except OSError:  # a name that no file can have
         here = False
-    if not here and len(str(source)) > _LONGEST:
-        raise FileNotFoundError(f"there is no file {str(source)[:_LONGEST]}…")
+    if not here and len(str(source)) > LONGEST:
+        raise FileNotFoundError(f"there is no file {cut(source)}")
     if here or isinstance(source, Path):
         return source, where.in_folder()
     file = hub_file(source)
@@ -206,4 +206,4 @@ def _with_configuration(path: Path) -> WeightFile:
 
 
 def _reason(error: Exception) -> str:
-    return f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:150]})"
+    return f" ({type(error).__name__}: {cut(next(iter(str(error).splitlines()), ''))})"

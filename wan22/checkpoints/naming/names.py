@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from ...checks import cut
 from .dialects import Tensors
 from .keys import KeyTable
 
@@ -36,7 +37,7 @@ def own_names(
 
 
 def listed(names: Iterable[str]) -> str:
-    """Name the first few, in order, each in at most 120 characters, and count the rest."""
-    first, *rest = (name if len(name) <= 120 else f"{name[:119]}…" for name in sorted(names))
+    """Name the first few, in order, each in bounded length, and count the rest."""
+    first, *rest = map(cut, sorted(names))
     rest, more = rest[:2], len(rest) - 2
     return ", ".join([first, *rest]) + (f" and {more} more" if more > 0 else "")
