@@ -5,6 +5,7 @@ file has been run with.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -60,6 +61,29 @@ def uncompiled(model: Any) -> Any:
 def accelerate_hook(module: nn.Module) -> Any:
     """Return accelerate's hook on a module, or None. accelerate only adds and removes hooks in public."""
     return getattr(module, "_hf_hook", None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile or Module.compile is at work in a model. PyTorch has no public question."""
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    return compiled or uncompiled(model) is not model
+
+
+def attention_backend_of(layer: nn.Module) -> str | None:
+    """Return diffusers' name of the kernel that was chosen for one of its attention layers, or None."""
+    backend = getattr(getattr(layer, "processor", None), "_attention_backend", None)
+    return getattr(backend, "value", backend)
+
+
+def use_native_attention(model: nn.Module) -> None:
+    """Let diffusers' attention layers of a copy of a model compute by PyTorch's own kernel, which its model
+    does not follow. diffusers' set_attention_backend changes what the copy shares with its model.
+    """
+    for layer in model.modules():
+        processor: Any = getattr(layer, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            layer.processor = processor = copy(processor)
+            processor._attention_backend = "native"
 
 
 def is_group_offloaded(model: nn.Module) -> bool:

@@ -21,9 +21,7 @@ from tests.builders import (
 from wan22 import (
     AutoencoderKLWan,
     FlowMatchEulerScheduler,
-    FlowMatchUniPCScheduler,
     WanT2VPipeline,
-    WanTransformer3DModel,
 )
 
 # ---- given components ----
@@ -41,20 +39,6 @@ def test_passed_components(saved, tmp_path):
     assert pipe.transformer is given["transformer"]
     assert type(pipe.scheduler) is FlowMatchEulerScheduler
     assert pipe.scheduler.config.shift == 2.0
-
-
-def test_models_of_diffusers_are_adopted(saved):
-    """Their weights are shared, not copied."""
-    theirs = diffusers.AutoencoderKLWan.from_pretrained(saved / "vae")
-    expert = diffusers.WanTransformer3DModel.from_pretrained(saved / "transformer_2", dtype=torch.bfloat16)
-    pipe = load_pipeline(saved, vae=theirs, transformer_2=expert)
-    for ours, original in ((pipe.vae, theirs), (pipe.transformer_2, expert)):
-        assert isinstance(ours, AutoencoderKLWan | WanTransformer3DModel)
-        pointers = {name: tensor.data_ptr() for name, tensor in original.state_dict().items()}
-        assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == pointers
-        assert not ours.training
-    assert pipe.transformer_2.dtype == torch.bfloat16
-    assert dict(pipe.vae.config)["latents_mean"] == list(theirs.config.latents_mean)
 
 
 def test_a_vae_in_float32_beside_bf16_models(saved_bf16):
@@ -151,16 +135,6 @@ def test_from_pipe_casts_nothing():
     assert {name: getattr(other, name).dtype for name in MODELS} == dtypes
     assert {name: getattr(pipe, name).dtype for name in MODELS} == dtypes
     assert dtypes["transformer"] == torch.bfloat16
-
-
-def test_from_pipe_of_diffusers(saved):
-    plain = diffusers.WanPipeline.from_pretrained(saved)
-    pipe = WanT2VPipeline.from_pipe(plain, scheduler=FlowMatchUniPCScheduler(shift=5.0))
-    pipe.set_progress_bar_config(disable=True)
-    assert pointers(pipe) == pointers(plain)
-    assert type(pipe.transformer) is WanTransformer3DModel
-    assert pipe.checkpoint_name == str(saved)
-    assert torch.equal(latents_of(pipe), latents_of(random_pipeline()))
 
 
 def test_diffusers_from_our_pipe(pipe, saved):

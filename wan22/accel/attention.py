@@ -8,12 +8,14 @@ Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from ..checkpoints.loading.models import WanTransformer3DModel
+from ..checkpoints.loading.attention_names import our_name, their_name
 from ..models.attention import Kernel, native, register
+from ..models.transformer import WanTransformer3DModel
 from ..private_apis import uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 
@@ -82,7 +84,7 @@ def select(
 
 
 def use(
-    model: WanTransformer3DModel,
+    model: Any,
     name: str = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -90,8 +92,8 @@ def use(
     """Let a transformer compute attention with a kernel, and return the kernel's name.
 
     Args:
-        model: the transformer, compiled or not.
-        name: the kernel's name, or "auto", see `select`.
+        model: the transformer, wan22's or diffusers', compiled or not.
+        name: the kernel's name, or "auto", see `select`; or diffusers' name of it.
         device: device that the model will run on; None: where it runs now, offloaded or not.
         dtype: dtype that the model will run in; None: its own.
 
@@ -100,9 +102,11 @@ def use(
     model = uncompiled(model)
     device = torch.device(device or get_module_execution_device(model))
     dtype = dtype or model.dtype
-    chosen = select(name, device, dtype, model.head_dim)
-    model.set_attention_backend(chosen)
-    logger.info("attention on %s: %s", device, describe(chosen, device, dtype, model.head_dim))
+    ours = isinstance(model, WanTransformer3DModel)
+    head_dim = model.head_dim if ours else model.config.attention_head_dim
+    chosen = select(our_name(name), device, dtype, head_dim)
+    model.set_attention_backend(chosen if ours else their_name(chosen))
+    logger.info("attention on %s: %s", device, describe(chosen, device, dtype, head_dim))
     return chosen
 
 

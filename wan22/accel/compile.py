@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLWan
+from ..models.autoencoder_coders import Decoder3d, Encoder3d
 from ..models.temporal_cache import TemporalCache
-from ..models.transformer import WanTransformerBlock
 from .methods import is_own, patch_method
+from .offload.layout import blocks_of
 
 # Modes of torch.compile that record CUDA graphs.
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -27,8 +28,8 @@ class Compiled:
     run uncompiled.
 
     Args:
-        transformers: models whose blocks are compiled, all by one function.
-        vae: autoencoder whose encoder and decoder are compiled, too.
+        transformers: models whose blocks are compiled, all of a class by one function.
+        vae: wan22's autoencoder, whose encoder and decoder are compiled, too.
         **options: options of torch.compile.
 
     Raises: ValueError: the options ask for CUDA graphs, or a forward is replaced already, by a step cache.
@@ -39,12 +40,7 @@ class Compiled:
     ) -> None:
         _refuse_graphs(options)
         options = {"fullgraph": True} | options
-        modules: list[nn.Module] = [
-            module
-            for model in transformers
-            for module in model.modules()
-            if isinstance(module, WanTransformerBlock)
-        ]
+        modules = [block for model in transformers for block in blocks_of(model)]
         modules += [] if vae is None else [vae.encoder, vae.decoder]
         for module in modules:
             if not is_own(module, "forward"):
@@ -77,7 +73,7 @@ class Compiled:
 def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile a forward; that of a VAE's half is used for calls with a chunk and its cache alone."""
     compiled = torch.compile(function, **options)
-    if function is WanTransformerBlock.forward:
+    if function not in (Encoder3d.forward, Decoder3d.forward):
         return compiled
 
     def forward(module: nn.Module, x: Tensor, cache: TemporalCache | None = None, *skips: Any) -> Tensor:

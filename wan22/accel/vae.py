@@ -115,7 +115,9 @@ def detach(vae: AutoencoderKLWan) -> None:
 
 def _check(vae: object) -> None:
     if not isinstance(vae, AutoencoderKLWan):
-        raise TypeError(f"vae is a {type(vae).__name__}; it must be a wan22 AutoencoderKLWan")
+        kind = type(vae)
+        library = kind.__module__.partition(".")[0]
+        raise TypeError(f"vae is a {kind.__name__} of {library}; load it with wan22.AutoencoderKLWan")
 
 
 def _refuse_hooks(vae: AutoencoderKLWan) -> None:

@@ -8,6 +8,7 @@ holds. The model itself does not change while it runs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -87,8 +88,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
         self.in_channels, self.z_dim, self.patch_size = in_channels, z_dim, patch_size or 1
         self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
-        self.temporal_stride = 2 ** sum(map(bool, temperal_downsample))
-        self.spatial_stride = 2 ** (len(dim_mult) - 1) * self.patch_size
+        self.temporal_stride, self.spatial_stride = strides(temperal_downsample, dim_mult, self.patch_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,13 +167,11 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     def normalize_latents(self, z: Tensor) -> Tensor:
         """Turn raw latents "b c t h w" into the transformer's: mean 0, deviation 1 per channel; float32."""
-        mean, inv_std, z = self._latent_statistics(z)
-        return (z - mean) * inv_std
+        return normalized(z, self.latents_mean, self.latents_std)
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
         """Turn the transformer's latents "b c t h w" into raw ones for `decode`; float32."""
-        mean, inv_std, z = self._latent_statistics(z)
-        return z / inv_std + mean
+        return denormalized(z, self.latents_mean, self.latents_std)
 
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
@@ -228,16 +226,6 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     def _chunk_frames(self, chunk_latents: int) -> tuple[int, int]:
         return 1 + self.temporal_stride * (chunk_latents - 1), self.temporal_stride * chunk_latents
 
-    def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean and reciprocal deviation, "c 1 1 1", and z, in float32 or float64."""
-        # float32: the sampler's latents are, and half types would round them once more on each way.
-        z = z.to(at_least_float32(z.dtype))
-        mean, std = (
-            z.new_tensor(values)[:, None, None, None] for values in (self.latents_mean, self.latents_std)
-        )
-        # The official code stores the reciprocal; rounding it first gives the same last bit.
-        return mean, 1 / std, z
-
     def _check_video(self, x: Tensor) -> None:
         channels = self.in_channels // self.patch_size**2
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
@@ -279,3 +267,36 @@ def patchify(x: Tensor, p: int) -> Tensor:
 def unpatchify(x: Tensor, p: int) -> Tensor:
     """Undo `patchify`."""
     return rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
+
+
+def strides(
+    temperal_downsample: Sequence[bool], dim_mult: Sequence[int], patch_size: int | None
+) -> tuple[int, int]:
+    """Return how many frames, and how many rows or columns, of a video make one of its latents."""
+    return 2 ** sum(map(bool, temperal_downsample)), 2 ** (len(dim_mult) - 1) * (patch_size or 1)
+
+
+def strides_of(config: Any) -> tuple[int, int]:
+    """Return the strides of an autoencoder, wan22's or diffusers', by its config."""
+    return strides(config.temperal_downsample, config.dim_mult, config.patch_size)
+
+
+def normalized(z: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return raw latents "b c t h w" with mean 0 and deviation 1 per channel, in float32 or wider."""
+    shift, scale, z = _statistics(z, mean, std)
+    return (z - shift) * scale
+
+
+def denormalized(z: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo `normalized`."""
+    shift, scale, z = _statistics(z, mean, std)
+    return z / scale + shift
+
+
+def _statistics(z: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and reciprocal deviation, "c 1 1 1", and z, in float32 or float64."""
+    # float32: the sampler's latents are, and half types would round them once more on each way.
+    z = z.to(at_least_float32(z.dtype))
+    shift, deviation = (z.new_tensor(values)[:, None, None, None] for values in (mean, std))
+    # The official code stores the reciprocal; rounding it first gives the same last bit.
+    return shift, 1 / deviation, z

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .attached.calls import Calls
+from .call.autoencoders import spatial_stride, temporal_stride
 from .call.state import of_call
 from .loading.pipeline import LoadablePipeline
 
@@ -50,9 +51,9 @@ class DiffusersNames(LoadablePipeline):
     @property
     def vae_scale_factor_temporal(self) -> int:
         """Frames per latent frame."""
-        return self.vae.temporal_stride
+        return temporal_stride(self.vae)
 
     @property
     def vae_scale_factor_spatial(self) -> int:
         """Pixels per latent row and column."""
-        return self.vae.spatial_stride
+        return spatial_stride(self.vae)

@@ -11,6 +11,7 @@ from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
 from .base import WanPipeline
+from .call import autoencoders
 from .call.call import Call
 from .call.conditions import ChannelCondition, Condition, FirstFrameCondition, NoCondition
 from .call.images import (
@@ -77,7 +78,7 @@ class WanI2VPipeline(WanPipeline):
         """Refuse components that do not belong together, or are not for image to video."""
         super().check_components()
         z_dim = self.vae.config.z_dim
-        expected = z_dim if self.config.expand_timesteps else 2 * z_dim + self.vae.temporal_stride
+        expected = z_dim if self.config.expand_timesteps else 2 * z_dim + self.vae_scale_factor_temporal
         for model in self.transformers:
             taken = model.config.in_channels
             if taken == z_dim != expected:
@@ -168,7 +169,7 @@ class WanI2VPipeline(WanPipeline):
     def cell(self) -> tuple[int, int]:
         """Width and height in pixels of one token."""
         _, rows, columns = self.any_transformer.config.patch_size
-        return columns * self.vae.spatial_stride, rows * self.vae.spatial_stride
+        return columns * self.vae_scale_factor_spatial, rows * self.vae_scale_factor_spatial
 
     def best_size(self, picture: Picture, max_area: int) -> tuple[int, int]:
         """Return the width and height that suit an image, by the checkpoint's official rule."""
@@ -289,7 +290,7 @@ class WanI2VPipeline(WanPipeline):
         if between < 0:
             raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
         # In pieces, so that a long clip of zeros never lies in memory whole.
-        stride = self.vae.temporal_stride
+        stride = self.vae_scale_factor_temporal
         zeros = torch.zeros_like(images[0])
         pieces = [zeros.expand(-1, -1, min(stride, between - i), -1, -1) for i in range(0, between, stride)]
         latents = self.encode_clip([images[0], *pieces, *images[1:]])
@@ -299,18 +300,9 @@ class WanI2VPipeline(WanPipeline):
             mask[:, -1, -1] = 1
         return torch.cat((mask, latents), dim=1)
 
-    @torch.no_grad()
     def encode_clip(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """Encode a clip given in pieces "1 3 t h w" into normalised latents "1 c t h w", float32."""
-        align_weights(self.vae)
-        device, vae = get_module_execution_device(self.vae), self.vae
-        stream = vae.encode_stream(piece.to(device, vae.dtype) for piece in pieces)
-        latents = torch.cat([posterior.mode() for posterior in stream], dim=2)
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError(
-                f"the image's latents are not finite in {vae.dtype}; load the VAE in float32"
-            )
-        return vae.normalize_latents(latents).to(self._execution_device)
+        return autoencoders.encode(self.vae, pieces).to(self._execution_device)
 
     def _image_embeds(
         self, request: Request, pairs: Sequence[tuple[Picture, Picture | None]]

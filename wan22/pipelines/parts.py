@@ -1,5 +1,6 @@
 """What a pipeline consists of: its components, and the parts that it holds and offers by one line each."""
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -9,8 +10,9 @@ import torch
 from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
-from ..checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
 from ..presets import Preset, closest_preset, find_preset
+from ..private_apis import uncompiled
 from ..video.progress import progress_bar
 from .attached.acceleration import Acceleration
 from .attached.calls import Calls
@@ -21,7 +23,8 @@ from .attached.provenance import Provenance
 from .attached.ranks import OneRank, Ranks
 from .call.request import Request
 from .diffusers_names import DiffusersNames
-from .loading.hub_classes import from_diffusers_model
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -98,8 +101,12 @@ class PipelineParts(DiffusersNames):
         self.__dict__.update({n: v.held_by(self) if isinstance(v, Part) else v for n, v in state.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        models = ("vae", "transformer", "transformer_2")
-        super().__setattr__(name, from_diffusers_model(value) if name in models else value)
+        """Take a component as it is; the log tells of a model of diffusers."""
+        super().__setattr__(name, value)
+        if name in OWN_MODELS and value is not None and not is_ours(value):
+            kind = type(uncompiled(value))
+            message = "%s is %s of %s: it runs as it is, with that library's arithmetic"
+            logger.info(message, name, kind.__name__, kind.__module__.partition(".")[0])
 
     # ---- what the components are ----
 
@@ -152,7 +159,8 @@ class PipelineParts(DiffusersNames):
             raise ValueError(
                 "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
             )
-        if not isinstance(self.vae, AutoencoderKLWan):
+        kinds = {kind.__name__ for kind in type(uncompiled(self.vae)).__mro__}  # diffusers' has the name, too
+        if AutoencoderKLWan.__name__ not in kinds or not hasattr(self.vae, "config"):
             raise ValueError(f"vae must be an AutoencoderKLWan, not {type(self.vae).__name__}")
         for model in self.transformers:
             if model.config.out_channels != self.vae.config.z_dim:
@@ -163,8 +171,8 @@ class PipelineParts(DiffusersNames):
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return one video's latent shape "c t h w"."""
-        stride = self.vae.spatial_stride
-        frames = 1 + (num_frames - 1) // self.vae.temporal_stride
+        stride = self.vae_scale_factor_spatial
+        frames = 1 + (num_frames - 1) // self.vae_scale_factor_temporal
         return self.vae.config.z_dim, frames, height // stride, width // stride
 
     # ---- what the tasks decide ----

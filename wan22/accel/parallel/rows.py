@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checkpoints.loading.models import is_ours
 from ...models.autoencoder import AutoencoderKLWan
 from ...models.autoencoder_layers import AttentionBlock, CausalConv3d, Downsample, Upsample
 from ...models.temporal_cache import SettledPrefix
@@ -36,6 +37,11 @@ class RowParallel:
     """
 
     def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
+        if not is_ours(vae):
+            raise ValueError(
+                f"the rows of a {type(vae).__name__} that is not wan22's cannot be shared; load it with "
+                "wan22.AutoencoderKLWan, or leave it alone: vae=False"
+            )
         if vae in _shared or not all(is_own(part, "forward") for part in (vae.encoder, vae.decoder)):
             raise ValueError(
                 "the VAE is compiled, or its rows are shared already; pipe.compile(vae=False) leaves it alone"

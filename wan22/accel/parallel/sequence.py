@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ...checkpoints.loading.models import is_ours
 from ...models.attention import Kernel, attention, register, unregister
 from ...private_apis import (
     all_to_all_single,
@@ -45,6 +46,11 @@ class SequenceParallel:
     def __init__(self, models: Sequence[Any], groups: Groups) -> None:
         for model in models:
             self._refuse_cache(model)
+            if not is_ours(model):
+                raise ValueError(
+                    f"the tokens of a {type(model).__name__} that is not wan22's cannot be shared; load it "
+                    "with wan22.WanTransformer3DModel, or share the passes of guidance alone: cfg=2"
+                )
         self.groups = groups
         self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)
         self.name = f"sequence parallel {next(_numbers)}"

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from ...checkpoints.loading.models import is_ours
+from ...models.autoencoder import strides_of
 from ...presets import MAX_TEXT_TOKENS
+from ...private_apis import use_native_attention
 from ..offload.layout import Placement, blocks_of, bytes_of, device_bytes
 from .meta_models import meta_copy
 from .trace import peak_bytes
@@ -59,14 +62,14 @@ class Task:
     def latent_shape(self) -> tuple[int, int, int]:
         """The latents' "t h w"."""
         vae, (width, height, frames) = self.models["vae"], self.size
-        stride = vae.spatial_stride
-        return 1 + (frames - 1) // vae.temporal_stride, height // stride, width // stride
+        temporal, spatial = strides_of(vae.config)
+        return 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
     @property
     def cell(self) -> tuple[int, int]:
         """Width and height in pixels of one token."""
         _, rows, columns = self.models[self.experts[0]].config.patch_size
-        stride = self.models["vae"].spatial_stride
+        _, stride = strides_of(self.models["vae"].config)
         return columns * stride, rows * stride
 
     @property
@@ -119,6 +122,9 @@ class Task:
         dtype = model.condition_embedder.text_embedder.linear_1.bias.dtype
         empty = partial(torch.empty, device="meta", dtype=dtype)
         latents = torch.empty(1, config.in_channels, *self.latent_shape, device="meta")
+        if not is_ours(model):
+            latents = latents.to(dtype)
+            use_native_attention(model)
         timestep = torch.empty(1, device="meta")
         image = None
         if config.image_dim is not None:
@@ -129,14 +135,20 @@ class Task:
         return outputs
 
     def _decode(self, strips: int | None) -> int:
-        """Measure three latent frames: the first and the second differ from the rest."""
+        """Measure three latent frames, of which the first and the second differ from the rest.
+
+        diffusers' autoencoder keeps all frames, in its own dtype, to the end: it is measured whole.
+        """
         vae, (t, h, w) = self.models["vae"], self.latent_shape
+        dtype = next(vae.parameters()).dtype
+        if not is_ours(vae):
+            z = torch.empty(1, vae.config.z_dim, t, h, w, device="meta", dtype=dtype)
+            return peak_bytes(lambda: vae.decode(z)[0].float())
         # The copy may have an earlier plan's strips, or tiles, which only take less.
         vae.disable_tiling()
         vae.disable_strips()
         if strips is not None:
             vae.enable_strips(strips)
-        dtype = next(vae.parameters()).dtype
 
         def stream() -> None:
             z = torch.empty(1, vae.config.z_dim, min(t, 3), h, w, device="meta", dtype=dtype)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.loading.models import is_ours
 from ...checks import check_num_frames, check_positive_int, check_size
+from ...models.autoencoder import strides_of
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of
 from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings
@@ -21,7 +23,7 @@ from .machine import GB, Machine
 from .meta_models import meta_copies, released_models
 from .plans import Phase, Plan
 
-# Strips that a video is decoded in, fewest first: each takes longer than the one before.
+# Strips that wan22's autoencoder decodes in, fewest first: each takes longer than the one before.
 STRIPS = (None, 2, 4)
 # Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
 # oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
@@ -77,7 +79,7 @@ def plan(
     task = Task(name, models, size, quantize, guided, videos, anonymous)
     for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
         check_size(axis, value, multiple)
-    check_num_frames(size[2], models["vae"].temporal_stride)
+    check_num_frames(size[2], strides_of(models["vae"].config)[0])
     taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
     anonymous |= converted or {}
@@ -111,8 +113,9 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
 
 
 def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
+    ways_to_decode = STRIPS if is_ours(task.models["vae"]) else STRIPS[:1]
     if not machine.has_device:
-        for strips in STRIPS:
+        for strips in ways_to_decode:
             yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips)
         return
     resident = dict.fromkeys(task.models, Placement("resident"))
@@ -120,7 +123,7 @@ def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
     experts = dict.fromkeys(task.experts, Placement("resident"))
     streamed = (on_demand | experts for experts in _streamed_experts(task, machine))
     for placements in chain((resident, on_demand | experts, on_demand), streamed):
-        for strips in STRIPS:
+        for strips in ways_to_decode:
             for encoders in _encoder_placements(task, placements):
                 yield _planned(task, machine, placements | encoders, strips)
 
@@ -268,8 +271,9 @@ def _fits(task: Task, machine: Machine) -> bool:
 
 def _smaller_sizes(task: Task) -> Iterator[tuple[int, int, int]]:
     """Yield a video of half the frames, and one of about 480 rows."""
-    (width, height, frames), vae, cell = task.size, task.models["vae"], task.cell
-    half = 1 + (frames - 1) // (2 * vae.temporal_stride) * vae.temporal_stride
+    (width, height, frames), cell = task.size, task.cell
+    stride, _ = strides_of(task.models["vae"].config)
+    half = 1 + (frames - 1) // (2 * stride) * stride
     if half < frames:
         yield width, height, half
     scale = 480 / min(width, height)

@@ -53,7 +53,8 @@ class FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            query, value = args[0], args[2]
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            query, value = given["query"], given["value"]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **(kwargs or {}))
 

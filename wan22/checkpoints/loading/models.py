@@ -13,6 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from ...models import autoencoder, transformer
+from ...private_apis import uncompiled
 from ..files import hub
 from ..files.folders import DIFFUSERS, candidates, weights_in
 from ..files.safetensors import stored_dtype
@@ -32,6 +34,8 @@ from .quantized_linear import expanded_state
 from .single_file import Arguments, Source, only_source, read_source, refuse_unknown
 from .stored import Config, ModelFormat, read_as
 
+# Components of a pipeline that wan22 has a class of; a caller may give diffusers' own of the same name.
+OWN_MODELS = ("vae", "transformer", "transformer_2")
 # Arguments of `from_pretrained` that are ours, and values of others that are; all else is for diffusers.
 _OWN = hub.OPTIONS | {"dtype", "torch_dtype", "dequantize", "subfolder", "variant"}
 _DEFAULTS = {"low_cpu_mem_usage": (None, True), "use_safetensors": (None, True)}
@@ -244,6 +248,11 @@ class AutoencoderKLWan(FromFiles, DiffusersAutoencoder):
 
     _format = _AutoencoderFormat
     _official_files = ("*VAE.pth",)
+
+
+def is_ours(model: Any) -> bool:
+    """Whether a model, compiled or not, is wan22's, and not diffusers' own of the same name."""
+    return isinstance(uncompiled(model), transformer.WanTransformer3DModel | autoencoder.AutoencoderKLWan)
 
 
 TRANSFORMER_FORMAT = _TransformerFormat(WanTransformer3DModel)

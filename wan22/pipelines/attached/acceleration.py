@@ -5,9 +5,12 @@ from typing import Any
 from ...accel import attention
 from ...accel import vae as vae_acceleration
 from ...accel.compile import Compiled
+from ...accel.planning.meta_models import MODELS
 from ...accel.quantize import check, check_method, is_quantized, quantize
+from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
+from ...private_apis import attention_backend_of, is_compiled
 from .part import Part
 
 
@@ -21,7 +24,7 @@ class Acceleration(Part):
 
     # ---- compilation ----
 
-    def compile(self, vae: bool = True, **options: Any) -> None:
+    def compile(self, vae: bool | None = None, **options: Any) -> None:
         """Compile the transformers' repeated block, once for all layers and experts, and the VAE's chunks.
 
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
@@ -30,16 +33,19 @@ class Acceleration(Part):
         out what would repeat itself.
 
         Args:
-            vae: whether to compile the VAE, too.
+            vae: whether to compile the VAE, too; None: if it is wan22's, and its rows are not shared.
             **options: arguments of torch.compile, such as `mode="max-autotune-no-cudagraphs"` or `backend`.
 
         Raises:
             ValueError: the options ask for CUDA graphs, which cannot run block by block, or something else
-                has replaced a block's forward.
+                has replaced a block's forward; or the VAE, asked for, is not wan22's.
         """
+        pipe = self._pipe
+        if vae and not is_ours(pipe.vae):
+            raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
+        vae = vae is not False and is_ours(pipe.vae) and not pipe.ranks.shares_rows
         self.uncompile()
-        vae = vae and not self._pipe.ranks.shares_rows
-        self.compiled = Compiled(self._pipe.transformers, self._pipe.vae if vae else None, **options)
+        self.compiled = Compiled(pipe.transformers, pipe.vae if vae else None, **options)
 
     def uncompile(self) -> None:
         """Undo `compile`, to the bit; refused if a step cache or the like has replaced a forward since."""
@@ -68,9 +74,10 @@ class Acceleration(Part):
         pipe = self._pipe
         if pipe.memory.moves_models:
             pipe.memory.offload_all()
-        vae_acceleration.detach(pipe.vae)
+        if is_ours(pipe.vae):
+            vae_acceleration.detach(pipe.vae)
         for model in pipe.transformers:
-            model.set_attention_backend("native")
+            model.reset_attention_backend()
         self.accelerated = False
 
     def set_attention_backend(self, backend: str = "auto") -> str:
@@ -107,15 +114,24 @@ class Acceleration(Part):
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""
         pipe = self._pipe
-        modules = [module for model in pipe.transformers for module in model.modules()]
-        kernels = {computing_backend(m.backend) for m in modules if isinstance(m, WanAttention)}
-        names = ("text_encoder", "transformer", "transformer_2")
-        models = {name: model for name in names if (model := getattr(pipe, name)) is not None}
+        models = {name: model for name in MODELS if (model := getattr(pipe, name, None)) is not None}
+        quantizable = [name for name in models if name not in ("vae", "image_encoder")]
         found = {
-            "attention": tuple(sorted(kernels - {"native"})),
-            "quantized": tuple(name for name, model in models.items() if is_quantized(model)),
+            "attention": tuple(sorted(self._kernels() - {"native"})),
+            "quantized": tuple(name for name in quantizable if is_quantized(models[name])),
             "accelerated": self.accelerated,
-            "compiled": self.compiled is not None,
+            "compiled": self.compiled is not None or any(map(is_compiled, models.values())),
+            "of_diffusers": tuple(n for n in models if n in OWN_MODELS and not is_ours(models[n])),
             "tiled": pipe.vae.use_tiling,
         }
         return {what: value for what, value in found.items() if value}
+
+    def _kernels(self) -> set[str]:
+        """Return the names of the attention kernels of all transformers."""
+        kernels = set()
+        for module in (module for model in self._pipe.transformers for module in model.modules()):
+            if isinstance(module, WanAttention):
+                kernels.add(computing_backend(module.backend))
+            elif (name := attention_backend_of(module)) is not None:
+                kernels.add(name)
+        return kernels

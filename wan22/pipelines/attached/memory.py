@@ -9,6 +9,7 @@ from ...accel.offload.devices import CudaDevice, Device
 from ...accel.offload.offloader import ModelOffloader, free
 from ...accel.planning.meta_models import MODELS
 from ...accel.planning.plans import Plan
+from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of, has_adapters
 from ..call.experts import Expert
 from .part import Part
@@ -72,6 +73,8 @@ class Memory(Part):
                 f"the plan for {plan.name} does not say where to keep {missing[0]}; make one for this "
                 "pipeline: wan22.accel.plan(pipe)"
             )
+        if plan.strips is not None and not is_ours(pipe.vae):
+            raise ValueError(f"the plan decodes in {plan.strips} strips, which wan22's VAE alone does")
         if plan.strips is not None and pipe.vae.use_tiling:
             raise ValueError(
                 f"the plan decodes in {plan.strips} strips, and tiling is enabled; call "
@@ -86,8 +89,9 @@ class Memory(Part):
             offloader = ModelOffloader(placed, device)
         if plan.quantize is not None:
             pipe.quantize(plan.quantize)
-        self._strips_before = pipe.vae.num_strips if pipe.vae.use_strips else None
-        self._decode_in(plan.strips)
+        if is_ours(pipe.vae):  # diffusers' has no strips
+            self._strips_before = pipe.vae.num_strips if pipe.vae.use_strips else None
+            self._decode_in(plan.strips)
         if offloader is not None:
             offloader.attach()
         self._offloader, self.plan, self._budget = offloader, plan, None
@@ -96,7 +100,8 @@ class Memory(Part):
         """Undo a plan: all models are on the CPU, as they were before `apply`, to the bit."""
         if self._offloader is not None:
             self._offloader.detach()
-        if self.plan is not None and not self._pipe.vae.use_tiling:  # tiling was enabled since
+        vae = self._pipe.vae
+        if self.plan is not None and is_ours(vae) and not vae.use_tiling:  # tiling was enabled since
             self._decode_in(self._strips_before)
         self._offloader, self.plan, self._budget = None, None, None
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...checkpoints.loading.models import is_ours
 from .conditions import Condition
 from .experts import Step
 from .guidance import Guidance
@@ -73,6 +74,7 @@ class CFGDenoiser:
         """Run one pass. diffusers' step caches keep what they skip by pass and video."""
         model: Any = step.expert.model
         text = embeds[video : video + 1].to(model.dtype)
+        inputs = inputs if is_ours(model) else _for_diffusers(model, inputs)
         state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
         with model.cache_context(name + (f"-{video}" if video else ""), **state):
             return model(
@@ -81,3 +83,12 @@ class CFGDenoiser:
                 return_dict=False,
                 **inputs,
             )[0].float()
+
+
+def _for_diffusers(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments as diffusers' model takes them: latents in its dtype, times for each token."""
+    latents, timestep = inputs["hidden_states"], inputs["timestep"]
+    if timestep.ndim == 2:
+        _, rows, columns = model.config.patch_size
+        timestep = timestep.repeat_interleave(latents[0, 0, 0, ::rows, ::columns].numel(), dim=1)
+    return inputs | {"hidden_states": latents.to(model.dtype), "timestep": timestep}

@@ -81,9 +81,9 @@ def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:
         height = default_height if height is None else height
         width = default_width if width is None else width
     num_frames = pipe.preset.num_frames if request.num_frames is None else request.num_frames
-    check_size("height", height, pipe.vae.spatial_stride * patch[1])
-    check_size("width", width, pipe.vae.spatial_stride * patch[2])
-    check_num_frames(num_frames, pipe.vae.temporal_stride)
+    check_size("height", height, pipe.vae_scale_factor_spatial * patch[1])
+    check_size("width", width, pipe.vae_scale_factor_spatial * patch[2])
+    check_num_frames(num_frames, pipe.vae_scale_factor_temporal)
     return height, width, num_frames
 
 

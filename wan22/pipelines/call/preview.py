@@ -19,6 +19,7 @@ from ...checkpoints.loading.tiny_autoencoder import load_tiny_decoder
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
 from ...video.progress import in_notebook
+from .autoencoders import temporal_stride
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Previewer:
                 logger.warning("there is no memory for the previews' decoder; they go on without it")
                 self._decoder = None
         self._colours = self._colours or latent_rgb_of(self.vae)
-        return self._colours.frames(z), self.fps / self.vae.temporal_stride
+        return self._colours.frames(z), self.fps / temporal_stride(self.vae)
 
     def _decode(self, decoder: TinyDecoder, z: torch.Tensor) -> torch.Tensor:
         if self._follows:

@@ -14,9 +14,7 @@ import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
-from ...checkpoints.naming.names import shapes_of
 from ...checks import cut
 from ...schedulers import FlowMatchDPMSolverScheduler, FlowMatchEulerScheduler, FlowMatchUniPCScheduler
 from ...schedulers.hub_config import written_here
@@ -33,10 +31,6 @@ __all__ = [
     "UniPCMultistepScheduler",
     "WanTransformer3DModel",
 ]
-_MODELS = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
-_VAE_SETTINGS = {"use_slicing", "use_tiling"} | {
-    f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in ("height", "width")
-}
 
 
 class _SavedScheduler(SchedulerMixin):
@@ -96,25 +90,3 @@ def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
         logger.warning(message, cut(name), cut(module), cut(error))
         return None
     return cls.from_pretrained(folder)
-
-
-def from_diffusers_model(component: Any) -> Any:
-    """Return our model for one of diffusers' own, sharing its weights; anything else as it is.
-
-    A ValueError says if a LoRA, a quantiser or the like has changed the model since it was loaded.
-    """
-    name = type(component).__name__
-    ours = _MODELS.get(name)
-    if ours is None or isinstance(component, ours):
-        return component
-    with empty_weights():
-        model = ours.from_config(component.config)
-    weights = component.state_dict()
-    if shapes_of(weights) != shapes_of(model.state_dict()):
-        raise ValueError(
-            f"this {name} of diffusers was changed since it was loaded; load it with wan22.{name}"
-        )
-    model.load_state_dict(weights, assign=True)
-    for setting in _VAE_SETTINGS & vars(component).keys():
-        setattr(model, setting, getattr(component, setting))
-    return model.eval()

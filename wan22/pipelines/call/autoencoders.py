@@ -1,0 +1,89 @@
+"""What a pipeline asks of an autoencoder: wan22's, in chunks, or diffusers' own, clip by clip.
+
+Shapes: b videos, c channels, t h w frames, rows, columns, of latents or pixels.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from ...checkpoints.loading.alignment import align_weights
+from ...checkpoints.loading.models import is_ours
+from ...models.autoencoder import denormalized, normalized, strides_of
+
+logger = logging.getLogger(__name__)
+
+# More save no memory: what the layers remember of earlier frames is then the larger part.
+MOST_STRIPS = 4
+
+
+def temporal_stride(vae: Any) -> int:
+    """Return the frames per latent frame."""
+    return strides_of(vae.config)[0]
+
+
+def spatial_stride(vae: Any) -> int:
+    """Return the pixels per latent row and column."""
+    return strides_of(vae.config)[1]
+
+
+@torch.no_grad()
+def encode(vae: Any, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Encode a clip given in pieces "1 3 t h w" in [-1, 1] into normalised latents "1 c t h w", float32.
+
+    A FloatingPointError says if they are not finite.
+    """
+    align_weights(vae)
+    device = get_module_execution_device(vae)
+    moved = (piece.to(device, vae.dtype) for piece in pieces)
+    if is_ours(vae):
+        latents = torch.cat([posterior.mode() for posterior in vae.encode_stream(moved)], dim=2)
+    else:
+        latents = vae.encode(torch.cat(list(moved), dim=2)).latent_dist.mode()
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError(
+            f"the image's latents are not finite in {vae.dtype}; load the VAE in float32"
+        )
+    return normalized(latents, vae.config.latents_mean, vae.config.latents_std)
+
+
+def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
+    """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
+
+    wan22's goes on in strips where memory runs out, if `retry`. A FloatingPointError says if frames are not
+    finite.
+    """
+    align_weights(vae)
+    z = denormalized(z, vae.config.latents_mean, vae.config.latents_std)
+    z = z.to(get_module_execution_device(vae), vae.dtype)
+    if is_ours(vae):
+        chunks = _in_more_strips(vae, z) if retry else vae.decode_stream(z)
+    else:
+        chunks = iter(vae.decode(z, return_dict=False)[0].split(temporal_stride(vae), dim=2))
+    for pixels in chunks:
+        chunk = pixels[0].float().cpu().div(2).add_(0.5).clamp_(0, 1)
+        if not torch.isfinite(chunk).all():
+            raise FloatingPointError(f"the VAE's frames are not finite in {vae.dtype}; load it in float32")
+        yield chunk
+
+
+def _in_more_strips(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Decode raw latents "1 c t h w" to "1 3 t h w" in [-1, 1], in more strips once memory runs out."""
+    done = 0
+    while True:
+        try:
+            for chunk in islice(vae.decode_stream(z), done, None):
+                yield chunk
+                done += 1
+            return
+        except torch.OutOfMemoryError:
+            strips = 2 * (vae.num_strips if vae.use_strips else 1)
+            if vae.use_tiling or strips > MOST_STRIPS:
+                raise
+        # Outside of the handler, which keeps what ran out alive.
+        logger.warning("memory ran out while decoding; from now on it is done in %d strips", strips)
+        vae.enable_strips(strips)
