@@ -42,11 +42,12 @@ def checkpoint(path: Path) -> dict[str, Any]:
     transformers = [c for slot, c in source.models.items() if slot.startswith("transformer")]
     found: dict[str, Any] = {"path": str(path), "layout": _layout(path, source)}
     if transformers:
-        experts = 2 if source.whole and len(transformers) == 2 else 1
+        whole = source.whole and not path.is_file()
+        experts = 2 if whole and len(transformers) == 2 else 1
         preset = release_of(transformers[0].settings, experts)
         # One file may be either expert's, or an only transformer's: its tensors do not say.
-        found["variant"] = preset.name if source.whole else f"a transformer like {preset.name}'s"
-        found["experts"] = experts if source.whole else "one of one or two"
+        found["variant"] = preset.name if whole else f"a transformer like {preset.name}'s"
+        found["experts"] = experts if whole else "one of one or two"
     found["models"] = models
     found["size"] = f"{sum(model['bytes'] for model in models.values()) / 1e9:.3g} GB"
     found["loads with"] = _loader(path, source, transformers)
@@ -92,6 +93,8 @@ def _model(content: Any) -> dict[str, Any]:
 
 
 def _layout(path: Path, source: Any) -> str:
+    if source.whole and path.is_file():
+        return "several models in one file"
     if source.whole:
         return "official" if source.index is None else "Diffusers"
     return "GGUF" if path.suffix == ".gguf" else "one model's weights"
@@ -99,12 +102,13 @@ def _layout(path: Path, source: Any) -> str:
 
 def _loader(path: Path, source: Any, transformers: list[Any]) -> str:
     """Return the Python that loads it."""
-    if source.whole:
+    if source.whole and transformers:
         pipelines = {16: "WanT2VPipeline", 36: "WanI2VPipeline"}
         both = "WanT2VPipeline and WanI2VPipeline"
         name = pipelines.get(transformers[0].settings["in_channels"], both)
-        return f'{name}.from_pretrained("{path}")'
-    kind = next(iter(source.models.values())).kind
+        constructor = "from_single_file" if path.is_file() else "from_pretrained"
+        return f'{name}.{constructor}("{path}")'
+    kind = next(iter(source.models))
     named = "" if kind == "transformer" else f"{kind}="
     pipeline = f'WanT2VPipeline.from_single_file({named}"{path}", …)'
     cls = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}.get(kind)

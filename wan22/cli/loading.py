@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def load(
         pipe = cls.from_pretrained(source, **hub, **arguments)
     elif hub:
         raise ValueError(f"--revision {options.revision} is for repositories; {source} is a file")
-    elif missing := [flags_of(name)[0] for name in BESIDE_A_FILE[1:] if name not in parts]:
+    elif missing := [flags_of(name)[0] for name in _absent(source, parts)]:
         raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
     else:
         pipe = cls.from_single_file(source, **parts, **arguments)
@@ -76,6 +76,14 @@ def load(
     if options.compile:
         pipe.compile()
     return pipe
+
+
+def _absent(source: str | Path, parts: Collection[str]) -> list[str]:
+    """Return what neither the options nor the file of the transformer give."""
+    from ..pipelines.loading.single_files import with_parts_of
+
+    inside = with_parts_of(Path(source), {}, BESIDE_A_FILE)
+    return [name for name in BESIDE_A_FILE[1:] if name not in parts and name not in inside]
 
 
 def find_model(model: str | None, task: str) -> str | Path:

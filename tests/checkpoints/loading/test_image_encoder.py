@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan22.checkpoints.loading.encoders import load_image_processor
@@ -65,6 +66,44 @@ def test_it_gives_the_tokens_of_the_model_that_was_written(model, official, tmp_
     assert loaded.config.image_size == 56
     half = read_model(tmp_path / "models_clip.pth", "image_encoder").load(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def clip_vision_h(model):
+    """transformers' names, as ComfyUI's clip_vision_h.safetensors has them: with the projection's weight."""
+    weights = {f"vision_model.{n.removeprefix('vision_model.')}": w for n, w in model.state_dict().items()}
+    positions = torch.arange(model.config.image_size // 14 * 4 + 1)[None]
+    extra = {
+        "vision_model.embeddings.position_ids": positions,
+        "visual_projection.weight": torch.ones(8, 160),
+    }
+    return weights | extra
+
+
+def whole_clip(model):
+    """Both halves, as CLIPModel is saved."""
+    text = {"text_model.final_layer_norm.weight": torch.ones(4), "text_projection.weight": torch.ones(4, 4)}
+    return clip_vision_h(model) | text | {"logit_scale": torch.ones(())}
+
+
+def of_diffusers(model):
+    return {n: w for n, w in clip_vision_h(model).items() if "projection" not in n and "_ids" not in n}
+
+
+@pytest.mark.parametrize("form", [clip_vision_h, whole_clip, of_diffusers])
+def test_transformers_names(model, form, tmp_path):
+    save_file({name: w.contiguous() for name, w in form(model).items()}, tmp_path / "clip.safetensors")
+    loaded = read_model(tmp_path / "clip.safetensors", "image_encoder").load()
+    image = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        tokens, expected = (m(image, output_hidden_states=True).hidden_states[-2] for m in (loaded, model))
+    assert torch.equal(tokens, expected)
+
+
+def test_a_diffusers_repositorys_own_folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = read_model(tmp_path, "image_encoder").load()
+    assert loaded.config.num_attention_heads == 2
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in loaded.state_dict().items())
 
 
 def test_images_are_resized_without_a_crop():

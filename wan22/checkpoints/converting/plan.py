@@ -112,6 +112,10 @@ def make_plan(source: Source, to: str, name: str, dtype: torch.dtype | None, sha
     lacks is a FileNotFoundError, one that the layout has no place for a ValueError.
     """
     plan = Plan()
+    if "image_encoder" in source.models:
+        raise ValueError(
+            f"{source.path} holds an image encoder, which is not converted; leave it in its file"
+        )
     for component, model in source.models.items():
         path = _path_of(component, model, to, source, name)
         tensors = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.weights import SUFFIXES, read_json, shards_of
-from ..loading.recognize import read_model
+from ..loading.recognize import kinds_in, read_model
 from ..loading.stored import StoredModel
 from ..naming.names import listed
 
@@ -44,16 +44,17 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
             f"there is no file or folder {path}, and a repository's name is like org/name"
         )
     if path.is_file():
-        model = _read(path, {}, head_dim)
-        return Source(path, {model.kind: model})
+        kinds: list[str | None] = [*kinds_in(path)]
+        models = [_read(path, {}, head_dim, kind) for kind in kinds or [None]]
+        return Source(path, {model.kind: model for model in models}, whole=len(models) > 1)
     if (path / "model_index.json").is_file():
         return _diffusers_repository(path, head_dim)
     return _folder(path, head_dim)
 
 
-def _read(path: Path, config: dict[str, Any], head_dim: int | None) -> StoredModel:
+def _read(path: Path, config: dict[str, Any], head_dim: int | None, kind: str | None = None) -> StoredModel:
     """Read one model, and check and account for each of its tensors as the loader does."""
-    model = read_model(path, config=config, head_dim=head_dim)
+    model = read_model(path, kind, config, head_dim)
     model.format.checked(model.source, model.tensors)
     model.meta_model()
     return model

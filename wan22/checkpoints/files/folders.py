@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .weights import shards_of
+from .safetensors import read_header
+from .weights import check_places, shards_of
 
 # Names of weights without their endings, and the endings: of diffusers' models, and of transformers'.
 Names = Sequence[tuple[str, str]]
@@ -30,16 +31,27 @@ def candidates(
 def weights_in(place: Path, variant: str | None = None, names: Names = DIFFUSERS) -> Path:
     """Return the weight file of a folder, or the index of its shards.
 
-    A FileNotFoundError names the file or the shards that are missing.
+    A FileNotFoundError names the file or the shards that are missing, a ValueError a tensor that is not in
+    the shard that the index says.
     """
     found = list(candidates(place, variant, names))
     for path, shards in found:
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             count = f"{len(shards) - len(missing)} of {len(shards)} shards"
             raise FileNotFoundError(f"{place} has {count}; missing: {', '.join(missing[:9])}")
+        if shards:
+            _check_index(path)
         if path.is_file():
             return path
     others = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
     raise FileNotFoundError(
         f"{place} has no weights: there is no {found[0][0].name}; found: {', '.join(others[:9]) or 'nothing'}"
     )
+
+
+def _check_index(index: Path) -> None:
+    """Hold an index against its shards' headers, which loaders other than ours do not."""
+    places = shards_of(index)
+    names = {name for name in places.values() if name.endswith(".safetensors")}
+    held = {name: read_header(index.parent / name)[0].keys() for name in names}
+    check_places(index, {key: name for key, name in places.items() if name in names}, held)

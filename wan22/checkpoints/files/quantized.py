@@ -3,9 +3,12 @@
 Shapes: o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
 """
 
+import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -106,6 +109,25 @@ def on_meta(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedT
         parts = {name: torch.empty_like(part, device="meta") for name, part in tensor.parts.items()}
         return QuantizedTensor(tensor.shape, tensor.format, parts)
     return torch.empty_like(tensor, device="meta")
+
+
+def unflattened(
+    tensor: torch.Tensor | QuantizedTensor, shape: tuple[int, ...] | None
+) -> torch.Tensor | QuantizedTensor:
+    """Return a tensor of GGUF in its shape, if its own comes from merging neighbouring axes of that one.
+
+    Axes with one entry are left out in such files, too. Anything else is returned as it is.
+    """
+    own = tuple(tensor.shape)
+    if shape in (None, own) or math.prod(own) != math.prod(shape):
+        return tensor
+    if not set(accumulate(own, operator.mul)) <= {1, *accumulate(shape, operator.mul)}:
+        return tensor
+    if isinstance(tensor, torch.Tensor):
+        return tensor.reshape(shape)
+    if not isinstance(tensor.format, GgufBlocks):
+        return tensor
+    return replace(tensor, shape=shape, format=replace(tensor.format, shape=shape))
 
 
 def expanded(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ checkpoint costs no memory before its weights are used.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class WeightFile:
     source: str
     tensors: Mapping[str, torch.Tensor | QuantizedTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    flat: bool = False  # whether axes may be merged, or left out if they have one entry, as in GGUF
 
 
 def read_weights(path: Path) -> WeightFile:
@@ -47,7 +48,7 @@ def read_weights(path: Path) -> WeightFile:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"GGUF"):
-        return WeightFile(str(path), *read_gguf(path))
+        return WeightFile(str(path), *read_gguf(path), flat=True)
     if start[8:9] == b"{":
         return WeightFile(str(path), *read_safetensors(path))
     if start.startswith((b"PK\x03\x04", b"\x80")):
@@ -106,6 +107,12 @@ def shards_of(index: Path) -> dict[str, str]:
     return places
 
 
+def check_places(index: Path, places: Mapping[str, str], held: Mapping[str, Container[str]]) -> None:
+    """Refuse an index that names a tensor which its shard does not hold."""
+    if lost := sorted(key for key, name in places.items() if key not in held[name]):
+        raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
+
+
 def _read_shards(index: Path) -> WeightFile:
     places, folder = shards_of(index), index.parent
     names = sorted(set(places.values()))
@@ -114,8 +121,7 @@ def _read_shards(index: Path) -> WeightFile:
             f"{folder} has {len(names) - len(missing)} of {len(names)} shards; missing: {', '.join(missing)}"
         )
     shards = {name: read_weights(folder / name).tensors for name in names}
-    if lost := sorted(key for key, name in places.items() if key not in shards[name]):
-        raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
+    check_places(index, places, shards)
     tensors = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
     return WeightFile(str(folder), tensors)
 

@@ -16,6 +16,7 @@ from .stored import Config, ModelFormat
 
 # umT5's embedding: one weight under two names; files have it under one or under both.
 _EMBEDDING, _COPY = "shared.weight", "encoder.embed_tokens.weight"
+TOKENIZER = "spiece_model"  # a tensor in ComfyUI's files: sentencepiece's model, byte by byte
 
 
 class _TransformersFormat(ModelFormat):
@@ -42,8 +43,8 @@ class _TextEncoderFormat(_TransformersFormat):
     kind = "text_encoder"
     noun = "umT5"
     classes = ("UMT5Config", "UMT5EncoderModel")
-    # Parts of the whole umT5 that encoding does not need, and the tokenizer inside ComfyUI's file.
-    unused = ("decoder.", "lm_head.", "dec.", "output.", "spiece_model")
+    # Parts of the whole umT5 that encoding does not need, and what ComfyUI has beside it.
+    unused = ("decoder.", "lm_head.", "dec.", "output.", TOKENIZER, "logit_scale")
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
         return TEXT_ENCODER, TEXT_ENCODER_GGUF
@@ -81,8 +82,12 @@ class _ImageEncoderFormat(_TransformersFormat):
     kind = "image_encoder"
     noun = "CLIP's image encoder"
     classes = ("CLIPVisionConfig", "CLIPVisionModel")
-    # The text half of CLIP, and what follows the layer whose output Wan takes.
-    unused = ("textual.", "log_scale", "visual.head")
+    # The text half of CLIP, what follows the layer whose output Wan takes, and numbers from 0 on.
+    unused = (
+        *("textual.", "log_scale", "visual.head"),
+        *("text_model.", "text_projection", "logit_scale", "visual_projection"),
+        *("vision_model.embeddings.position_ids", "embeddings.position_ids"),
+    )
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
         return (IMAGE_ENCODER,)

@@ -144,7 +144,7 @@ class FromFiles:
         refuse_unknown(f"{cls.__name__}.from_single_file", given.others, _entries(cls))
         known = {n: v for n, v in given.reference.entries.items() if n == "attention_head_dim"}
         stored = read_as(form, read_source(source, given.access), known=known | dict(given.others))
-        model = given.reference.agreed(stored, cls.__name__).load(given.dtype, dequantize)
+        model = given.reference.agreed(stored, cls.__name__, given.others).load(given.dtype, dequantize)
         return model if given.device is None else model.to(given.device)
 
     @classmethod

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.weights import WeightFile, read_json, read_weights
-from ..naming.dialects import stripped
+from ..naming.dialects import parts_of, stripped
 from ..naming.names import count_known, listed
 from .encoders import IMAGE_ENCODER_FORMAT, TEXT_ENCODER_FORMAT
 from .models import AUTOENCODER_FORMAT, TRANSFORMER_FORMAT
@@ -36,7 +36,14 @@ def read_model(
     return read_as(FORMATS[kind], file, config, known)
 
 
+def kinds_in(path: Path) -> list[str]:
+    """Return the kinds of models in a file that holds several; [] for any other file or folder."""
+    return [] if path.is_dir() else list(parts_of(read_weights(path).tensors))
+
+
 def _recognize(file: WeightFile) -> str:
+    if parts := parts_of(file.tensors):
+        raise ValueError(f"{file.source} holds several models: {', '.join(parts)}; say which one is meant")
     names = list(stripped(file.tensors).values())
     counts = {
         kind: max(count_known(names, table) for table in format.tables(names))

@@ -41,26 +41,28 @@ class Reference:
     name: str = ""
     entries: Config = field(default_factory=dict)
 
-    def agreed(self, stored: StoredModel, class_name: str) -> StoredModel:
-        """Return a model with the entries that its tensors do not determine.
+    def agreed(self, stored: StoredModel, class_name: str, given: Iterable[str] = ()) -> StoredModel:
+        """Return a model with the entries that its tensors do not determine, nor the caller has `given`.
 
         A ValueError names the first entry of which the tensors say otherwise.
         """
         own = self.entries.get("_class_name", class_name)
         if own != class_name:
             raise ValueError(f"config={self.name}: it is the configuration of a {own}, not a {class_name}")
-        inferred = stored.config
-        for name in inferred.keys() & self.entries.keys() - _FREE:
+        inferred, free = stored.config, _FREE - set(given)
+        for name in sorted(inferred.keys() & self.entries.keys() - _FREE - set(given)):
             said, found = _plain(self.entries[name]), _plain(inferred[name])
             if said != found:
                 raise ValueError(
                     f"config={self.name} says {name}={said}, but the tensors of {stored.source} say {found}; "
                     "give the configuration that belongs to the file, or none"
                 )
-        others = {n: v for n, v in self.entries.items() if n == "_class_name" or not n.startswith("_")}
-        return replace(
-            stored, config=others | {n: v for n, v in inferred.items() if n not in _FREE & others.keys()}
-        )
+        known = {n: v for n, v in self.entries.items() if n == "_class_name" or not n.startswith("_")}
+        facts = {n: v for n, v in inferred.items() if n not in free & known.keys()}
+        return replace(stored, config=known | facts)
+
+
+NO_REFERENCE = Reference()
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _reference(
     A repository is not downloaded for it: the tensors say nearly all, and one that is here already the rest.
     """
     if config is None:
-        return Reference()
+        return NO_REFERENCE
     if isinstance(config, Mapping):
         return Reference("{…}", dict(config))
     cache = access.get("cache_dir")
@@ -183,7 +185,7 @@ def _reference(
             continue
         return Reference(f"{config}/{name}", read_json(Path(here)))
     logger.info("config=%s is not on this machine; the sizes are those of the tensors", config)
-    return Reference()
+    return NO_REFERENCE
 
 
 def _plain(value: Any) -> Any:

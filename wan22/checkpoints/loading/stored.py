@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files.quantized import QuantizedTensor, on_meta
+from ..files.quantized import QuantizedTensor, on_meta, unflattened
 from ..files.weights import WeightFile, read_weights
 from ..naming.configs import Shapes
-from ..naming.dialects import Tensors, normalize, stripped
+from ..naming.dialects import Tensors, normalize, part_of, stripped
 from ..naming.keys import KeyTable
 from ..naming.names import own_names, shapes_of
 from .fill import fill
@@ -140,11 +140,15 @@ def read_as(
     A missing file or shard is a FileNotFoundError, another model or a weight without a place a ValueError.
     """
     file = read_weights(file.expanduser()) if isinstance(file, Path) else file
-    used = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(format.unused)}
-    file = WeightFile(file.source, used, file.metadata)
-    tensors = format.prepare(normalize(file))
+    file = part_of(file, format.kind)
+    plain = stripped(file.tensors)
+    used = {key: t for key, t in file.tensors.items() if not plain[key].startswith(format.unused)}
+    tensors = format.prepare(normalize(replace(file, tensors=used)))
     names, keys = format.names(file.source, tensors), {name: key for key, name in stripped(used).items()}
     own = {name: tensors[theirs] for name, theirs in names.items()}
     origins = {name: keys.get(theirs, theirs) for name, theirs in names.items()}
     config = format.config(file.source, shapes_of(own), given or {}, known or {})
+    if file.flat:
+        shapes = shapes_of(format.body(format.build(config)).state_dict())
+        own = {name: unflattened(tensor, shapes.get(name)) for name, tensor in own.items()}
     return StoredModel(format, file.source, own, origins, config)

@@ -12,6 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _KNOWN = "Wan model that is known here"  # in errors
 HEAD_DIM = 128  # of every released Wan transformer
+PATCH_SIZE = (1, 2, 2)  # of every released Wan transformer
 CLIP_HEAD_DIM = 80  # of the released image encoder, ViT-H
 # Parts of the family's other models, by the start of their names.
 OTHER_TRANSFORMERS = {
@@ -57,7 +58,7 @@ def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None)
     The shapes do not determine the size of a head, which is 128 in every released transformer.
     """
     get = _getter(source, shapes)
-    dim, in_channels, *patch = get("patch_embedding.weight")
+    dim, in_channels, *patch = _patch_embedding(source, get)
     head_dim = head_dim or HEAD_DIM
     heads, rest = divmod(dim, head_dim)
     if rest:
@@ -80,6 +81,24 @@ def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None)
         "added_kv_proj_dim": get("blocks.0.cross_attn.k_img.weight")[1] if image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
     }
+
+
+def _patch_embedding(source: str, get: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the patch embedding's shape, which GGUF's four axes have no room for.
+
+    Converters merge some of its axes; the patch size is then taken to be that of every release.
+    """
+    shape = get("patch_embedding.weight")
+    if len(shape) == 5:
+        return shape
+    (dim,) = get("patch_embedding.bias")
+    in_channels, rest = divmod(math.prod(shape), dim * math.prod(PATCH_SIZE))
+    if rest:
+        rule = (
+            f"patch_embedding.weight of shape {shape} is not that of {dim} outputs and patches {PATCH_SIZE}"
+        )
+        raise ValueError(f"{source} is no {_KNOWN}: {rule}")
+    return dim, in_channels, *PATCH_SIZE
 
 
 @dataclass(frozen=True)

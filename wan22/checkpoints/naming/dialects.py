@@ -5,6 +5,7 @@ Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimizat
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -13,8 +14,19 @@ from ..files.weights import WeightFile
 
 Tensors = dict[str, torch.Tensor | QuantizedTensor]
 
+# How the names of each model begin in a file that holds several, as ComfyUI saves them.
+PARTS = {
+    "transformer": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("text_encoders.umt5xxl.",),
+    "image_encoder": ("vision_model.", "visual_projection."),
+}
 # Prefixes that all names of a model may have.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "module.", "model.")
+_PREFIXES = (
+    *("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae."),
+    *("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl.", "umt5xxl.transformer."),
+    *("transformer.", "module.", "model."),
+)
 # Beside a weight X.weight: its scale, under either name; the scale of the layer's inputs, of no use where the
 # weight is expanded and not the inputs rounded; and ComfyUI's note on how X is quantised.
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -80,6 +92,38 @@ def normalize(file: WeightFile) -> Tensors:
     if scales:
         raise ValueError(f"{file.source}: there is no weight for {', '.join(sorted(scales)[:3])}")
     return result
+
+
+def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of each model in a file that holds several, by the model's kind; {} if it does not."""
+    names = list(names)
+    parts = {kind: [name for name in names if name.startswith(starts)] for kind, starts in PARTS.items()}
+    parts = {kind: own for kind, own in parts.items() if own}
+    return parts if len(parts) > 1 else {}
+
+
+def part_of(file: WeightFile, kind: str) -> WeightFile:
+    """Return one model of a file that holds several; any other file as it is.
+
+    A ValueError says that the file does not hold it, or names a tensor that belongs to none of them.
+    """
+    parts = parts_of(file.tensors)
+    if not parts:
+        return file
+    if rest := file.tensors.keys() - {name for names in parts.values() for name in names}:
+        raise ValueError(
+            f"{file.source} holds {', '.join(sorted(rest)[:3])}, which belongs to no known model"
+        )
+    if kind not in parts:
+        raise ValueError(f"{file.source} holds {' and '.join(parts)}, but no {kind}")
+    metadata, notes = dict(file.metadata), json.loads(file.metadata.get(_NOTES, "{}"))
+    if notes:
+        layers = {
+            name: note for name, note in notes.get("layers", {}).items() if name.startswith(PARTS[kind])
+        }
+        metadata[_NOTES] = json.dumps({**notes, "layers": layers})
+    tensors = {name: file.tensors[name] for name in parts[kind]}
+    return replace(file, tensors=tensors, metadata=metadata)
 
 
 def stripped(names: Iterable[str]) -> dict[str, str]:

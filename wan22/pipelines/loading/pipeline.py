@@ -11,13 +11,14 @@ from diffusers import DiffusionPipeline
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.quantized_linear import expanded_state
+from ...checkpoints.loading.single_file import ALIASES, Arguments, only_source
 from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
 from .checkpoint import Dtypes, Wanted
 from .diffusers_layout import MARK, OWN_SCHEDULER
 from .load import load_pipeline, locate
-from .single_files import SingleFiles
+from .single_files import SingleFiles, path_of, with_parts_of
 
 _Pipeline = TypeVar("_Pipeline", bound="LoadablePipeline")
 
@@ -92,8 +93,12 @@ class LoadablePipeline(DiffusionPipeline):
     ) -> _Pipeline:
         """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
 
+        Files are paths, or addresses on the hub. What is not given is taken from the first file if it holds
+        several models, as ComfyUI saves them.
+
         Args:
-            high: file of the high-noise expert, or the only transformer.
+            high: file of the high-noise expert, or the only transformer. In diffusers:
+                pretrained_model_link_or_path.
             low: file of the low-noise expert.
             vae: file, or model.
             text_encoder: file, or model; None if prompt_embeds are given at every call.
@@ -104,19 +109,31 @@ class LoadablePipeline(DiffusionPipeline):
             dequantize: whether to expand those.
             **options: further components and settings of the pipeline, such as `scheduler` or
                 `boundary_ratio`; default are those of the released checkpoint with the same shapes.
-                `attention_head_dim`, if it is not 128.
+                `attention_head_dim`, if it is not 128. The hub's options, and those of diffusers that
+                WanTransformer3DModel.from_single_file takes, such as `config` and `device`.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: a file cannot be read or is another model's, or the components do not belong together;
-                nothing fits into the memory; or the work cannot be shared as asked.
+                nothing fits into the memory; the work cannot be shared as asked; or an argument asks for what
+                cannot be done.
         """
+        if options.keys() & set(ALIASES):
+            high = only_source(high, options)
+        given = Arguments.of(dtype, options, "transformer")
         parts = {"transformer": high, "transformer_2": low, "vae": vae, "text_encoder": text_encoder}
         parts |= {"tokenizer": tokenizer, "image_encoder": image_encoder}
-        paths = {name: Path(p).expanduser() for name, p in parts.items() if isinstance(p, str | Path)}
+        paths = {name: path_of(name, p, given) for name, p in parts.items() if isinstance(p, str | Path)}
         models = {name: part for name, part in parts.items() if name not in paths and part is not None}
-        wanted = Wanted.of(cls, dtype, dequantize, options | models)
-        return load_pipeline(cls, SingleFiles(paths), wanted, memory, quantize, parallel, loras)
+        if tables := [name for name, part in models.items() if isinstance(part, Mapping)]:
+            raise TypeError(f"{tables[0]} is a table of tensors; give the model, of its own from_single_file")
+        if "transformer" in paths:
+            absent = set(signature_keys(cls)[0]) - models.keys()
+            paths = with_parts_of(paths["transformer"], paths, absent)
+        wanted = Wanted.of(cls, given.dtype, dequantize, {**given.others, **models})
+        files = SingleFiles(paths, reference=given.reference)
+        pipe = load_pipeline(cls, files, wanted, memory, quantize, parallel, loras)
+        return pipe if given.device is None else pipe.to(given.device)
 
     @classmethod
     def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:

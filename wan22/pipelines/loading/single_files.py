@@ -1,15 +1,20 @@
 """Components in single files, each of any format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...checkpoints.loading.encoders import load_image_processor
-from ...checkpoints.loading.recognize import read_model
+from ...checkpoints.files.hub import local_file
+from ...checkpoints.files.weights import read_weights
+from ...checkpoints.loading.encoders import TOKENIZER, load_image_processor
+from ...checkpoints.loading.models import WanTransformer3DModel
+from ...checkpoints.loading.recognize import kinds_in, read_model
+from ...checkpoints.loading.single_file import NO_REFERENCE, Arguments, Reference
 from ...checkpoints.loading.stored import StoredModel
 from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
@@ -25,9 +30,11 @@ class SingleFiles:
 
     kind: str | None = None
 
-    def __init__(self, paths: Mapping[str, Path], source: str | None = None) -> None:
-        self.paths = paths
-        self.source = source or ", ".join(map(str, paths.values()))
+    def __init__(
+        self, paths: Mapping[str, Path], source: str | None = None, reference: Reference = NO_REFERENCE
+    ) -> None:
+        self.paths, self.reference = paths, reference  # what the transformers' configurations must agree with
+        self.source = source or ", ".join(dict.fromkeys(map(str, paths.values())))  # one may hold several
 
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that would be loaded, without reading weights."""
@@ -64,7 +71,12 @@ class SingleFiles:
         return pipe
 
     def _stored(self, name: str, wanted: Wanted) -> StoredModel:
-        return read_model(self.paths[name], KINDS[name], head_dim=wanted.others.get(_HEAD_DIM))
+        kind, head_dim = KINDS[name], wanted.others.get(_HEAD_DIM)
+        head_dim = head_dim or self.reference.entries.get(_HEAD_DIM)
+        stored = read_model(self.paths[name], kind, head_dim=head_dim)
+        return (
+            self.reference.agreed(stored, WanTransformer3DModel.__name__) if kind == "transformer" else stored
+        )
 
 
 def check_options(wanted: Wanted) -> None:
@@ -98,8 +110,37 @@ def settings_of(config: Any, two: bool) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Load umT5's tokenizer from its folder, or a repository of this name."""
-    from transformers import AutoTokenizer
+def path_of(name: str, source: str | Path, given: Arguments) -> Path:
+    """Return where a component's file is here, after its download if it is an address on the hub."""
+    if name == "tokenizer":  # a folder here, or a repository, which its loader knows
+        return Path(source).expanduser()
+    return local_file(source, **given.access)
 
-    return AutoTokenizer.from_pretrained(str(path))
+
+def with_parts_of(path: Path, paths: Mapping[str, Path], components: Iterable[str]) -> dict[str, Path]:
+    """Return the components' files, with those that are in the transformer's file and given nowhere else."""
+    found = {kind: path for kind in kinds_in(path) if kind in components}
+    if "text_encoder" in found and tokenizer_in(path) is not None:
+        found["tokenizer"] = path
+    return found | dict(paths)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load umT5's tokenizer from its folder, a repository, or a weight file that has it inside."""
+    from transformers import AutoTokenizer, T5Tokenizer
+
+    if not path.is_file():
+        return AutoTokenizer.from_pretrained(str(path))
+    model = tokenizer_in(path)
+    if model is None:
+        raise ValueError(f"{path} holds no tokenizer; give its folder, or google/umt5-xxl")
+    with TemporaryDirectory() as folder:
+        Path(folder, "spiece.model").write_bytes(model)
+        return T5Tokenizer.from_pretrained(folder)
+
+
+def tokenizer_in(path: Path) -> bytes | None:
+    """Return sentencepiece's model, which ComfyUI keeps beside umT5's weights; None if there is none."""
+    tensors = read_weights(path).tensors
+    found = [tensor for name, tensor in tensors.items() if name.split(".")[-1] == TOKENIZER]
+    return bytes(found[0].tolist()) if found and isinstance(found[0], torch.Tensor) else None
