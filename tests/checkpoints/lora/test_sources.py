@@ -7,8 +7,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
+from wan22.checkpoints.files.fingerprint import fingerprint
 from wan22.checkpoints.lora import sources
-from wan22.checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source
+from wan22.checkpoints.lora.sources import TABLE, LoraSource, lora_fingerprint, pair_in, read_source
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 7}
 
@@ -125,6 +126,16 @@ def test_the_configuration_beside_the_weights(name, others, counts, repository):
     )
     for source, place in asked:
         assert read_source(source, place).metadata.get("adapter_config.json") == (CONFIG if counts else None)
+
+
+def test_a_fingerprint_tells_configurations_apart(tmp_path):
+    path = stored(tmp_path, "adapter_model.safetensors") / "adapter_model.safetensors"
+    found = {lora_fingerprint(path)}
+    for alpha in (7, 8):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": alpha}))
+        found.add(lora_fingerprint(path))
+    assert len(found) == 3
+    assert all(mark.startswith(fingerprint(path)) for mark in found)
 
 
 def test_a_damaged_configuration(tmp_path):

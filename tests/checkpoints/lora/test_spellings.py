@@ -203,6 +203,10 @@ BAD = {
         layer(torch.ones(4, SIZE), torch.ones(SIZE, 4), alpha=torch.tensor(math.nan)),
         "alpha holds NaN or infinity",
     ),
+    "a complex alpha": (
+        layer(torch.ones(4, SIZE), torch.ones(SIZE, 4), alpha=torch.tensor(1j)),
+        "alpha is complex64",
+    ),
     "two alphas": (
         layer(torch.ones(4, SIZE), torch.ones(SIZE, 4), alpha=torch.ones(2)),
         r"alpha must be one number, and has shape \(2,\)",

@@ -152,7 +152,7 @@ class _Reader:
         tensor = self._file.tensors[key]
         if isinstance(tensor, QuantizedTensor):
             raise ValueError(f"{self._file.source}: {listed([key])} is quantised; a LoRA must not be")
-        if floating and not tensor.is_floating_point():
+        if tensor.is_complex() or (floating and not tensor.is_floating_point()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
                 f"{self._file.source}: {listed([key])} is {kind}; a LoRA of such numbers is not read"

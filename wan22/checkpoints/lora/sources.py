@@ -1,5 +1,6 @@
 """Where a LoRA is: a file, a folder or repository, an address, a pair for the two experts, a table."""
 
+import hashlib
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
 from ...checks import LONGEST, cut
+from ..files.fingerprint import fingerprint
 from ..files.hub import check_repository_name, hub_file
 from ..files.weights import SUFFIXES, WeightFile, read_weights, weight_files
 from ..naming.names import listed
@@ -191,10 +193,23 @@ def _located(source: str | Path, where: LoraSource) -> tuple[str | Path, LoraSou
     return file.repository, LoraSource(file.path, "", where.hub | revision).in_folder()
 
 
+def lora_fingerprint(path: Path) -> str:
+    """Return a hash of what a LoRA's file, and the configuration that counts with it, say."""
+    config = _configuration(path)
+    marks = [fingerprint(path), *([hashlib.sha256(config.read_bytes()).hexdigest()] if config else [])]
+    return "+".join(marks)
+
+
+def _configuration(path: Path) -> Path | None:
+    """Return PEFT's configuration of a weight file: beside it, if it is PEFT's or the folder's only one."""
+    config = path.with_name(CONFIG)
+    own = config.is_file() and (path.stem == _PEFT or weight_files(path.parent) == [path])
+    return config if own else None
+
+
 def _with_configuration(path: Path) -> WeightFile:
-    """Read a weight file, and PEFT's configuration of it, which is that of the folder's only LoRA."""
-    file, config = read_weights(path), path.with_name(CONFIG)
-    if not config.is_file() or (path.stem != _PEFT and weight_files(path.parent) != [path]):
+    file, config = read_weights(path), _configuration(path)
+    if config is None:
         return file
     try:
         table = json.loads(config.read_text("utf-8-sig"))

@@ -18,6 +18,7 @@ from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ...checkpoints.lora.sources import lora_fingerprint
 from ...checks import cut
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
 from ..call.request import plain
@@ -87,7 +88,7 @@ class Provenance(Part):
                 name,
                 ", ".join(sorted({source for source, _ in slots.values()})) or None,
                 {slot: strength for slot, (_, strength) in slots.items()},
-                {slot: fingerprint(Path(s)) for slot, (s, _) in slots.items() if Path(s).is_file()},
+                {slot: lora_fingerprint(Path(s)) for slot, (s, _) in slots.items() if Path(s).is_file()},
             )
             for name, slots in found.items()
         )
