@@ -232,6 +232,10 @@ def test_lokr_and_loha_of_peft(kind, shapes):
     (weights,) = read_lora(WeightFile("w", tensors), shapes)["transformer"].layers.values()
     # LyCORIS writes an alpha beside whole matrices, and does not use it.
     assert weights.scale_alpha / weights.rank == (1 if kind == "LOKR" else 5 / r)
+    header = {"ss_network_alpha": "5", "ss_network_dim": str(r)}
+    tensors.popitem()
+    (weights,) = read_lora(WeightFile("w", tensors, header), shapes)["transformer"].layers.values()
+    assert weights.scale_alpha / weights.rank == (1 if kind == "LOKR" else 5 / r)
 
 
 # ---- errors ----

@@ -62,13 +62,15 @@ class Scaling:
     stabilised: bool = False
     alphas: Patterns = field(default_factory=Patterns)
     ranks: Patterns = field(default_factory=Patterns)
-    binding: bool = True  # whether another rank than the matrices' is an error, or makes the alpha void
+    binding: bool = True  # PEFT's; of others, another rank than the matrices' makes the alpha void
 
     def alpha_of(self, weights: AdapterWeights, names: Iterable[str]) -> float | None:
         """Return the alpha whose quotient by the matrices' rank is the factor; None: the rank.
 
         `names` are all those of the module. A ValueError says that the matrices have another rank.
         """
+        if weights.whole and not self.binding:
+            return None  # LyCORIS takes 1
         names = list(names)
         stated = self.ranks.value(names) or self.rank
         rank = stated or weights.rank if weights.whole else weights.rank
