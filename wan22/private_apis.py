@@ -75,15 +75,31 @@ def attention_backend_of(layer: nn.Module) -> str | None:
     return getattr(backend, "value", backend)
 
 
+def active_attention_backend() -> str:
+    """Return the kernel of diffusers' attention_backend(...), which has no public question."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry.get_active_backend()[0].value
+
+
+def has_backend_of_diffusers(layer: nn.Module) -> bool:
+    """Whether a layer's attention processor computes by a kernel of diffusers."""
+    return hasattr(getattr(layer, "processor", None), "_attention_backend")
+
+
+def choose_attention_backend(layer: Any, name: str) -> None:
+    """Choose diffusers' kernel of a layer's attention processor, for which diffusers asks its own model."""
+    layer.processor._attention_backend = name
+
+
 def use_native_attention(model: nn.Module) -> None:
     """Let diffusers' attention layers of a copy of a model compute by PyTorch's own kernel, which its model
     does not follow. diffusers' set_attention_backend changes what the copy shares with its model.
     """
     for layer in model.modules():
-        processor: Any = getattr(layer, "processor", None)
-        if hasattr(processor, "_attention_backend"):
-            layer.processor = processor = copy(processor)
-            processor._attention_backend = "native"
+        if has_backend_of_diffusers(layer):
+            vars(layer)["processor"] = copy(layer.processor)
+            choose_attention_backend(layer, "native")
 
 
 def is_group_offloaded(model: nn.Module) -> bool:
@@ -113,6 +129,11 @@ def register_block(kind: type[nn.Module]) -> None:
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     TransformerBlockRegistry.register(kind, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+def checkpointed(model: Any, module: nn.Module, *arguments: Any) -> Any:
+    """Run a module by the function that diffusers' enable_gradient_checkpointing gave to the model."""
+    return model._gradient_checkpointing_func(module, *arguments)
 
 
 def mark_peft_layers(model: nn.Module, loaded: bool) -> None:

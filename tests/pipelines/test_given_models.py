@@ -239,7 +239,7 @@ def test_what_else_a_pipeline_does_with_them(plain, tmp_path):
     assert len(list(pipe.stream("a", num_frames=9, num_inference_steps=1))) == 9
     assert pipe.set_attention_backend("auto") == "native"
     assert pipe.set_attention_backend("math") == "math"
-    assert pipe.acceleration.changes()["attention"] == ("_native_math",)
+    assert pipe.acceleration.changes()["attention"] == ("math",)
     assert relative_error(made(pipe), plain) < 1e-4
     pipe.decelerate()
     assert "attention" not in pipe.acceleration.changes()

@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading.attention_names import our_name, their_name
-from ..models.attention import Kernel, native, register
+from ..models.attention import Kernel, finders, native, register
 from ..models.transformer import WanTransformer3DModel
 from ..private_apis import uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
@@ -121,6 +121,18 @@ def describe(
     if backend != "native":
         return backend
     return f"native, PyTorch {torch.__version__}'s {running_kernel(device, dtype, head_dim, queries)} kernel"
+
+
+def _find(name: str, model: Any) -> str:
+    """Check a kernel for a transformer, where it runs now or will run: on the GPU, if there is one."""
+    device = get_module_execution_device(model)
+    if device.type == "cpu" and torch.cuda.is_available() and name in _backends:
+        on_cpu = _unfit(_backends[name], device, model.dtype, model.head_dim) is None
+        device = device if on_cpu else torch.device("cuda")
+    return select(name, device, model.dtype, model.head_dim)
+
+
+finders.append(_find)
 
 
 # ---- checks ----

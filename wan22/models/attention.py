@@ -3,8 +3,10 @@
 Shapes: b batch, l query tokens, s key tokens, n heads, d head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ def attention(
     """
     if query.is_meta:
         return query.new_empty((*query.shape[:3], value.shape[-1]))
+    backend = _preferred if backend == "native" else backend
     check_backend(backend)
     return _kernels[backend].function(query, key, value)
 
@@ -38,6 +41,26 @@ def native(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     """PyTorch's scaled_dot_product_attention, with the kernel that PyTorch chooses."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # b l n d -> b n l d
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """Let a kernel compute, within the context, what no other was chosen for than "native"."""
+    global _preferred
+    check_backend(backend)
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def find(name: str, model: Any) -> str:
+    """Return the name of the registered kernel for a name; a finder may check and register it for a model."""
+    for finder in () if name in _kernels else finders:
+        name = finder(name, model)
+    check_backend(name)
+    return name
 
 
 def register(name: str, kernel: Kernel) -> None:
@@ -66,3 +89,6 @@ def check_backend(backend: str) -> None:
 
 
 _kernels = {"native": Kernel(native)}
+_preferred = "native"
+# Functions for `find`; `wan22.accel.attention` has one, which knows the kernels of libraries.
+finders: list[Callable[[str, Any], str]] = []

@@ -9,7 +9,7 @@ a float64 model), the large linear layers and attention in the dtype of `encoder
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -34,16 +34,22 @@ RotaryTables = tuple[torch.Tensor, torch.Tensor]
 class WanAttention(nn.Module):
     """Multi-head attention with queries and keys normalised over all heads together."""
 
-    def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
+    add_k_proj: nn.Linear | None
+    add_v_proj: nn.Linear | None
+
+    def __init__(
+        self, dim: int, heads: int, eps: float, cross: bool = False, added_kv_proj_dim: int | None = None
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_cross_attention = heads, cross
         self.backend = "native"  # the attention kernel, see set_attention_backend
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])  # as diffusers' Linear and Dropout
         self.norm_q = Float32RMSNorm(dim, eps=eps)
         self.norm_k = Float32RMSNorm(dim, eps=eps)
+        self.add_k_proj = self.add_v_proj = None
         if added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(added_kv_proj_dim, dim)
             self.add_v_proj = nn.Linear(added_kv_proj_dim, dim)
@@ -58,19 +64,33 @@ class WanAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend from the video tokens x "b l d" to themselves, or to text tokens "b s d" as the context.
 
-        In Wan 2.1 I2V, image tokens "b s d" are attended to separately and the results are added. `rotary`
-        has cosine and sine for queries and keys.
+        In Wan 2.1 I2V, image tokens "b s d" are attended to separately and the results are added; without
+        projections of their own they are context like the text. `rotary` has cosine and sine for queries and
+        keys.
         """
         context = x if context is None else context
-        query, key = self._heads(self.norm_q(self.to_q(x))), self._heads(self.norm_k(self.to_k(context)))
+        if image is not None and self.add_k_proj is None:
+            context, image = torch.cat((image, context), dim=1), None
+        query, key, value = self.project(x, context)
+        query, key = self._heads(self.norm_q(query)), self._heads(self.norm_k(key))
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        query, value = query.to(x.dtype), self._heads(self.to_v(context))
-        out = attention(query, key.to(x.dtype), value, self.backend)
+        query = query.to(x.dtype)
+        out = attention(query, key.to(x.dtype), self._heads(value), self.backend)
         if image is not None:
-            key, value = self._heads(self.norm_added_k(self.add_k_proj(image))), self.add_v_proj(image)
-            out = out + attention(query, key.to(x.dtype), self._heads(value), self.backend)
+            key, value = self.project_image(image)
+            key = self._heads(self.norm_added_k(key)).to(x.dtype)
+            out = out + attention(query, key, self._heads(value), self.backend)
         return self.to_out[0](rearrange(out, "b l n d -> b l (n d)"))
+
+    def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return queries "b l d", keys and values "b s d"."""
+        return self.to_q(x), self.to_k(context), self.to_v(context)
+
+    def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return keys and values "b s d" of image tokens."""
+        assert self.add_k_proj is not None and self.add_v_proj is not None, "image tokens have projections"
+        return self.add_k_proj(image), self.add_v_proj(image)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "b l (n d) -> b l n d", n=self.heads)
@@ -87,12 +107,13 @@ class WanTransformerBlock(nn.Module):
         cross_attn_norm: bool,
         eps: float,
         added_kv_proj_dim: int | None = None,
+        attention_class: type[WanAttention] = WanAttention,
     ) -> None:
         super().__init__()
         self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
-        self.attn1 = WanAttention(dim, num_heads, eps)
+        self.attn1 = attention_class(dim, num_heads, eps)
         self.norm2 = Float32LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
-        self.attn2 = WanAttention(dim, num_heads, eps, added_kv_proj_dim)
+        self.attn2 = attention_class(dim, num_heads, eps, True, added_kv_proj_dim)
         self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim, dim, approximate="tanh")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -139,6 +160,8 @@ class WanTransformer3DModel(nn.Module):
     Source: Wan2.2 wan/modules/model.py, WanModel; names are those of diffusers 0.42.1.
     """
 
+    attention_class = WanAttention
+
     def __init__(
         self,
         patch_size: tuple[int, int, int] = (1, 2, 2),
@@ -172,7 +195,10 @@ class WanTransformer3DModel(nn.Module):
         )
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
         self.blocks = nn.ModuleList(
-            WanTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, added_kv_proj_dim)
+            WanTransformerBlock(
+                *(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, added_kv_proj_dim),
+                attention_class=self.attention_class,
+            )
             for _ in range(num_layers)
         )
         self.norm_out = Float32LayerNorm(dim, eps, elementwise_affine=False)
@@ -210,7 +236,7 @@ class WanTransformer3DModel(nn.Module):
         if encoder_hidden_states_image is not None:
             image = self.condition_embedder.embed_image(encoder_hidden_states_image)
         for block in self.blocks:
-            x = block(x, text, modulation, rotary, image)
+            x = self.run_block(block, x, text, modulation, rotary, image)
 
         # With the blocks spread over devices, the stream ends on another one than it started on.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
@@ -219,6 +245,10 @@ class WanTransformer3DModel(nn.Module):
         return rearrange(
             x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
+
+    def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
+        """Return what a block makes of its arguments."""
+        return block(*arguments)
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose all layers' attention kernel: "native" or a name registered by `wan22.accel.attention`."""

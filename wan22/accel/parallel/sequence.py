@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ...checkpoints.loading.diffusers_attention import DiffusersAttention, WanAttnProcessor
 from ...checkpoints.loading.models import is_ours
 from ...models.attention import Kernel, attention, register, unregister
 from ...private_apis import (
@@ -50,6 +51,12 @@ class SequenceParallel:
                 raise ValueError(
                     f"the tokens of a {type(model).__name__} that is not wan22's cannot be shared; load it "
                     "with wan22.WanTransformer3DModel, or share the passes of guidance alone: cfg=2"
+                )
+            layers = (layer for layer in model.modules() if isinstance(layer, DiffusersAttention))
+            if any(type(layer.processor) is not WanAttnProcessor for layer in layers):
+                raise ValueError(
+                    "a given attention processor does not know of other ranks' tokens; set_attn_processor("
+                    "WanAttnProcessor()) takes it away"
                 )
         self.groups = groups
         self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)

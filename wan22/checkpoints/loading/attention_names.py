@@ -43,13 +43,13 @@ _THEIRS = {
 }
 
 
-def our_name(name: str) -> str:
-    """Return wan22's name of a kernel, given it or diffusers'.
+def our_name(name: str, wanted: bool = True) -> str:
+    """Return wan22's name of a kernel, given it or diffusers'; as it is, if it need not be one of wan22's.
 
     Raises: ValueError: it is one of diffusers' that wan22 has none like.
     """
     name = getattr(name, "value", name)  # diffusers' names are an enumeration, too
-    if name in _NEAREST:
+    if wanted and name in _NEAREST:
         raise ValueError(
             f"attention backend {name!r} of diffusers is not among wan22's; the nearest is {_NEAREST[name]!r}"
         )

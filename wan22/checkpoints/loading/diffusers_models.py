@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
@@ -17,20 +18,34 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from ...models.attention import find, preferring
 from ...models.autoencoder import AutoencoderKLWan
 from ...models.transformer import WanTransformer3DModel, WanTransformerBlock
-from ...private_apis import register_block
+from ...private_apis import (
+    active_attention_backend,
+    checkpointed,
+    choose_attention_backend,
+    has_backend_of_diffusers,
+    register_block,
+)
+from .attention_names import our_name, their_name
+from .diffusers_attention import DiffusersAttention
 
 register_block(WanTransformerBlock)
 
 
-class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class DiffusersTransformer(
+    WanTransformer3DModel, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+):
     """The transformer with diffusers' mixins; config and state-dict names are those of diffusers 0.42.1."""
 
     config: Any
     dtype: torch.dtype
     device: torch.device
+    attention_class = DiffusersAttention
+    gradient_checkpointing = False  # see enable_gradient_checkpointing
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["WanTransformerBlock"]
     _repeated_blocks = ["WanTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "time_proj", "norm", "proj_out"]
@@ -59,10 +74,34 @@ class DiffusersTransformer(WanTransformer3DModel, ModelMixin, ConfigMixin, PeftA
 
         `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple.
         """
-        velocity = super().forward(
-            hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
-        )
+        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        kernel = our_name(active_attention_backend())
+        if kernel == "native":
+            velocity = super().forward(*inputs)
+        else:  # within diffusers' attention_backend(...)
+            with preferring(find(kernel, self)):
+                velocity = super().forward(*inputs)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose all layers' attention kernel.
+
+        Args:
+            backend: wan22's name or diffusers', see `wan22.accel.attention`; "auto" is the fastest exact one.
+
+        Raises: ValueError: wan22 has no such kernel, or it cannot be used here.
+        """
+        name = find(our_name(backend), self)
+        super().set_attention_backend(name)
+        for layer in self.modules():
+            if has_backend_of_diffusers(layer):  # a caller's processor
+                choose_attention_backend(layer, their_name(name))
+
+    def run_block(self, block: torch.nn.Module, *arguments: Any) -> Tensor:
+        """Run a block; with gradient checkpointing, what it computes is computed anew for gradients."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpointed(self, block, *arguments)
+        return super().run_block(block, *arguments)
 
 
 class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):

@@ -68,7 +68,8 @@ class _DiffusersFormat(ModelFormat):
         return json.loads(model.to_json_string())
 
     def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
-        return model._keep_in_fp32_modules or ()
+        kept = model._keep_in_fp32_modules or ()
+        return (kept,) if isinstance(kept, str) else kept
 
 
 class _TransformerFormat(_DiffusersFormat):

@@ -7,10 +7,12 @@ from ...accel import vae as vae_acceleration
 from ...accel.compile import Compiled
 from ...accel.planning.meta_models import MODELS
 from ...accel.quantize import check, check_method, is_quantized, quantize
+from ...checkpoints.loading.attention_names import our_name
+from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
-from ...private_apis import attention_backend_of, is_compiled
+from ...private_apis import active_attention_backend, attention_backend_of, is_compiled
 from .part import Part
 
 
@@ -127,11 +129,13 @@ class Acceleration(Part):
         return {what: value for what, value in found.items() if value}
 
     def _kernels(self) -> set[str]:
-        """Return the names of the attention kernels of all transformers."""
-        kernels = set()
+        """Return the names of all transformers' attention kernels, and of processors of a caller."""
+        kernels = {our_name(active_attention_backend(), wanted=False)}
         for module in (module for model in self._pipe.transformers for module in model.modules()):
             if isinstance(module, WanAttention):
-                kernels.add(computing_backend(module.backend))
+                processor = getattr(module, "processor", None)
+                given = processor is not None and type(processor) is not WanAttnProcessor
+                kernels.add(type(processor).__name__ if given else computing_backend(module.backend))
             elif (name := attention_backend_of(module)) is not None:
-                kernels.add(name)
+                kernels.add(our_name(name, wanted=False))
         return kernels
