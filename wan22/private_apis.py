@@ -4,7 +4,8 @@ A test keeps such names out of all other files. pyproject.toml caps the librarie
 file has been run with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -80,6 +81,18 @@ def active_attention_backend() -> str:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     return _AttentionBackendRegistry.get_active_backend()[0].value
+
+
+@contextmanager
+def keeping_active_attention_backend() -> Iterator[None]:
+    """Undo that diffusers' set_attention_backend of one model chooses the kernel of all others as well."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    try:
+        yield
+    finally:
+        _AttentionBackendRegistry.set_active_backend(before)
 
 
 def has_backend_of_diffusers(layer: nn.Module) -> bool:

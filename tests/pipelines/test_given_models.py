@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from transformers import UMT5EncoderModel
 
@@ -20,6 +21,13 @@ from wan22.pipelines.call.noise import draw
 
 CPU = torch.device("cpu")
 TINY = tiny_checkpoint("t2v")
+
+
+@pytest.fixture(autouse=True)
+def own_kernel():
+    """diffusers' set_attention_backend of one model chooses the kernel of all models without their own."""
+    with attention_backend("native"):
+        yield
 
 
 def transformer_of_diffusers(slot="transformer", **options):

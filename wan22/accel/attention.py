@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from ..checkpoints.loading.attention_names import our_name, their_name
 from ..models.attention import Kernel, finders, native, register
 from ..models.transformer import WanTransformer3DModel
-from ..private_apis import uncompiled
+from ..private_apis import keeping_active_attention_backend, uncompiled
 from .attention_kernels import BACKENDS, Backend, NotInstalledError, running_kernel
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ def use(
     ours = isinstance(model, WanTransformer3DModel)
     head_dim = model.head_dim if ours else model.config.attention_head_dim
     chosen = select(our_name(name), device, dtype, head_dim)
-    model.set_attention_backend(chosen if ours else their_name(chosen))
+    with keeping_active_attention_backend():
+        model.set_attention_backend(chosen if ours else their_name(chosen))
     logger.info("attention on %s: %s", device, describe(chosen, device, dtype, head_dim))
     return chosen
 
