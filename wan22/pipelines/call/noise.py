@@ -107,5 +107,8 @@ class NoisePerVideo(TorchFunctionMode):
         else:
             return func(*args, **kwargs)
         if not shape or shape[0] != len(self.generators):
-            return func(*args, **kwargs)
+            raise ValueError(
+                f"the scheduler draws noise of shape {tuple(shape)} for {len(self.generators)} videos; it "
+                "must be each video's own, or a seed would not mean one video"
+            )
         return draw(self.generators, shape[1:], device).to(dtype)

@@ -15,7 +15,7 @@ from .experts import Experts
 from .guidance import ClassifierFreeGuidance
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
-from .schedule import scheduler_for, scheduler_shift, with_distilled
+from .schedule import changed_by_hand, scheduler_for, scheduler_shift, with_distilled
 from .state import CallState
 from .text import check_prompts, check_text_encoder
 
@@ -43,6 +43,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     guidance, ratio = _guidance(pipe, request), pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
     steps = Experts(pipe.transformer, pipe.transformer_2, boundary).steps(scheduler)
+    count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = any(guidance.needs_negative(step) for step in steps)
     check_text_encoder(pipe, request, guided)
     completed: dict[str, Any] = {
@@ -53,7 +54,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         "num_frames": num_frames,
         "guidance_scale": guidance.scale,
         "guidance_scale_2": None if ratio is None else guidance.scale_2,
-        **_completed_schedule(given, scheduler),
+        **_completed_schedule(given, scheduler, count),
         **_completed_size(height, width, pipe.followed_area(request)),
     }
     recipe = Recipe(
@@ -63,8 +64,9 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         num_frames=num_frames,
         fps=preset.fps,
         scheduler=type(scheduler).__name__,
-        num_inference_steps=len(steps),
-        not_reproducible_because=not_reproducible_because(request, generators, guided),
+        num_inference_steps=count,
+        not_reproducible_because=not_reproducible_because(request, generators, guided)
+        or changed_by_hand(state.scheduler),
         **pipe.run_metadata(),
     )
     state.scheduler = scheduler
@@ -112,12 +114,12 @@ def _callback(request: Request, allowed: Sequence[str]) -> StepCallback | None:
     return None if function is None else StepCallback(function, tensors, allowed)
 
 
-def _completed_schedule(request: Request, scheduler: Any) -> dict[str, Any]:
+def _completed_schedule(request: Request, scheduler: Any, count: int) -> dict[str, Any]:
     """Return a call's arguments about the schedule: its name, its values, or the steps and the shift."""
     if request.distilled is not None or request.sigmas is not None or request.timesteps is not None:
         return {}
     shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
-    return {"num_inference_steps": len(scheduler.timesteps), "flow_shift": shift}
+    return {"num_inference_steps": count, "flow_shift": shift}
 
 
 def _completed_size(height: int, width: int, area: int | None) -> dict[str, Any]:

@@ -127,6 +127,14 @@ def scheduler_shift(scheduler: Any) -> float | None:
     return None
 
 
+def changed_by_hand(scheduler: Any) -> str | None:
+    """Return what has changed a scheduler so that its config does not tell; None if nothing has."""
+    shift = scheduler_shift(scheduler)
+    if shift is None or shift == scheduler.config.get("shift", shift):
+        return None
+    return f"set_shift({shift:g}) has changed the scheduler"
+
+
 def reshifted(scheduler: Any, shift: float) -> Any:
     """Return a scheduler like the given one with another shift."""
     name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
