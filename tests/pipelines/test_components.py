@@ -7,20 +7,27 @@ import pickle
 import weakref
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.builders import (
     MODELS,
+    SMALL,
     bf16_pipeline,
     latents_of,
     load_pipeline,
     random_components,
+    random_i2v_components,
     random_pipeline,
+    recording,
 )
 from wan22 import (
     AutoencoderKLWan,
     FlowMatchEulerScheduler,
+    FlowMatchUniPCScheduler,
+    WanI2VPipeline,
     WanT2VPipeline,
 )
 
@@ -67,6 +74,101 @@ def test_saving_without_a_component(saved, tmp_path):
     pipe = load_pipeline(tmp_path)
     assert pipe.transformer_2 is pipe.text_encoder is None
     assert pipe.config.boundary_ratio == 0.875
+
+
+ENCODERS = {"vae", "scheduler", "transformer", "transformer_2"}  # absent where only text is encoded
+LATENTS = {"tokenizer", "text_encoder", "vae"}  # absent where only latents are made
+DECODER = {"tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2"}
+
+
+@pytest.mark.parametrize("absent", [ENCODERS, LATENTS, DECODER], ids=["encoders", "latents", "decoder"])
+def test_pipelines_with_a_part_of_the_components(absent, pipe, saved, tmp_path):
+    """Put together, loaded, saved and loaded again."""
+    embeds, negative = pipe.encode_prompt("a red circle", "fog")
+    latents = latents_of(pipe, negative_prompt="fog")
+    none = dict.fromkeys(absent)
+    built = WanT2VPipeline(**pipe.components | none, boundary_ratio=0.875)
+    built.save_pretrained(tmp_path)
+    for part in (built, load_pipeline(saved, **none), load_pipeline(tmp_path)):
+        assert {name for name, component in part.components.items() if component is None} == absent
+        part.set_progress_bar_config(disable=True)
+        assert part.to("cpu") is part
+        if absent == ENCODERS:
+            found = part.encode_prompt("a red circle", "fog")
+            assert all(map(torch.equal, found, (embeds, negative)))
+        elif absent == LATENTS:
+            given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+            assert torch.equal(latents_of(part, **given), latents)
+        else:
+            assert np.array_equal(part.decode(latents), pipe.decode(latents))
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "message"),
+    [
+        (
+            ["vae"],
+            {"output_type": "np"},
+            r"pipe\.vae is None, and output_type='np' needs it.* needs none",
+        ),
+        (["vae"], {"preview": True}, r"pipe\.vae is None, and preview needs it"),
+        (["vae"], {"output_type": "stream"}, r"output_type='stream' needs it"),
+        (["scheduler"], {}, r"pipe\.scheduler is None"),
+        (["transformer", "transformer_2"], {}, "neither transformer nor transformer_2 is loaded"),
+        (["transformer"], {}, r"served by the high noise expert, but pipe\.transformer is None"),
+    ],
+)
+def test_what_needs_an_absent_component_is_refused(absent, arguments, message):
+    pipe = random_pipeline(**dict.fromkeys(absent))
+    with recording(pipe) as calls, pytest.raises(ValueError, match=message):
+        latents_of(pipe, **arguments)
+    assert not calls
+
+
+def test_what_needs_an_absent_component_beside_the_call():
+    pipe = random_pipeline(vae=None)
+    for act in (pipe.fit, lambda: pipe.decode(torch.zeros(1, 16, 2, 4, 4))):
+        with pytest.raises(ValueError, match=r"pipe\.vae is None"):
+            act()
+    pipe.accelerate()
+    pipe.decelerate()
+    with pytest.raises(ValueError, match="neither transformer nor transformer_2"):
+        random_pipeline(transformer=None, transformer_2=None).fit()
+
+
+def test_sizes_without_a_vae(pipe, ti2v_pipe):
+    for whole in (pipe, ti2v_pipe):
+        part = WanT2VPipeline.from_pipe(whole, vae=None)
+        assert part.latent_shape(5, 64, 32) == whole.latent_shape(5, 64, 32)
+    assert (
+        WanT2VPipeline.from_pipe(pipe, vae=None, transformer=None, transformer_2=None).latent_channels == 16
+    )
+
+
+def test_a_pipeline_from_anothers_components(pipe):
+    """They leave the settings out; a call says what is missing."""
+    other = WanT2VPipeline(**pipe.components)
+    assert other.components == pipe.components
+    message = (
+        r"transformer_2 is given but boundary_ratio is None.*register_to_config\(boundary_ratio=0\.875\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        latents_of(other)
+    other.register_to_config(boundary_ratio=0.875)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(latents_of(other), latents_of(pipe))
+
+
+def test_an_image_needs_the_vae():
+    components = random_i2v_components()
+    pipe = WanI2VPipeline(**components | {"vae": None}, scheduler=FlowMatchUniPCScheduler())
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(ValueError, match=r"pipe\.vae is None, and image needs it"):
+        pipe(picture, "a", **SMALL, output_type="latent")
+    absent = dict.fromkeys((*ENCODERS, "image_encoder", "image_processor"))
+    encoders = WanI2VPipeline(**components | absent)
+    expected = random_pipeline().encode_prompt("a", "fog")
+    assert all(map(torch.equal, encoders.encode_prompt("a", "fog"), expected))
 
 
 def test_settings_can_be_given(saved):

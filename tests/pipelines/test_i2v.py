@@ -376,7 +376,9 @@ def test_errors_come_before_any_work(i2v):
 
 
 def test_components_of_another_kind_are_refused():
+    """Models at once; settings, which `components` leaves out, when a video is to be made."""
+    pipe = random_i2v_pipeline(expand_timesteps=True)
     with pytest.raises(ValueError, match="takes 36 channels; image to video needs 16"):
-        random_i2v_pipeline(expand_timesteps=True)
+        latents(pipe, photo())
     with pytest.raises(ValueError, match="48 latent channels, the VAE has 16"):
         random_i2v_pipeline(transformer=random_components(1, 48)["transformer"])

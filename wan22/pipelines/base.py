@@ -153,7 +153,9 @@ class WanPipeline(PipelineParts):
                 negatives = checks.as_prompts("negative_prompt", negative_prompt, len(prompt_embeds))
                 negative_prompt_embeds = encoded([text or self.preset.negative_prompt for text in negatives])
             negative = finished(negative_prompt_embeds) if negative_prompt_embeds is not None else None
-            return finished(prompt_embeds), negative if do_classifier_free_guidance else None
+            prompt_embeds = finished(prompt_embeds)
+            negative_prompt_embeds = negative if do_classifier_free_guidance else None
+            return prompt_embeds, negative_prompt_embeds
 
     def encode(self, call: Call) -> TextEmbeds:
         """Encode a call's prompts and negative prompts: "b 512 d" each, one entry per video."""
@@ -245,6 +247,7 @@ class WanPipeline(PipelineParts):
 
     def frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for."""
+        self.check_vae("decoding")
         with self.calls.turn(), self.running():
             frames = decoding.stream_frames(self.vae, latents, self.progress_bar, not self.ranks.shares_rows)
             yield from self.ranks.frames_here(frames, self.vae)
@@ -258,8 +261,11 @@ class WanPipeline(PipelineParts):
             output_type: "np", "pt", "pil" or "latent", as in WanVideo.frames.
 
         Raises:
+            ValueError: there is no VAE.
             FloatingPointError: the VAE produced values that are not finite.
         """
+        if output_type != "latent":
+            self.check_vae("decoding")
         retry = not self.ranks.shares_rows  # a rank by itself cannot go on in other pieces
         return decoding.decode(self.vae, latents, output_type, self.progress_bar, retry)
 
@@ -273,6 +279,7 @@ class WanPipeline(PipelineParts):
             return None
         if not self.ranks.first:
             return None
+        self.check_vae("preview")
         every, decoder = request.preview_every, request.preview_decoder
         return Previewer(request.preview, self.vae, call.recipe.fps, every, decoder)
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from .attached.calls import Calls
-from .call.autoencoders import spatial_stride, temporal_stride
 from .call.state import of_call
 from .loading.pipeline import LoadablePipeline
 
@@ -15,8 +14,6 @@ class DiffusersNames(LoadablePipeline):
     """
 
     calls: Calls
-    vae: Any
-    transformers: Any
 
     _guidance_scale = of_call("guidance_scale", "What callbacks set: 1 or less turns guidance off.")
     _guidance_scale_2 = of_call("guidance_scale_2", "What loops copied from diffusers set.")
@@ -47,13 +44,3 @@ class DiffusersNames(LoadablePipeline):
         self.__dict__["scheduler"] = value
         if (mine := self.calls.mine) is not None:
             mine.scheduler = value
-
-    @property
-    def vae_scale_factor_temporal(self) -> int:
-        """Frames per latent frame."""
-        return temporal_stride(self.vae)
-
-    @property
-    def vae_scale_factor_spatial(self) -> int:
-        """Pixels per latent row and column."""
-        return spatial_stride(self.vae)

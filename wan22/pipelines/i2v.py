@@ -27,6 +27,8 @@ from .call.images import (
     load_pictures,
     one_per_video,
 )
+from .call.noise import starting_noise
+from .call.prepare import check
 from .call.request import Generators, Prompt, Request
 
 
@@ -77,7 +79,7 @@ class WanI2VPipeline(WanPipeline):
     def check_components(self) -> None:
         """Refuse components that do not belong together, or are not for image to video."""
         super().check_components()
-        z_dim = self.vae.config.z_dim
+        z_dim = self.latent_channels
         expected = z_dim if self.config.expand_timesteps else 2 * z_dim + self.vae_scale_factor_temporal
         for model in self.transformers:
             taken = model.config.in_channels
@@ -157,11 +159,7 @@ class WanI2VPipeline(WanPipeline):
         """
         request = Request(locals())
         self.check_components()
-        request = request.changed(
-            image=load_pictures("image", image), last_image=load_pictures("last_image", last_image)
-        )
-        self._check_images(request)
-        return self.run(request)
+        return self.run(self._with_images(request))
 
     # ---- checks and sizes ----
 
@@ -209,6 +207,15 @@ class WanI2VPipeline(WanPipeline):
     def _area(self, request: Request) -> int:
         """Return the pixels that height times width may have."""
         return self.preset.height * self.preset.width if request.max_area is None else request.max_area
+
+    def _with_images(self, request: Request) -> Request:
+        """Return a request whose images are loaded and checked."""
+        images = {name: load_pictures(name, getattr(request, name)) for name in ("image", "last_image")}
+        request = request.changed(**images)
+        self._check_images(request)
+        if request.image:
+            self.check_vae("image")
+        return request
 
     def _check_images(self, request: Request) -> None:
         """Refuse images that the checkpoint does not take, or that contradict each other."""
@@ -265,7 +272,8 @@ class WanI2VPipeline(WanPipeline):
         for first, last in pairs:
             key = id(first), id(last)
             if key not in encoded:
-                encoded[key] = self._encode_frames(call, first, last)
+                frames = [self.fitted(picture, call) for picture in (first, last) if picture is not None]
+                encoded[key] = self._encode_frames(frames, call.recipe.num_frames)
         latents = [encoded[id(first), id(last)] for first, last in pairs]
         if self.config.expand_timesteps:
             return FirstFrameCondition(torch.cat(latents))
@@ -281,12 +289,11 @@ class WanI2VPipeline(WanPipeline):
         fit: Fit = request.fit or ("stretch" if follows and not tokens else "crop")
         return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
 
-    def _encode_frames(self, call: Call, first: Picture, last: Picture | None) -> torch.Tensor:
-        """Encode given frames as the transformer takes them, "1 c t h w" float32."""
-        images = [self.fitted(picture, call) for picture in (first, last) if picture is not None]
+    def _encode_frames(self, images: Sequence[torch.Tensor], num_frames: int) -> torch.Tensor:
+        """Encode a first and perhaps a last frame "1 3 1 h w" as the transformer takes them, "1 c t h w"."""
         if self.config.expand_timesteps:
             return self.encode_clip(images[:1])
-        between = call.recipe.num_frames - len(images)
+        between = num_frames - len(images)
         if between < 0:
             raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
         # In pieces, so that a long clip of zeros never lies in memory whole.
@@ -296,7 +303,7 @@ class WanI2VPipeline(WanPipeline):
         latents = self.encode_clip([images[0], *pieces, *images[1:]])
         mask = latents.new_zeros(1, stride, *latents.shape[2:])
         mask[:, :, 0] = 1
-        if last is not None:
+        if len(images) > 1:
             mask[:, -1, -1] = 1
         return torch.cat((mask, latents), dim=1)
 
@@ -340,3 +347,72 @@ class WanI2VPipeline(WanPipeline):
         # The layer before the last is what Wan was trained with.
         embeds = self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
         return embeds.to(device or self._execution_device)
+
+    # ---- for loops of the caller's own, written for diffusers ----
+
+    def check_inputs(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt,
+        image: Any,
+        height: int,
+        width: int,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        guidance_scale_2: float | None = None,
+    ) -> None:
+        """Check arguments of the call as the call does: a ValueError names the value and the rule."""
+        request = Request.of(self.__call__, locals())
+        if self.any_transformer.config.pos_embed_seq_len is not None:
+            request = request.changed(last_image=image)  # which those loops do not hand over here
+        check(self, self._with_images(request))
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return noise, or the given latents, and what the transformer gets of the images.
+
+        Args:
+            image: "b 3 h w" in [-1, 1], of the height and width that are given; one, or one per video.
+            last_image: likewise; not for TI2V-5B.
+
+        Returns: latents "b c t h w" and mask and images' latents, "b 4+c t h w", to be put behind them in
+            channels; for TI2V-5B latents, the first frame's latents "b c 1 h w", and a mask "1 1 t h w" that
+            is 0 where those stand.
+
+        Raises:
+            ValueError: a size does not fit, or images, generators and videos differ in number.
+        """
+        self.check_vae("image")
+        _, *sizes = self.checked_latent_shape(num_frames, height, width)
+        given = [image] if last_image is None or self.config.expand_timesteps else [image, last_image]
+        for name, frames in zip(("image", "last_image"), given, strict=False):
+            if tuple(frames.shape[1:]) != (3, height, width) or len(frames) not in (1, batch_size):
+                rule = f"it must be (1, 3, {height}, {width}), or one image for each of {batch_size} videos"
+                raise ValueError(f"{name} has shape {tuple(frames.shape)}; {rule}")
+        if latents is None:
+            shape = num_channels_latents, *sizes
+            latents = starting_noise(batch_size, shape, generator, self.draw_seed, device, dtype)
+        count = max(map(len, given))
+        videos = zip(*(f[:, :, None].expand(count, -1, -1, -1, -1).split(1) for f in given), strict=True)
+        encoded = [self._encode_frames(frames, num_frames) for frames in videos]
+        condition = torch.cat(encoded).expand(batch_size, -1, -1, -1, -1).to(device, dtype)
+        latents = latents.to(device, dtype)
+        if not self.config.expand_timesteps:
+            return latents, condition
+        mask = torch.ones(1, 1, *sizes, device=device, dtype=dtype)
+        mask[:, :, 0] = 0
+        return latents, condition, mask

@@ -6,12 +6,14 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from diffusers.video_processor import VideoProcessor
 
 from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
-from ..presets import Preset, closest_preset, find_preset
+from ..checks import check_num_frames, check_size
+from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
 from ..video.progress import progress_bar
 from .attached.acceleration import Acceleration
@@ -21,6 +23,7 @@ from .attached.memory import Memory
 from .attached.part import Part
 from .attached.provenance import Provenance
 from .attached.ranks import OneRank, Ranks
+from .call.autoencoders import spatial_stride, temporal_stride
 from .call.request import Request
 from .diffusers_names import DiffusersNames
 
@@ -48,8 +51,8 @@ class PipelineParts(DiffusersNames):
     Args:
         tokenizer: umT5's tokenizer.
         text_encoder: UMT5EncoderModel; None if prompt_embeds are given at every call.
-        vae: AutoencoderKLWan, ours or diffusers'.
-        scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers.
+        vae: AutoencoderKLWan, ours or diffusers'; None for latents alone, or to encode prompts.
+        scheduler: one of `wan22.schedulers`, or any flow-matching scheduler of diffusers; None to encode.
         transformer: the high-noise expert, or the only transformer.
         transformer_2: the low-noise expert. A slot that the schedule never reaches may be None.
         boundary_ratio: `transformer` serves timesteps at or above this share of 1000; None for one
@@ -57,11 +60,11 @@ class PipelineParts(DiffusersNames):
         expand_timesteps: whether the checkpoint takes one timestep per token (TI2V-5B).
 
     Raises:
-        ValueError: the components do not belong together.
+        ValueError: the models do not belong together. Whether the settings suit them is checked at each call.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
-    _optional_components = ["tokenizer", "text_encoder", "transformer", "transformer_2"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     vae: AutoencoderKLWan
@@ -94,7 +97,8 @@ class PipelineParts(DiffusersNames):
             transformer_2=transformer_2,
         )
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
-        self.check_components()
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self.check_models()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy of a pipeline hold parts of its own."""
@@ -139,7 +143,7 @@ class PipelineParts(DiffusersNames):
     def preset(self) -> Preset:
         """Facts and recipe of the loaded checkpoint; for an unknown one, of its closest relative."""
         models = self.transformers
-        in_channels = models[0].config.in_channels if models else self.vae.config.z_dim
+        in_channels = models[0].config.in_channels if models else self.latent_channels
         return self.released or closest_preset(in_channels=in_channels, experts=self._experts)
 
     @property
@@ -154,11 +158,18 @@ class PipelineParts(DiffusersNames):
         return released.name if released else str(self.config.get("_name_or_path") or "unnamed checkpoint")
 
     def check_components(self) -> None:
-        """Refuse components that do not belong together."""
+        """Refuse components that do not belong together, or settings that do not suit them."""
         if self.config.boundary_ratio is None and self.transformer_2 is not None:
             raise ValueError(
-                "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B"
+                "transformer_2 is given but boundary_ratio is None; give the boundary, 0.875 for T2V-A14B: "
+                "pipe.register_to_config(boundary_ratio=0.875)"
             )
+        self.check_models()
+
+    def check_models(self) -> None:
+        """Refuse models that belong together under no settings."""
+        if self.vae is None:
+            return
         kinds = {kind.__name__ for kind in type(uncompiled(self.vae)).__mro__}  # diffusers' has the name, too
         if AutoencoderKLWan.__name__ not in kinds or not hasattr(self.vae, "config"):
             raise ValueError(f"vae must be an AutoencoderKLWan, not {type(self.vae).__name__}")
@@ -169,11 +180,43 @@ class PipelineParts(DiffusersNames):
                     f"{self.vae.config.z_dim}; they are of different checkpoints"
                 )
 
+    def check_vae(self, what: str, otherwise: str = "") -> None:
+        """Refuse what needs the VAE where there is none."""
+        if self.vae is None:
+            advice = f"load it; {otherwise}" if otherwise else "load it"
+            raise ValueError(f"pipe.vae is None, and {what} needs it; {advice}")
+
+    @property
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames per latent frame; without a VAE 4, as all of Wan's have it."""
+        return 4 if self.vae is None else temporal_stride(self.vae)
+
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels per latent row and column; without a VAE 16 for TI2V-5B's latents, where diffusers has 8."""
+        if self.vae is None:
+            return 16 if self.latent_channels == TI2V_5B.in_channels else 8
+        return spatial_stride(self.vae)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, the VAE's or the transformer's; 16 without either."""
+        if self.vae is not None:
+            return self.vae.config.z_dim
+        return self.transformers[0].config.out_channels if self.transformers else 16
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return one video's latent shape "c t h w"."""
         stride = self.vae_scale_factor_spatial
         frames = 1 + (num_frames - 1) // self.vae_scale_factor_temporal
-        return self.vae.config.z_dim, frames, height // stride, width // stride
+        return self.latent_channels, frames, height // stride, width // stride
+
+    def checked_latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the latent shape "c t h w" of a size that has whole cells; others are refused."""
+        check_size("height", height, self.vae_scale_factor_spatial)
+        check_size("width", width, self.vae_scale_factor_spatial)
+        check_num_frames(num_frames, self.vae_scale_factor_temporal)
+        return self.latent_shape(num_frames, height, width)
 
     # ---- what the tasks decide ----
 

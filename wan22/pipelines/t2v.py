@@ -10,6 +10,8 @@ from ..video.result import OutputType, WanVideo
 from .base import WanPipeline
 from .call.call import Call
 from .call.conditions import NoCondition
+from .call.noise import starting_noise
+from .call.prepare import check
 from .call.request import Generators, Prompt, Request
 
 
@@ -23,9 +25,9 @@ class WanT2VPipeline(WanPipeline):
     hub_class_name = "WanPipeline"
     checkpoint_kinds = ("WanPipeline", "t2v", "ti2v")
 
-    def check_components(self) -> None:
-        """Refuse components that do not belong together, or are not for text to video."""
-        super().check_components()
+    def check_models(self) -> None:
+        """Refuse models that do not belong together, or are not for text to video."""
+        super().check_models()
         for model in self.transformers:
             if model.config.in_channels != model.config.out_channels:
                 raise ValueError(
@@ -119,3 +121,41 @@ class WanT2VPipeline(WanPipeline):
     def make_condition(self, call: Call) -> NoCondition:
         """Return that there is nothing beside the text."""
         return NoCondition()
+
+    # ---- for loops of the caller's own, written for diffusers ----
+
+    def check_inputs(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt,
+        height: int,
+        width: int,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        guidance_scale_2: float | None = None,
+    ) -> None:
+        """Check arguments of the call as the call does: a ValueError names the value and the rule."""
+        check(self, Request.of(self.__call__, locals()))
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return noise as the call draws it, "b c t h w" of a size in pixels, or the given latents.
+
+        Raises:
+            ValueError: a size does not fit, or generators and videos differ in number.
+        """
+        if latents is not None:
+            return latents.to(device, dtype)
+        shape = num_channels_latents, *self.checked_latent_shape(num_frames, height, width)[1:]
+        return starting_noise(batch_size, shape, generator, self.draw_seed, device, dtype)

@@ -73,6 +73,8 @@ def plan(
         preset, name, models, on_device = target, target.name, released_models(target), 0
     else:
         target.ranks.check_whole()
+        target.any_transformer  # noqa: B018 - says if there is none
+        target.check_vae("planning")
         preset, name, models = target.preset, target.checkpoint_name, meta_copies(target.components)
         anonymous, on_device = _held(target, models)
     size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)

@@ -66,7 +66,8 @@ class Acceleration(Part):
         pipe = self._pipe
         if pipe.memory.moves_models:
             pipe.memory.offload_all()
-        vae_acceleration.accelerate(pipe.vae)
+        if pipe.vae is not None:
+            vae_acceleration.accelerate(pipe.vae)
         if pipe.transformers:
             self.set_attention_backend("auto")
         self.accelerated = True
@@ -124,7 +125,7 @@ class Acceleration(Part):
             "accelerated": self.accelerated,
             "compiled": self.compiled is not None or any(map(is_compiled, models.values())),
             "of_diffusers": tuple(n for n in models if n in OWN_MODELS and not is_ours(models[n])),
-            "tiled": pipe.vae.use_tiling,
+            "tiled": pipe.vae is not None and pipe.vae.use_tiling,
         }
         return {what: value for what, value in found.items() if value}
 

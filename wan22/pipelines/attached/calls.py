@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints.loading.models import AutoencoderKLWan
+from ...checkpoints.loading.models import is_ours
 from ...private_apis import accelerate_hook, hooks_of_diffusers
 from ..call.state import CallState
 from .part import Part
@@ -146,8 +146,8 @@ class Calls(Part):
             return f"hooks of diffusers are in the models: {', '.join(sorted(hooks))}"
         if attention_kwargs and attention_kwargs.get("scale") is not None:
             return "attention_kwargs change the LoRAs' strengths"
-        if pipe.vae is not None and not isinstance(pipe.vae, AutoencoderKLWan):
-            return f"{type(pipe.vae).__name__} of {type(pipe.vae).__module__} keeps frames in itself"
+        if pipe.vae is not None and not is_ours(pipe.vae):
+            return "a VAE of diffusers keeps frames in itself while it runs"
         return None
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...checks import check_positive_int, shown
 from .checks import describe
-from .request import Request
+from .request import Generators, Request
 
 
 def generators_of(request: Request, count: int, draw_seed: Callable[[], int]) -> list[torch.Generator]:
@@ -73,6 +73,19 @@ def not_reproducible_because(
             if not torch.equal(g.get_state(), fresh.get_state()):
                 return "the generator had been drawn from before"
     return None if request.callback_on_step_end is None else "callback_on_step_end took part"
+
+
+def starting_noise(
+    count: int,
+    shape: Sequence[int],
+    generator: Generators,
+    draw_seed: Callable[[], int],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Return noise for a loop of the caller's own, `count` and then the shape, as a call draws it."""
+    request = Request({"generator": generator, "seed": None, "noise_device": None})
+    return draw(generators_of(request, count, draw_seed), shape, device).to(dtype or torch.float32)
 
 
 def draw(

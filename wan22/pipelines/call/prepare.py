@@ -1,6 +1,7 @@
 """Checks a request and completes it with the checkpoint's official settings, before any work."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
@@ -20,48 +21,73 @@ from .state import CallState
 from .text import check_prompts, check_text_encoder
 
 
-def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
-    """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
+@dataclass(frozen=True)
+class Checked:
+    """What a request asks for, checked and completed, but for noise and schedule."""
+
+    prompts: list[str | None]  # one per prompt; None where embeddings were given
+    negative_prompts: list[str | None]
+    videos: int
+    height: int
+    width: int
+    num_frames: int
+    guidance: ClassifierFreeGuidance
+    callback: StepCallback | None
+
+
+def check(pipe: PipelineParts, request: Request) -> Checked:
+    """Check a request; a ValueError names the value, the rule and the nearest valid value."""
     pipe.check_components()  # one may have been replaced since
-    preset, request = pipe.preset, with_distilled(given)
     check_choice("output_type", request.output_type, OUTPUT_TYPES)
     check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)
-    text_dim = pipe.any_transformer.config.text_dim
-    prompts, negatives = check_prompts(request, text_dim, preset.negative_prompt, pipe.prompt_count(request))
+    text_dim, negative = pipe.any_transformer.config.text_dim, pipe.preset.negative_prompt
+    prompts, negatives = check_prompts(request, text_dim, negative, pipe.prompt_count(request))
     videos = len(prompts) * request.num_videos_per_prompt
     if request.output_type == "stream" and videos > 1:
         raise ValueError(f"{videos} videos cannot be streamed together; ask for one at a time")
     height, width, num_frames = _size(pipe, request)
     if request.latents is not None:
         check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, height, width)))
-    generators = generators_of(request, videos, pipe.draw_seed)
     callback = _callback(request, pipe._callback_tensor_inputs)
+    guidance = _guidance(pipe, request)
+    return Checked(prompts, negatives, videos, height, width, num_frames, guidance, callback)
+
+
+def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
+    """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
+    preset, request = pipe.preset, with_distilled(given)
+    checked = check(pipe, request)
+    if request.output_type != "latent":
+        pipe.check_vae(f"output_type={request.output_type!r}", "output_type='latent' needs none")
+    if state.scheduler is None:
+        raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
+    generators = generators_of(request, checked.videos, pipe.draw_seed)
     default_steps = preset.num_inference_steps
     with state.stepping:
         scheduler = scheduler_for(request, state.scheduler, pipe._execution_device, default_steps)
-    guidance, ratio = _guidance(pipe, request), pipe.config.boundary_ratio
+    guidance, ratio = checked.guidance, pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
     steps = Experts(pipe.transformer, pipe.transformer_2, boundary).steps(scheduler)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = any(guidance.needs_negative(step) for step in steps)
     check_text_encoder(pipe, request, guided)
     completed: dict[str, Any] = {
-        "prompt": prompts,
-        "negative_prompt": negatives if guided else None,
+        "prompt": checked.prompts,
+        "negative_prompt": checked.negative_prompts if guided else None,
         "seed": seeds_of(request, generators),
         "noise_device": generators[0].device.type,
-        "num_frames": num_frames,
+        "num_frames": checked.num_frames,
         "guidance_scale": guidance.scale,
         "guidance_scale_2": None if ratio is None else guidance.scale_2,
         **_completed_schedule(given, scheduler, count),
-        **_completed_size(height, width, pipe.followed_area(request)),
+        **_completed_size(checked.height, checked.width, pipe.followed_area(request)),
     }
     recipe = Recipe(
         call=given.recorded() | {name: plain(value) for name, value in completed.items()},
-        width=width,
-        height=height,
-        num_frames=num_frames,
+        width=checked.width,
+        height=checked.height,
+        num_frames=checked.num_frames,
         fps=preset.fps,
         scheduler=type(scheduler).__name__,
         num_inference_steps=count,
@@ -71,7 +97,8 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     )
     state.scheduler = scheduler
     state.start(recipe, guided, len(steps))
-    return Call(request, recipe, prompts, negatives, generators, state, steps, guidance, guided, callback)
+    texts = checked.prompts, checked.negative_prompts
+    return Call(request, recipe, *texts, generators, state, steps, guidance, guided, checked.callback)
 
 
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:

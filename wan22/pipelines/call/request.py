@@ -1,6 +1,7 @@
 """A call's arguments as they were given, and as a recipe holds them."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -31,6 +32,12 @@ class Request:
         if name == "arguments" or name not in self.arguments:
             raise AttributeError(f"this call has no argument {shown(name)}")
         return self.arguments[name]
+
+    @classmethod
+    def of(cls, call: Callable[..., Any], arguments: Mapping[str, Any]) -> "Request":
+        """Return the request of a call with some of its arguments, the others being its defaults."""
+        parameters = inspect.signature(call).parameters
+        return cls({name: arguments.get(name, p.default) for name, p in parameters.items()})
 
     def changed(self, **changes: Any) -> "Request":
         """Return a request with other values."""

@@ -115,8 +115,9 @@ def correct_shift(pipe: Any) -> None:
     diffusers' conversion script writes UniPC with 3.0 for all of them but TI2V-5B, and videos get worse with
     it. Any other scheduler is somebody's choice.
     """
-    preset, ours = pipe.released, isinstance(pipe.scheduler, FlowMatchUniPCScheduler)
-    shift = scheduler_shift(pipe.scheduler)
-    if preset is not None and ours and shift == CONVERTED_FLOW_SHIFT != preset.flow_shift:
+    if not isinstance(pipe.scheduler, FlowMatchUniPCScheduler):
+        return
+    preset, shift = pipe.released, scheduler_shift(pipe.scheduler)
+    if preset is not None and shift == CONVERTED_FLOW_SHIFT != preset.flow_shift:
         logger.info("flow_shift %g replaced by %s's %g", CONVERTED_FLOW_SHIFT, preset.name, preset.flow_shift)
         pipe.scheduler = reshifted(pipe.scheduler, preset.flow_shift)

@@ -66,6 +66,7 @@ def load_pipeline(
     elif together and quantize is None:
         dtype, wanted = transformers_as_stored(wanted)
     pipe = checkpoint.load(pipeline, wanted)
+    pipe.check_components()
     if quantize is not None:  # before LoRAs, which it could not take
         pipe.quantize(quantize)
     for arguments in lora_arguments(loras):
@@ -122,7 +123,9 @@ def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Outline, wante
     if models.get("vae") is None or not transformers:
         return None
     absent = {"tokenizer": None, "text_encoder": None}
-    return pipeline(**absent | settings_of(transformers[0].config, len(transformers) == 2) | models)
+    outlined: Any = pipeline(**absent | settings_of(transformers[0].config, len(transformers) == 2) | models)
+    outlined.check_components()
+    return outlined
 
 
 def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:

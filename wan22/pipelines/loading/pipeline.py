@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,10 @@ class LoadablePipeline(DiffusionPipeline):
     hub_class_name: str  # the diffusers pipeline that a subclass stands for
     checkpoint_kinds: tuple[str, ...]  # what it runs, in the words of the checkpoints' configurations
     provenance: Provenance
+
+    @abstractmethod
+    def check_components(self) -> None:
+        """Refuse components that do not belong together, or settings that do not suit them."""
 
     @classmethod
     def from_pretrained(
@@ -147,6 +152,7 @@ class LoadablePipeline(DiffusionPipeline):
             raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}")
         known = {**pipeline.config, **pipeline.components, **kwargs}
         pipe = cls(**{name: value for name, value in known.items() if name in names})
+        pipe.check_components()
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, LoadablePipeline):
             pipe.provenance.copy_from(pipeline.provenance)

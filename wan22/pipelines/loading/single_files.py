@@ -57,7 +57,7 @@ class SingleFiles:
                 parts[name] = load_tokenizer(path)
             else:
                 parts[name] = self._stored(name, wanted).load(wanted.dtype_of(name), wanted.dequantize)
-        if parts["vae"] is None:
+        if parts["vae"] is None and "vae" not in wanted.given:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
         if "image_encoder" in self.paths:
             parts.setdefault("image_processor", load_image_processor())
@@ -65,6 +65,7 @@ class SingleFiles:
         if models:
             two = "transformer_2" in self.paths or parts["transformer_2"] is not None
             parts = settings_of(models[0].config, two) | parts
+        parts.setdefault("scheduler", None)
         names = {name for names in signature_keys(pipeline) for name in names}
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
         pipe.provenance.record_source(self.source, paths)
