@@ -127,18 +127,6 @@ def test_a_scheduler_of_diffusers_is_brought(scheduler, pipe, tmp_path, caplog):
     assert "not expected" not in caplog.text
 
 
-def test_a_shift_set_on_a_scheduler_of_diffusers(pipe, tmp_path):
-    mine = pipe.scheduler
-    try:
-        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
-        pipe.scheduler.set_shift(2.0)
-        video = pipe("a", seed=1, **QUICK)
-    finally:
-        pipe.scheduler = mine
-    assert video.recipe.flow_shift == 2.0
-    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
-
-
 def test_with_changes(pipe, tmp_path):
     video = pipe("a", seed=1, **QUICK)
     again = made_again(pipe, video, tmp_path, seed=2)

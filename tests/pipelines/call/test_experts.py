@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.builders import latents_of, random_components, random_pipeline, recording
-from wan22 import FlowMatchEulerScheduler
+from wan22 import FlowMatchEulerScheduler, WanT2VPipeline
 from wan22.pipelines.call.experts import Experts
 from wan22.pipelines.call.guidance import ClassifierFreeGuidance
 
@@ -129,7 +129,9 @@ def test_no_transformer_at_all():
 
 def test_transformer_2_needs_a_boundary():
     with pytest.raises(ValueError, match=r"boundary_ratio is None.*0\.875"):
-        random_pipeline(boundary_ratio=None)
+        latents_of(random_pipeline(boundary_ratio=None))
+    with pytest.raises(ValueError, match=r"boundary_ratio is None.*0\.875"):
+        WanT2VPipeline.from_pipe(random_pipeline(), boundary_ratio=None)
 
 
 def test_a_vae_of_another_checkpoint():

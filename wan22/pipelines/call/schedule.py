@@ -128,11 +128,10 @@ def scheduler_shift(scheduler: Any) -> float | None:
 
 
 def changed_by_hand(scheduler: Any) -> str | None:
-    """Return what has changed a scheduler so that its config does not tell; None if nothing has."""
-    shift = scheduler_shift(scheduler)
-    if shift is None or shift == scheduler.config.get("shift", shift):
+    """Return what has changed a scheduler so that no config gives its levels again; None if nothing has."""
+    if not hasattr(type(scheduler), "shift") or scheduler.shift == scheduler.config.get("shift"):
         return None
-    return f"set_shift({shift:g}) has changed the scheduler"
+    return f"set_shift({scheduler.shift:g}) has changed the scheduler"
 
 
 def reshifted(scheduler: Any, shift: float) -> Any:
