@@ -95,6 +95,14 @@ def test_by_component():
         WanT2VPipeline.from_pretrained(tiny_checkpoint(), torch_dtype={"transfromer": "bfloat16"})
 
 
+def test_a_pipeline_from_another():
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("ti2v"), dtype="float32")
+    assert linear(WanI2VPipeline.from_pipe(pipe).transformer) == torch.float32
+    assert linear(WanI2VPipeline.from_pipe(pipe, torch_dtype="float16").transformer) == torch.float16
+    with pytest.raises(ValueError, match="nearest is 'float16'"):
+        WanI2VPipeline.from_pipe(pipe, dtype="float17")
+
+
 def test_the_converter(tmp_path):
     convert(FILE, tmp_path / "w.safetensors", "single-file", dtype="torch.float16", attention_head_dim=64)
     assert {w.dtype for w in load_file(tmp_path / "w.safetensors").values()} == {torch.float16}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig
+from safetensors.torch import load_file, save_file
 
 from tests.builders import (
     byte_tokenizer,
@@ -14,7 +15,9 @@ from wan22 import (
     FlowMatchUniPCScheduler,
     WanI2VPipeline,
     WanT2VPipeline,
+    tiny_checkpoint,
 )
+from wan22.checkpoints.files import hub
 from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 
 
@@ -113,3 +116,67 @@ def test_single_files_that_do_not_fit(tmp_path):
         )
     with pytest.raises(ValueError, match="hi cannot be used"):
         WanT2VPipeline.from_single_file(tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", hi=1)
+
+
+# ---- diffusers' arguments ----
+
+TINY = tiny_checkpoint()
+FILE = TINY / "transformer/diffusion_pytorch_model.safetensors"
+VAE = TINY / "vae/diffusion_pytorch_model.safetensors"
+
+
+def test_the_first_file_by_diffusers_name():
+    pipe = WanT2VPipeline.from_single_file(pretrained_model_link_or_path=FILE, vae=VAE, config=str(TINY))
+    assert pipe.transformer.config.attention_head_dim == 64, "of the configuration: no tensor says it"
+    with pytest.raises(TypeError, match="one file, address or table"):
+        WanT2VPipeline.from_single_file(FILE, pretrained_model_link_or_path=FILE, vae=VAE)
+
+
+def test_gguf_with_diffusers_configuration(tmp_path):
+    writers.write_gguf(load_file(FILE), tmp_path / "w.gguf", "Q8_0")
+    config = GGUFQuantizationConfig(compute_dtype=torch.float16)
+    options = {"vae": VAE, "config": TINY, "quantization_config": config, "low_cpu_mem_usage": True}
+    pipe = WanT2VPipeline.from_single_file(tmp_path / "w.gguf", tmp_path / "w.gguf", **options)
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.float16
+    assert isinstance(pipe.transformer_2.blocks[0].attn1.to_q, QuantizedLinear)
+
+
+def test_addresses_on_the_hub(monkeypatch):
+    files = {"org/name/x/high.safetensors": FILE, "org/name/vae.safetensors": VAE}
+    asked = []
+
+    def download(repository, path, **options):
+        asked.append(options)
+        return str(files[f"{repository}/{path}"])
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    pipe = WanT2VPipeline.from_single_file(
+        "https://huggingface.co/org/name/blob/main/x/high.safetensors",
+        vae="org/name/vae.safetensors",
+        attention_head_dim=64,
+        local_files_only=True,
+    )
+    assert pipe.vae.config.z_dim == 16
+    assert asked == [
+        {"local_files_only": True, "revision": "main"},
+        {"local_files_only": True, "revision": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": tiny_checkpoint("ti2v")}, r"says .*, but the tensors of .* say"),
+        ({"original_config": {"a": 1}}, "original_config is not supported"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "BitsAndBytesConfig"),
+        ({"attention_head_dim": 64, "variant": "fp16"}, "variant cannot be used with"),
+    ],
+)
+def test_what_single_files_cannot_follow_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        WanT2VPipeline.from_single_file(FILE, vae=VAE, **options)
+
+
+def test_the_device():
+    pipe = WanT2VPipeline.from_single_file(FILE, vae=VAE, attention_head_dim=64, device="meta")
+    assert {part.device.type for part in (pipe.transformer, pipe.vae)} == {"meta"}

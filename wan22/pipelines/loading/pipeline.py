@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
+from ...checkpoints.loading.dtypes import read_dtype
 from ...checkpoints.loading.quantized_linear import expanded_state
 from ...checkpoints.loading.single_file import ALIASES, Arguments, only_source
 from ...private_apis import signature_keys
@@ -144,8 +145,11 @@ class LoadablePipeline(DiffusionPipeline):
     def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:
         """Build this pipeline from another one's components, ours or diffusers', sharing their weights.
 
-        Nothing is cast; `kwargs` are components and settings that replace the other's.
+        `kwargs` are components and settings that replace the other's. Nothing is cast without a `dtype` (or
+        `torch_dtype`), which all components then get, those of the other pipeline, too.
         """
+        asked = kwargs.pop("torch_dtype", None)
+        dtype = read_dtype(kwargs.pop("dtype", None) or asked)
         components, settings = signature_keys(cls)
         names = [*components, *settings]
         if unknown := sorted(kwargs.keys() - set(names)):
@@ -156,7 +160,7 @@ class LoadablePipeline(DiffusionPipeline):
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, LoadablePipeline):
             pipe.provenance.copy_from(pipeline.provenance)
-        return pipe
+        return pipe if dtype is None else pipe.to(dtype=dtype)
 
     @classmethod
     def from_diffusers_folder(cls, folder: Path, **options: Any) -> Any:
