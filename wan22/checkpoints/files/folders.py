@@ -12,6 +12,13 @@ DIFFUSERS: Names = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pyto
 TRANSFORMERS: Names = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
+def names_of(names: Names, use_safetensors: bool | None) -> Names:
+    """Return the names that diffusers' `use_safetensors` leaves: safetensors alone, or PyTorch's files."""
+    if use_safetensors is None:
+        return names
+    return [(stem, suffix) for stem, suffix in names if (suffix == "safetensors") == use_safetensors]
+
+
 def candidates(
     place: Path, variant: str | None = None, names: Names = DIFFUSERS
 ) -> Iterator[tuple[Path, list[Path]]]:

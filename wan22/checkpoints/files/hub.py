@@ -99,4 +99,6 @@ def is_repository_name(source: str) -> bool:
 def check_repository_name(source: str, what: str = "folder") -> None:
     """Raise FileNotFoundError for a path that is not here and cannot be a repository's name."""
     if not is_repository_name(source):
+        if Path(source).is_file():
+            raise FileNotFoundError(f"{source} is a file, not a {what}; from_single_file loads files")
         raise FileNotFoundError(f"there is no {what} {source}, and a repository's name is like org/name")

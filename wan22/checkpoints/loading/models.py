@@ -16,7 +16,7 @@ from torch import nn
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
-from ..files.folders import DIFFUSERS, candidates, weights_in
+from ..files.folders import DIFFUSERS, Names, candidates, names_of, weights_in
 from ..files.safetensors import stored_dtype
 from ..files.weights import read_json
 from ..naming.configs import (
@@ -31,14 +31,17 @@ from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .dtypes import read_dtype
 from .fill import account, empty_weights
 from .quantized_linear import expanded_state
-from .single_file import Arguments, Source, only_source, read_source, refuse_unknown
+from .single_file import STEERING, Arguments, Source, only_source, read_source, refuse_unknown
 from .stored import Config, ModelFormat, read_as
 
 # Components of a pipeline that wan22 has a class of; a caller may give diffusers' own of the same name.
 OWN_MODELS = ("vae", "transformer", "transformer_2")
-# Arguments of `from_pretrained` that are ours, and values of others that are; all else is for diffusers.
-_OWN = hub.OPTIONS | {"dtype", "torch_dtype", "dequantize", "subfolder", "variant"}
-_DEFAULTS = {"low_cpu_mem_usage": (None, True), "use_safetensors": (None, True)}
+# Arguments of `from_pretrained` that we follow, and those that only diffusers' loader does.
+_OWN = hub.OPTIONS | STEERING | {"dtype", "dequantize", "subfolder", "variant"}
+_OF_DIFFUSERS = {
+    *("device_map", "max_memory", "offload_folder", "quantization_config", "parallel_config", "dduf_entries"),
+    *("use_flashpack", "flashpack_kwargs", "output_loading_info", "ignore_mismatched_sizes", "proxies"),
+}
 
 
 class _DiffusersFormat(ModelFormat):
@@ -163,9 +166,12 @@ class FromFiles:
                 `device_map`, in the others entries of the configuration.
         """
         source, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
+        known_names = {*_OWN, *_OF_DIFFUSERS, *_entries(cls), "torch_dtype"}
+        refuse_unknown(f"{cls.__name__}.from_pretrained", kwargs, known_names)
         asked = kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = read_dtype(asked if kwargs.get("dtype") is None else kwargs["dtype"])
-        root, access = Path(source).expanduser(), {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}
+        access = {n: kwargs[n] for n in hub.OPTIONS & kwargs.keys()}
+        root = hub.local_file(source, **access)
 
         def download(*names: str) -> Path:
             patterns = [str(Path(subfolder, name)) for name in names]
@@ -183,10 +189,11 @@ class FromFiles:
         in_diffusers_layout = config.get("_class_name") == cls.__name__
         if in_diffusers_layout:
             variant, asked_of_diffusers = kwargs.get("variant"), _needs_diffusers(kwargs)
+            names = names_of(DIFFUSERS, kwargs.get("use_safetensors"))
             if local:
-                path = weights_in(place, variant)
+                path = weights_in(place, variant, names)
             elif not asked_of_diffusers:
-                path = _downloaded(place, variant, download)
+                path = _downloaded(place, variant, names, download)
             if asked_of_diffusers or "quantization_config" in config:
                 return cls._from_diffusers(source, **kwargs)
         else:
@@ -194,7 +201,8 @@ class FromFiles:
                 download(*cls._official_files)
             path = cls._official_weights(place)
             known = {name: value for name, value in kwargs.items() if name not in _OWN}
-            refuse_unknown(f"{cls.__name__}.from_pretrained", known, _entries(cls))
+            if others := sorted(known.keys() & _OF_DIFFUSERS):
+                raise ValueError(f"{others[0]} works with folders in the Diffusers layout; {place} is none")
         model = read_as(cls._format(cls), path, config, known).load(
             kwargs["dtype"], kwargs.get("dequantize", False)
         )
@@ -209,7 +217,7 @@ class FromFiles:
         place = Path(source).expanduser() / (kwargs.get("subfolder") or "")
         if kwargs["dtype"] is None and place.is_dir():  # diffusers would take float32
             kwargs["dtype"] = stored_dtype(place, kwargs.get("variant"))
-        kwargs.pop("dequantize", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in STEERING | {"dequantize"}}
         model, info = load(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # those have tensors beside the parameters
             account(source, info["missing_keys"], info["unexpected_keys"])
@@ -226,6 +234,9 @@ class FromFiles:
         """Return what to read in the official layout: the file itself, the folder, or the one .pth in it."""
         if not place.exists():
             raise FileNotFoundError(f"there is no folder {place}")
+        if (place / "model_index.json").exists():
+            advice = f"give subfolder={cls._format.kind!r}"
+            raise FileNotFoundError(f"{place} holds a pipeline, not a model; {advice} or another one in it")
         if not (place / "config.json").exists() and list(place.glob(f"{DIFFUSERS[0][0]}*")):
             raise FileNotFoundError(
                 f"{place} has no config.json beside its weights; from_single_file reads weights without one"
@@ -262,11 +273,7 @@ AUTOENCODER_FORMAT = _AutoencoderFormat(AutoencoderKLWan)
 
 def _needs_diffusers(options: dict[str, Any]) -> bool:
     """Return whether arguments of `from_pretrained` ask for something that only diffusers' loader does."""
-    others = {name: value for name, value in options.items() if name not in _OWN}
-    return any(
-        all(value is not default for default in _DEFAULTS.get(name, (None, False)))
-        for name, value in others.items()
-    )
+    return any(value not in (None, False) for name, value in options.items() if name not in _OWN)
 
 
 def _entries(cls: type[Any]) -> list[str]:
@@ -274,10 +281,10 @@ def _entries(cls: type[Any]) -> list[str]:
     return list(inspect.signature(cls.__init__).parameters)[1:]  # without self
 
 
-def _downloaded(place: Path, variant: str | None, download: Callable[..., Path]) -> Path:
+def _downloaded(place: Path, variant: str | None, names: Names, download: Callable[..., Path]) -> Path:
     """Return a repository's weights after their download; safetensors come before PyTorch's files."""
-    for path, shards in candidates(place, variant):
+    for path, shards in candidates(place, variant, names):
         download(path.name, *(shard.name for shard in shards))
         if path.is_file():
             break
-    return weights_in(place, variant)
+    return weights_in(place, variant, names)

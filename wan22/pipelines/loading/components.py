@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, weights_in
+from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, names_of, weights_in
 from ...checkpoints.files.weights import read_json
 from .checkpoint import Wanted
 
@@ -41,8 +41,9 @@ def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> 
         if not place.is_dir():
             raise FileNotFoundError(f"{folder} has no folder {name}, which its model_index.json lists")
         _check_settings(place, _SETTINGS.get(name, ("config.json",)), name in OURS)
-        if name in _WEIGHTS and wanted.others.get("use_safetensors") is not False:
-            _check_weights(place, wanted.others.get("variant"), _WEIGHTS[name])
+        if name in _WEIGHTS:
+            names = names_of(_WEIGHTS[name], wanted.others.get("use_safetensors"))
+            _check_weights(place, wanted.others.get("variant"), names)
 
 
 def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:

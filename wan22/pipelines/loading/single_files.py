@@ -144,4 +144,4 @@ def tokenizer_in(path: Path) -> bytes | None:
     """Return sentencepiece's model, which ComfyUI keeps beside umT5's weights; None if there is none."""
     tensors = read_weights(path).tensors
     found = [tensor for name, tensor in tensors.items() if name.split(".")[-1] == TOKENIZER]
-    return bytes(found[0].tolist()) if found and isinstance(found[0], torch.Tensor) else None
+    return found[0].numpy().tobytes() if found and isinstance(found[0], torch.Tensor) else None
