@@ -1,6 +1,9 @@
 """Checks of plain arguments say what is wrong, and what would be right."""
 
+import re
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +54,58 @@ def test_whole_numbers_of_any_library():
         assert checks.as_number(value) is value
     plain = checks.with_plain_numbers({"a": (np.int64(1), [torch.tensor(2.5)]), "b": True})
     assert plain == {"a": (1, [2.5]), "b": True} and type(plain["a"][0]) is int and plain["b"] is True
+
+
+BAD = [0, -1, 1, 2, 3, 5, 7, 17, 80, 4096, 4097, 2**63, 2**63 - 1, 10**40, -(10**5000)]
+BAD += [0.4, 2.5, -3.5, 1e30, float("nan"), float("inf"), -float("inf"), True, False, None, "7", "x" * 10**5]
+BAD += [np.int64(-4), np.float32(9.5), np.array(3), torch.tensor(5.5), torch.tensor(True), [1], (2, 3), {}]
+COUNTS = [{}, {"least": 0}, {"least": 256}, {"most": 2}, {"least": 2, "most": 3}]
+COUNTS += [{"least": 0, "most": 2**63 - 1}]
+RANGES = [{}, {"least": 0, "most": 1}, {"least": 1}, {"least": -2, "most": -1.5}]
+CHECKS = {
+    **{f"count {o}": partial(checks.check_positive_int, "n", **o) for o in COUNTS},
+    **{f"real {o}": partial(checks.check_real, "n", **o) for o in RANGES},
+    **{f"size {m}": partial(checks.check_size, "n", multiple=m) for m in (1, 8, 32)},
+    **{f"frames {s}": partial(checks.check_num_frames, stride=s) for s in (1, 4)},
+    "bytes": partial(checks.parse_bytes, name="n"),
+}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_a_hint_names_is_accepted(name):
+    check, refused = CHECKS[name], 0
+    for value in BAD:
+        try:
+            check(value)
+            continue
+        except ValueError as error:
+            message = str(error)
+        refused += 1
+        assert len(message) < 600
+        hint = message.rpartition("; ")[2]
+        if "bits" in hint or ("nearest" not in hint and "such as" not in hint):
+            continue
+        numbers = NUMBER.findall(hint)
+        assert numbers, message
+        for text in numbers:
+            check(float(text) if "." in text or "e" in text else int(text))
+    assert refused > 5
+
+
+LONG = ["x" * 10**6, b"x" * 10**6, ["x" * 1000] * 1000, {str(i): "x" * 1000 for i in range(1000)}, 10**20000]
+LONG += [[[["x" * 500] * 50] * 50] * 50, tuple(range(10**5)), set(range(10**5)), torch.zeros(100, 100)]
+LONG += [np.zeros(10**5), Path("x" * 10**5), type("Long", (), {"__repr__": lambda self: "x" * 10**6})()]
+
+
+@pytest.mark.parametrize("value", LONG, ids=lambda value: type(value).__name__)
+def test_what_a_message_shows_of_a_value_is_short(value):
+    assert len(checks.shown(value)) <= checks.LONGEST
+    if not isinstance(value, int):
+        assert len(checks.cut(value)) <= checks.LONGEST
+    with pytest.raises(ValueError) as error:
+        checks.check_choice("fit", value, ("crop", "pad"))
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("value", [0, -16, 40, 32.0, True, "32", float("inf")])

@@ -35,7 +35,7 @@ def shown(value: Any) -> str:
 def cut(text: Any) -> str:
     """Return a text, or what str() makes of a value, for a message: without its middle if it is long."""
     text = str(text)
-    half = LONGEST // 2 - 1
+    half = LONGEST // 2 - 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
@@ -98,7 +98,7 @@ def check_real(
     if most < math.inf:
         rules.append(f"at most {most:g}")
     if not hint and _is_real(value) and not above and not math.isnan(value):
-        nearest = min(max(value, least), most)
+        nearest = least if value < least else most
         hint = f"the nearest is {nearest:g}" if math.isfinite(nearest) else ""
     raise ValueError(f"{name}={shown(value)} must be {', '.join(rules)}{hint and '; '}{hint}")
 

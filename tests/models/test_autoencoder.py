@@ -400,8 +400,8 @@ def test_extra_encoder_attention_takes_part():
     ("shape", "message"),
     [
         ((1, 3, 6, 16, 16), "6 frames.*1 \\+ a multiple of 4.*5 or 9"),
-        ((1, 3, 5, 20, 16), "height is 20.*multiple of 8.*16 or 24"),
-        ((1, 3, 5, 16, 4), "width is 4.*multiple of 8.*such as 8"),
+        ((1, 3, 5, 20, 16), "height=20 .*multiple of 8.*16 and 24"),
+        ((1, 3, 5, 16, 4), "width=4 .*multiple of 8.*8 and 16"),
         ((1, 4, 5, 16, 16), r"\(1, 4, 5, 16, 16\).*\(b, 3, t, h, w\)"),
         ((3, 5, 16, 16), r"\(3, 5, 16, 16\).*\(b, 3, t, h, w\)"),
         ((1, 3, 0, 16, 16), r"\(b, 3, t, h, w\)"),

@@ -332,8 +332,16 @@ def given(**arguments):
         (random_i2v_pipeline, given(fit="zoom"), "fit='zoom' must be one of 'crop', 'pad', 'stretch'"),
         (random_i2v_pipeline, given(width=None), "give height and width, or neither"),
         (random_i2v_pipeline, given(height=40), "height=40 .* multiple of 16; the nearest are 32 and 48"),
-        (random_i2v_pipeline, given(max_area=0), "max_area=0 must be an int, at least 1"),
-        (random_i2v_pipeline, given(max_area=100), "max_area=100 is too small for an image of 32x32"),
+        (
+            random_i2v_pipeline,
+            given(max_area=0),
+            "max_area=0 must be .* 256; the nearest is 256",
+        ),
+        (
+            random_i2v_pipeline,
+            given(max_area=100),
+            "max_area=100 must be .* 256; the nearest is 256",
+        ),
         (random_i2v_pipeline, given(max_area=4096, height=32, width=32), "max_area and height and width"),
         (random_i2v_pipeline, given(image=photo(300, 30), max_area=4096), "300x30 .* from 1:8 to 8:1"),
         (random_i2v_pipeline, given(image=photo(1, 600)), "1x600 pixels; each side must have at least 16"),

@@ -81,10 +81,10 @@ def test_prompts_are_frozen_and_comparable():
         (lambda: TextPrompt(7), "subject=7 must be a string"),
         (lambda: ImagePrompt(" "), "motion=' ' must say what moves, such as 'the fox slowly turns its head'"),
         (lambda: ImagePrompt(["a"]), "motion=..a.. must be a string"),
-        (lambda: multi_shot("x", [(0, "a")]), "shot 1 lasts 0 s; give a positive number"),
-        (lambda: multi_shot("x", [(2, "a"), (-1, "b")]), "shot 2 lasts -1 s; give"),
-        (lambda: multi_shot("x", [(float("nan"), "a")]), "shot 1 lasts nan s"),
-        (lambda: multi_shot("x", [(float("inf"), "a")]), "shot 1 lasts inf s"),
+        (lambda: multi_shot("x", [(0, "a")]), "shot 1's seconds=0 must be a number, above 0; such as 2"),
+        (lambda: multi_shot("x", [(2, "a"), (-1, "b")]), "shot 2's seconds=-1 must"),
+        (lambda: multi_shot("x", [(float("nan"), "a")]), "shot 1's seconds=nan"),
+        (lambda: multi_shot("x", [(float("inf"), "a")]), "shot 1's seconds=inf"),
     ],
 )
 def test_refused(make, message):

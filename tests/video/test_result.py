@@ -411,9 +411,9 @@ def test_quality(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("a.mp4", {"quality": 0}, "quality=0 must be an int from 1 to 100; say 1"),
-        ("a.webp", {"quality": 101}, "say 100"),
-        ("a.mp4", {"crf": 60}, "crf=60 must be an int from 0 to 51; say 51"),
+        ("a.mp4", {"quality": 0}, "quality=0 must be an int, 1 to 100; the nearest is 1"),
+        ("a.webp", {"quality": 101}, "the nearest is 100"),
+        ("a.mp4", {"crf": 60}, "crf=60 must be an int, 0 to 51; the nearest is 51"),
         ("a.mp4", {"crf": 1, "quality": 1}, "both given"),
         ("a.gif", {"quality": 5}, r"quality=5 is for \.mp4 and \.webp; \.gif has none"),
         ("a.webp", {"crf": 5}, r"crf=5 is for \.mp4, not \.webp"),

@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading.attention_names import our_name, their_name
+from ..checks import shown
 from ..models.attention import Kernel, finders, native, register
 from ..models.transformer import WanTransformer3DModel
 from ..private_apis import keeping_active_attention_backend, uncompiled
@@ -78,8 +79,8 @@ def select(
         return name
     usable = [n for n, why_not in available(device, dtype, head_dim).items() if why_not is None and n != name]
     raise ValueError(
-        f"attention backend {name!r} cannot be used on {device} in {dtype} with {head_dim} channels a head: "
-        f"{reason}; available: {', '.join(usable)}"
+        f"attention backend {shown(name)} cannot be used on {device} in {dtype} with {head_dim} channels "
+        f"a head: {reason}; available: {', '.join(usable)}"
     )
 
 

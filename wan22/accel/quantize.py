@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
 from ..checkpoints.loading.quantized_linear import QuantizedLinear
 from ..checkpoints.lora.adapters import adapters_of, has_adapters
+from ..checks import shown
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from .offload.layout import blocks_of, bytes_of
 
@@ -256,7 +257,7 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
 def check_method(method: Any) -> None:
     """Refuse an unknown name of a method."""
     if isinstance(method, str) and method not in KINDS:
-        raise ValueError(f"method {method!r} must be {', '.join(KINDS)} or a configuration of torchao")
+        raise ValueError(f"method {shown(method)} must be {', '.join(KINDS)} or a configuration of torchao")
 
 
 def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..checks import shown
+
 _FOLDER = Path(__file__).parent
 
 
@@ -18,5 +20,5 @@ def tiny_checkpoint(name: str = "t2v") -> Path:
     """
     names = sorted(folder.parent.name for folder in _FOLDER.glob("*/model_index.json"))
     if name not in names:
-        raise ValueError(f"there is no embedded checkpoint {name!r}; there is {', '.join(names)}")
+        raise ValueError(f"there is no embedded checkpoint {shown(name)}; there is {', '.join(names)}")
     return _FOLDER / name

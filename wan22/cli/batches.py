@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..accel.parallel.environment import is_first, launched
+from ..checks import shown
 from .loading import load
 from .options import RENAMED, Loading, Saving
 from .reporting import INTERRUPTED, Result, fail, line_of, say
@@ -102,7 +103,7 @@ def read_items(file: Path) -> list[tuple[str, Item]]:
             continue
         item = {"prompt": line.strip()} if file.suffix == ".txt" else _parsed(line, f"{file}, line {number}")
         if (name := item.get("name")) is not None and names.setdefault(name, number) != number:
-            raise ValueError(f"{file}, line {number}: the name {name!r} is line {names[name]}'s, too")
+            raise ValueError(f"{file}, line {number}: the name {shown(name)} is line {names[name]}'s, too")
         digest = hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()[:16]
         seen[digest] = seen.get(digest, 0) + 1  # the same line twice is two videos
         items.append((f"{digest}-{seen[digest]}", item))
@@ -120,9 +121,9 @@ def _parsed(line: str, where: str) -> Item:
     for old in RENAMED.keys() & item:
         raise ValueError(f"{where}: {old} is called {RENAMED[old]} now")
     if unknown := sorted(item.keys() - known):
-        raise ValueError(f"{where}: there is no argument {unknown[0]!r}")
+        raise ValueError(f"{where}: there is no argument {shown(unknown[0])}")
     if (name := item.get("name")) is not None and (not isinstance(name, str) or Path(name).name != name):
-        raise ValueError(f"{where}: name={name!r} must be a file's name without folders and ending")
+        raise ValueError(f"{where}: name={shown(name)} must be a file's name without folders and ending")
     return item
 
 

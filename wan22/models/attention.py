@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..checks import shown
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -83,7 +85,7 @@ def check_backend(backend: str) -> None:
     """Refuse a name under which no kernel is registered."""
     if backend not in _kernels:
         raise ValueError(
-            f"attention backend {backend!r} is not registered, only {', '.join(map(repr, _kernels))}; "
+            f"attention backend {shown(backend)} is not registered, only {', '.join(map(repr, _kernels))}; "
             "wan22.accel.attention.use(model, name) checks a kernel and registers it"
         )
 

@@ -14,8 +14,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checks import check_size
 from .autoencoder_coders import Decoder3d, Encoder3d
-from .autoencoder_memory import MemoryModes, check_multiple
+from .autoencoder_memory import MemoryModes
 from .layers import at_least_float32
 from .temporal_cache import SettledPrefix, TemporalCache, assign_cache_keys, regroup_frames
 from .tiling import Tile, blend_tiles
@@ -231,8 +232,8 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; it must be (b, {channels}, t, h, w)")
         self._check_dtype("video", x)
-        check_multiple("video height", x.shape[3], self.spatial_stride)
-        check_multiple("video width", x.shape[4], self.spatial_stride)
+        check_size("video height", x.shape[3], self.spatial_stride)
+        check_size("video width", x.shape[4], self.spatial_stride)
 
     def _check_frame_count(self, t: int) -> None:
         s = self.temporal_stride

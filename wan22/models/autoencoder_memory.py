@@ -1,5 +1,6 @@
 """Slicing, tiling and strips of the autoencoder: less memory for more work."""
 
+from ..checks import check_positive_int, check_size
 from .autoencoder_coders import Decoder3d
 from .temporal_cache import TemporalCache
 from .tiling import Tile, make_tiles, split_axis
@@ -43,11 +44,10 @@ class MemoryModes:
             "tile_sample_stride_height": tile_sample_stride_height,
             "tile_sample_stride_width": tile_sample_stride_width,
         }
-        sizes = {name: getattr(self, name) if size is None else size for name, size in given.items()}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least {self.spatial_stride}")
-            check_multiple(name, size, self.spatial_stride)
+        sizes = {
+            name: check_size(name, getattr(self, name) if size is None else size, self.spatial_stride)
+            for name, size in given.items()
+        }
         for axis in ("height", "width"):
             size, stride = sizes[f"tile_sample_min_{axis}"], sizes[f"tile_sample_stride_{axis}"]
             if stride > size:
@@ -70,8 +70,7 @@ class MemoryModes:
 
         Raises: ValueError: strips is below 1, or tiling is enabled.
         """
-        if strips < 1:
-            raise ValueError(f"strips is {strips}; it must be at least 1")
+        strips = check_positive_int("strips", strips)
         if self.use_tiling:
             raise ValueError("tiling is enabled, which strips replace; call disable_tiling() first")
         self.use_strips, self.num_strips = True, strips
@@ -105,11 +104,3 @@ class MemoryModes:
             return []
         rows = h * self.spatial_stride // (self.patch_size * self.decoder.strip_scale)
         return [TemporalCache() for _ in range(min(self.num_strips, rows))]
-
-
-def check_multiple(name: str, value: int, step: int) -> None:
-    """Refuse a value that is not a multiple of step."""
-    if value % step:
-        below = value - value % step
-        nearest = f"{below} or {below + step}" if below else f"{step}"
-        raise ValueError(f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from ..checks import shown
 from .attention import attention, check_backend
 from .embeddings import ConditionEmbedder
 from .layers import (
@@ -184,7 +185,7 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(
-                f"qk_norm={qk_norm!r} is not a Wan transformer; it must be 'rms_norm_across_heads'."
+                f"qk_norm={shown(qk_norm)} is not a Wan transformer; it must be 'rms_norm_across_heads'."
             )
         self.patch_size = cast(tuple[int, int, int], tuple(patch_size))
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels

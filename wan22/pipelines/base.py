@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..checkpoints.loading.alignment import align_weights
+from ..checks import shown
 from ..presets import MAX_TEXT_TOKENS
 from ..video.metadata import read_recipe
 from ..video.recipe import Recipe, stopped_after
@@ -275,7 +276,7 @@ class WanPipeline(PipelineParts):
         if request.preview is None or request.preview is False:
             for name in ("preview_every", "preview_decoder"):
                 if getattr(request, name) is not None:
-                    raise ValueError(f"{name}={getattr(request, name)!r} needs preview; preview=True")
+                    raise ValueError(f"{name}={shown(getattr(request, name))} needs preview; preview=True")
             return None
         if not self.ranks.first:
             return None

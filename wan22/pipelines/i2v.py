@@ -1,6 +1,7 @@
 """WanI2VPipeline: an image, or a first and a last one, become a video."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .call.images import (
     lanczos,
     load_pictures,
     one_per_video,
+    smallest_area,
 )
 from .call.noise import starting_noise
 from .call.prepare import check
@@ -187,11 +189,9 @@ class WanI2VPipeline(WanPipeline):
         sizes: dict[tuple[int, int], None] = {}  # a set in order
         for picture in request.image:
             check_aspect("image", picture)
-            size = self.best_size(picture, area)
-            if 0 in size:
-                w, h = picture.size
-                raise ValueError(f"max_area={area} is too small for an image of {w}x{h} pixels; give more")
-            sizes[size] = None
+            least = smallest_area(partial(self.best_size, picture))
+            check_positive_int("max_area", area, least=least)
+            sizes[self.best_size(picture, area)] = None
         if len(sizes) > 1:
             found = ", ".join(f"{w}x{h}" for w, h in sizes)
             raise ValueError(
@@ -224,10 +224,8 @@ class WanI2VPipeline(WanPipeline):
             check_choice("fit", request.fit, FITS)
         if (request.height is None) != (request.width is None):
             raise ValueError("give height and width, or neither: then the image's aspect decides")
-        if request.max_area is not None:
-            check_positive_int("max_area", request.max_area)
-            if request.height is not None:
-                raise ValueError("max_area and height and width are given; give one or the other")
+        if request.max_area is not None and request.height is not None:
+            raise ValueError("max_area and height and width are given; give one or the other")
         first, last = len(request.image), len(request.last_image)
         if not first and (last or not self.config.expand_timesteps):
             raise ValueError("image is None; give the first frame (only TI2V-5B makes videos without)")

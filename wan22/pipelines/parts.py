@@ -12,7 +12,7 @@ from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
-from ..checks import check_num_frames, check_size
+from ..checks import check_num_frames, check_real, check_size
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
 from ..video.progress import progress_bar
@@ -96,6 +96,8 @@ class PipelineParts(DiffusersNames):
             transformer=transformer,
             transformer_2=transformer_2,
         )
+        if boundary_ratio is not None:
+            boundary_ratio = check_real("boundary_ratio", boundary_ratio, 0, 1)
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self.check_models()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from ..checks import check_real, shown
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -64,18 +66,20 @@ class OpenAIChat:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(
-                f"base_url={self.base_url!r} must begin with http:// or https://; "
+                f"base_url={shown(self.base_url)} must begin with http:// or https://; "
                 f"give 'http://{self.base_url.rpartition('://')[2]}', for example"
             )
         if self.base_url.rstrip("/").endswith("/chat/completions"):
             nearest = self.base_url.rstrip("/").removesuffix("/chat/completions")
-            raise ValueError(f"base_url={self.base_url!r} must end before the endpoint; give {nearest!r}")
+            raise ValueError(
+                f"base_url={shown(self.base_url)} must end before the endpoint; give {shown(nearest)}"
+            )
         if self.api_key is not None and not re.fullmatch(r"[!-~]*", self.api_key):
             raise ValueError(
                 "api_key must be ASCII without spaces or line breaks; api_key.strip() may make it so"
             )
-        if not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds, such as 120")
+        timeout = check_real("timeout", self.timeout, 0, above=True, hint="such as 120")
+        object.__setattr__(self, "timeout", timeout)
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
         """Return the model's answer. Images are sent as JPEG data URLs; the server may ignore the seed.
@@ -98,7 +102,7 @@ class OpenAIChat:
             raise ChatError(f"{self._url} answered without a text: {_excerpt(raw)}")
         if reason == "length":
             raise ChatError(
-                f"{self.model} was cut off before its answer's end: {answer[-80:]!r}; "
+                f"{self.model} was cut off before its answer's end: {shown(answer[-80:])}; "
                 "options={'max_tokens': 1024} lets it write more"
             )
         return answer
@@ -205,7 +209,7 @@ class TransformersChat:
         answer = self.tokenizer.decode(ids, skip_special_tokens=True)
         if len(ids) >= self.max_new_tokens and int(ids[-1]) not in self._ends():
             raise ChatError(
-                f"{self.name} was cut off after {self.max_new_tokens} tokens: {answer[-80:]!r}; "
+                f"{self.name} was cut off after {self.max_new_tokens} tokens: {shown(answer[-80:])}; "
                 f"max_new_tokens={2 * self.max_new_tokens} lets it write more"
             )
         return answer

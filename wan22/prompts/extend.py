@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..checks import check_choice
+from ..checks import check_choice, shown
 from .chat import ChatError, ChatModel, Message
 from .formulas import Prompt
 from .vocabulary import VOCABULARY
@@ -108,7 +108,9 @@ def extend_prompt(
     """
     text = str(prompt).strip()
     if not text:
-        raise ValueError(f"prompt={prompt!r} must say at least what is seen, such as 'a red fox in the snow'")
+        raise ValueError(
+            f"prompt={shown(prompt)} must say at least what is seen, such as 'a red fox in the snow'"
+        )
     images = _images(image, last_image)
     task = _checked_task(task, len(images))
     instructions = system_prompt(task, language, seen=bool(images))
@@ -140,11 +142,11 @@ def clean_answer(answer: str) -> str:
             text = pattern.sub(kept, text).strip()
     text = " ".join(text.split())
     if not any(char.isalnum() for char in text):
-        raise ChatError(f"the chat model's answer holds no prompt: {answer[:300]!r}")
+        raise ChatError(f"the chat model's answer holds no prompt: {shown(answer[:300])}")
     if len(text) > LONGEST:
         raise ChatError(
             f"the chat model's answer has {len(text)} characters, a prompt at most {LONGEST} "
-            f"(about 120 words were asked for): {text[:300]!r}…"
+            f"(about 120 words were asked for): {shown(text[:300])}…"
         )
     return text
 
@@ -180,7 +182,9 @@ def _checked_task(task: Task | None, images: int) -> Task:
         return tasks[images]
     check_choice("task", task, tasks)
     if images and task != tasks[images]:
-        raise ValueError(f"task={task!r} does not suit {images} image(s); task={tasks[images]!r} does")
+        raise ValueError(
+            f"task={shown(task)} does not suit {images} image(s); task={shown(tasks[images])} does"
+        )
     return task
 
 

@@ -7,12 +7,12 @@ sound.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
+from ..checks import check_real, shown
 from .vocabulary import VOCABULARY
 
 # The vocabulary tables of each field, in the order of the text.
@@ -71,7 +71,8 @@ class TextPrompt:
         _check_texts(self)
         if not self.subject.strip():
             raise ValueError(
-                f"subject={self.subject!r} must say who or what is seen, such as 'a red fox with frosty fur'"
+                f"subject={shown(self.subject)} must say who or what is seen, "
+                "such as 'a red fox with frosty fur'"
             )
 
     def __str__(self) -> str:
@@ -97,7 +98,7 @@ class ImagePrompt:
         _check_texts(self)
         if not self.motion.strip() and not self.camera.strip():
             raise ValueError(
-                f"motion={self.motion!r} must say what moves, such as 'the fox slowly turns its head', "
+                f"motion={shown(self.motion)} must say what moves, such as 'the fox slowly turns its head', "
                 "where camera is empty as well"
             )
 
@@ -119,8 +120,7 @@ def multi_shot(overall: str, shots: Sequence[tuple[float, str | Prompt]]) -> str
     """
     parts, start = [overall], 0.0
     for number, (seconds, prompt) in enumerate(shots, 1):
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"shot {number} lasts {seconds!r} s; give a positive number, such as 2")
+        seconds = check_real(f"shot {number}'s seconds", seconds, 0, above=True, hint="such as 2")
         parts.append(f"Shot {number} [{start:g}-{start + seconds:g}s] {_sentences([str(prompt)])}")
         start += seconds
     return _sentences(parts)
@@ -161,7 +161,7 @@ def _check_texts(prompt: TextPrompt | ImagePrompt) -> None:
     for field in fields(prompt):
         value: Any = getattr(prompt, field.name)
         if not isinstance(value, str):
-            raise ValueError(f"{field.name}={value!r} must be a string; '' leaves it out")
+            raise ValueError(f"{field.name}={shown(value)} must be a string; '' leaves it out")
 
 
 def _joined(parts: Sequence[str]) -> str:

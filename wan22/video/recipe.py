@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..checks import shown
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
@@ -75,7 +77,7 @@ class Recipe:
     def __getattr__(self, name: str) -> Any:
         if name != "call" and name in self.call:  # "call" itself is missing while a copy is unpickled
             return self.call[name]
-        raise AttributeError(f"a recipe has no {name!r}, and neither has its call")
+        raise AttributeError(f"a recipe has no {shown(name)}, and neither has its call")
 
     @property
     def seeds(self) -> tuple[int | None, ...]:

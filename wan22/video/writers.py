@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_positive_int, cut, shown
 from .metadata import EXIF_DESCRIPTION, PNG_KEY
 
 logger = logging.getLogger(__name__)
@@ -45,30 +46,29 @@ def write(
     Raises: ValueError: the ending or the quality is wrong, or there are no frames. OSError: writing fails.
     """
     ending = check_ending(path)
-    check_quality(path, quality, crf)
+    quality, crf = check_quality(path, quality, crf)
     return WRITERS[ending](frames, path, fps, recipe, quality, crf)
 
 
 def check_ending(path: Path) -> str:
     """Return a file's ending in lower case, or raise ValueError if no format has it."""
     if (ending := path.suffix.lower()) not in WRITERS:
-        raise ValueError(f"{path} must end in {', '.join(WRITERS)}; say {path.with_suffix('.mp4')}")
+        raise ValueError(f"{cut(path)} must end in {', '.join(WRITERS)}; say {cut(path.with_suffix('.mp4'))}")
     return ending
 
 
-def check_quality(path: Path, quality: int | None, crf: int | None) -> None:
-    """Refuse a quality or crf out of range, or for a format that has none."""
+def check_quality(path: Path, quality: Any, crf: Any) -> tuple[int | None, int | None]:
+    """Return quality and crf as int; refuse one out of range, or for a format that has none."""
     ending = path.suffix.lower()
     if crf is not None and ending != ".mp4":
-        raise ValueError(f"crf={crf!r} is for .mp4, not {ending}")
+        raise ValueError(f"crf={shown(crf)} is for .mp4, not {ending}")
     if quality is not None and ending not in (".mp4", ".webp"):
-        raise ValueError(f"quality={quality!r} is for .mp4 and .webp; {ending} has none")
+        raise ValueError(f"quality={shown(quality)} is for .mp4 and .webp; {ending} has none")
     if quality is not None and crf is not None:
         raise ValueError("quality and crf are both given; give one")
-    for name, value, low, high in (("quality", quality, 1, 100), ("crf", crf, BEST_CRF, WORST_CRF)):
-        if value is not None and not (isinstance(value, int) and low <= value <= high):
-            nearest = min(max(value, low), high) if isinstance(value, int | float) else high
-            raise ValueError(f"{name}={value!r} must be an int from {low} to {high}; say {nearest:.0f}")
+    if quality is not None:
+        return check_positive_int("quality", quality, most=100), None
+    return None, None if crf is None else check_positive_int("crf", crf, least=BEST_CRF, most=WORST_CRF)
 
 
 def crf_of(quality: int) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from tests.golden_data import FOLDER, golden
@@ -172,6 +173,17 @@ def test_all_bytes_come_back_exactly_and_the_original_is_untouched():
     assert read(values * 1.2).pixels.max() > 1.39  # a slight overshoot is kept
 
 
+def test_negative_values_mean_minus_1_to_1(caplog):
+    """As in diffusers: for all images of the argument together."""
+    dark, bright = torch.rand(3, H, W) * 2 - 1, torch.rand(3, H, W)
+    theirs = VideoProcessor(vae_scale_factor=8).preprocess([dark, bright], height=H, width=W)
+    for given in ([dark, bright], torch.stack([dark, bright]), [dark.permute(1, 2, 0).numpy(), bright]):
+        ours = torch.stack([picture.pixels for picture in images.load_pictures("image", given)])
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(read(bright).pixels, 2 * bright - 1)
+    assert "image has negative values: it is taken to be in [-1, 1]" in caplog.text
+
+
 def test_none_lists_and_batches():
     assert images.load_pictures("image", None) == []
     other = 255 - RGB
@@ -262,7 +274,7 @@ SHAPES = ["'h w'", "'h w 1'", "'h w 3'", "'h w 4'", "channels first"]
 LISTS = ["image[1]", "PIL image", "path", "URL", "array", "tensor"]
 REFUSED = {
     "NaN": (["nan", "[0, 1]"], [UNIT * np.nan, np.where(RGB > 250, np.nan, UNIT)]),
-    "-1 to 1": (["-1 to 1", "[0, 1]"], [PICTURE.pixels, np.linspace(-1, 1, W * H).reshape(H, W)]),
+    "-2 to 2": (["-2 to 2", "[0, 1]", "[-1, 1]"], [np.linspace(-2, 2, W * H).reshape(H, W)]),
     "0 to 255": (["0 to 255", "[0, 1]", "uint8"], [RGB.astype(np.float32), CHW.float()]),
     "int64": (["int64", "uint8", "[0, 1]"], [RGB.astype(np.int64), CHW.long()]),
     "objects": (["object", "uint8"], [RGB.astype(object)]),

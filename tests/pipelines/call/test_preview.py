@@ -59,7 +59,7 @@ def test_every(every):
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, "2"])
 def test_every_must_be_a_number_of_steps(every):
-    with pytest.raises(ValueError, match=f"every is {every!r}; it must be a whole number of steps"):
+    with pytest.raises(ValueError, match=f"preview_every={every!r} must be an int, at least 1"):
         Previewer(print, VAE, FPS, every=every)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ...checks import check_choice
+from ...checks import check_choice, check_positive_int
 from ...private_apis import own_tensors
 
 # Alignment of packed tensors: the most that kernels ask for.
@@ -44,10 +44,8 @@ class Placement:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, get_args(Kind))
         check_choice("source", self.source, get_args(Source))
-        if self.buffers not in (2, 3):
-            raise ValueError(f"buffers={self.buffers!r} must be 2 or 3")
-        if self.resident_blocks < 0:
-            raise ValueError(f"resident_blocks={self.resident_blocks!r} must be at least 0")
+        for name, least, most in (("buffers", 2, 3), ("resident_blocks", 0, None)):
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name), most, least))
         if self.resident_blocks and self.kind != "streamed":
             raise ValueError(
                 f"resident_blocks={self.resident_blocks} is for streamed models, not {self.kind}"

@@ -21,6 +21,10 @@ class Layout:
     ulysses: int = 1
     cfg: int = 1
 
+    def __post_init__(self) -> None:
+        for name, most in {"ring": None, "ulysses": None, "cfg": 2}.items():
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name), most))
+
     @property
     def ranks(self) -> int:
         """The number of ranks."""
@@ -28,9 +32,6 @@ class Layout:
 
     def check(self, ranks: int, heads: int) -> None:
         """Refuse a layout that is for another number of ranks, or does not divide the transformer's heads."""
-        check_positive_int("ring", self.ring)
-        check_positive_int("ulysses", self.ulysses)
-        check_positive_int("cfg", self.cfg, most=2)
         nearest = suggest(ranks, heads, guided=self.cfg == 2)
         advice = f"say ring={nearest.ring}, ulysses={nearest.ulysses}, cfg={nearest.cfg}"
         if self.ranks != ranks:

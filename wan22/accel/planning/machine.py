@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ...checks import parse_bytes
+from ...checks import parse_bytes, shown
 from ..offload.devices import CudaDevice
 
 GB = 1e9
@@ -46,7 +46,9 @@ class Machine:
         here = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if here or vram is not None else "cpu"))
         if device.type == "cpu" and vram is not None:
-            raise ValueError(f"vram={vram!r} is a GPU's, and device='cpu' has none; give ram={vram!r}")
+            raise ValueError(
+                f"vram={shown(vram)} is a GPU's, and device='cpu' has none; give ram={shown(vram)}"
+            )
         taken = taken or {}
         host = available_ram() + taken.get("cpu", 0) if ram is None else parse_bytes(ram, "ram")
         speed = None if disk is None else parse_bytes(disk, "disk")

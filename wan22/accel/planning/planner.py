@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...checkpoints.loading.models import is_ours
-from ...checks import check_num_frames, check_positive_int, check_size
+from ...checks import as_number, check_num_frames, check_positive_int, check_size
 from ...models.autoencoder import strides_of
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of
@@ -67,7 +67,7 @@ def plan(
     Raises: ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or
         ranks have divided the weights.
     """
-    check_positive_int("videos", videos)
+    videos = check_positive_int("videos", videos)
     anonymous: dict[str, int] = {}
     if isinstance(target, Preset):
         preset, name, models, on_device = target, target.name, released_models(target), 0
@@ -77,11 +77,12 @@ def plan(
         target.check_vae("planning")
         preset, name, models = target.preset, target.checkpoint_name, meta_copies(target.components)
         anonymous, on_device = _held(target, models)
-    size = (width or preset.width, height or preset.height, num_frames or preset.num_frames)
-    task = Task(name, models, size, quantize, guided, videos, anonymous)
-    for axis, value, multiple in zip(("width", "height"), size[:2], task.cell, strict=True):
-        check_size(axis, value, multiple)
-    check_num_frames(size[2], strides_of(models["vae"].config)[0])
+    given = {"width": width, "height": height, "num_frames": num_frames}
+    w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
+    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous)
+    check_size("width", w, task.cell[0])
+    check_size("height", h, task.cell[1])
+    check_num_frames(t, strides_of(models["vae"].config)[0])
     taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
     anonymous |= converted or {}

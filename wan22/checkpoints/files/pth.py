@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...checks import shown
+
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """Return a file's tensors, memory-mapped unless it has the format from before PyTorch 1.6."""
@@ -32,5 +34,5 @@ def tensors_in(state: Any, source: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{source} holds {what}")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not isinstance(key, str):
-            raise ValueError(f"{source} holds {str(key)[:100]!r}, which is no tensor")
+            raise ValueError(f"{source} holds {shown(str(key)[:100])}, which is no tensor")
     return dict(state)

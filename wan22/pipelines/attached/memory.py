@@ -11,6 +11,7 @@ from ...accel.planning.meta_models import MODELS
 from ...accel.planning.plans import Plan
 from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ...checks import shown
 from ..call.experts import Expert
 from .part import Part
 
@@ -127,7 +128,7 @@ class Memory(Part):
         """Refuse to move models while a plan moves them, or to change weights that ranks have divided."""
         devices = [d for d in destinations if not isinstance(d, torch.dtype | None)]
         if self.moves_models and devices:
-            raise ValueError(f"to({devices[0]!r}): the plan moves the models; call pipe.release() first")
+            raise ValueError(f"to({shown(devices[0])}): the plan moves the models; call pipe.release() first")
         self.offload_all()
 
     def host_weights(self, name: str) -> list[torch.Tensor]:

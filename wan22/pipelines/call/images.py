@@ -3,8 +3,10 @@
 Shapes: c colours, h w rows, columns. Sizes are (width, height) in pixels.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ...checks import cut, shown
 from .checks import describe
+
+logger = logging.getLogger(__name__)
 
 Fit = Literal["crop", "pad", "stretch"]
 FITS = get_args(Fit)
@@ -27,8 +32,8 @@ Size = tuple[int, int]
 
 MIN_SIDE = 16  # pixels: one token's width; less has nothing to show
 MAX_ASPECT = 8  # long over short side, where the size follows the image
-# Resampling and a slight overshoot of the values go together; other scales, such as -1 to 1, are far off.
-OVERSHOOT = 0.25
+# Resampling and a slight overshoot of the values go together; other scales, such as 0 to 255, are far off.
+OVERSHOOT = 0.25  # of what is 1 wide
 TIMEOUT = 30  # seconds without an answer from a web server
 _Turn = Image.Transpose
 # What brings an image upright, by its EXIF orientation.
@@ -71,7 +76,8 @@ def load_pictures(name: str, images: Any) -> list[Picture]:
         name: the argument's name, for errors.
         images: None; or one image: a PIL image of any mode, a path, a URL (http, https, file), an array
             "h w", "h w 1", "h w 3" or "h w 4", or a tensor "c h w" of as many channels, each uint8 or
-            floating in [0, 1]; or a list of images, or a batch "b h w c" or "b c h w".
+            floating in [0, 1], or in [-1, 1] if there are negative values, as in diffusers; or a list of
+            images, or a batch "b h w c" or "b c h w".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,15 +87,24 @@ def load_pictures(name: str, images: Any) -> list[Picture]:
         return []
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         images = list(images)
-    if not isinstance(images, (list, tuple)):
-        return [load_picture(name, images)]
+    alone = not isinstance(images, (list, tuple))
+    images = [images] if alone else images
     if not images:
         raise ValueError(f"{name} is an empty list; give at least one image")
-    return [load_picture(f"{name}[{i}]", image) for i, image in enumerate(images)]
+    signed = any(map(_has_negative, images))
+    if signed:
+        logger.warning("%s has negative values: it is taken to be in [-1, 1], as in diffusers", name)
+    return [load_picture(name if alone else f"{name}[{i}]", image, signed) for i, image in enumerate(images)]
 
 
-def load_picture(name: str, image: Any) -> Picture:
-    """Read one image; see `load_pictures`."""
+def _has_negative(image: Any) -> bool:
+    if isinstance(image, torch.Tensor):
+        return image.is_floating_point() and image.numel() > 0 and bool((image < 0).any())
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and bool((image < 0).any())
+
+
+def load_picture(name: str, image: Any, signed: bool = False) -> Picture:
+    """Read one image; see `load_pictures`. `signed`: floating values are in [-1, 1]."""
     source = None
     if isinstance(image, (str, Path)):
         source = str(image)
@@ -98,7 +113,8 @@ def load_picture(name: str, image: Any) -> Picture:
         try:
             image = np.asarray(upright_rgb(image))
         except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-            raise ValueError(f"{name}{f': {source}' if source else ''} cannot be read: {error}") from error
+            where = f"{name}: {cut(source)}" if source else name
+            raise ValueError(f"{where} cannot be read: {cut(error)}") from error
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         array = (image.float() if image.is_floating_point() else image).numpy()
@@ -112,7 +128,7 @@ def load_picture(name: str, image: Any) -> Picture:
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         rule = "an array 'h w', 'h w 1', 'h w 3' or 'h w 4', or a tensor with the channels first"
         raise ValueError(f"{name} has shape {tuple(image.shape)}; it must be {rule}")
-    picture = Picture(_to_pixels(name, array), source)
+    picture = Picture(_to_pixels(name, array, signed), source)
     if min(picture.size) < MIN_SIDE:
         w, h = picture.size
         raise ValueError(f"{name} has {w}x{h} pixels; each side must have at least {MIN_SIDE}")
@@ -130,7 +146,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         values, top = np.asarray(image).astype(np.float64), 1.0 if mode == "F" else 65535.0
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
             span = f"{values.min():g} to {values.max():g}"
-            raise ValueError(f"an image of mode {mode!r} must have values from 0 to {top:g}, not {span}")
+            raise ValueError(f"an image of mode {shown(mode)} must have values from 0 to {top:g}, not {span}")
         return Image.fromarray((values / top * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         # Premultiplied modes have one way out.
@@ -154,30 +170,30 @@ def _open(name: str, source: str) -> Image.Image:
         image.load()
         return image
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: there is no file {source}") from error
+        raise FileNotFoundError(f"{name}: there is no file {cut(source)}") from error
     except URLError as error:
-        raise ValueError(f"{name}: {source} cannot be fetched: {error.reason}") from error
+        raise ValueError(f"{name}: {cut(source)} cannot be fetched: {cut(error.reason)}") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: {source} is not an image that Pillow reads") from error
+        raise ValueError(f"{name}: {cut(source)} is not an image that Pillow reads") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-        raise ValueError(f"{name}: {source} cannot be read: {error}") from error
+        raise ValueError(f"{name}: {cut(source)} cannot be read: {cut(error)}") from error
 
 
-def _to_pixels(name: str, array: np.ndarray) -> torch.Tensor:
-    """Turn an array "h w c", uint8 or in [0, 1], into RGB "3 h w" in [-1, 1]."""
+def _to_pixels(name: str, array: np.ndarray, signed: bool = False) -> torch.Tensor:
+    """Turn an array "h w c", uint8 or floating in [0, 1] or [-1, 1], into RGB "3 h w" in [-1, 1]."""
     if array.dtype == np.uint8:
         values = array.astype(np.float32) / np.float32(255)
     elif array.dtype.kind == "f":
         values = array.astype(np.float32)
+        values = (values + 1) / 2 if signed else values
     else:
         raise ValueError(f"{name} is {array.dtype}; it must be uint8, or floating in [0, 1]")
     x = torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
     # "not within" instead of "outside": NaN is not within either.
     if not ((x >= -OVERSHOOT) & (x <= 1 + OVERSHOOT)).all():
-        span = f"{x.min().item():g} to {x.max().item():g}"
-        raise ValueError(
-            f"{name} has values from {span}; floating images must be in [0, 1], uint8 in 0 to 255"
-        )
+        span = f"{array.min().item():g} to {array.max().item():g}"
+        rule = "floating images must be in [0, 1], or in [-1, 1] with negative values; uint8 in 0 to 255"
+        raise ValueError(f"{name} has values from {span}; {rule}")
     if x.shape[0] == 4:
         x = x[:3] * x[3:] + (1 - x[3:])  # on white
     return x.expand(3, -1, -1).sub(0.5).div(0.5)
@@ -217,6 +233,11 @@ def closest_size(size: Size, max_area: int, cell: Size) -> Size:
         return max(ratio * h / w, w / (ratio * h))
 
     return (w1, h1) if error(w1, h1) < error(w2, h2) else (w2, h2)
+
+
+def smallest_area(size_of: Callable[[int], Size]) -> int:
+    """Return the smallest area for which a rule of sizes gives one that is not empty."""
+    return bisect_left(range(2**62), True, key=lambda area: area > 0 and 0 not in size_of(area))
 
 
 def check_aspect(name: str, picture: Picture) -> None:

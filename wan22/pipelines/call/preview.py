@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...checkpoints.loading.tiny_autoencoder import load_tiny_decoder
+from ...checks import check_positive_int, cut, shown
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
 from ...video.progress import in_notebook
@@ -82,9 +83,8 @@ class Previewer:
         every: int | None = None,
         decoder: TinyDecoder | str | Path | None = None,
     ) -> None:
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"every is {every!r}; it must be a whole number of steps, at least 1, or None")
-        self.vae, self.fps, self.every = vae, fps, every
+        self.vae, self.fps = vae, fps
+        self.every = None if every is None else check_positive_int("preview_every", every)
         self.show, self.place = _shower(show)  # the function, and the file that it writes, "" if none
         self._decoder = None if decoder is None else _check_decoder(decoder, vae)
         self._follows = self._decoder is not decoder  # a decoder of the caller's stays where it is
@@ -146,11 +146,11 @@ def _shower(show: Show) -> tuple[Callable[[Preview], Any], str]:
         path = Path(show).expanduser().absolute()  # wherever the working folder is by then
         if path.suffix.lower() not in ENDINGS:
             nearest = ", ".join(path.with_suffix(ending).name for ending in ENDINGS)
-            raise ValueError(f"{path.name} must end in {', '.join(ENDINGS)}, as {nearest}")
+            raise ValueError(f"{cut(path.name)} must end in {', '.join(ENDINGS)}, as {cut(nearest)}")
         return lambda preview: write(preview, path), str(show)
     if show is not True:
         rule = f"True, a function of a Preview, or a file ending in {', '.join(ENDINGS)}"
-        raise ValueError(f"a preview cannot be shown by {show!r}; it must be {rule}")
+        raise ValueError(f"a preview cannot be shown by {shown(show)}; it must be {rule}")
     if in_notebook():
         return Display(), ""
     path = Path(FILE).absolute()
@@ -200,4 +200,4 @@ def write(preview: Preview, path: Path) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, KeyError) as error:  # KeyError: a Pillow that was built without WebP
-        raise NotWrittenError(f"the preview {path} cannot be written: {error}") from error
+        raise NotWrittenError(f"the preview {cut(path)} cannot be written: {cut(error)}") from error

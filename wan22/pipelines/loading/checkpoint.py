@@ -12,7 +12,7 @@ from torch import nn
 from ...accel.planning.meta_models import MODELS, store_as
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
-from ...checks import check_choice
+from ...checks import check_choice, shown
 from ...private_apis import signature_keys
 
 Dtype = torch.dtype | str | None
@@ -60,7 +60,7 @@ def _read_dtypes(asked: Dtypes, components: Iterable[str]) -> Any:
         return read_dtype(asked)
     for name in asked:
         check_choice("a key of dtype", name, (*components, "default"))
-    return {name: read_dtype(dtype, f"dtype[{name!r}]") for name, dtype in asked.items()}
+    return {name: read_dtype(dtype, f"dtype[{shown(name)}]") for name, dtype in asked.items()}
 
 
 @dataclass

@@ -16,6 +16,7 @@ from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
+from ...checks import shown
 from ...private_apis import signature_keys
 from .checkpoint import TRANSFORMERS, Checkpoint, Outline, Wanted
 from .diffusers_layout import DiffusersLayout
@@ -110,7 +111,7 @@ def check_budget(
             CudaDevice()
         except ValueError as error:
             raise ValueError(
-                f"memory={memory!r} is a GPU's, and there is no CUDA device here; memory='auto' plans "
+                f"memory={shown(memory)} is a GPU's, and there is no CUDA device here; memory='auto' plans "
                 "for the CPU"
             ) from error
 
@@ -134,7 +135,9 @@ def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
         return {}
     known = list(inspect.signature(parallelize).parameters)[1:]
     if not isinstance(parallel, Mapping) or (set(parallel) - set(known)):
-        raise ValueError(f"parallel={parallel!r} must be 'auto', or a dict with some of {', '.join(known)}")
+        raise ValueError(
+            f"parallel={shown(parallel)} must be 'auto', or a dict with some of {', '.join(known)}"
+        )
     return dict(parallel)
 
 
