@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -90,14 +91,15 @@ def check_real(
 ) -> float:
     """Return a finite number from `least` to `most`, or above `least`; `hint` says more of the rule."""
     value = as_number(value)
-    if _is_finite(value) and least <= value <= most and not (above and value == least):
+    finite = _is_finite(value) and abs(value) <= sys.float_info.max
+    if finite and least <= value <= most and not (above and value == least):
         return value
-    rules = ["a finite number" if _is_real(value) and not math.isfinite(value) else "a number"]
+    rules = ["a finite number" if _is_real(value) and not finite else "a number"]
     if least > -math.inf:
         rules.append(f"above {least:g}" if above else f"{least:g} or more")
     if most < math.inf:
         rules.append(f"at most {most:g}")
-    if not hint and _is_real(value) and not above and not math.isnan(value):
+    if not hint and _is_real(value) and not above and value == value:  # not NaN
         nearest = least if value < least else most
         hint = f"the nearest is {nearest:g}" if math.isfinite(nearest) else ""
     raise ValueError(f"{name}={shown(value)} must be {', '.join(rules)}{hint and '; '}{hint}")

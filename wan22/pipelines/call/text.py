@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from ...checks import shown
 from ...presets import MAX_TEXT_TOKENS
 from .checks import as_prompts, check_embeds
 from .request import Request
@@ -75,8 +76,8 @@ def encode_prompt(
     text = clean_prompt(prompt)
     ids = tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids
     if len(ids) > max_tokens:
-        cut = tokenizer.decode(ids[max_tokens - 1 : -1])
-        logger.warning("the prompt has %d tokens, %d are used; ignored: %r", len(ids), max_tokens, cut)
+        unused = tokenizer.decode(ids[max_tokens - 1 : -1])
+        logger.warning("the prompt has %d tokens, %d are used; ignored: %s", len(ids), max_tokens, shown(unused))
         ids = ids[: max_tokens - 1] + ids[-1:]
     # Offloaded weights lie elsewhere than they run.
     input_ids = torch.tensor([ids], device=get_module_execution_device(text_encoder))
