@@ -77,7 +77,9 @@ def encode_prompt(
     ids = tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids
     if len(ids) > max_tokens:
         unused = tokenizer.decode(ids[max_tokens - 1 : -1])
-        logger.warning("the prompt has %d tokens, %d are used; ignored: %s", len(ids), max_tokens, shown(unused))
+        logger.warning(
+            "the prompt has %d tokens, %d are used; ignored: %s", len(ids), max_tokens, shown(unused)
+        )
         ids = ids[: max_tokens - 1] + ids[-1:]
     # Offloaded weights lie elsewhere than they run.
     input_ids = torch.tensor([ids], device=get_module_execution_device(text_encoder))
