@@ -1,14 +1,18 @@
 """Several threads, one pipeline: each call has its own state, and its video is the one it has alone."""
 
 import copy
+import logging
 import threading
 
 import diffusers
 import pytest
 import torch
 
-from tests.builders import latents_of, random_pipeline
-from tests.waiting import HANG
+from tests.accel.offload.recording import RecordingDevice
+from tests.accel.planning.test_planner import plan_in
+from tests.builders import SMALL, latents_of, random_pipeline
+from tests.checkpoints.lora_writers import DIALECTS, make_lora
+from tests.waiting import HANG, until
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
@@ -32,9 +36,13 @@ CALLS = [
 
 
 class Threads:
-    """Runs functions in threads of their own; an error in one of them is raised at the end."""
+    """Runs functions in threads of their own; an error in one of them is raised at the end.
 
-    def __init__(self, *functions):
+    It breaks the barrier at which the others may wait.
+    """
+
+    def __init__(self, *functions, barrier=None):
+        self.barrier = barrier
         self.results, self.errors = [None] * len(functions), []
         self.threads = [
             threading.Thread(target=self.run, args=(i, function)) for i, function in enumerate(functions)
@@ -45,6 +53,8 @@ class Threads:
             self.results[i] = function()
         except BaseException as error:
             self.errors.append(error)
+            if self.barrier is not None:
+                self.barrier.abort()
 
     def __enter__(self):
         for thread in self.threads:
@@ -76,7 +86,7 @@ def test_calls_at_the_same_time(scheduler):
     expected = [latents_of(pipe, **call) for call in CALLS]
     barrier = threading.Barrier(len(CALLS))
     arguments = [{**call, "callback_on_step_end": in_step(barrier, 3)} for call in CALLS]
-    with Threads(*(lambda a=a: latents_of(pipe, **a) for a in arguments)) as threads:
+    with Threads(*(lambda a=a: latents_of(pipe, **a) for a in arguments), barrier=barrier) as threads:
         pass
     for found, alone in zip(threads.results, expected, strict=True):
         assert torch.equal(found, alone)
@@ -166,41 +176,103 @@ def test_after_a_call_the_scheduler_has_its_schedule(pipe):
     assert (own.num_inference_steps, len(own.timesteps), len(own.sigmas)) == (4, 4, 5)
 
 
-def hooked(pipe):
-    model = pipe.transformer
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+def cast(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
 
 
 def cached(pipe):
-    config = diffusers.FirstBlockCacheConfig(threshold=0.2)
-    pipe.transformer.enable_cache(config)
-    pipe.transformer_2.enable_cache(config)
+    for model in pipe.transformers:
+        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
 
 
-@pytest.mark.parametrize("change", [hooked, cached])
-def test_models_that_keep_something_serve_one_call_after_the_other(change):
-    """The second call begins once the first has ended, however long it has been there."""
-    models = {n: copy.deepcopy(getattr(random_pipeline(), n)) for n in ("transformer", "transformer_2")}
-    pipe = random_pipeline(**models)
-    change(pipe)
-    expected = latents_of(pipe, seed=1), latents_of(pipe, seed=2, num_inference_steps=4)
+def fitted(pipe):
+    pipe.apply(plan_in(pipe, 10**9), RecordingDevice())
+
+
+def with_lora(pipe):
+    pipe.load_lora_weights(DIALECTS["diffusers"](make_lora(pipe.transformer, 0)))
+
+
+def with_a_vae_of_diffusers(pipe):
+    theirs = diffusers.AutoencoderKLWan.from_config(dict(pipe.vae.config)).eval()
+    theirs.load_state_dict(pipe.vae.state_dict())
+    pipe.vae = theirs
+
+
+CHANGES = {
+    "layerwise casting": (cast, {}, "hooks of diffusers are in the models: layerwise_casting"),
+    "step cache": (cached, {}, "hooks of diffusers are in the models: fbc_"),
+    "memory plan": (fitted, {}, "a memory plan moves the models"),
+    "LoRA": (with_lora, {"attention_kwargs": {"scale": 0.5}}, "attention_kwargs change the LoRAs' strengths"),
+    "VAE": (with_a_vae_of_diffusers, {}, "a VAE of diffusers keeps frames in itself"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_that_keep_something_serve_one_call_after_the_other(change, caplog):
+    """The second call begins once the first has ended, though it has long been there."""
+    pipe = copy.deepcopy(random_pipeline())
+    apply, first, why = CHANGES[change]
+    apply(pipe)
+    second = {"seed": 2, "num_inference_steps": 4}
+    expected = latents_of(pipe, **first), latents_of(pipe, **second)
     order, first_runs = [], threading.Event()
 
     def callback(which):
         def run(caller, step, timestep, tensors):
             order.append(which)
-            first_runs.set()
+            if which == 0 and step == 0:
+                first_runs.set()
+                until(lambda: "waiting for another call to end" in caplog.text or 1 in order)
 
         return run
 
-    def second():
+    def run_second():
         assert first_runs.wait(HANG)
-        return latents_of(pipe, seed=2, num_inference_steps=4, callback_on_step_end=callback(1))
+        return latents_of(pipe, **second, callback_on_step_end=callback(1))
 
-    with Threads(lambda: latents_of(pipe, seed=1, callback_on_step_end=callback(0)), second) as threads:
+    with (
+        caplog.at_level(logging.INFO),
+        Threads(lambda: latents_of(pipe, **first, callback_on_step_end=callback(0)), run_second) as threads,
+    ):
         pass
     assert order == [0] * 3 + [1] * 4
     assert all(map(torch.equal, threads.results, expected))
+    assert f"waiting for another call to end: {why}" in caplog.text
+
+
+def test_a_stream_is_decoded_in_turn(caplog):
+    """Its VAE is hooked; a call in another thread waits until the stream's frames are there."""
+    pipe = copy.deepcopy(random_pipeline())
+    fitted(pipe)
+    expected = latents_of(pipe)
+    frames = iter(pipe.stream("a", seed=1, **SMALL))
+    next(frames)
+    with caplog.at_level(logging.INFO), Threads(lambda: latents_of(pipe)) as threads:
+        until(lambda: "waiting for another call to end" in caplog.text or threads.results != [None])
+        assert threads.results == [None]
+        assert len(list(frames)) == 4
+    assert torch.equal(threads.results[0], expected)
+
+
+def test_ranks_refuse_a_second_call(pipe, monkeypatch):
+    """They would have to agree which of two calls comes first."""
+    barrier = threading.Barrier(2)
+
+    def first(caller, step, timestep, tensors):
+        if step == 0:
+            barrier.wait(HANG)
+            barrier.wait(HANG)
+
+    monkeypatch.setattr(type(pipe), "parallel", property(lambda pipe: "2 ranks"))
+    with Threads(lambda: latents_of(pipe, callback_on_step_end=first)):
+        barrier.wait(HANG)
+        try:
+            with pytest.raises(ValueError, match="running in another thread, and ranks share"):
+                latents_of(pipe)
+        finally:
+            barrier.wait(HANG)
+    latents_of(pipe)
 
 
 def test_a_failed_call_lets_the_next_one_begin(pipe):

@@ -6,6 +6,7 @@ Shapes: b prompts, l text tokens, d width of the text encoder.
 import html
 import logging
 import re
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .checks import as_prompts, check_embeds
 from .request import Request
 
 logger = logging.getLogger(__name__)
+
+# A fast tokenizer is set to truncate or not at each call, and raises while another thread uses it.
+_TOKENIZING = threading.Lock()
 
 
 def check_prompts(
@@ -74,7 +78,8 @@ def encode_prompt(
     Returns: "1 512 d", zero past the prompt's end, on the text encoder's device and in its dtype.
     """
     text = clean_prompt(prompt)
-    ids = tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids
+    with _TOKENIZING:
+        ids = tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids
     if len(ids) > max_tokens:
         unused = tokenizer.decode(ids[max_tokens - 1 : -1])
         logger.warning(
