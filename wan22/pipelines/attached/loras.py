@@ -13,6 +13,7 @@ from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source,
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
 from ...checkpoints.naming.names import listed
+from ...checks import shown
 from .part import Part
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Loras(Part):
             raise ValueError("give one LoRA, or high= and low=")
         name = adapter_name or self._free_name()
         if name in self._strengths():
-            raise ValueError(f"there is an adapter {name!r} already; choose another name")
+            raise ValueError(f"there is an adapter {shown(name)} already; choose another name")
         loras = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
         self._pipe.memory.offload_all()
         strengths = _by_slot(strength)
@@ -208,7 +209,9 @@ class Loras(Part):
     def _check_names(self, names: Sequence[str]) -> None:
         known = sorted(self._strengths())
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; there is {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"there is no adapter {shown(unknown[0])}; there is {', '.join(known) or 'none'}"
+            )
 
     def _switch(self, enabled: bool) -> None:
         self._pipe.memory.offload_all()
@@ -219,10 +222,10 @@ class Loras(Part):
 def _by_slot(strength: Strength) -> dict[str, float]:
     if isinstance(strength, Mapping):
         if unknown := sorted(strength.keys() - set(SLOTS)):
-            raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
+            raise ValueError(f"a strength is given for {shown(unknown[0])}; there are {' and '.join(SLOTS)}")
         return {slot: check_strength(strength.get(slot, 1.0)) for slot in SLOTS}
     if isinstance(strength, Sequence):
         if len(strength) != len(SLOTS):
-            raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
+            raise ValueError(f"strength={shown(strength)} must be one number, or two: (high, low)")
         return dict(zip(SLOTS, map(check_strength, strength), strict=True))
     return dict.fromkeys(SLOTS, check_strength(strength))
