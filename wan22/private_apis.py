@@ -160,50 +160,16 @@ def cache_config(model: Any) -> Any:
     return getattr(model, "_cache_config", None)
 
 
-@contextmanager
-def attention_caches_of_pass(model: nn.Module, name: str) -> Iterator[None]:
-    """Let diffusers' caches of attention keep what they skip by pass, as its other caches do: with guidance,
-    one pass would get the other's attention. Needless once they do so themselves.
+def attention_cache_hooks(model: nn.Module) -> list[Any]:
+    """Return the hooks of diffusers' caches of attention, with a `state` and a `block_skip_range` each. They
+    keep one state for all passes, where its other caches have one for each.
     """
     from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK
     from diffusers.hooks.pyramid_attention_broadcast import _PYRAMID_ATTENTION_BROADCAST_HOOK
 
     kinds = (_FASTER_CACHE_BLOCK_HOOK, _PYRAMID_ATTENTION_BROADCAST_HOOK)
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    found: list[Any] = [r.hooks[kind] for r in registries if r for kind in kinds if kind in r.hooks]
-    shared = []
-    for hook in found:
-        if not hasattr(hook.state, "by_pass"):
-            # Counting from a multiple of the range, FasterCache computes at first, where it fails otherwise.
-            hook.state = _states_by_pass(type(hook.state), hook.block_skip_range)
-        shared.append(hook.state)
-        hook.state = hook.state.of_pass(name)
-    try:
-        yield
-    finally:
-        for hook, state in zip(found, shared, strict=True):
-            hook.state = state
-
-
-def _states_by_pass(kind: type[Any], start: int) -> Any:
-    """Return a state of a cache that has one for each pass, counting from `start`, and resets them, too."""
-
-    class ByPass(kind):
-        by_pass: dict[str, Any]
-
-        def of_pass(self, name: str) -> Any:
-            if name not in self.by_pass:
-                self.by_pass[name] = kind()
-                self.by_pass[name].iteration = start
-            return self.by_pass[name]
-
-        def reset(self) -> None:
-            super().reset()
-            self.by_pass = {}
-
-    state = ByPass()
-    state.reset()
-    return state
+    return [r.hooks[kind] for r in registries if r for kind in kinds if kind in r.hooks]
 
 
 def mark_peft_layers(model: nn.Module, loaded: bool) -> None:

@@ -1,11 +1,15 @@
 """diffusers' caches of steps, as far as they suit a Wan transformer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from diffusers import FasterCacheConfig, TextKVCacheConfig
 from diffusers.hooks import SeaCacheConfig
 from torch import Tensor
+
+from ...private_apis import attention_cache_hooks
 
 
 def adapted_cache(model: Any, config: Any) -> Any:
@@ -32,6 +36,44 @@ def check_cache_for_passes(config: Any) -> None:
             "FasterCacheConfig splits a batch of both passes of guidance, which run one after the other "
             "here; is_guidance_distilled=True skips attention alone"
         )
+
+
+@contextmanager
+def attention_caches_of_pass(model: Any, name: str) -> Iterator[None]:
+    """Let caches of attention keep what they skip by pass: with guidance, one would get the other's."""
+    hooks, shared = attention_cache_hooks(model), []
+    for hook in hooks:
+        if not hasattr(hook.state, "of_pass"):
+            # Counting from a multiple of the range, FasterCache computes at first, where it fails otherwise.
+            hook.state = _states_by_pass(type(hook.state), hook.block_skip_range)
+        shared.append(hook.state)
+        hook.state = hook.state.of_pass(name)
+    try:
+        yield
+    finally:
+        for hook, state in zip(hooks, shared, strict=True):
+            hook.state = state
+
+
+def _states_by_pass(kind: type[Any], start: int) -> Any:
+    """Return a cache's state that has one for each pass, counting from `start`, and resets them, too."""
+
+    class StatesByPass(kind):
+        by_pass: dict[str, Any]
+
+        def of_pass(self, name: str) -> Any:
+            if name not in self.by_pass:
+                self.by_pass[name] = kind()
+                self.by_pass[name].iteration = start
+            return self.by_pass[name]
+
+        def reset(self) -> None:
+            super().reset()
+            self.by_pass = {}
+
+    state = StatesByPass()
+    state.reset()
+    return state
 
 
 def _latents(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:

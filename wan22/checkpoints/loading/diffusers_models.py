@@ -27,7 +27,6 @@ from ...models.rope import rotary_tables
 from ...models.transformer import RotaryTables, WanTransformer3DModel, WanTransformerBlock
 from ...private_apis import (
     active_attention_backend,
-    attention_caches_of_pass,
     checkpointed,
     choose_attention_backend,
     has_backend_of_diffusers,
@@ -36,7 +35,7 @@ from ...private_apis import (
 )
 from .attention_names import our_name, their_name
 from .diffusers_attention import DiffusersAttention
-from .diffusers_caches import adapted_cache
+from .diffusers_caches import adapted_cache, attention_caches_of_pass
 
 register_block(WanTransformerBlock)
 
