@@ -137,6 +137,22 @@ def hooks_of_diffusers(model: nn.Module) -> set[str]:
     return {name for registry in registries if registry is not None for name in registry.hooks}
 
 
+def layerwise_casting(layer: nn.Module) -> Any:
+    """Return diffusers' hook that stores a layer in one dtype and computes in another, or None. Its functions
+    only attach it in public.
+    """
+    registry = getattr(layer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("layerwise_casting")
+
+
+def take_hotswap_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return once what a model's `enable_lora_hotswap` was called with, or None. diffusers reads it where it
+    loads the adapter itself.
+    """
+    options: dict[str, Any] | None = vars(model).pop("_prepare_lora_hotswap_kwargs", None)
+    return options
+
+
 def register_block(kind: type[nn.Module]) -> None:
     """Let diffusers' step caches find input and output of a class of blocks, in public only for its own."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -147,29 +163,6 @@ def register_block(kind: type[nn.Module]) -> None:
 def checkpointed(model: Any, module: nn.Module, *arguments: Any) -> Any:
     """Run a module by the function that diffusers' enable_gradient_checkpointing gave to the model."""
     return model._gradient_checkpointing_func(module, *arguments)
-
-
-def hooks_of(model: nn.Module) -> set[tuple[str, str]]:
-    """Return the names of diffusers' hooks on a model's layers, without its own; there is no public way."""
-    layers = ((name, getattr(module, "_diffusers_hook", None)) for name, module in model.named_modules())
-    return {(name, hook) for name, registry in layers if name and registry for hook in registry.hooks}
-
-
-def cache_config(model: Any) -> Any:
-    """Return the configuration of a model's step cache, or None; in public there is only whether it is on."""
-    return getattr(model, "_cache_config", None)
-
-
-def attention_cache_hooks(model: nn.Module) -> list[Any]:
-    """Return the hooks of diffusers' caches of attention, with a `state` and a `block_skip_range` each. They
-    keep one state for all passes, where its other caches have one for each.
-    """
-    from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK
-    from diffusers.hooks.pyramid_attention_broadcast import _PYRAMID_ATTENTION_BROADCAST_HOOK
-
-    kinds = (_FASTER_CACHE_BLOCK_HOOK, _PYRAMID_ATTENTION_BROADCAST_HOOK)
-    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    return [r.hooks[kind] for r in registries if r for kind in kinds if kind in r.hooks]
 
 
 def mark_peft_layers(model: nn.Module, loaded: bool) -> None:

@@ -73,7 +73,7 @@ def test_its_effect_is_seen_and_goes_with_its_strength(pipe):
     seen, scores = colors(pipe, SCENES)
     assert seen.count("purple") >= 0.8 * len(SCENES)
     assert min(scores["background"], scores["motion"]) >= 0.8, "nothing else changes"
-    pipe.set_adapters("lora_0", 0.0)
+    pipe.set_adapters("default_0", 0.0)
     seen, scores = colors(pipe, SCENES)
     assert seen.count("purple") == 0
     assert scores["color"] >= 0.9

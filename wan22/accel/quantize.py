@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
 from ..checkpoints.loading.quantized_linear import QuantizedLinear
-from ..checkpoints.lora.adapters import adapters_of, has_adapters
+from ..checkpoints.lora.injecting import lora_layers
 from ..checks import shown
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from .offload.layout import blocks_of, bytes_of
@@ -232,8 +232,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
     kind, layers = type(model).__name__, dict(_linears(model))
-    attached = any(hasattr(module, "base_layer") for module in model.modules())
-    if attached or (has_adapters(model) and adapters_of(model).strengths):
+    if lora_layers(model):
         raise ValueError(
             f"this {kind} has LoRAs, whose strengths could not be changed later; call unload_lora_weights() "
             "first, and load them again afterwards"

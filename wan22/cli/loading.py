@@ -151,7 +151,7 @@ def _loras(options: Loading) -> Iterator[dict[str, Any]]:
     """Yield the arguments of load_lora_weights for each LoRA of the options."""
     for text in options.lora or ():
         name, strength = split_strength(text)
-        yield {"lora": name, "strength": strength}
+        yield {"pretrained_model_name_or_path_or_dict": name, "strength": strength}
     pair = {"high": options.lora_high, "low": options.lora_low}
     if given := {slot: lora for slot, lora in pair.items() if lora is not None}:
         yield given

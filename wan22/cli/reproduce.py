@@ -57,6 +57,6 @@ def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:
         if lora.source is None:
             raise ValueError("the recipe's LoRA was in memory; use pipe.reproduce")
         places = lora.source.split(", ")
-        pair = dict(zip(("high", "low"), places, strict=True)) if len(places) == 2 else {"lora": places[0]}
-        loras.append({**pair, "strength": dict(lora.strengths)})
+        keys = ("high", "low") if len(places) == 2 else ("pretrained_model_name_or_path_or_dict",)
+        loras.append({**dict(zip(keys, places, strict=True)), "strength": dict(lora.strengths)})
     return loras

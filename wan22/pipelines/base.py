@@ -290,5 +290,4 @@ class WanPipeline(PipelineParts):
         try:
             yield
         finally:
-            self.loras.restore_strengths()
             self.maybe_free_model_hooks()

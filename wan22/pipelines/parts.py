@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.video_processor import VideoProcessor
 
 from ..accel.compile import Compiled
@@ -45,7 +46,7 @@ def delegate(
     return call
 
 
-class PipelineParts(DiffusersNames):
+class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
     """The components of a pipeline, and what it holds beside them: memory, LoRAs, ranks and others.
 
     Args:
@@ -65,6 +66,7 @@ class PipelineParts(DiffusersNames):
 
     model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
     _optional_components = ["tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2"]
+    _lora_loadable_modules = ["transformer", "transformer_2"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     vae: AutoencoderKLWan
@@ -307,6 +309,18 @@ class PipelineParts(DiffusersNames):
     enable_lora = delegate("loras", Loras.enable_lora)
     fuse_lora = delegate("loras", Loras.fuse_lora)
     unfuse_lora = delegate("loras", Loras.unfuse_lora)
+    set_lora_device = delegate("loras", Loras.set_lora_device)
+    enable_lora_hotswap = delegate("loras", Loras.enable_lora_hotswap)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are in the weights."""
+        return self.loras.fused_names()
+
+    @property
+    def num_fused_loras(self) -> int:
+        """The number of adapters that are in the weights."""
+        return len(self.fused_loras)
 
     # ---- progress ----
 

@@ -219,7 +219,7 @@ def test_nothing_is_left_of_a_pipeline_that_was_freed(tmp_path):
     pipe.fuse_lora()
     pipe.accelerate()
     pipe.apply(plan_in(pipe, 1e9), RecordingDevice())
-    kept = [weakref.ref(weight) for weight in adapters_of(pipe.transformer)._unfused.values()]
+    kept = [weakref.ref(weight) for weight in adapters_of(pipe.transformer).fused_weights()]
     latents_of(pipe)
     pipe.free()
     gc.collect()

@@ -165,7 +165,7 @@ def test_with_loras(pipe, tmp_path):
     moved = shutil.copy(file, tmp_path / "moved.safetensors")
     pipe.load_lora_weights(moved, strength=(0.3, 0.2))
     assert np.array_equal(pipe.reproduce(video.recipe).frames, video.frames)
-    pipe.set_adapters("lora_0", 0.3)
+    pipe.set_adapters("default_0", 0.3)
     with pytest.raises(ValueError, match="has LoRAs"):
         pipe.reproduce(video.recipe)
     pipe.unload_lora_weights()

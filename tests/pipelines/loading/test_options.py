@@ -26,6 +26,7 @@ from wan22.pipelines.loading.checkpoint import Wanted
 from wan22.pipelines.loading.single_files import SingleFiles
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
+LORA = "pretrained_model_name_or_path_or_dict"
 EXPERTS = {"high": "expert_t2v_high", "low": "expert_t2v_low"}
 
 
@@ -220,9 +221,9 @@ def test_loras(source, tmp_path):
         num_attention_heads=2, attention_head_dim=24, ffn_dim=64, num_layers=1, text_dim=48
     )
     first, second = (save(make_lora(model, seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
-    loras = [first, {"lora": str(second), "strength": 0.5, "adapter_name": "weaker"}]
+    loras = [first, {LORA: str(second), "strength": 0.5, "adapter_name": "weaker"}]
     pipe = source[1](loras=loras)
-    assert pipe.get_active_adapters() == ["lora_0", "weaker"]
+    assert pipe.get_active_adapters() == ["default_0", "weaker"]
 
 
 def test_one_process_goes_to_its_device(source, monkeypatch):
@@ -261,12 +262,12 @@ def test_ranks_share_single_files(sources, tmp_path):
 
 def test_forms_of_loras(tmp_path):
     table = {"blocks.0.lora_A.weight": torch.zeros(1)}
-    arguments = {"lora": table, "strength": 0.5}
+    arguments = {LORA: table, "strength": 0.5}
     assert load.lora_arguments(()) == []
-    assert load.lora_arguments("a.safetensors") == [{"lora": "a.safetensors"}]
-    assert load.lora_arguments(tmp_path) == [{"lora": tmp_path}]
-    assert load.lora_arguments(table) == [{"lora": table}]
+    assert load.lora_arguments("a.safetensors") == [{LORA: "a.safetensors"}]
+    assert load.lora_arguments(tmp_path) == [{LORA: tmp_path}]
+    assert load.lora_arguments(table) == [{LORA: table}]
     assert load.lora_arguments(arguments) == [arguments]
     assert load.lora_arguments(["org/name", table, arguments]) == [
-        {"lora": "org/name"}, {"lora": table}, arguments
+        {LORA: "org/name"}, {LORA: table}, arguments
     ]  # fmt: skip

@@ -149,6 +149,10 @@ class OffloadHook(ModelHook):
         device = self.execution_device or torch.device("cpu")
         return send_to_device(args, device), send_to_device(kwargs, device)
 
+    def prepare_edit(self) -> None:
+        """Bring all models to the host before the weights of one are edited."""
+        self.offloader.offload_all()
+
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """See ModelHook; diffusers, too, calls this when it removes a pipeline's hooks."""
         if self.streamer is not None:

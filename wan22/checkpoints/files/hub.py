@@ -8,7 +8,6 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants, hf_hub_download
 
-from ...checks import as_path
 from .weights import SUFFIXES
 
 OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
@@ -85,7 +84,7 @@ def local_file(source: str | Path, **options: Any) -> Path:
 
     `options` are some of OPTIONS. A path that is neither here nor an address is returned as it is.
     """
-    path = as_path(source)
+    path = Path(source).expanduser()
     if path.exists() or isinstance(source, Path):
         return path
     file = hub_file(source)

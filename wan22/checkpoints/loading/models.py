@@ -13,13 +13,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ...checks import as_path
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
 from ..files.folders import DIFFUSERS, Names, candidates, names_of, weights_in
 from ..files.safetensors import stored_dtype
 from ..files.weights import read_json
+from ..lora.plain import plain_state
 from ..naming.configs import (
     Shapes,
     autoencoder_config,
@@ -31,7 +31,6 @@ from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .dtypes import read_dtype
 from .fill import account, empty_weights
-from .quantized_linear import expanded_state
 from .single_file import STEERING, Arguments, Source, only_source, read_source, refuse_unknown
 from .stored import Config, ModelFormat, read_as
 
@@ -215,7 +214,7 @@ class FromFiles:
     def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model in the Diffusers layout as diffusers does, but refuse what it only warns of."""
         load = super().from_pretrained  # type: ignore[misc]
-        place = as_path(Path(source) / (kwargs.get("subfolder") or ""))
+        place = Path(source).expanduser() / (kwargs.get("subfolder") or "")
         if kwargs["dtype"] is None and place.is_dir():  # diffusers would take float32
             kwargs["dtype"] = stored_dtype(place, kwargs.get("variant"))
         kwargs = {name: value for name, value in kwargs.items() if name not in STEERING | {"dequantize"}}
@@ -225,9 +224,14 @@ class FromFiles:
         return (model, info) if output_loading_info else model
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at its parameters' names
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save in the Diffusers layout, as diffusers' models do; quantised weights are expanded."""
-        with expanded_state():
+    def save_pretrained(self, *args: Any, merge_lora: bool = False, **kwargs: Any) -> None:
+        """Save in the Diffusers layout, as diffusers' models do, with ordinary weights.
+
+        Quantised weights are expanded, those of layerwise casting have the dtype they compute in. Fused LoRAs
+        are in the weights; a LoRA that is active without being fused is a ValueError, or saved with them if
+        `merge_lora`, and the model stays as it is.
+        """
+        with plain_state([self], merge_lora):
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod

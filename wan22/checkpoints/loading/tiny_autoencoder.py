@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from ...checks import as_path
 from ...models.tiny_autoencoder import TinyDecoder
 from ..files.weights import read_weights
 from ..naming.dialects import normalize
@@ -26,7 +25,7 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype | str | None = None) 
     them, previews have the wrong colours.
     """
     asked = read_dtype(dtype)
-    file = read_weights(as_path(path))
+    file = read_weights(Path(path).expanduser())
     tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}
     shapes = shapes_of(tensors)
     names = [f"{name}.weight" for name in (_FIRST, *_UP, _LAST, *_FRAMES)]

@@ -1,40 +1,108 @@
-"""LoRAs in one transformer: PEFT's layers around its own, and differences added to its parameters."""
+"""The adapters of one transformer, as PEFT's layers hold them: whoever changed them last."""
 
+import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...models.layers import Float32Linear, at_least_float32
-from ...private_apis import mark_peft_layers, own_tensors, reapply_group_offloading, uncompiled
+from ...private_apis import own_tensors, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
-from .weights import AdapterWeights, Lora
+from .differences import edit_on_host
+from .fusing import Fused
+from .injecting import detach, full_scale, inject, lora_layers, own_layer, path_of, replace
+from .names import from_peft, to_peft
+from .scales import check_strength
+from .weights import Lora
+
+logger = logging.getLogger(__name__)
+
+# The factor of an adapter's weights: one, or one for each module by the (beginning of the) names of modules.
+Strength = float | Mapping[str, float]
 
 
 class Adapters:
-    """The LoRAs of one transformer."""
+    """A view of a transformer's adapters, ours or diffusers', compiled or not.
+
+    What there is, what is active, and at which strength, stands in PEFT's layers alone: PEFT's and diffusers'
+    own methods may change it. Beside them are kept the files that adapters came from, and what is fused.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.shapes = _shapes(model)
-        self.strengths: dict[str, float] = {}  # of every loaded adapter; 0: not active
-        self.sources: dict[str, str] = {}  # the files that they came from
-        self.enabled = True
-        self._deltas: dict[str, dict[str, torch.Tensor]] = {}  # by adapter and parameter
-        self._originals: dict[str, torch.Tensor] = {}  # of the parameters that differences are added to
-        # Fused layers' weights from before.
-        self._unfused: dict[Any, torch.Tensor | QuantizedLinear] = {}
+        self._sources: dict[str, str] = {}
+        self._unasked: set[str] = set()  # adapters that are here although the call named no expert
+        self._fused = Fused()
+        self._absorbed: dict[str, tuple[str | None, Strength]] = {}  # fused, and unloaded since
 
-    def load(self, name: str, lora: Lora, strength: float) -> None:
-        """Add an adapter, whose weights are copied and multiplied by a strength.
+    # ---- what there is ----
+
+    @property
+    def names(self) -> list[str]:
+        """The loaded adapters."""
+        return [from_peft(name) for name in getattr(self.model, "peft_config", {})]
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters that are chosen, even if adapters are disabled."""
+        chosen = {name: None for layer in self._layers.values() for name in layer.active_adapters}
+        return [name for name in map(from_peft, chosen) if name in self.names]
+
+    @property
+    def fused(self) -> set[str]:
+        """The adapters that are fused into weights, and still loaded."""
+        return {from_peft(name) for layer in self._layers.values() for name in layer.merged_adapters}
+
+    @property
+    def in_weights(self) -> set[str]:
+        """The adapters that are fused into weights, still loaded or not."""
+        return self.fused | self._absorbed.keys()
+
+    @property
+    def unfused(self) -> list[str]:
+        """The adapters that change the result now without being fused into the weights."""
+        layers = [layer for layer in self._layers.values() if not layer.merged]
+        found = {n: None for layer in layers for n, strength in self._in_effect(layer).items() if strength}
+        return [from_peft(name) for name in found]
+
+    @property
+    def unasked(self) -> list[str]:
+        """The loaded adapters that are here although the call that loaded them named no expert."""
+        return [name for name in self.names if name in self._unasked]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's parameters, quantised ones too, by their names without any LoRA."""
+        return _shapes(self.model)
+
+    def strengths(self) -> dict[str, Strength]:
+        """Return the adapters that change the result now, with their strengths."""
+        found: dict[str, dict[str, float]] = {}
+        for path, layer in self._layers.items():
+            for name, strength in self._in_effect(layer).items():
+                found.setdefault(from_peft(name), {})[path_of(path, layer)] = strength
+        tables = {name: table for name, table in found.items() if any(table.values())}
+        return {name: strength for name, (_, strength) in self._absorbed.items()} | {
+            name: next(iter(table.values())) if len(set(table.values())) == 1 else table
+            for name, table in tables.items()
+        }
+
+    def source(self, name: str) -> str | None:
+        """Return the file of an adapter; "" for tensors in memory, None if PEFT or diffusers has made it."""
+        return self._absorbed[name][0] if name in self._absorbed else self._sources.get(name)
+
+    # ---- what changes it ----
+
+    def load(self, name: str, lora: Lora, strength: Strength, unasked: bool = False) -> None:
+        """Add an adapter, whose weights are copied, and have it active beside those that are.
 
         Whole differences of quantised weights are refused, and any LoRA where weights are absent.
         """
-        self._refuse_fused()
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise ValueError(
                 "weights are offloaded one by one; load LoRAs before enable_sequential_cpu_offload"
@@ -44,236 +112,222 @@ class Adapters:
                 f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
-        for path in (*lora.layers, *(delta.rpartition(".")[0] for delta in lora.deltas)):
-            _widen(self.model.get_submodule(path))
-        if lora.layers:
-            _attach(self.model, lora, name)
-        for parameter in lora.deltas.keys() - self._originals.keys():
-            self._originals[parameter] = self._parameter(parameter).detach().clone()
-        self._deltas[name] = {parameter: delta.clone() for parameter, delta in lora.deltas.items()}
-        self.strengths[name], self.sources[name] = strength, lora.source
-        self.apply()
+        unfused = self._unfuse_for(name)
+        disabled, active = self._disabled, list(unfused) or self.active
+        # As in diffusers, those that its own methods added give way.
+        if others := [other for other in active if self.source(other) is None]:
+            logger.warning("%s is not active beside %s; set_adapters makes both so", ", ".join(others), name)
+        edit_on_host(self.model)
+        inject(self.model, lora, to_peft(name))
+        self._sources[name] = lora.source
+        if unasked:
+            self._unasked.add(name)
+        self._choose([*(other for other in active if other not in others), name])
+        for scaled, factor in {**unfused, name: strength}.items():
+            self._scale(scaled, factor)
+        for layer in self._layers.values() if disabled else ():
+            layer.enable_adapters(False)
 
-    def set(self, strengths: Mapping[str, float]) -> None:
-        """Give adapters their strengths; those that are not named are not active."""
-        self._refuse_fused()
-        self.strengths = {name: strengths.get(name, 0.0) for name in self.strengths}
-        self.apply()
+    def swap(self, name: str, lora: Lora, strength: Strength) -> None:
+        """Give an adapter other weights in place, as `inject.replace` does."""
+        if name not in self.names:
+            raise ValueError(f"hotswap=True: there is no adapter {name!r}; there is {listed(self.names)}")
+        edit_on_host(self.model)
+        replace(self.model, lora, to_peft(name))
+        self._sources[name] = lora.source
+        self._scale(name, strength)
+
+    def set(self, strengths: Mapping[str, Strength]) -> None:
+        """Choose the active adapters and their strengths; the others are not active."""
+        self._choose(list(strengths))
+        for name, strength in strengths.items():
+            self._scale(name, strength)
 
     def enable(self, enabled: bool) -> None:
-        """Switch all adapters on or off; their strengths are kept."""
-        self._refuse_fused()
-        self.enabled = enabled
-        self.apply()
+        """Switch all adapters on or off; their strengths are kept, and what is fused is taken out first."""
+        if not enabled:
+            self.unfuse()
+        for layer in self._layers.values():
+            layer.enable_adapters(enabled)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove adapters; without the last one, the model has its own layers and weights again."""
-        self.unfuse()
-        for name in set(names) & self.strengths.keys():
-            del self.strengths[name], self.sources[name], self._deltas[name]
-            for layer in lora_layers(self.model):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # others become active, until apply
-                    layer.delete_adapter(name)
-            getattr(self.model, "peft_config", {}).pop(name, None)
-        self.apply()
-        if not self.strengths:
-            _detach(self.model)
-            self._originals.clear()
+        """Remove adapters; without the last one, the model has its own layers again.
 
-    def restore(self) -> None:
-        """Set the scales of PEFT's layers again, which diffusers' attention_kwargs change."""
-        if not self._unfused:
-            self._set_scales(self._active())
-
-    def apply(self) -> None:
-        """Make the model compute with the present strengths."""
-        active = self._active()
-        self._set_scales(active)
-        for parameter, original in self._originals.items():
-            value = original.float()
-            for name, strength in active.items():
-                if parameter in self._deltas[name]:
-                    value = value + strength * self._deltas[name][parameter].to(value)
-            # In place, so that a compiled model stays compiled.
-            self._parameter(parameter).data.copy_(value)
-
-    def _active(self) -> dict[str, float]:
-        return {n: s for n, s in self.strengths.items() if s and self.enabled}
-
-    def _set_scales(self, active: Mapping[str, float]) -> None:
-        """Give PEFT's layers the active adapters and their strengths."""
-        if not self.strengths:
-            return  # PEFT layers of other origin are left alone
-        for layer in lora_layers(self.model):
-            here = [name for name in active if name in layer.scaling]
-            layer.enable_adapters(bool(here))
-            if here:
-                layer.set_adapter(here)
-                for name in here:
-                    layer.set_scale(name, active[name])
-
-    def fuse(self, dequantize: bool = False) -> None:
-        """Add the active adapters to the weights, so that they cost no time; the weights before are kept.
-
-        Quantised layers are expanded if `dequantize`, refused otherwise.
+        If no active one is left, PEFT makes another one active.
         """
-        self._refuse_fused()
-        layers = [layer for layer in lora_layers(self.model) if not layer.disable_adapters]
-        bases = [layer.get_base_layer() for layer in layers]
-        ours = [base for base in bases if isinstance(base, QuantizedLinear)]
-        others = [base for base in bases if base not in ours and type(base.weight) is not nn.Parameter]
-        if others:
-            kind = type(others[0].weight).__name__
-            raise ValueError(f"{len(others)} of the layers are quantised ({kind}); leave the LoRA unfused")
-        if ours and not dequantize:
-            raise ValueError(
-                f"{len(ours)} of the layers are quantised, and fusing needs their weights expanded; "
-                "fuse_lora(dequantize=True) does that, or leave the LoRA unfused"
-            )
-        for layer in layers:
-            inner = _innermost(layer)
-            if inner not in self._unfused:
-                before = inner.base_layer
-                if isinstance(before, QuantizedLinear):
-                    self._unfused[inner], inner.base_layer = before, before.expand()
-                else:
-                    # On the host: the copy is for unfusing, not for computing.
-                    self._unfused[inner] = before.weight.data.to("cpu")
-                    before.weight.data = before.weight.data.clone()
-            layer.merge()
+        gone, before = [name for name in names if name in self.names], self.active
+        if gone and set(gone) == set(self.names):
+            return self.unload()
+        edit_on_host(self.model)
+        for name in gone:
+            for layer in self._layers.values():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # one for each layer
+                    layer.delete_adapter(to_peft(name))
+            self.model.peft_config.pop(to_peft(name), None)
+            self.forget_source(name)
+        if new := [name for name in self.active if name not in before]:
+            logger.warning("%s is active now, as no active adapter was left", ", ".join(new))
 
-    def unfuse(self) -> None:
-        """Restore the fused layers' weights bitwise."""
-        for layer in lora_layers(self.model) if self._unfused else ():
-            if layer.merged:
-                layer.unmerge()
-        for inner, before in self._unfused.items():
-            if isinstance(before, nn.Module):
-                inner.base_layer = before
-            else:
-                inner.base_layer.weight.data = before.to(inner.base_layer.weight.device)
-        self._unfused.clear()
+    def unload(self) -> None:
+        """Take all adapters out; what is fused stays in the weights."""
+        if fused := self.fused:
+            logger.info("%s stays fused in the weights", ", ".join(sorted(fused)))
+            now = self.strengths()
+            self._absorbed |= {name: (self.source(name), now[name]) for name in fused & now.keys()}
+        edit_on_host(self.model)
+        detach(self.model)
+        self._fused.forget()
+        self._sources.clear()
+        self._unasked.clear()
 
-    def _refuse_fused(self) -> None:
-        if self._unfused:
-            raise ValueError("a LoRA is fused into the weights; call unfuse_lora() first")
+    def fuse(
+        self,
+        names: Sequence[str] | None = None,
+        scale: float = 1.0,
+        safe: bool = False,
+        dequantize: bool = False,
+    ) -> list[Any]:
+        """Add adapters to the weights, the active ones by default, so that they cost no time.
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        owner, attribute = self._owner(name)
-        return getattr(owner, attribute)
+        The weights from before are kept on the host. Return the layers that had nothing fused. `Fused.fuse`
+        tells the errors.
+        """
+        wanted = None if names is None else [to_peft(name) for name in names]
+        chosen = {}
+        for layer in self._layers.values():
+            here = [
+                name
+                for name in (layer.active_adapters if wanted is None else wanted)
+                if name in layer.scaling and name not in layer.merged_adapters
+            ]
+            if here and not layer.disable_adapters:
+                chosen[layer] = {name: _strength(layer, name) for name in here}
+        edit_on_host(self.model)
+        return self._fused.fuse(chosen, scale, safe, dequantize)
+
+    def unfuse(self, layers: Iterable[Any] | None = None) -> None:
+        """Restore the fused layers' weights to the bit; the adapters stay, active as they were."""
+        edit_on_host(self.model)
+        self._fused.unfuse(self._layers.values() if layers is None else layers)
+
+    @contextmanager
+    def merged(self, names: Sequence[str]) -> Iterator[None]:
+        """Have adapters fused for a while, quantised layers expanded; then restore the weights to the bit."""
+        layers = self.fuse(names, dequantize=True)
+        try:
+            yield
+        finally:
+            self.unfuse(layers)
+
+    def fused_weights(self) -> list[torch.Tensor]:
+        """Return what is kept on the host of the weights from before fusing."""
+        return self._fused.kept()
+
+    def move(self, names: Iterable[str], device: Any) -> None:
+        """Move adapters' matrices to a device, whatever kind they are of."""
+        for layer in self._layers.values():
+            for parts in (getattr(layer, part) for part in layer.adapter_layer_names):
+                for name in {to_peft(name) for name in names} & set(parts.keys()):
+                    if isinstance(parts[name], nn.Module):
+                        parts[name].to(device)
+                    else:
+                        parts[name].data = parts[name].data.to(device)
+
+    def forget_source(self, name: str) -> None:
+        """Forget the file of an adapter that is replaced or deleted."""
+        self._sources.pop(name, None)
+        self._unasked.discard(name)
+
+    # ---- PEFT's layers ----
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        return lora_layers(self.model)
+
+    @property
+    def _disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in self._layers.values())
+
+    def _in_effect(self, layer: Any) -> dict[str, float]:
+        """Return the strengths that a layer computes with: of merged adapters alone, if there are any."""
+        if layer.merged:
+            by_peft = [name for name in layer.merged_adapters if name in layer.scaling]
+            return self._fused.strengths.get(layer) or {name: _strength(layer, name) for name in by_peft}
+        if layer.disable_adapters:
+            return {}
+        return {name: _strength(layer, name) for name in layer.active_adapters if name in layer.scaling}
+
+    def _unfuse_for(self, name: str) -> dict[str, Strength]:
+        """Take fused adapters out of the weights before another is added, beside which they would not count.
+
+        Returns: the strengths of the adapters that counted until now, if any was fused.
+        """
+        if not (fused := sorted(self.fused)):
+            return {}
+        counted = {n: strength for n, strength in self.strengths().items() if n in self.names}
+        self.unfuse()
+        logger.info("%s is not fused any more, so that %s counts beside it", ", ".join(fused), name)
+        return counted
+
+    def _choose(self, names: Sequence[str]) -> None:
+        chosen = [to_peft(name) for name in names]
+        for layer in self._layers.values():
+            layer.set_adapter(chosen)
+
+    def _scale(self, name: str, strength: Strength) -> None:
+        """Set an adapter's strength; a table's names must each be of a module that it has."""
+        key, used = to_peft(name), set()
+        for path, layer in self._layers.items():
+            if key in layer.scaling:
+                entry, factor = _lookup(strength, path_of(path, layer))
+                used.add(entry)
+                before = layer.scaling[key]
+                layer.set_scale(key, factor)
+                if isinstance(before, torch.Tensor):  # PEFT's hotswap: a number would recompile
+                    layer.scaling[key] = before.fill_(layer.scaling[key])
+        if isinstance(strength, Mapping) and (unused := sorted(strength.keys() - used)):
+            logger.warning("strengths of %s: the adapter %s has no such modules", listed(unused), name)
 
     def _is_plain(self, name: str) -> bool:
         """Whether a parameter is one, and not what a quantised layer expands at each call."""
-        owner, attribute = self._owner(name)
-        return type(own_tensors(owner)[0].get(attribute)) is nn.Parameter
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, attribute = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        return (_innermost(module).base_layer if hasattr(module, "base_layer") else module), attribute
+        return type(own_tensors(own_layer(self.model, path))[0].get(attribute)) is nn.Parameter
 
 
 def adapters_of(model: Any) -> Adapters:
-    """Return a transformer's adapters, which are kept on it from the first call."""
+    """Return a transformer's adapters; what is kept of them is kept on it."""
     model = uncompiled(model)
     if "adapters" not in vars(model):
         vars(model)["adapters"] = Adapters(model)
-    return vars(model)["adapters"]
+    adapters: Adapters = vars(model)["adapters"]
+    return adapters
 
 
-def has_adapters(model: Any) -> bool:
-    """Return whether `adapters_of` was ever asked for a transformer."""
-    return "adapters" in vars(uncompiled(model))
+def _strength(layer: Any, name: str) -> float:
+    """Return an adapter's strength in one layer: PEFT's scaling without alpha and rank."""
+    full = full_scale(layer, name)
+    # 12 digits: so that 0.8 is 0.8 again.
+    return float(f"{float(layer.scaling[name]) / full:.12g}") if full else 0.0
 
 
-def lora_layers(model: nn.Module) -> list[Any]:
-    """Return PEFT's layers in a model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _lookup(strength: Strength, path: str) -> tuple[str | None, float]:
+    """Return a module's entry in a table of strengths, and the strength; 1 without one, as in diffusers.
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    An entry is found anywhere in a module's path, but "blocks.1" is not in "blocks.10".
+    """
+    if not isinstance(strength, Mapping):
+        return None, check_strength(strength)
+    for entry, value in strength.items():
+        if re.search(re.escape(entry) + (r"(?!\d)" if entry[-1:].isdigit() else ""), path):
+            return entry, check_strength(value)
+    return None, 1.0
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters, quantised ones too, by their names before any LoRA."""
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             found[f"{path}.weight"] = (module.out_features, module.in_features)
     own = {name: shape for name, shape in found.items() if not re.search(r"\.(lora|lokr|hada)_", name)}
     return {name.replace(".base_layer", ""): shape for name, shape in own.items()}
-
-
-def _innermost(layer: Any) -> Any:
-    """Return the innermost of PEFT's nested layers, which holds the model's own."""
-    while hasattr(layer.base_layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
-
-
-def _widen(layer: nn.Module) -> None:
-    """Give a layer that computes in float32 such weights, so that what is added to them is not rounded."""
-    layer = _innermost(layer).base_layer if hasattr(layer, "base_layer") else layer
-    if isinstance(layer, Float32Linear):
-        layer.to(at_least_float32(layer.weight.dtype))
-
-
-def _attach(model: Any, lora: Lora, adapter: str) -> None:
-    """Put PEFT's layers around the adapter's, and give them its matrices."""
-    from peft import inject_adapter_in_model
-
-    for kind in sorted({weights.kind for weights in lora.layers.values()}):
-        layers = {name: weights for name, weights in lora.layers.items() if weights.kind == kind}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
-            inject_adapter_in_model(_config(kind, layers), model, adapter)
-        for name, weights in layers.items():
-            _fill(model.get_submodule(name), adapter, weights)
-    mark_peft_layers(model, True)
-    reapply_group_offloading(model)  # so that the new layers are offloaded, too
-
-
-def _config(kind: str, layers: Mapping[str, AdapterWeights]) -> Any:
-    from peft import LoHaConfig, LoKrConfig, LoraConfig
-
-    ranks = {name: weights.rank for name, weights in layers.items()}
-    options: dict[str, Any] = {"r": max(ranks.values()), "target_modules": list(ranks), "rank_pattern": ranks}
-    if kind == "lokr":
-        return LoKrConfig(**options)
-    if kind == "loha":
-        return LoHaConfig(**options)
-    return LoraConfig(**options, use_dora=kind == "dora")
-
-
-def _fill(layer: Any, adapter: str, weights: AdapterWeights) -> None:
-    """Give one of PEFT's layers an adapter's matrices, in the dtype of the model's own weight."""
-    base = layer.get_base_layer()
-    device = (base.bias if isinstance(base, QuantizedLinear) else base.weight).device
-    dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-    for name in layer.adapter_layer_names:  # PEFT guesses which parts there are
-        parts = getattr(layer, name)
-        if adapter in parts and name not in weights.parts:
-            del parts[adapter]
-    for name, tensor in weights.parts.items():
-        parts = getattr(layer, name)
-        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
-        if isinstance(parts, nn.ParameterDict):
-            parts[adapter] = weight
-        else:
-            parts[adapter].weight = nn.Parameter(weight.flatten(), False) if "magnitude" in name else weight
-    layer.r[adapter] = weights.rank
-    (layer.lora_alpha if hasattr(layer, "lora_alpha") else layer.alpha)[adapter] = weights.scale_alpha
-
-
-def _detach(model: Any) -> None:
-    """Replace PEFT's layers by the model's own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer) and ".base_layer" not in path:
-            layer: Any = module
-            parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-    vars(model).pop("peft_config", None)
-    mark_peft_layers(model, False)
-    reapply_group_offloading(model)

@@ -6,20 +6,21 @@ from typing import Any
 
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.files.weights import WeightFile
-from ...checkpoints.lora.adapters import Adapters, adapters_of, has_adapters
+from ...checkpoints.lora.adapters import Adapters, adapters_of
+from ...checkpoints.lora.adapters import Strength as OneStrength
 from ...checkpoints.lora.dialects import read_lora, section_for, sections_of
 from ...checkpoints.lora.scales import check_strength
 from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source, warn_if_swapped
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
 from ...checkpoints.naming.names import listed
-from ...checks import shown
+from ...private_apis import uncompiled
 from .part import Part
 
 logger = logging.getLogger(__name__)
 
 # One strength for all experts, or one for each: (high, low), or by the transformer's name.
-Strength = float | Sequence[float] | Mapping[str, float]
+Strength = float | Sequence[float] | Mapping[str, OneStrength | None]
 
 
 class Loras(Part):
@@ -30,48 +31,69 @@ class Loras(Part):
 
     def load_lora_weights(
         self,
-        lora: Any = None,
+        pretrained_model_name_or_path_or_dict: Any = None,
         adapter_name: str | None = None,
+        hotswap: bool = False,
         *,
         high: Any = None,
         low: Any = None,
         strength: Strength = 1.0,
         weight_name: str | None = None,
         subfolder: str = "",
+        load_into_transformer_2: bool = False,
+        low_cpu_mem_usage: bool = True,
         **hub: Any,
     ) -> str:
         """Load a LoRA in any dialect, for all transformers or as a pair for the two experts; return its name.
 
         Args:
-            lora: file, folder, repository, or table of tensors, for both experts; its keys below
-                "transformer_2." are for the low-noise expert alone. A folder or repository that holds
-                high_noise_model.safetensors and low_noise_model.safetensors is a pair.
-            adapter_name: default is "lora_0", "lora_1", …
+            pretrained_model_name_or_path_or_dict: file, folder, repository, or table of tensors, for both
+                experts; its keys below "transformer_2." are for the low-noise expert alone. A folder or
+                repository that holds high_noise_model.safetensors and low_noise_model.safetensors is a pair.
+            adapter_name: any text; default is "default_0", "default_1", …
+            hotswap: whether to give the adapter of that name other weights in place, so that nothing is
+                compiled anew; see `enable_lora_hotswap`.
             high, low: the high-noise and the low-noise expert's, in any of these forms.
             strength: factor of its weights: one number, two (high, low), or a table such as
-                {"transformer": 1, "transformer_2": 0.5}.
+                {"transformer": 1, "transformer_2": 0.5} or {"transformer": {"blocks.0": 0.5}}.
             weight_name: file in the folder or repository.
             subfolder: folder of that file in there.
+            load_into_transformer_2: whether it is for the low-noise expert alone, as low=. What was loaded
+                before for both, by calls that did not say so, is then taken out of the low-noise expert: a
+                script of two calls, as diffusers needs, has each file in its own expert.
+            low_cpu_mem_usage: changes nothing here, as weights are never initialised first.
             **hub: `cache_dir`, `force_download`, `token`, `local_files_only`, `revision`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: nothing in the file fits the transformer, it is no LoRA, or the name is taken.
+            ValueError: nothing in the file fits the transformer, it is no LoRA, the name is taken, or there
+                is no such expert; with hotswap, there is no such adapter or it lacks a layer.
         """
+        lora = pretrained_model_name_or_path_or_dict
         if unknown := sorted(hub.keys() - OPTIONS):
-            hint = "; one LoRA goes into both experts here, give high= and low= for one each"
-            hint = hint if "load_into_transformer_2" in unknown else ""
-            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}{hint}")
+            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}")
         if (lora is None) == (high is None and low is None):
             raise ValueError("give one LoRA, or high= and low=")
-        name = adapter_name or self._free_name()
-        if name in self._strengths():
-            raise ValueError(f"there is an adapter {shown(name)} already; choose another name")
-        loras = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
-        self._pipe.memory.offload_all()
+        if load_into_transformer_2:
+            if lora is None:
+                raise ValueError(
+                    "load_into_transformer_2=True is for one LoRA; leave it out with high=, low="
+                )
+            lora, low = None, lora
         strengths = _by_slot(strength)
-        for slot, part in loras.items():
-            adapters_of(getattr(self._pipe, slot)).load(name, part, strengths[slot])
+        loras, unasked = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
+        self._pipe.memory.offload_all()
+        if hotswap:
+            return self._swap(loras, adapter_name, strengths)
+        if load_into_transformer_2:
+            self._withdraw()
+        targets = {slot: self._adapters()[slot] for slot in loras}
+        taken = {name for adapters in targets.values() for name in adapters.names}
+        name = _free_name(taken) if adapter_name is None else adapter_name
+        if name in taken:
+            raise ValueError(f"there is an adapter {name!r} already; choose another name")
+        for slot, adapters in targets.items():
+            adapters.load(name, loras[slot], strengths[slot], unasked)
         return name
 
     def set_adapters(
@@ -88,30 +110,30 @@ class Loras(Part):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
-        many = isinstance(adapter_weights, Sequence) and not isinstance(adapter_names, str)
-        weights: list[Any] = list(adapter_weights) if many else [adapter_weights] * len(names)  # type: ignore[arg-type]
+        weights: list[Any] = [adapter_weights] * len(names)
+        if isinstance(adapter_weights, Sequence):
+            pair = isinstance(adapter_names, str) and len(adapter_weights) == len(SLOTS)
+            weights = weights if pair else list(adapter_weights)
         if len(weights) != len(names):
             raise ValueError(
                 f"{len(weights)} strengths for {len(names)} adapters; give {len(names)}, or one for all"
             )
-        chosen = {name: _by_slot(1.0 if w is None else w) for name, w in zip(names, weights, strict=True)}
+        chosen = {name: _by_slot(self._known(w)) for name, w in zip(names, weights, strict=True)}
         self._pipe.memory.offload_all()
         for slot, adapters in self._adapters().items():
-            adapters.set({name: strengths[slot] for name, strengths in chosen.items()})
+            here = [name for name in names if name in adapters.names]
+            adapters.set({name: chosen[name][slot] for name in here})
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the loaded adapters of each transformer that has any."""
-        return {slot: list(a.strengths) for slot, a in self._adapters().items() if a.strengths}
+        return {slot: names for slot, a in self._adapters().items() if (names := a.names)}
 
     def get_active_adapters(self) -> list[str]:
-        """Return the adapters that change something now."""
-        active = {
-            n: None for a in self._adapters().values() if a.enabled for n, s in a.strengths.items() if s
-        }
-        return list(active)
+        """Return the adapters that are chosen, in any transformer."""
+        return list({name: None for adapters in self._adapters().values() for name in adapters.active})
 
     def disable_lora(self) -> None:
-        """Compute without adapters until `enable_lora`."""
+        """Compute without adapters until `enable_lora`; fused ones are taken out first, to the bit."""
         self._switch(False)
 
     def enable_lora(self) -> None:
@@ -127,36 +149,89 @@ class Loras(Part):
             adapters.remove(names)
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters out; the transformers are then as they were before the first, to the bit."""
-        self._pipe.memory.offload_all()
-        for adapters in self._adapters().values():
-            adapters.remove(list(adapters.strengths))
+        """Take all adapters out: the transformers are as before the first, to the bit, but for what is fused.
 
-    def fuse_lora(self, dequantize: bool = False) -> None:
-        """Add the active adapters to the weights of all transformers, so that they cost no time.
-
-        The weights as they were are kept in the host's memory.
-
-        Args:
-            dequantize: whether to expand quantised layers for it, which then need an ordinary layer's memory.
-
-        Raises:
-            ValueError: layers are quantised and dequantize is False, or a LoRA is fused already.
+        Fused adapters stay in the weights, as in diffusers; `unfuse_lora` before takes them out.
         """
         self._pipe.memory.offload_all()
         for adapters in self._adapters().values():
-            adapters.fuse(dequantize)
+            adapters.unload()
 
-    def unfuse_lora(self) -> None:
-        """Give all transformers the weights back that they had before `fuse_lora`, to the bit."""
+    def fuse_lora(
+        self,
+        components: str | Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+        dequantize: bool = False,
+    ) -> None:
+        """Add adapters to the weights, so that they cost no time; the weights before are kept on the host.
+
+        Fused layers compute with what is fused in them alone, whatever is loaded or set afterwards.
+
+        Args:
+            components: "transformer", "transformer_2", or a list of them; default is all that are loaded (in
+                diffusers the first).
+            lora_scale: factor of the strengths.
+            safe_fusing: whether to refuse weights that are not finite.
+            adapter_names: default is the active ones.
+            dequantize: whether to expand quantised layers, and those of layerwise casting, for it; they then
+                need an ordinary layer's memory.
+
+        Raises:
+            ValueError: there is no such component or adapter; layers are quantised or cast and dequantize is
+                False; or weights are not finite and safe_fusing is True.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_names(names or [])
+        chosen = self._components(components)
         self._pipe.memory.offload_all()
-        for adapters in self._adapters().values():
+        for adapters in chosen:
+            adapters.fuse(names, lora_scale, safe_fusing, dequantize)
+
+    def unfuse_lora(self, components: str | Sequence[str] | None = None) -> None:
+        """Give transformers, all by default, the weights that they had before `fuse_lora`, to the bit."""
+        chosen = self._components(components)
+        self._pipe.memory.offload_all()
+        for adapters in chosen:
             adapters.unfuse()
+
+    def fused_names(self) -> set[str]:
+        """Return the adapters that are in the weights."""
+        return {name for adapters in self._adapters().values() for name in adapters.in_weights}
+
+    def set_lora_device(self, adapter_names: str | Sequence[str], device: Any) -> None:
+        """Move adapters' matrices to a device, such as those of unused ones to the CPU.
+
+        Raises:
+            ValueError: there is no such adapter, or a memory plan moves the models.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        self._pipe.memory.check_movable(device)
+        for adapters in self._adapters().values():
+            adapters.move(names, device)
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
+        """Let the next adapter be hotswapped without compiling anew; call it before loading it.
+
+        Args:
+            target_rank: the largest rank of the LoRAs to come; matrices are filled with zeros to it.
+            check_compiled: what to do about a model that has adapters already, or is compiled: "error",
+                "warn" or "ignore".
+        """
+        for slot in self._adapters():
+            uncompiled(getattr(self._pipe, slot)).enable_lora_hotswap(target_rank, check_compiled)
 
     # ---- files ----
 
-    def _read_loras(self, lora: Any, pair: tuple[Any, Any], where: LoraSource) -> dict[str, Lora]:
-        """Read a file for both experts, or one for each; return what each transformer gets."""
+    def _read_loras(
+        self, lora: Any, pair: tuple[Any, Any], where: LoraSource
+    ) -> tuple[dict[str, Lora], bool]:
+        """Read a file for both experts, or one for each.
+
+        Returns: what each transformer gets, and whether it is one LoRA for all as nothing says otherwise.
+        """
         if lora is not None and (found := pair_in(lora, where)):
             lora, pair = None, found
         if lora is None:
@@ -164,13 +239,12 @@ class Loras(Part):
             sources = dict(zip(SLOTS, pair, strict=True))
             files = {slot: read_source(s, where) for slot, s in sources.items() if s is not None}
             # What is given for one expert is for that one, whichever its keys name.
-            return self._parts({slot: (file, section_for(file, slot)) for slot, file in files.items()})
+            return self._parts({slot: (file, section_for(file, slot)) for slot, file in files.items()}), False
         file = read_source(lora, where)
         sections = sections_of(file)
         if not sections:  # the keys name no expert: for all that are loaded
-            loaded = [slot for slot in SLOTS if getattr(self._pipe, slot) is not None]
-            return self._parts({slot: (file, SLOTS[0]) for slot in loaded})
-        return self._parts({slot: (file, slot) for slot in sections})
+            return self._parts({slot: (file, SLOTS[0]) for slot in self._adapters()}), True
+        return self._parts({slot: (file, slot) for slot in sections}), False
 
     def _parts(self, sources: Mapping[str, tuple[WeightFile, str]]) -> dict[str, Lora]:
         if lacking := [slot for slot in sources if getattr(self._pipe, slot) is None]:
@@ -191,27 +265,63 @@ class Loras(Part):
 
     # ---- adapters ----
 
-    def restore_strengths(self) -> None:
-        """Give the LoRAs the strengths they had before a call; attention_kwargs' scale of 0 leaves others."""
-        for model in self._pipe.transformers:
-            if has_adapters(model):
-                adapters_of(model).restore()
-
     def _adapters(self) -> dict[str, Adapters]:
         return {slot: adapters_of(m) for slot in SLOTS if (m := getattr(self._pipe, slot)) is not None}
 
-    def _strengths(self) -> set[str]:
-        return {name for adapters in self._adapters().values() for name in adapters.strengths}
+    def _components(self, names: str | Sequence[str] | None) -> list[Adapters]:
+        names = SLOTS if names is None else [names] if isinstance(names, str) else names
+        if not names or not set(names) <= set(SLOTS):
+            raise ValueError(f"components={list(names)!r} must be of {' and '.join(SLOTS)}")
+        return [adapters for slot, adapters in self._adapters().items() if slot in names]
 
-    def _free_name(self) -> str:
-        return next(name for i in range(10**6) if (name := f"lora_{i}") not in self._strengths())
+    def _swap(self, loras: Mapping[str, Lora], name: str | None, strengths: Mapping[str, OneStrength]) -> str:
+        targets = {slot: a for slot, a in self._adapters().items() if slot in loras and name in a.names}
+        if name is None or not targets:
+            known = ", ".join(sorted(self._names())) or "none"
+            raise ValueError(f"hotswap=True: adapter_name={name!r} must be a loaded one; there is {known}")
+        for slot, adapters in targets.items():
+            adapters.swap(name, loras[slot], strengths[slot])
+        return name
+
+    def _withdraw(self) -> None:
+        """Take adapters that went into both experts unasked out of the low-noise one."""
+        adapters = self._adapters()[SLOTS[1]]
+        if names := adapters.unasked:
+            logger.warning(
+                "%s was loaded for both experts; as this call is for transformer_2 alone, it is taken out "
+                "there. To keep it, give low= instead of load_into_transformer_2=True",
+                ", ".join(names),
+            )
+            adapters.unfuse()
+            adapters.remove(names)
+
+    def _names(self) -> set[str]:
+        return {name for adapters in self._adapters().values() for name in adapters.names}
 
     def _check_names(self, names: Sequence[str]) -> None:
-        known = sorted(self._strengths())
+        known = sorted(self._names())
         if unknown := [name for name in names if name not in known]:
             raise ValueError(
-                f"there is no adapter {shown(unknown[0])}; there is {', '.join(known) or 'none'}"
+                f"adapter {unknown[0]!r} is not in the list of present adapters: {', '.join(known) or 'none'}"
             )
+
+    def _known(self, strength: Strength | None) -> Strength:
+        """Return a strength without the entries of what the pipeline does not have, as diffusers reads it."""
+        if strength is None:
+            return 1.0
+        if not isinstance(strength, Mapping) or strength.keys() <= set(SLOTS):
+            return strength
+        paths = [path for adapters in self._adapters().values() for path, _ in adapters.model.named_modules()]
+        if all(any(key in path for path in paths) for key in strength):  # a table by modules, for all
+            return {slot: dict(strength) for slot in SLOTS}  # type: ignore[arg-type]
+        # Scripts written for diffusers look for its message, in its log.
+        logging.getLogger("diffusers.loaders.lora_base").warning(
+            "The following components in `adapter_weights` are not part of the pipeline: %s. "
+            "They are left out; there are %s.",
+            sorted(strength.keys() - set(SLOTS)),
+            " and ".join(SLOTS),
+        )
+        return {slot: value for slot, value in strength.items() if slot in SLOTS}
 
     def _switch(self, enabled: bool) -> None:
         self._pipe.memory.offload_all()
@@ -219,13 +329,21 @@ class Loras(Part):
             adapters.enable(enabled)
 
 
-def _by_slot(strength: Strength) -> dict[str, float]:
+def _free_name(taken: set[str]) -> str:
+    return next(name for i in range(10**6) if (name := f"default_{i}") not in taken)
+
+
+def _by_slot(strength: Strength) -> dict[str, OneStrength]:
     if isinstance(strength, Mapping):
         if unknown := sorted(strength.keys() - set(SLOTS)):
-            raise ValueError(f"a strength is given for {shown(unknown[0])}; there are {' and '.join(SLOTS)}")
-        return {slot: check_strength(strength.get(slot, 1.0)) for slot in SLOTS}
+            raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
+        return {slot: 1.0 if (s := strength.get(slot)) is None else _checked(s) for slot in SLOTS}
     if isinstance(strength, Sequence):
         if len(strength) != len(SLOTS):
-            raise ValueError(f"strength={shown(strength)} must be one number, or two: (high, low)")
-        return dict(zip(SLOTS, map(check_strength, strength), strict=True))
-    return dict.fromkeys(SLOTS, check_strength(strength))
+            raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
+        return {slot: _checked(s) for slot, s in zip(SLOTS, strength, strict=True)}
+    return dict.fromkeys(SLOTS, _checked(strength))
+
+
+def _checked(strength: OneStrength) -> OneStrength:
+    return dict(strength) if isinstance(strength, Mapping) else check_strength(strength)

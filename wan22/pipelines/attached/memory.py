@@ -10,7 +10,7 @@ from ...accel.offload.offloader import ModelOffloader, free
 from ...accel.planning.meta_models import MODELS
 from ...accel.planning.plans import Plan
 from ...checkpoints.loading.models import is_ours
-from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ...checkpoints.lora.adapters import adapters_of
 from ...checks import shown
 from ..call.experts import Expert
 from .part import Part
@@ -140,8 +140,7 @@ class Memory(Part):
         pipe = self._pipe
         self.release()
         for model in pipe.transformers:
-            if has_adapters(model):
-                adapters_of(model).remove(list(adapters_of(model).strengths))
+            adapters_of(model).unload()
         free(module for module in pipe.components.values() if isinstance(module, torch.nn.Module))
 
     # ---- what a call asks ----

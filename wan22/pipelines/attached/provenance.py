@@ -17,7 +17,7 @@ from ... import __version__, schedulers
 from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
-from ...checkpoints.lora.adapters import adapters_of, has_adapters
+from ...checkpoints.lora.adapters import adapters_of
 from ...checkpoints.lora.sources import lora_fingerprint
 from ...checks import cut
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
@@ -74,15 +74,13 @@ class Provenance(Part):
         return Origin(self._place, revision, files, tuple(replaced))
 
     def used_loras(self) -> tuple[UsedLora, ...]:
-        """Return the LoRAs that are active."""
-        found: dict[str, dict[str, tuple[str, float]]] = {}
+        """Return the LoRAs that change the result: active or fused, unloaded since or not."""
+        found: dict[str, dict[str, tuple[str, Any]]] = {}
         for slot in ("transformer", "transformer_2"):
-            model = getattr(self._pipe, slot)
-            if model is not None and has_adapters(model) and adapters_of(model).enabled:
+            if (model := getattr(self._pipe, slot)) is not None:
                 adapters = adapters_of(model)
-                for name, strength in adapters.strengths.items():
-                    if strength:
-                        found.setdefault(name, {})[slot] = adapters.sources[name], strength
+                for name, strength in adapters.strengths().items():
+                    found.setdefault(name, {})[slot] = adapters.source(name) or "", strength
         return tuple(
             UsedLora(
                 name,

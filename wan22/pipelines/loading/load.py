@@ -16,7 +16,7 @@ from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
-from ...checks import as_path, shown
+from ...checks import shown
 from ...private_apis import signature_keys
 from .checkpoint import TRANSFORMERS, Checkpoint, Outline, Wanted
 from .diffusers_layout import DiffusersLayout
@@ -31,7 +31,7 @@ def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
 
     A FileNotFoundError says if it is neither, an OSError if the repository cannot be reached.
     """
-    folder = as_path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         layout = DiffusersLayout if (folder / "model_index.json").exists() else OfficialLayout
         return layout(source, folder, hub)
@@ -147,7 +147,7 @@ def lora_arguments(loras: Any) -> list[dict[str, Any]]:
     return [
         dict(lora)
         if isinstance(lora, Mapping) and not any(isinstance(v, torch.Tensor) for v in lora.values())
-        else {"lora": lora}  # a table of tensors, too
+        else {"pretrained_model_name_or_path_or_dict": lora}  # a table of tensors, too
         for lora in many
     ]
 

@@ -12,9 +12,8 @@ from diffusers import DiffusionPipeline
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
-from ...checkpoints.loading.quantized_linear import expanded_state
 from ...checkpoints.loading.single_file import ALIASES, Arguments, only_source
-from ...checks import cut
+from ...checkpoints.lora.plain import plain_state
 from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
@@ -154,7 +153,7 @@ class LoadablePipeline(DiffusionPipeline):
         components, settings = signature_keys(cls)
         names = [*components, *settings]
         if unknown := sorted(kwargs.keys() - set(names)):
-            raise ValueError(f"{cls.__name__} has no {cut(', '.join(unknown))}; it has {', '.join(names)}")
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}")
         known = {**pipeline.config, **pipeline.components, **kwargs}
         pipe = cls(**{name: value for name, value in known.items() if name in names})
         pipe.check_components()
@@ -188,9 +187,10 @@ class LoadablePipeline(DiffusionPipeline):
         names = list(inspect.signature(cls.__init__).parameters)[1:]  # without self
         return dict.fromkeys(names, (inspect.Signature.empty,))
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save all components, as diffusers does; quantised weights are expanded."""
-        with expanded_state():
+    def save_pretrained(self, *args: Any, merge_lora: bool = False, **kwargs: Any) -> None:
+        """Save all components, as diffusers does, with ordinary weights; see the models' method."""
+        models = [m for name in ("transformer", "transformer_2") if (m := getattr(self, name)) is not None]
+        with plain_state(models, merge_lora):
             super().save_pretrained(*args, **kwargs)
 
     def to_json_string(self) -> str:
