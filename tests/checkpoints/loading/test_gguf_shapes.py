@@ -72,7 +72,9 @@ def test_axes_with_one_entry_may_be_left_out(official, tmp_path):  # noqa: F811
 
 def test_a_shape_that_does_not_fit_is_named(official, tmp_path):  # noqa: F811
     write(official | {PATCH: torch.ones(DIM, 63)}, tmp_path / "w.gguf")
-    with pytest.raises(ValueError, match=r"patch_embedding\.weight of shape \(256, 63\)"):
+    with pytest.raises(
+        ValueError, match=r"patch_embedding\.weight is \(256, 63\), which is not for 256 outputs"
+    ):
         WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")
     write(official, tmp_path / "w.gguf", {"blocks.1.ffn.0.weight": (DIM, 512)})
     with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.0\.proj\.weight is \(256, 512\), it must be"):
@@ -86,3 +88,39 @@ def test_only_merged_axes_are_split():
     assert unflattened(values.reshape(4, 6), (2, 3, 4)).shape == (4, 6), "other values would be neighbours"
     assert unflattened(values.reshape(6, 4), (4, 6)).shape == (6, 4)
     assert unflattened(values.reshape(6, 4), (6, 5)).shape == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ([255, 256], r"its shape, \[255, 256\], is not that of 131072 values"),
+        (7, "its shape, 7, is not that"),
+    ],
+)
+def test_a_noted_shape_that_is_wrong(official, note, message, tmp_path):  # noqa: F811
+    name, writer = "blocks.0.ffn.0.weight", gguf.GGUFWriter(tmp_path / "w.gguf", "wan")
+    if isinstance(note, list):
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", note)
+    else:
+        writer.add_uint32(f"comfy.gguf.orig_shape.{name}", note)
+    writer.add_tensor(name, official[name].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=message):
+        WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    weights = {name: torch.full((4, 64), value) for name, value in (("first", 1.0), ("second", 2.0))}
+    write(weights, tmp_path / "w.gguf")
+    data = bytearray((tmp_path / "w.gguf").read_bytes())
+    place = (
+        data.index(b"second") + len("second") + 4 + 2 * 8 + 4
+    )  # axes, sizes and kind come before its offset
+    data[place : place + 8] = bytes(8)
+    (tmp_path / "w.gguf").write_bytes(data)
+    message = r"w\.gguf is damaged: (first overlaps second|second overlaps first)"
+    with pytest.raises(ValueError, match=message):
+        WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")

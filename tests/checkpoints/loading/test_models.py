@@ -279,6 +279,23 @@ NOTE = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
             "said to be float8_e4m3fn, but is torch.float32",
         ),
         ({"blocks__0__ffn__0__weight": torch.ones(512, 256, dtype=torch.int8)}, "int8"),
+        ({"blocks__0__ffn__0__weight_scale": torch.tensor(float("nan"))}, "its scale is zero, or not finite"),
+        ({"blocks__0__ffn__0__weight_scale": torch.zeros(())}, "its scale is zero, or not finite"),
+        (
+            {"blocks__0__ffn__0__comfy_quant": torch.ones(3)},
+            "comfy_quant is no text: 1 axes of torch.float32",
+        ),
+        ({"blocks__0__ffn__0__comfy_quant": NOTE[:5]}, "comfy_quant is not JSON"),
+        (
+            {"head__head__weight": torch.ones(64)},
+            r"head\.head\.weight has shape \(64,\), it must have 2 axes",
+        ),
+        (
+            {"text_embedding__0__weight": torch.ones(256, 0)},
+            r"shape \(256, 0\), it must have 2 axes, none empty",
+        ),
+        ({"time_embedding__0__weight": torch.ones(256, 31)}, "has 31 inputs, an odd number"),
+        ({"patch_embedding__weight": torch.ones(256, 16, 0, 2, 2)}, "it must have no empty axis"),
         ({"blocks__0__norm3__scale_weight": torch.ones(())}, "norm3.weight is not float8, but has a scale"),
         ({"vace_blocks__0__after_proj__weight": torch.ones(1)}, "VACE, which is not supported"),
         ({"audio_injector__x": torch.ones(1)}, "S2V, which is not supported"),

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.builders import load_pipeline
 from wan22 import AutoencoderKLWan, WanI2VPipeline, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
@@ -51,6 +52,18 @@ def an_index_of_what_is_not_in_the_shard(folder):
     path.write_text(json.dumps({"weight_map": {"more.weight": WEIGHTS}}))
 
 
+def without(weight):
+    """The text encoder without a weight, which transformers would draw at random."""
+
+    def change(folder):
+        path = folder / "text_encoder/model.safetensors"
+        weights = load_file(path)
+        del weights[weight]
+        save_file(weights, path, {"format": "pt"})
+
+    return change
+
+
 # What is wrong, and what the error of the transformer's loader and of the pipeline's must say.
 TRANSFORMERS = {
     "no config.json": (remove("transformer/config.json"), r"transformer has no config\.json"),
@@ -65,6 +78,16 @@ TRANSFORMERS = {
     "a missing shard": (without_a_shard, r"of \d+ shards; missing: .*-00002-of-"),
     "an index of nothing": (an_index_of_nothing, r"0 of 1 shards; missing: x\.safetensors"),
     "an index that is wrong": (an_index_of_what_is_not_in_the_shard, r"more\.weight, which is not in"),
+    "an index of files elsewhere": (
+        write(f"transformer/{WEIGHTS}.index.json", b'{"weight_map": {"a": "../vae/x.safetensors"}}'),
+        "which is no weight file beside it",
+    ),
+    "an index of itself": (
+        write(
+            f"transformer/{WEIGHTS}.index.json", f'{{"weight_map": {{"a": "{WEIGHTS}.index.json"}}}}'.encode()
+        ),
+        "which is no weight file beside it",
+    ),
     "an index that is none": (
         write(f"transformer/{WEIGHTS}.index.json", b"{}"),
         "is no index of weight files",
@@ -83,6 +106,12 @@ PIPELINES = TRANSFORMERS | {
         mark("text_encoder/config.json"),
         r"config\.json begins with a byte-order mark; save",
     ),
+    "its attention": (
+        without("encoder.block.0.layer.0.SelfAttention.q.weight"),
+        r"lacks encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
+    ),
+    "its embedding": (without("shared.weight"), r"no umT5: it has no shared\.weight|lacks .*shared\.weight"),
+    "its tokens": (remove("tokenizer/tokenizer.json"), r"tokenizer has no tokenizer\.json"),
     "no tokenizer": (remove("tokenizer"), "no folder tokenizer, which its model_index.json lists"),
     "no scheduler": (remove("scheduler"), "no folder scheduler, which its model_index.json lists"),
     "its settings": (remove("scheduler/scheduler_config.json"), r"scheduler has no scheduler_config\.json"),

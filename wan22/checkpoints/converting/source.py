@@ -75,6 +75,8 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
         models[name] = _read(folder, read_json(folder / "config.json"), head_dim)
         if models[name].kind != MODELS[name]:
             raise ValueError(f"{folder} holds a {models[name].kind}, not a {MODELS[name]}")
+    if not models:
+        raise ValueError(f"{path / 'model_index.json'} names no models, such as transformer")
     return Source(path, models, True, folders.pop("tokenizer", None), index, folders)
 
 

@@ -1,5 +1,6 @@
 """Read GGUF: plain tensors, and blocks that stay quantised."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
         raise ImportError(f"{path} is GGUF; to read it: pip install 'wan22[gguf]'") from error
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{path} is cut off or damaged: {error}") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, LookupError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {str(error)[:200]}") from error
+    _check_places(path, reader)
     tensors: dict[str, torch.Tensor | QuantizedTensor] = {}
     for tensor in reader.tensors:
         # GGUF lists the innermost axis first; more than four axes are kept beside the tensor.
         shape = fields.get(f"comfy.gguf.orig_shape.{tensor.name}", [*reversed(tensor.shape.tolist())])
         try:
+            if not isinstance(shape, list) or math.prod(map(int, shape)) != tensor.n_elements:
+                raise ValueError(f"its shape, {str(shape)[:80]}, is not that of {tensor.n_elements} values")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the map is read-only, as weights are used
                 data = torch.from_numpy(tensor.data)
@@ -36,6 +40,15 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
         except ValueError as error:
             raise ValueError(f"{path}: {tensor.name}: {error}") from error
     return tensors, fields
+
+
+def _check_places(path: Path, reader: Any) -> None:
+    """Refuse a file whose tensors overlap each other or its header."""
+    end, before = int(reader.data_offset), "the header"
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        if int(tensor.data_offset) < end:
+            raise ValueError(f"{path} is damaged: {tensor.name} overlaps {before}")
+        end, before = int(tensor.data_offset) + int(tensor.n_bytes), tensor.name
 
 
 def gguf_tensor(data: torch.Tensor, kind: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedTensor:

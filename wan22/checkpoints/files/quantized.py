@@ -80,17 +80,21 @@ class QuantizedTensor:
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
     """Return a float8 tensor times a scale: one number, or one per output, "o" or "o 1 …".
 
-    Data "o i" may also have one per group of an output's inputs, "o g 1".
+    Data "o i" may also have one per group of an output's inputs, "o g 1". A ValueError says that a scale has
+    another shape, is not finite, or is the only one and zero.
     """
     scale = torch.ones(()) if scale is None else scale.float()
     shape, groups = tuple(data.shape), None
+    if not scale.isfinite().all() or (scale.numel() == 1 and not scale.any()):
+        raise ValueError("its scale is zero, or not finite")
     if scale.numel() == 1:
         scale = scale.reshape(())
-    elif shape[:1] == scale.shape[:1] and scale.numel() == shape[0]:
+    elif shape[:1] == scale.shape[:1] and scale.numel() == shape[0] and scale.ndim <= len(shape):
         scale, groups = scale.reshape(-1, 1, 1), 1
     elif (
         (len(shape), scale.ndim) == (2, 3)
         and scale.shape[::2] == (shape[0], 1)
+        and scale.shape[1] > 0
         and not shape[1] % scale.shape[1]
     ):
         groups = scale.shape[1]

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +27,19 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a table")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
+    if wrong := [name for name, entry in header.items() if not _is_entry(entry)]:
+        raise ValueError(
+            f"{path} is not a safetensors file: its header says nothing of use of {wrong[0][:100]!r}"
+        )
     return header, metadata
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry has what a tensor needs."""
+    places = entry.get("data_offsets") if isinstance(entry, dict) else None
+    whole = isinstance(places, list) and len(places) == 2 and all(isinstance(place, int) for place in places)
+    return whole and isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), list)
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:

@@ -104,6 +104,8 @@ def shards_of(index: Path) -> dict[str, str]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} is no index of weight files: it has no weight_map")
+    if outside := [name for name in places.values() if Path(name).name != name or name.endswith(".json")]:
+        raise ValueError(f"{index} names {outside[0][:100]!r}, which is no weight file beside it")
     return places
 
 

@@ -62,12 +62,16 @@ class _TextEncoderFormat(_TransformersFormat):
         return given if given.get("model_type") == "umt5" else text_encoder_config(source, shapes)
 
     def checked(self, source: str, tensors: Tensors) -> Tensors:
+        if _EMBEDDING not in tensors:
+            raise ValueError(f"{source} lacks {_EMBEDDING}")
         embedding, copy = tensors[_EMBEDDING], tensors[_COPY]
         values = expanded(embedding)
         if copy is not embedding and not torch.equal(expanded(copy), values):
             raise ValueError(f"{source}: {_EMBEDDING} and {_COPY} differ; they must be the same")
         if not values.any():
             raise ValueError(f"{source}: {_EMBEDDING} is all zero")
+        if not values.isfinite().all():
+            raise ValueError(f"{source}: {_EMBEDDING} has values that are not finite")
         return tensors
 
     def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
@@ -92,11 +96,14 @@ class _ImageEncoderFormat(_TransformersFormat):
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
         return (IMAGE_ENCODER,)
 
-    def prepare(self, tensors: Tensors) -> Tensors:
+    def prepare(self, source: str, tensors: Tensors) -> Tensors:
         result: Tensors = {}
         for name, tensor in tensors.items():
             name = name.removeprefix("vision_model.")
             if "attn.to_qkv." in name:  # Source: Wan2.1 wan/modules/clip.py, SelfAttention
+                if not tensor.shape or tensor.shape[0] % 3 or not tensor.shape[0]:
+                    rule = "it must have as many rows for queries as for keys and values"
+                    raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, {rule}")
                 for letter, part in zip("qkv", expanded(tensor).chunk(3), strict=True):
                     result[name.replace("to_qkv", letter)] = part
             elif name == "visual.cls_embedding":

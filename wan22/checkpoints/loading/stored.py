@@ -49,7 +49,7 @@ class ModelFormat(ABC):
     def settings(self, config: Config) -> Config:
         """Return config.json of the Diffusers layout."""
 
-    def prepare(self, tensors: Tensors) -> Tensors:
+    def prepare(self, source: str, tensors: Tensors) -> Tensors:
         """Return tensors in the shapes of the model's parameters."""
         return tensors
 
@@ -143,7 +143,7 @@ def read_as(
     file = part_of(file, format.kind)
     plain = stripped(file.tensors)
     used = {key: t for key, t in file.tensors.items() if not plain[key].startswith(format.unused)}
-    tensors = format.prepare(normalize(replace(file, tensors=used)))
+    tensors = format.prepare(file.source, normalize(replace(file, tensors=used)))
     names, keys = format.names(file.source, tensors), {name: key for key, name in stripped(used).items()}
     own = {name: tensors[theirs] for name, theirs in names.items()}
     origins = {name: keys.get(theirs, theirs) for name, theirs in names.items()}

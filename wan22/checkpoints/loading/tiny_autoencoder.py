@@ -7,6 +7,7 @@ import torch
 
 from ...models.tiny_autoencoder import TinyDecoder
 from ..files.weights import read_weights
+from ..naming.configs import shape_getter
 from ..naming.dialects import normalize
 from ..naming.names import shapes_of
 from .dtypes import read_dtype
@@ -27,13 +28,10 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype | str | None = None) 
     asked = read_dtype(dtype)
     file = read_weights(Path(path).expanduser())
     tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}
-    shapes = shapes_of(tensors)
-    names = [f"{name}.weight" for name in (_FIRST, *_UP, _LAST, *_FRAMES)]
-    if missing := [name for name in names if name not in shapes]:
-        raise ValueError(f"{file.source} is no decoder like taew2_1 or taew2_2: it has no {missing[0]}")
-    first, *ups, last = (shapes[name] for name in names[:5])
+    get = shape_getter(file.source, shapes_of(tensors), "decoder like taew2_1 or taew2_2")
+    first, *ups, last = (get(f"{name}.weight", 4) for name in (_FIRST, *_UP, _LAST))
     widths = [first[0], *(up[0] for up in ups)]
-    factors = [shapes[name][0] // width for name, width in zip(names[5:], widths, strict=False)]
+    factors = [get(f"{name}.weight", 4)[0] // width for name, width in zip(_FRAMES, widths, strict=False)]
     with empty_weights():
         model = TinyDecoder(first[1], math.isqrt(last[0] // 3), widths, factors)
     return fill(model, file.source, tensors, asked)

@@ -4,9 +4,9 @@ The functions raise ValueError where the tensors are another model's; `source` i
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -57,33 +57,38 @@ def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None)
 
     The shapes do not determine the size of a head, which is 128 in every released transformer.
     """
-    get = _getter(source, shapes)
+    get = shape_getter(source, shapes)
     dim, in_channels, *patch = _patch_embedding(source, get)
+    freq_dim = get("time_embedding.0.weight", 2)[1]
+    if freq_dim % 2:
+        raise ValueError(
+            f"{source} is no {_KNOWN}: time_embedding.0.weight has {freq_dim} inputs, an odd number"
+        )
     head_dim = head_dim or HEAD_DIM
     heads, rest = divmod(dim, head_dim)
     if rest:
         rule = f"its size {dim} is not a multiple of {head_dim}, the size of a head; give attention_head_dim"
         raise ValueError(f"{source} is no {_KNOWN}: {rule}")
-    image = shapes.get("img_emb.proj.0.weight")
-    positions = shapes.get("img_emb.emb_pos")
+    image = get("img_emb.proj.0.weight", 1) if "img_emb.proj.0.weight" in shapes else None
+    positions = get("img_emb.emb_pos", 3) if "img_emb.emb_pos" in shapes else None
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
         "in_channels": in_channels,
-        "out_channels": get("head.head.weight")[0] // math.prod(patch),
-        "text_dim": get("text_embedding.0.weight")[1],
-        "freq_dim": get("time_embedding.0.weight")[1],
-        "ffn_dim": get("blocks.0.ffn.0.weight")[0],
+        "out_channels": get("head.head.weight", 2)[0] // math.prod(patch),
+        "text_dim": get("text_embedding.0.weight", 2)[1],
+        "freq_dim": freq_dim,
+        "ffn_dim": get("blocks.0.ffn.0.weight", 2)[0],
         "num_layers": _count(shapes, "blocks"),
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
         "image_dim": image[0] if image else None,
-        "added_kv_proj_dim": get("blocks.0.cross_attn.k_img.weight")[1] if image else None,
+        "added_kv_proj_dim": get("blocks.0.cross_attn.k_img.weight", 2)[1] if image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
     }
 
 
-def _patch_embedding(source: str, get: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+def _patch_embedding(source: str, get: "_Getter") -> tuple[int, ...]:
     """Return the patch embedding's shape, which GGUF's four axes have no room for.
 
     Converters merge some of its axes; the patch size is then taken to be that of every release.
@@ -91,12 +96,10 @@ def _patch_embedding(source: str, get: Callable[[str], tuple[int, ...]]) -> tupl
     shape = get("patch_embedding.weight")
     if len(shape) == 5:
         return shape
-    (dim,) = get("patch_embedding.bias")
+    (dim,) = get("patch_embedding.bias", 1)
     in_channels, rest = divmod(math.prod(shape), dim * math.prod(PATCH_SIZE))
     if rest:
-        rule = (
-            f"patch_embedding.weight of shape {shape} is not that of {dim} outputs and patches {PATCH_SIZE}"
-        )
+        rule = f"patch_embedding.weight is {shape}, which is not for {dim} outputs and patches {PATCH_SIZE}"
         raise ValueError(f"{source} is no {_KNOWN}: {rule}")
     return dim, in_channels, *PATCH_SIZE
 
@@ -137,13 +140,15 @@ def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
 
     Statistics of the latents are those of the released autoencoder with as many channels.
     """
-    get, layout = _getter(source, shapes), autoencoder_layout(shapes)
-    z_dim, (base, patched) = get("conv2.weight")[0], get("encoder.conv1.weight")[:2]
-    decoder_base = get("decoder.head.2.weight")[1]
-    widths = [get(f"{block}.residual.2.weight")[0] for block, _ in layout.ends()]
+    get, layout = shape_getter(source, shapes), autoencoder_layout(shapes)
+    z_dim, (base, patched) = get("conv2.weight", 5)[0], get("encoder.conv1.weight", 5)[:2]
+    decoder_base = get("decoder.head.2.weight", 5)[1]
+    widths = [get(f"{block}.residual.2.weight", 5)[0] for block, _ in layout.ends()]
     steps = [f"{downsampler}.time_conv.weight" in shapes for _, downsampler in layout.ends()]
     statistics = {"latents_mean": LATENTS_MEAN_22, "latents_std": LATENTS_STD_22} if z_dim == 48 else {}
     patch = math.isqrt(patched // 3)
+    if 3 * patch * patch != patched:
+        raise ValueError(f"{source} is no {_KNOWN}: encoder.conv1.weight has {patched} inputs, not 3 a pixel")
     return statistics | {
         "base_dim": base,
         "decoder_base_dim": None if decoder_base == base else decoder_base,
@@ -153,7 +158,7 @@ def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
         "temperal_downsample": steps[:-1],
         "is_residual": layout.residual,
         "in_channels": patched,
-        "out_channels": get("decoder.head.2.weight")[0],
+        "out_channels": get("decoder.head.2.weight", 5)[0],
         "patch_size": patch if patch > 1 else None,
         "scale_factor_spatial": 2 ** (layout.levels - 1) * patch,
     }
@@ -161,14 +166,14 @@ def autoencoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
 
 def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
     """Return umT5's configuration, from shapes by transformers' names."""
-    get, block = _getter(source, shapes, "umT5"), "encoder.block.0.layer"
-    vocabulary, dim = get("shared.weight")
-    buckets, heads = get(f"{block}.0.SelfAttention.relative_attention_bias.weight")
+    get, block = shape_getter(source, shapes, "umT5"), "encoder.block.0.layer"
+    vocabulary, dim = get("shared.weight", 2)
+    buckets, heads = get(f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
     return {
         "vocab_size": vocabulary,
         "d_model": dim,
-        "d_kv": get(f"{block}.0.SelfAttention.q.weight")[0] // heads,
-        "d_ff": get(f"{block}.1.DenseReluDense.wi_0.weight")[0],
+        "d_kv": get(f"{block}.0.SelfAttention.q.weight", 2)[0] // heads,
+        "d_ff": get(f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
         "num_heads": heads,
         "num_layers": _count(shapes, "encoder.block"),
         "relative_attention_num_buckets": buckets,
@@ -178,24 +183,34 @@ def text_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
 
 def image_encoder_config(source: str, shapes: Shapes) -> dict[str, Any]:
     """Return the configuration of CLIP's image encoder, from shapes by transformers' names."""
-    get = _getter(source, shapes, "CLIP image encoder")
-    dim, _, _, patch = get("embeddings.patch_embedding.weight")
+    get = shape_getter(source, shapes, "CLIP image encoder")
+    dim, _, _, patch = get("embeddings.patch_embedding.weight", 4)
     return {
         "hidden_size": dim,
-        "intermediate_size": get("encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": get("encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_attention_heads": dim // CLIP_HEAD_DIM,
         "num_hidden_layers": _count(shapes, "encoder.layers"),
-        "image_size": math.isqrt(get("embeddings.position_embedding.weight")[0] - 1) * patch,
+        "image_size": math.isqrt(get("embeddings.position_embedding.weight", 2)[0] - 1) * patch,
         "patch_size": patch,
         "hidden_act": "gelu",
     }
 
 
-def _getter(source: str, shapes: Shapes, what: str = _KNOWN) -> Callable[[str], tuple[int, ...]]:
-    def get(name: str) -> tuple[int, ...]:
+class _Getter(Protocol):
+    def __call__(self, name: str, axes: int | None = None) -> tuple[int, ...]: ...
+
+
+def shape_getter(source: str, shapes: Shapes, what: str = _KNOWN) -> _Getter:
+    """Return a function that gives the shape of a tensor, which has so many axes, none of them empty."""
+
+    def get(name: str, axes: int | None = None) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"{source} is no {what}: it has no {name}")
-        return shapes[name]
+        shape = shapes[name]
+        if 0 in shape or len(shape) != (len(shape) if axes is None else axes):
+            rule = "it must have no empty axis" if axes is None else f"it must have {axes} axes, none empty"
+            raise ValueError(f"{source} is no {what}: {name} has shape {shape}, {rule}")
+        return shape
 
     return get
 

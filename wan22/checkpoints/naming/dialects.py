@@ -6,6 +6,7 @@ Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimizat
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -116,12 +117,10 @@ def part_of(file: WeightFile, kind: str) -> WeightFile:
         )
     if kind not in parts:
         raise ValueError(f"{file.source} holds {' and '.join(parts)}, but no {kind}")
-    metadata, notes = dict(file.metadata), json.loads(file.metadata.get(_NOTES, "{}"))
+    metadata, notes = dict(file.metadata), _noted_layers(file)
     if notes:
-        layers = {
-            name: note for name, note in notes.get("layers", {}).items() if name.startswith(PARTS[kind])
-        }
-        metadata[_NOTES] = json.dumps({**notes, "layers": layers})
+        own = {name: note for name, note in notes.items() if name.startswith(PARTS[kind])}
+        metadata[_NOTES] = json.dumps({"layers": own})
     tensors = {name: file.tensors[name] for name in parts[kind]}
     return replace(file, tensors=tensors, metadata=metadata)
 
@@ -138,22 +137,43 @@ def stripped(names: Iterable[str]) -> dict[str, str]:
 
 def _notes(file: WeightFile, found: Tensors) -> dict[str, dict]:
     """Take the notes on quantised layers out of the tensors; return them by layer, with the header's."""
-    notes = {}
+    notes: dict[str, dict] = {}
     for name in [name for name in found if name.endswith(_NOTE)]:
-        notes[name.removesuffix(_NOTE)] = json.loads(bytes(_number(found.pop(name)).tolist()))
-    header = json.loads(file.metadata.get(_NOTES, "{}"))
-    for layer, note in header.get("layers", {}).items():
+        text = _number(found.pop(name))
+        if text.dtype != torch.uint8 or text.ndim != 1:
+            raise ValueError(f"{file.source}: {name} is no text: {text.ndim} axes of {text.dtype}")
+        notes[name.removesuffix(_NOTE)] = _table(file.source, name, bytes(text.tolist()))
+    for layer, note in _noted_layers(file).items():
         for prefix in _PREFIXES:
             layer = layer.removeprefix(prefix)
         notes.setdefault(layer, note)
     return notes
 
 
+def _noted_layers(file: WeightFile) -> dict[str, dict]:
+    """Return the notes on layers in a file's header."""
+    layers = _table(file.source, _NOTES, file.metadata.get(_NOTES, "{}")).get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(note, dict) for note in layers.values()):
+        raise ValueError(f"{file.source}: {_NOTES} has no table of layers")
+    return layers
+
+
+def _table(source: str, name: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{source}: {name} is not JSON: {str(error)[:100]}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{source}: {name} holds a {type(table).__name__}, not a table")
+    return table
+
+
 def _check_note(source: str, layer: str, note: dict, tensors: Tensors) -> None:
     kind, weight = note.get("format"), tensors.get(f"{layer}.weight")
-    if kind not in _FLOAT8_NAMES:
+    if not isinstance(kind, str) or kind not in _FLOAT8_NAMES:
+        known = ", ".join(_FLOAT8_NAMES)
         raise ValueError(
-            f"{source}: {layer} is quantised as {kind}; of such layers {', '.join(_FLOAT8_NAMES)} are read"
+            f"{source}: {layer} is quantised as {str(kind)[:80]}; of such layers {known} are read"
         )
     if weight is None:
         raise ValueError(f"{source} describes {layer}, but has no {layer}.weight")

@@ -6,13 +6,14 @@ from typing import Any
 
 from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, names_of, weights_in
 from ...checkpoints.files.weights import read_json
+from ...checkpoints.loading.recognize import read_model
 from .checkpoint import Wanted
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What must be in a component's folder: one of these files, and weights with these names.
 _SETTINGS = {
     "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer_config.json", "tokenizer.json", "spiece.model"),
+    "tokenizer": ("tokenizer.json", "spiece.model"),
     "image_processor": ("preprocessor_config.json",),
 }
 OURS = ("transformer", "transformer_2", "vae")  # loaded by our own classes
@@ -20,6 +21,7 @@ _WEIGHTS: dict[str, Names] = {
     **dict.fromkeys(OURS, DIFFUSERS),
     **dict.fromkeys(("text_encoder", "image_encoder"), TRANSFORMERS),
 }
+_ENCODERS = ("UMT5EncoderModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 
 
 def check_index(path: Path) -> None:
@@ -43,7 +45,9 @@ def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> 
         _check_settings(place, _SETTINGS.get(name, ("config.json",)), name in OURS)
         if name in _WEIGHTS:
             names = names_of(_WEIGHTS[name], wanted.others.get("use_safetensors"))
-            _check_weights(place, wanted.others.get("variant"), names)
+            weights = _find_weights(place, wanted.others.get("variant"), names)
+            if index[name][1] in _ENCODERS:
+                _account(weights, name)
 
 
 def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:
@@ -52,7 +56,7 @@ def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:
     if not found:
         raise FileNotFoundError(f"{place} has no {names[0]}")
     for path in found:
-        if path.suffix == ".json" and not read_json(path):
+        if path.suffix == ".json" and path.name != "tokenizer.json" and not read_json(path):
             raise ValueError(f"{path} is an empty table")
         if not ours:
             _refuse_mark(path)
@@ -69,14 +73,19 @@ def _is_component(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
 
 
-def _check_weights(place: Path, variant: str | None, names: Names) -> None:
-    """Check that a component's weights are there; diffusers takes those without the variant otherwise."""
+def _account(weights: Path, kind: str) -> None:
+    """Refuse weights that lack some, or have others: transformers would draw the missing ones at random."""
+    config = read_json(weights.with_name("config.json"))
+    if "quantization_config" not in config:  # such weights have tensors beside the parameters
+        read_model(weights, kind, config).meta_model()
+
+
+def _find_weights(place: Path, variant: str | None, names: Names) -> Path:
+    """Return a component's weights, those without the variant if it has no other, as diffusers does."""
     if variant is not None:
         try:
-            weights_in(place, variant, names)
+            return weights_in(place, variant, names)
         except FileNotFoundError:
             if list(place.glob(f"*.{variant}.*")):
                 raise
-        else:
-            return
-    weights_in(place, None, names)
+    return weights_in(place, None, names)
