@@ -1,12 +1,14 @@
 """Checks of plain arguments. Each error names argument, value, rule and the nearest valid value."""
 
 import difflib
+import errno
 import math
 import re
 import reprlib
 import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -15,6 +17,7 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # ---- what a message shows of a value ----
 
 LONGEST = 300  # characters that a message shows of one value
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255
 _MOST_BITS = 1024  # of a whole number that is written out; Python refuses to write very large ones
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
@@ -38,6 +41,14 @@ def cut(text: Any) -> str:
     text = str(text)
     half = LONGEST // 2 - 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
+def as_path(path: Any) -> Path:
+    """Return a path with its ~ expanded; an OSError refuses one that no file system has, in a few words."""
+    path = Path(path).expanduser()
+    if len(str(path)) > _LONGEST_PATH or max(map(len, path.parts), default=0) > _LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, f"{cut(path)} is too long for a file's name")
+    return path
 
 
 # ---- numbers ----

@@ -165,6 +165,29 @@ def checkpointed(model: Any, module: nn.Module, *arguments: Any) -> Any:
     return model._gradient_checkpointing_func(module, *arguments)
 
 
+def hooks_of(model: nn.Module) -> set[tuple[str, str]]:
+    """Return the names of diffusers' hooks on a model's layers, without its own; there is no public way."""
+    layers = ((name, getattr(module, "_diffusers_hook", None)) for name, module in model.named_modules())
+    return {(name, hook) for name, registry in layers if name and registry for hook in registry.hooks}
+
+
+def cache_config(model: Any) -> Any:
+    """Return the configuration of a model's step cache, or None; in public there is only whether it is on."""
+    return getattr(model, "_cache_config", None)
+
+
+def attention_cache_hooks(model: nn.Module) -> list[Any]:
+    """Return the hooks of diffusers' caches of attention, with a `state` and a `block_skip_range` each. They
+    keep one state for all passes, where its other caches have one for each.
+    """
+    from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK
+    from diffusers.hooks.pyramid_attention_broadcast import _PYRAMID_ATTENTION_BROADCAST_HOOK
+
+    kinds = (_FASTER_CACHE_BLOCK_HOOK, _PYRAMID_ATTENTION_BROADCAST_HOOK)
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return [r.hooks[kind] for r in registries if r for kind in kinds if kind in r.hooks]
+
+
 def mark_peft_layers(model: nn.Module, loaded: bool) -> None:
     """Tell diffusers' own methods of a model whether it has PEFT's layers. diffusers tells them itself only
     where it has loaded the adapter.

@@ -1,11 +1,14 @@
 """Errors before any work: each names the value, the rule and the nearest valid value."""
 
+import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from tests.builders import SMALL, random_pipeline, recording
+from wan22 import FlowMatchUniPCScheduler, read_recipe
 
 ROWS = torch.zeros(1, 4, 32)
 NAN = float("nan")
@@ -169,3 +172,82 @@ def test_encode_prompt_without_a_prompt(pipe):
         ValueError, match="prompt must be a string or a non-empty list of strings, not NoneType None"
     ):
         pipe.encode_prompt()
+
+
+# ---- messages of bounded length, whatever the caller's values ----
+
+LONG = "x" * 50_000
+SHORT = 1000  # characters
+VALUES = [LONG, [LONG] * 3, {LONG: LONG}, [0.5] * 5000, 10**5000, torch.zeros(1, 1, 30, 30), (LONG,) * 4]
+SCHEDULER = FlowMatchUniPCScheduler
+DOORS = {
+    "folder": lambda pipe: type(pipe).from_pretrained(LONG),
+    "repository": lambda pipe: type(pipe).from_pretrained(f"a/{LONG}"),
+    "file": lambda pipe: type(pipe).from_single_file(LONG),
+    "component": lambda pipe: type(pipe).from_pipe(pipe, **{LONG: 1}),
+    "model": lambda pipe: type(pipe.transformer).from_pretrained(LONG),
+    "model's file": lambda pipe: type(pipe.vae).from_single_file(LONG),
+    "recipe": lambda pipe: read_recipe(LONG),
+    "LoRA": lambda pipe: pipe.load_lora_weights(LONG),
+    "adapter": lambda pipe: pipe.set_adapters(LONG),
+    "kernel": lambda pipe: pipe.set_attention_backend(LONG),
+    "quantisation": lambda pipe: pipe.quantize(LONG),
+    "budget": lambda pipe: pipe.fit(ram=LONG),
+    "scheduler": lambda pipe: SCHEDULER.from_pretrained(LONG),
+    "scheduler's setting": lambda pipe: SCHEDULER(**{LONG: 1}),
+    "scheduler's class": lambda pipe: SCHEDULER.from_config({"_class_name": LONG, "solver_type": LONG}),
+    "levels": lambda pipe: SCHEDULER().set_timesteps(sigmas=[0.5] * 5000),
+}
+
+
+def refuse_shortly(call, caplog):
+    with pytest.raises((ValueError, OSError, TypeError)) as error:
+        call()
+    assert len(str(error.value)) < SHORT
+    assert all(len(message) < SHORT for message in caplog.messages)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_messages_about_names_and_files_are_short(door, pipe, caplog):
+    refuse_shortly(lambda: DOORS[door](pipe), caplog)
+
+
+# Counts as large as 10**5000 are no mistake that a check could see.
+@pytest.mark.parametrize("name", ["guidance_scale", "seed", "sigmas", "timesteps", "output_type", "latents"])
+def test_messages_about_arguments_are_short(name, pipe, caplog):
+    for value in VALUES:
+        arguments = {"prompt": "a", **SMALL, "num_inference_steps": None, name: value}
+        refuse_shortly(lambda arguments=arguments: pipe(**arguments), caplog)
+
+
+def test_a_long_prompt_and_many_seeds_are_short_in_the_log(pipe, caplog):
+    with caplog.at_level(logging.INFO, logger="wan22"):
+        pipe("a red circle " * 3000, seed=1, **{**SMALL, "num_inference_steps": 1, "output_type": "latent"})
+    assert any("tokens" in message for message in caplog.messages)
+    assert all(len(message) < SHORT for message in caplog.messages)
+    assert len(str(pipe("a", output_type="latent", **SMALL).recipe.of(0))) < SHORT
+
+
+# ---- numbers of any library ----
+
+
+@pytest.mark.parametrize("of", [np.int64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch(pipe, of):
+    plain = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+    plain |= {"max_sequence_length": 64, "num_videos_per_prompt": 1}
+    numbers = {"guidance_scale": 2.5, "guidance_scale_2": 1.5, "flow_shift": 4.0}
+    scalar = np.float32 if of is np.int64 else of
+    theirs = {n: of(v) for n, v in plain.items()} | {n: scalar(v) for n, v in numbers.items()}
+    expected = pipe("a", output_type="latent", **plain, **numbers)
+    video = pipe("a", output_type="latent", **theirs)
+    assert torch.equal(video.frames, expected.frames)
+    assert video.recipe == expected.recipe and video.recipe.to_json() == expected.recipe.to_json()
+
+
+def test_lists_of_numpy(pipe):
+    settings = {**SMALL, "num_inference_steps": None, "flow_shift": None, "output_type": "latent"}
+    expected = pipe(["a", "b"], seed=[3, 4], sigmas=[1.0, 0.5], **settings)
+    for seeds in ([np.int64(3), np.uint8(4)], np.array([3, 4]), torch.tensor([3, 4])):
+        video = pipe(["a", "b"], seed=seeds, sigmas=np.array([1.0, 0.5], np.float32), **settings)
+        assert torch.equal(video.frames, expected.frames)
+        assert video.recipe.to_json() == expected.recipe.to_json()

@@ -115,29 +115,30 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     # Clips.
 
-    def encode(self, x: Tensor, chunk_latents: int | None = 1) -> Tensor:
+    def encode(self, x: Tensor, chunk_latents: int | None = 1, tiled: bool | None = None) -> Tensor:
         """Encode a clip.
 
         Args:
             x: pixels, "b 3 t h w" in [-1, 1]; t is 1 + 4k, h and w multiples of `spatial_stride`.
             chunk_latents: latent frames to compute at a time; None: all. Changes memory, not the result.
+            tiled: whether to compute in tiles; None: if that is enabled.
         Returns: moments of the raw (not normalised) latents, "b 2c t h w": mean and log variance.
         """
         self._check_video(x)
         self._check_frame_count(x.shape[2])
         self._check_chunk_latents(chunk_latents)
         s = self.spatial_stride
-        tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
+        tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s, tiled)
         return blend_tiles((self._encode_clip(tile.cut(x, s), chunk_latents) for tile in tiles), tiles)
 
-    def decode(self, z: Tensor, chunk_latents: int | None = 1) -> Tensor:
+    def decode(self, z: Tensor, chunk_latents: int | None = 1, tiled: bool | None = None) -> Tensor:
         """Decode raw (not normalised) latents "b c t h w" to pixels "b 3 t h w" in [-1, 1].
 
-        `chunk_latents` is as in `encode`.
+        `chunk_latents` and `tiled` are as in `encode`.
         """
         self._check_latents(z)
         self._check_chunk_latents(chunk_latents)
-        tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
+        tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4], tiled)
         parts = (self._decode_clip(tile.cut(z), chunk_latents) for tile in tiles)
         return blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
 

@@ -87,12 +87,12 @@ class MemoryModes:
         """Compute all samples of a batch at once again."""
         self.use_slicing = False
 
-    def _tiles(self, b: int, h: int, w: int) -> list[Tile]:
+    def _tiles(self, b: int, h: int, w: int, tiled: bool | None = None) -> list[Tile]:
         """Return the tiles of b samples of h x w latent cells."""
         samples, rows, columns = [(0, b)], [(0, h)], [(0, w)]
         if self.use_slicing:
             samples = split_axis(b, 1, 1)
-        if self.use_tiling:
+        if self.use_tiling if tiled is None else tiled:
             s = self.spatial_stride
             rows = split_axis(h, self.tile_sample_min_height // s, self.tile_sample_stride_height // s)
             columns = split_axis(w, self.tile_sample_min_width // s, self.tile_sample_stride_width // s)

@@ -228,7 +228,7 @@ class WanTransformer3DModel(nn.Module):
         """
         grid = self._token_grid(hidden_states, timestep)
         compute_dtype = at_least_float32(encoder_hidden_states.dtype)
-        rotary = rotary_tables(grid, self.head_dim, hidden_states.device, compute_dtype)
+        rotary = self.rotary(hidden_states, grid, compute_dtype)
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         x = rearrange(x, "b d t h w -> b (t h w) d").to(compute_dtype).contiguous()
 
@@ -246,6 +246,10 @@ class WanTransformer3DModel(nn.Module):
         return rearrange(
             x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
+
+    def rotary(self, latents: torch.Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> RotaryTables:
+        """Return the rotary tables of a grid of tokens, see `rope.rotary_tables`."""
+        return rotary_tables(grid, self.head_dim, latents.device, dtype)
 
     def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
         """Return what a block makes of its arguments."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_real, cut, shown
+from ..checks import check_real, cut, shown, with_plain_numbers
 
 
 def check_shift(name: str, shift: Any) -> float:
@@ -17,7 +17,10 @@ def checked_table(
     name: str, values: Any, top: float, num_inference_steps: int | None, shift: float | None
 ) -> np.ndarray:
     """Return custom sigmas or timesteps in float64; they must fall strictly within (0, top]."""
-    table = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
+    try:
+        table = torch.as_tensor(with_plain_numbers(values), dtype=torch.float64, device="cpu").numpy()
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name}={shown(values)} must be a list of numbers") from error
     if table.ndim != 1 or len(table) < 1:
         raise ValueError(f"{name} must be a list of at least 1 value, got shape {table.shape}")
     if num_inference_steps is not None and num_inference_steps != len(table):

@@ -20,7 +20,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from ..checks import as_number, check_positive_int, shown
+from ..checks import as_number, as_path, check_positive_int, shown
 from .checks import check_shift, checked_table
 from .hub_config import MULTISTEP_FLOW, SCHEMAS, SETTINGS, WRITER, HubSchema, read_config
 
@@ -297,7 +297,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         replace the config's.
         """
         config, kwargs, _ = cls.load_config(
-            pretrained_model_name_or_path,
+            as_path(pretrained_model_name_or_path),
             subfolder=subfolder,
             return_unused_kwargs=True,
             return_commit_hash=True,

@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from ..checks import as_path
 from .recipe import Recipe
 
 PNG_KEY = "wan22"
@@ -15,7 +16,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises: FileNotFoundError: there is no such file. ValueError: the file carries no recipe.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as file:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..checks import shown
+from ..checks import cut, shown
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Recipe:
         return (
             f"{self.checkpoint}: {len(self.seeds)} x {size}, {self.num_inference_steps} steps of "
             f"{self.scheduler}, {'custom schedule' if shift is None else f'shift {shift:g}'}, "
-            f"guidance {scales}, seeds {', '.join(map(str, self.seeds))}"
+            f"guidance {scales}, seeds {cut(', '.join(map(str, self.seeds)))}"
         )
 
     def of(self, index: int) -> "Recipe":

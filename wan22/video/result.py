@@ -16,6 +16,7 @@ import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from ..checks import as_path
 from . import writers
 from .progress import progress_bar
 from .recipe import Recipe
@@ -65,7 +66,7 @@ class WanVideo(BaseOutput):
             FileExistsError: a file exists and overwrite is False.
             OSError: a file cannot be written; the frames remain and can be saved elsewhere.
         """
-        path = Path(path).expanduser()
+        path = as_path(path)
         writers.check_quality(path, quality, crf)
         ending = writers.check_ending(path)
         if not self.writes:
@@ -152,7 +153,7 @@ class WanStream:
 
         See `WanVideo.save` for arguments and errors. After an error the frames cannot be saved again.
         """
-        path = Path(path).expanduser()
+        path = as_path(path)
         writers.check_ending(path)
         writers.check_quality(path, quality, crf)
         if not self.writes:

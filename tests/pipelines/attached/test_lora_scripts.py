@@ -228,7 +228,7 @@ def test_hotswap_leaves_other_adapters(pipe, files, both):
 
 
 def test_hotswap_is_refused(pipe, files):
-    with pytest.raises(ValueError, match="'a' must be a loaded one; there is none"):
+    with pytest.raises(ValueError, match="'a' must be loaded; there is none"):
         pipe.load_lora_weights(files["transformer"], "a", hotswap=True)
     small = DIALECTS["diffusion_model, alpha"](make_lora(pipe.transformer, 7, share=0.5))
     pipe.load_lora_weights(small, "a")

@@ -184,6 +184,13 @@ def test_negative_values_mean_minus_1_to_1(caplog):
     assert "image has negative values: it is taken to be in [-1, 1]" in caplog.text
 
 
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "", "file:///"])
+def test_a_long_source_is_short_in_the_error(start):
+    with pytest.raises((ValueError, OSError)) as error:
+        read(start + "A" * 50_000)
+    assert len(str(error.value)) < 1000
+
+
 def test_none_lists_and_batches():
     assert images.load_pictures("image", None) == []
     other = 255 - RGB

@@ -347,6 +347,17 @@ def test_a_scheduler_of_diffusers(name, folder, tmp_path, pipe):
         assert not torch.equal(latents_of(pipe), latents)
 
 
+def test_unipc_of_diffusers_in_a_folder_of_ours(tmp_path):
+    """In a converted repository it stands for the official one; here somebody has chosen it."""
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
+    latents = latents_of(random_pipeline(scheduler=scheduler), flow_shift=None)
+    random_pipeline(scheduler=scheduler).save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert type(again.scheduler) is diffusers.UniPCMultistepScheduler
+    assert torch.equal(latents_of(again, flow_shift=None), latents)
+    assert not torch.equal(latents_of(random_pipeline()), latents)
+
+
 class HalfSteps(diffusers.FlowMatchEulerDiscreteScheduler):
     """A scheduler of somebody's own, which no library knows."""
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
-from ...checks import check_choice, parse_bytes
+from ...checks import as_path, check_choice, parse_bytes
 from ..files.hub import is_repository_name
 from ..files.safetensors import STORED_DTYPES
 from ..files.weights import SUFFIXES
@@ -78,7 +78,7 @@ def convert(
             is not as it should be.
     """
     found, work, request = _prepare(source, destination, to, dtype, shard_size, attention_head_dim)
-    target = Path(destination).expanduser()
+    target = as_path(destination)
     partial = target.with_name(f"{target.name}.partial")
     _open_partial(partial, request)
     for path, folder in work.copies.items():
@@ -115,9 +115,9 @@ def _prepare(
     check_choice("to", to, LAYOUTS)
     dtype = read_dtype(dtype)
     size = parse_bytes(shard_size, "shard_size")
-    target = Path(destination).expanduser()
+    target = as_path(destination)
     _check_absent(target)
-    origin = Path(source).expanduser()
+    origin = as_path(source)
     if not origin.exists() and is_repository_name(str(source)):  # downloaded first
         origin = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
     if origin.resolve() in target.resolve().parents:

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants, hf_hub_download
 
+from ...checks import as_path
 from .weights import SUFFIXES
 
 OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
@@ -84,7 +85,7 @@ def local_file(source: str | Path, **options: Any) -> Path:
 
     `options` are some of OPTIONS. A path that is neither here nor an address is returned as it is.
     """
-    path = Path(source).expanduser()
+    path = as_path(source)
     if path.exists() or isinstance(source, Path):
         return path
     file = hub_file(source)

@@ -4,6 +4,8 @@ Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,17 +20,21 @@ from torch import Tensor
 
 from ...models.attention import find, preferring
 from ...models.autoencoder import AutoencoderKLWan
-from ...models.transformer import WanTransformer3DModel, WanTransformerBlock
+from ...models.layers import at_least_float32
+from ...models.rope import rotary_tables
+from ...models.transformer import RotaryTables, WanTransformer3DModel, WanTransformerBlock
 from ...private_apis import (
     active_attention_backend,
     checkpointed,
     choose_attention_backend,
     has_backend_of_diffusers,
+    hooks_of,
     register_block,
 )
 from ..lora.model import LoraModel, scaled_by_attention_kwargs
 from .attention_names import our_name, their_name
 from .diffusers_attention import DiffusersAttention
+from .diffusers_caches import adapted_cache, attention_caches_of_pass
 
 register_block(WanTransformerBlock)
 
@@ -42,6 +48,7 @@ class DiffusersTransformer(
     dtype: torch.dtype
     device: torch.device
     attention_class = DiffusersAttention
+    disable_cache: Any
     gradient_checkpointing = False  # see enable_gradient_checkpointing
 
     _supports_gradient_checkpointing = True
@@ -57,7 +64,13 @@ class DiffusersTransformer(
     # Trained along but used nowhere, in the official code as in diffusers: image tokens have no queries.
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
 
-    __init__ = register_to_config(WanTransformer3DModel.__init__)
+    rope: torch.nn.Module  # a caller's own takes its place; called with the latents, as diffusers' is
+
+    @register_to_config
+    @wraps(WanTransformer3DModel.__init__)
+    def __init__(self, *arguments: Any, **config: Any) -> None:
+        super().__init__(*arguments, **config)
+        self.rope = RotaryEmbedding(self.head_dim, self.patch_size)
 
     @scaled_by_attention_kwargs
     def forward(
@@ -96,11 +109,59 @@ class DiffusersTransformer(
             if has_backend_of_diffusers(layer):  # a caller's processor
                 choose_attention_backend(layer, their_name(name))
 
+    def rotary(self, latents: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> RotaryTables:
+        """Return the tables "1 l 1 d/2" of the module `rope`, in which each value stands twice."""
+        cos, sin = self.rope(latents)
+        return cos[..., ::2].to(dtype), sin[..., ::2].to(dtype)
+
+    def enable_cache(self, config: Any) -> None:
+        """Skip computation by one of diffusers' caches, which keep what they skip by pass and video.
+
+        Raises: ValueError: another is enabled, or it would not change what this transformer computes.
+        """
+        config = adapted_cache(self, config)
+        before = hooks_of(self)
+        super().enable_cache(config)
+        if not hooks_of(self) - before:
+            self.disable_cache()
+            raise ValueError(
+                f"this {type(config).__name__} fits no layer of a Wan transformer; its layers are named like "
+                "blocks.0, blocks.0.attn1 (among tokens), blocks.0.attn2 (to text) and proj_out"
+            )
+
+    @contextmanager
+    def cache_context(self, name: str, **state: Any) -> Iterator[None]:
+        """Tell step caches which pass runs, "cond" say, and where in the schedule."""
+        with super().cache_context(name, **state), attention_caches_of_pass(self, name):
+            yield
+
+    def enable_parallelism(self, **options: Any) -> None:
+        """Refuse diffusers' way to share a transformer's tokens among ranks, and name wan22's."""
+        raise ValueError(
+            "enable_parallelism is for diffusers' own attention; wan22.accel.parallel.parallelize(pipe, "
+            "ulysses=2) shares the tokens among ranks, and from_pretrained(parallel='auto') all that can be"
+        )
+
     def run_block(self, block: torch.nn.Module, *arguments: Any) -> Tensor:
         """Run a block; with gradient checkpointing, what it computes is computed anew for gradients."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpointed(self, block, *arguments)
         return super().run_block(block, *arguments)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """The rotary tables of a grid of tokens, as diffusers' transformer has them."""
+
+    def __init__(self, head_dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.attention_head_dim, self.patch_size = head_dim, patch_size
+
+    def forward(self, hidden_states: Tensor) -> RotaryTables:
+        """Return cosine and sine "1 l 1 d", each value twice, for latents "b c t h w"; float32 or wider."""
+        t, h, w = (n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        dtype = at_least_float32(hidden_states.dtype)
+        tables = rotary_tables((t, h, w), self.attention_head_dim, hidden_states.device, dtype)
+        return tables[0].repeat_interleave(2, dim=-1), tables[1].repeat_interleave(2, dim=-1)
 
 
 class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
@@ -141,6 +202,40 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
         return map(DiagonalGaussianDistribution, super().encode_stream(frames, chunk_latents))
 
     decode_stream = apply_forward_hook(AutoencoderKLWan.decode_stream)
+
+    @apply_forward_hook
+    def tiled_encode(self, x: Tensor) -> Tensor:
+        """Encode a clip in tiles, whether or not that is enabled; the moments "b 2c t h w"."""
+        return super().encode(x, tiled=True)
+
+    @apply_forward_hook
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents in tiles, whether or not that is enabled."""
+        sample = super().decode(z, tiled=True)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def clear_cache(self) -> None:
+        """Do nothing: between calls the model holds no history of a clip, as diffusers' does."""
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent row and column."""
+        return self.spatial_stride
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Frames per latent frame."""
+        return self.temporal_stride
+
+    @property
+    def temperal_downsample(self) -> list[bool]:
+        """Whether each step down halves time as well."""
+        return list(self.config.temperal_downsample)
+
+    @property
+    def temperal_upsample(self) -> list[bool]:
+        """Whether each step up doubles time as well."""
+        return self.temperal_downsample[::-1]
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from ...checks import as_path
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
@@ -214,7 +215,7 @@ class FromFiles:
     def _from_diffusers(cls, source: str, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model in the Diffusers layout as diffusers does, but refuse what it only warns of."""
         load = super().from_pretrained  # type: ignore[misc]
-        place = Path(source).expanduser() / (kwargs.get("subfolder") or "")
+        place = as_path(Path(source) / (kwargs.get("subfolder") or ""))
         if kwargs["dtype"] is None and place.is_dir():  # diffusers would take float32
             kwargs["dtype"] = stored_dtype(place, kwargs.get("variant"))
         kwargs = {name: value for name, value in kwargs.items() if name not in STEERING | {"dequantize"}}

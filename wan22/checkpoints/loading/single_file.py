@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
+from ...checks import as_path
 from ..files import hub
 from ..files.weights import WeightFile, read_json, read_weights, weights_of
 from .dtypes import read_dtype
@@ -168,7 +169,7 @@ def _reference(
     if isinstance(config, Mapping):
         return Reference("{…}", dict(config))
     cache = access.get("cache_dir")
-    root, places = Path(config).expanduser(), [subfolder or "", kind]
+    root, places = as_path(config), [subfolder or "", kind]
     if root.is_file():
         return Reference(str(root), read_json(root))
     if root.is_dir():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ...checks import as_path
 from ...models.tiny_autoencoder import TinyDecoder
 from ..files.weights import read_weights
 from ..naming.configs import shape_getter
@@ -26,7 +27,7 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype | str | None = None) 
     them, previews have the wrong colours.
     """
     asked = read_dtype(dtype)
-    file = read_weights(Path(path).expanduser())
+    file = read_weights(as_path(path))
     tensors = {n: t for n, t in normalize(file).items() if not n.startswith("encoder.")}
     get = shape_getter(file.source, shapes_of(tensors), "decoder like taew2_1 or taew2_2")
     first, *ups, last = (get(f"{name}.weight", 4) for name in (_FIRST, *_UP, _LAST))

@@ -12,7 +12,7 @@ from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
-from ...private_apis import active_attention_backend, attention_backend_of, is_compiled
+from ...private_apis import active_attention_backend, attention_backend_of, cache_config, is_compiled
 from .part import Part
 
 
@@ -118,6 +118,7 @@ class Acceleration(Part):
         """Return what moves results away from those of the plain models, by rounding or by more."""
         pipe = self._pipe
         models = {name: model for name in MODELS if (model := getattr(pipe, name, None)) is not None}
+        caches = [cache_config(model) for model in pipe.transformers]
         quantizable = [name for name in models if name not in ("vae", "image_encoder")]
         found = {
             "attention": tuple(sorted(self._kernels() - {"native"})),
@@ -125,6 +126,7 @@ class Acceleration(Part):
             "accelerated": self.accelerated,
             "compiled": self.compiled is not None or any(map(is_compiled, models.values())),
             "of_diffusers": tuple(n for n in models if n in OWN_MODELS and not is_ours(models[n])),
+            "step_cache": tuple(sorted({type(config).__name__ for config in caches if config is not None})),
             "tiled": pipe.vae is not None and pipe.vae.use_tiling,
         }
         return {what: value for what, value in found.items() if value}

@@ -14,6 +14,7 @@ from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source,
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
 from ...checkpoints.naming.names import listed
+from ...checks import shown
 from ...private_apis import uncompiled
 from .part import Part
 
@@ -91,7 +92,7 @@ class Loras(Part):
         taken = {name for adapters in targets.values() for name in adapters.names}
         name = _free_name(taken) if adapter_name is None else adapter_name
         if name in taken:
-            raise ValueError(f"there is an adapter {name!r} already; choose another name")
+            raise ValueError(f"there is an adapter {shown(name)} already; choose another name")
         for slot, adapters in targets.items():
             adapters.load(name, loras[slot], strengths[slot], unasked)
         return name
@@ -278,7 +279,7 @@ class Loras(Part):
         targets = {slot: a for slot, a in self._adapters().items() if slot in loras and name in a.names}
         if name is None or not targets:
             known = ", ".join(sorted(self._names())) or "none"
-            raise ValueError(f"hotswap=True: adapter_name={name!r} must be a loaded one; there is {known}")
+            raise ValueError(f"hotswap=True: adapter_name={shown(name)} must be loaded; there is {known}")
         for slot, adapters in targets.items():
             adapters.swap(name, loras[slot], strengths[slot])
         return name
@@ -301,9 +302,8 @@ class Loras(Part):
     def _check_names(self, names: Sequence[str]) -> None:
         known = sorted(self._names())
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(
-                f"adapter {unknown[0]!r} is not in the list of present adapters: {', '.join(known) or 'none'}"
-            )
+            present = ", ".join(known) or "none"
+            raise ValueError(f"adapter {shown(unknown[0])} is not in the list of present adapters: {present}")
 
     def _known(self, strength: Strength | None) -> Strength:
         """Return a strength without the entries of what the pipeline does not have, as diffusers reads it."""

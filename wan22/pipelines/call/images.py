@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ...checks import cut, shown
+from ...checks import as_path, cut, shown
 from .checks import describe
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _open(name: str, source: str) -> Image.Image:
                 data = answer.read()
         else:
             path = url2pathname(url.path) if url.scheme == "file" else source
-            data = Path(path).expanduser().read_bytes()
+            data = as_path(path).read_bytes()
         image = Image.open(BytesIO(data))
         image.load()
         return image

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...checkpoints.loading.diffusers_caches import check_cache_for_passes
 from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
 from ...presets import MAX_TEXT_TOKENS
+from ...private_apis import cache_config
 from ...video.recipe import Recipe
 from ...video.result import OUTPUT_TYPES
 from ..parts import PipelineParts
@@ -38,6 +40,8 @@ class Checked:
 def check(pipe: PipelineParts, request: Request) -> Checked:
     """Check a request; a ValueError names the value, the rule and the nearest valid value."""
     pipe.check_components()  # one may have been replaced since
+    for model in pipe.transformers:
+        check_cache_for_passes(cache_config(model))
     check_choice("output_type", request.output_type, OUTPUT_TYPES)
     check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)

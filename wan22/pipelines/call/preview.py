@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...checkpoints.loading.tiny_autoencoder import load_tiny_decoder
-from ...checks import check_positive_int, cut, shown
+from ...checks import as_path, check_positive_int, cut, shown
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
 from ...video.progress import in_notebook
@@ -143,7 +143,7 @@ def _shower(show: Show) -> tuple[Callable[[Preview], Any], str]:
     if callable(show):
         return show, ""
     if isinstance(show, str | os.PathLike):
-        path = Path(show).expanduser().absolute()  # wherever the working folder is by then
+        path = as_path(show).absolute()  # wherever the working folder is by then
         if path.suffix.lower() not in ENDINGS:
             nearest = ", ".join(path.with_suffix(ending).name for ending in ENDINGS)
             raise ValueError(f"{cut(path.name)} must end in {', '.join(ENDINGS)}, as {cut(nearest)}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from ...accel.planning.meta_models import MODELS, store_as
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
-from ...checks import check_choice, shown
+from ...checks import as_path, check_choice, shown
 from ...private_apis import signature_keys
 
 Dtype = torch.dtype | str | None
@@ -99,4 +98,4 @@ class Checkpoint(Protocol):
 
 def is_folder(source: str) -> bool:
     """Return whether a source is a folder here, and not a repository's name."""
-    return Path(source).expanduser().is_dir()
+    return as_path(source).is_dir()

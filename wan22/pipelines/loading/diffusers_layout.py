@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Stands in model_index.json, where diffusers ignores it: the settings in the folder are somebody's choice.
 MARK = "_wan22_version"
-# Stands there, too: module and name of a scheduler's class that is neither ours nor diffusers'.
+# Stands there, too: module and name of a scheduler's class that is not the one that the entry would load.
 OWN_SCHEDULER = "_wan22_scheduler"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 

@@ -69,14 +69,15 @@ def saved_scheduler(scheduler: Any) -> tuple[list[str] | None, list[str] | None]
     """Return what model_index.json says of a scheduler: an entry that diffusers loads, and the class itself.
 
     The entry is None for a class that derives from none of diffusers' or ours: it stays as diffusers writes
-    it. The second is None where the entry says it all.
+    it. The second is None where the entry says it all; of diffusers' UniPC it does not, as it becomes ours.
     """
     own = type(scheduler)
     for cls in own.mro():
         ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
         name = cls.schema.class_name if ours else cls.__name__  # type: ignore[attr-defined]
         if ours or (cls is not SchedulerMixin and getattr(diffusers, name, None) is cls):
-            return ["diffusers", name], None if cls is own else [own.__module__, own.__qualname__]
+            told = cls is own is not diffusers.UniPCMultistepScheduler
+            return ["diffusers", name], None if told else [own.__module__, own.__qualname__]
     return None, None
 
 

@@ -16,7 +16,7 @@ from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
-from ...checks import shown
+from ...checks import as_path, shown
 from ...private_apis import signature_keys
 from .checkpoint import TRANSFORMERS, Checkpoint, Outline, Wanted
 from .diffusers_layout import DiffusersLayout
@@ -31,7 +31,7 @@ def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
 
     A FileNotFoundError says if it is neither, an OSError if the repository cannot be reached.
     """
-    folder = Path(source).expanduser()
+    folder = as_path(source)
     if folder.is_dir():
         layout = DiffusersLayout if (folder / "model_index.json").exists() else OfficialLayout
         return layout(source, folder, hub)

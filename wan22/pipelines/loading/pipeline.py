@@ -14,6 +14,7 @@ from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
 from ...checkpoints.loading.single_file import ALIASES, Arguments, only_source
 from ...checkpoints.lora.plain import plain_state
+from ...checks import cut
 from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
@@ -153,7 +154,7 @@ class LoadablePipeline(DiffusionPipeline):
         components, settings = signature_keys(cls)
         names = [*components, *settings]
         if unknown := sorted(kwargs.keys() - set(names)):
-            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}")
+            raise ValueError(f"{cls.__name__} has no {cut(', '.join(unknown))}; it has {', '.join(names)}")
         known = {**pipeline.config, **pipeline.components, **kwargs}
         pipe = cls(**{name: value for name, value in known.items() if name in names})
         pipe.check_components()

@@ -16,6 +16,7 @@ from ...checkpoints.loading.models import WanTransformer3DModel
 from ...checkpoints.loading.recognize import kinds_in, read_model
 from ...checkpoints.loading.single_file import NO_REFERENCE, Arguments, Reference
 from ...checkpoints.loading.stored import StoredModel
+from ...checks import as_path
 from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
@@ -114,7 +115,7 @@ def settings_of(config: Any, two: bool) -> dict[str, Any]:
 def path_of(name: str, source: str | Path, given: Arguments) -> Path:
     """Return where a component's file is here, after its download if it is an address on the hub."""
     if name == "tokenizer":  # a folder here, or a repository, which its loader knows
-        return Path(source).expanduser()
+        return as_path(source)
     return local_file(source, **given.access)
 
 
