@@ -306,6 +306,22 @@ def test_attributes_that_diffusers_callbacks_read(pipe):
     assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (4, 8)
 
 
+def test_attention_kwargs_reach_the_models_as_they_are(pipe):
+    """And callbacks. Layers of the caller's own may take tensors."""
+    given = {"mask": torch.ones(2)}
+    seen = []
+    for slot in ("transformer", "transformer_2"):
+        model = copy.deepcopy(getattr(pipe, slot))
+        model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        setattr(pipe, slot, model)
+    latents_of(
+        pipe,
+        attention_kwargs=given,
+        callback_on_step_end=lambda p, *_: seen.append({"attention_kwargs": p.attention_kwargs}),
+    )
+    assert [kwargs["attention_kwargs"]["mask"] is given["mask"] for kwargs in seen] == [True] * (6 + 3)
+
+
 def test_replaced_embeddings_are_checked_and_padded(pipe):
     width = pipe.transformer.config.text_dim
 

@@ -92,7 +92,7 @@ class Calls(Part):
     def begin(self, attention_kwargs: dict[str, Any] | None) -> Iterator[CallState]:
         """Let a call run in this thread, once those that it has to wait for have ended."""
         scheduler = self._chosen.__dict__.pop("scheduler", self._pipe.scheduler)
-        with self.turn(attention_kwargs), self._lent(scheduler) as state:
+        with self.turn(attention_kwargs), self._lent(scheduler, attention_kwargs) as state:
             entry = threading.get_ident(), state
             self._running.append(entry)
             try:
@@ -151,7 +151,7 @@ class Calls(Part):
         return None
 
     @contextmanager
-    def _lent(self, scheduler: Any) -> Iterator[CallState]:
+    def _lent(self, scheduler: Any, attention_kwargs: dict[str, Any] | None) -> Iterator[CallState]:
         """Lend a scheduler to a call, or a copy while another call, of whichever pipeline, has it.
 
         The pipeline's own, so that after a call scripts find in it what they find in diffusers'.
@@ -161,7 +161,7 @@ class Calls(Part):
             if lender is not None:
                 with lender.stepping:
                     scheduler = copy.deepcopy(scheduler)
-            state = CallState(scheduler)
+            state = CallState(scheduler, attention_kwargs)
             _lenders.append(state)
         try:
             yield state

@@ -17,16 +17,17 @@ class CallState:
 
     Args:
         scheduler: the solver, no other call's.
+        attention_kwargs: as they were given.
     """
 
-    def __init__(self, scheduler: Any = None) -> None:
+    def __init__(self, scheduler: Any = None, attention_kwargs: dict[str, Any] | None = None) -> None:
         self.scheduler = scheduler
         self.stepping = threading.Lock()  # held while the scheduler changes
         self.running = False
         self.recipe: Recipe | None = None
         self.guided = False  # whether the negative prompt is encoded
         self.guidance_scale_2: float | None = None
-        self.attention_kwargs: dict[str, Any] | None = None
+        self.attention_kwargs = attention_kwargs
         self.num_timesteps = 0
         self.current_timestep: torch.Tensor | None = None
         self.interrupt = False  # a callback's wish to end with the latents of the present step
@@ -39,7 +40,6 @@ class CallState:
         self.recipe, self.guided, self.num_timesteps = recipe, guided, num_timesteps
         self._first_scale = self._guidance_scale = recipe.guidance_scale
         self.guidance_scale_2 = recipe.call.get("guidance_scale_2")
-        self.attention_kwargs = recipe.call.get("attention_kwargs")
         self.running = True
 
     def end(self) -> None:
