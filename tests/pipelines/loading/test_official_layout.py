@@ -55,6 +55,17 @@ def test_an_official_folder(form):
     assert not (folder / "model_index.json").exists()
 
 
+def test_a_part_of_an_official_folder(form):
+    """Latents alone without VAE and text encoder, prompts alone without the rest."""
+    folder, _, _, pipeline, *_ = form
+    part = pipeline.from_pretrained(folder, vae=None, text_encoder=None, tokenizer=None)
+    assert part.vae is part.text_encoder is None and part.transformers
+    assert part.latent_shape(5, 64, 64) == pipeline.from_pretrained(folder).latent_shape(5, 64, 64)
+    encoders = pipeline.from_pretrained(folder, vae=None, transformer=None, transformer_2=None)
+    assert encoders.vae is encoders.scheduler is None and not encoders.transformers
+    assert encoders.encode_prompt("a", do_classifier_free_guidance=False)[0].shape[:2] == (1, 512)
+
+
 def test_official_folders_give_the_official_numbers(tmp_path):
     for name, form in (("pipe_t2v_unipc", "t2v"), ("pipe_ti2v_text", "ti2v")):
         transformers, vae, pipeline, _, _ = FORMS[form]
