@@ -9,6 +9,8 @@ import torch
 
 from tests.builders import SMALL, random_pipeline, recording
 from wan22 import FlowMatchUniPCScheduler, read_recipe
+from wan22.accel import plan
+from wan22.video.recipe import Recipe
 
 ROWS = torch.zeros(1, 4, 32)
 NAN = float("nan")
@@ -251,3 +253,22 @@ def test_lists_of_numpy(pipe):
         video = pipe(["a", "b"], seed=seeds, sigmas=np.array([1.0, 0.5], np.float32), **settings)
         assert torch.equal(video.frames, expected.frames)
         assert video.recipe.to_json() == expected.recipe.to_json()
+
+
+def test_numbers_of_numpy_beside_a_call(tmp_path):
+    pipe = random_pipeline(boundary_ratio=np.float32(0.875))
+    assert type(pipe.config.boundary_ratio) is float
+    pipe.register_to_config(boundary_ratio=np.float32(0.5))  # as scripts for diffusers do
+    video = pipe("a", preview=lambda preview: None, preview_every=np.int64(1), **SMALL)
+    assert Recipe.from_json(video.recipe.to_json()) == video.recipe
+    (plain,) = video.save(tmp_path / "plain.mp4", quality=80)
+    (theirs,) = video.save(tmp_path / "theirs.mp4", quality=torch.tensor(80))
+    assert plain.read_bytes() == theirs.read_bytes()
+    with pytest.raises(ValueError, match="quality=True must be an int"):
+        video.save(tmp_path / "true.mp4", quality=True)
+    size = {"width": 64, "height": 48, "num_frames": 5}
+    numbers = {name: np.int64(value) for name, value in size.items()}
+    assert plan(pipe, ram=np.float64(1e10), videos=np.int8(1), **numbers) == plan(pipe, ram="10GB", **size)
+    pipe.vae.enable_strips(np.int64(2))
+    assert type(pipe.vae.num_strips) is int
+    pipe.vae.disable_strips()

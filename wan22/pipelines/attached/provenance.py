@@ -19,7 +19,7 @@ from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
 from ...checkpoints.lora.sources import lora_fingerprint
-from ...checks import cut
+from ...checks import as_number, cut
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
 from ..call.request import plain
 from .part import Part
@@ -104,7 +104,7 @@ class Provenance(Part):
         return {
             "checkpoint": pipe.checkpoint_name,
             "pipeline": type(pipe).__name__,
-            "boundary_ratio": pipe.config.boundary_ratio,
+            "boundary_ratio": as_number(pipe.config.boundary_ratio),
             "scheduler_config": scheduler_settings(pipe.scheduler),
             "origin": self.origin(),
             "loras": self.used_loras(),
