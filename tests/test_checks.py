@@ -1,5 +1,6 @@
 """Checks of plain arguments say what is wrong, and what would be right."""
 
+import ast
 import re
 from fractions import Fraction
 from functools import partial
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import wan22
 from wan22 import checks
 
 
@@ -147,3 +149,16 @@ def test_amounts(amount, expected):
 def test_no_amounts(amount):
     with pytest.raises(ValueError, match=r"vram=.* must be at least one byte, written as '12GB'"):
         checks.parse_bytes(amount, "vram")
+
+
+def test_no_message_writes_a_value_out_whole():
+    """Errors and log lines show values by `shown`, which bounds them, and not by their repr."""
+    for path in Path(wan22.__file__).parent.rglob("*.py"):
+        if path.name in ("__init__.py", "checks.py"):  # names that somebody looks up
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FormattedValue) and node.conversion == ord("r"):
+                value = node.value
+                cut_before = isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice)
+                constant = isinstance(value, ast.Name) and value.id.isupper()
+                assert cut_before or constant, f"{path.name}:{node.lineno}: {ast.unparse(value)}"

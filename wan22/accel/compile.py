@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.autoencoder_coders import Decoder3d, Encoder3d
 from ..models.temporal_cache import TemporalCache
@@ -84,7 +85,7 @@ def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Calla
 
 def _refuse_graphs(options: Mapping[str, Any]) -> None:
     """Refuse CUDA graphs: a call would overwrite the result of the call before, the next block's input."""
-    asked = [f"mode={mode!r}" for mode in _GRAPH_MODES if options.get("mode") == mode]
+    asked = [f"mode={shown(mode)}" for mode in _GRAPH_MODES if options.get("mode") == mode]
     asked += ["backend='cudagraphs'"] if options.get("backend") == "cudagraphs" else []
     asked += ["'triton.cudagraphs'"] if (options.get("options") or {}).get("triton.cudagraphs") else []
     if asked:

@@ -73,7 +73,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             name, value, supported = lacks
             raise ValueError(
                 f"the scheduler setting {name}={shown(value)} is not supported; the nearest supported value "
-                f"is {supported!r}; diffusers.{schema.class_name} has it"
+                f"is {shown(supported)}; diffusers.{schema.class_name} has it"
             )
         steps = check_positive_int("num_train_timesteps", num_train_timesteps, least=2)
         own = {"num_train_timesteps": steps, "shift": shift, "flow_shift": shift}

@@ -1,5 +1,7 @@
 """diffusers' names of attention kernels, and wan22's."""
 
+from ...checks import shown
+
 # wan22's kernel for each of diffusers' that it has; one from the hub is taken from its installed library.
 _OURS = {
     "native": "native",
@@ -51,7 +53,8 @@ def our_name(name: str, wanted: bool = True) -> str:
     name = getattr(name, "value", name)  # diffusers' names are an enumeration, too
     if wanted and name in _NEAREST:
         raise ValueError(
-            f"attention backend {name!r} of diffusers is not among wan22's; the nearest is {_NEAREST[name]!r}"
+            f"attention backend {shown(name)} of diffusers is not among wan22's; "
+            f"the nearest is {shown(_NEAREST[name])}"
         )
     return _OURS.get(name, name)
 
@@ -59,5 +62,7 @@ def our_name(name: str, wanted: bool = True) -> str:
 def their_name(name: str) -> str:
     """Return diffusers' name of one of wan22's kernels; a ValueError says if it has none."""
     if name not in _THEIRS:
-        raise ValueError(f"diffusers has no attention backend like {name!r}; it has {', '.join(_THEIRS)}")
+        raise ValueError(
+            f"diffusers has no attention backend like {shown(name)}; it has {', '.join(_THEIRS)}"
+        )
     return _THEIRS[name]

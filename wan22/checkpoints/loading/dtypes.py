@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checks import shown
 from ...models.layers import Float32Linear
 from ..files.quantized import FLOAT8, HALF
 from .quantized_linear import QuantizedLinear
@@ -30,7 +31,7 @@ def read_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype | None:
         found = NAMES.get(name, getattr(torch, name, None))  # float8, which torch has, is refused below
         if not isinstance(found, torch.dtype):
             near = difflib.get_close_matches(dtype.lower(), [*NAMES, AS_STORED], 1, 0.3) or ["bfloat16"]
-            rule = f"must be a dtype of torch, its name, or {AS_STORED!r}; the nearest is {near[0]!r}"
+            rule = f"must be a dtype of torch, its name, or {AS_STORED!r}; the nearest is {shown(near[0])}"
             raise ValueError(f"{argument}={dtype[:80]!r} {rule}")
         dtype = found
     if dtype is None or dtype == AS_STORED:

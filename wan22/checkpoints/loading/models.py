@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ...checks import as_path
+from ...checks import as_path, shown
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
@@ -241,7 +241,7 @@ class FromFiles:
         if not place.exists():
             raise FileNotFoundError(f"there is no folder {place}")
         if (place / "model_index.json").exists():
-            advice = f"give subfolder={cls._format.kind!r}"
+            advice = f"give subfolder={shown(cls._format.kind)}"
             raise FileNotFoundError(f"{place} holds a pipeline, not a model; {advice} or another one in it")
         if not (place / "config.json").exists() and list(place.glob(f"{DIFFUSERS[0][0]}*")):
             raise FileNotFoundError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checks import shown
 from ...private_apis import own_tensors, uncompiled
 from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
@@ -131,7 +132,9 @@ class Adapters:
     def swap(self, name: str, lora: Lora, strength: Strength) -> None:
         """Give an adapter other weights in place, as `inject.replace` does."""
         if name not in self.names:
-            raise ValueError(f"hotswap=True: there is no adapter {name!r}; there is {listed(self.names)}")
+            raise ValueError(
+                f"hotswap=True: there is no adapter {shown(name)}; there is {listed(self.names)}"
+            )
         edit_on_host(self.model)
         replace(self.model, lora, to_peft(name))
         self._sources[name] = lora.source

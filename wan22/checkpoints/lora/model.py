@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers.loaders import PeftAdapterMixin
 
+from ...checks import shown
 from .adapters import Strength, adapters_of
 from .casting import computing, store_as_computed
 from .injecting import lora_layers
@@ -102,7 +103,7 @@ class LoraModel(PeftAdapterMixin):
         names = adapters_of(self).names
         name = (names[0] if names else "default") if adapter_name is None else adapter_name
         if name not in names:
-            raise ValueError(f"there is no adapter {name!r}; there is {', '.join(names) or 'none'}")
+            raise ValueError(f"there is no adapter {shown(name)}; there is {', '.join(names) or 'none'}")
         if official_names:
             if not safe_serialization:
                 raise ValueError("official_names=True writes safetensors; leave safe_serialization out")

@@ -272,7 +272,7 @@ class Loras(Part):
     def _components(self, names: str | Sequence[str] | None) -> list[Adapters]:
         names = SLOTS if names is None else [names] if isinstance(names, str) else names
         if not names or not set(names) <= set(SLOTS):
-            raise ValueError(f"components={list(names)!r} must be of {' and '.join(SLOTS)}")
+            raise ValueError(f"components={shown(list(names))} must be of {' and '.join(SLOTS)}")
         return [adapters for slot, adapters in self._adapters().items() if slot in names]
 
     def _swap(self, loras: Mapping[str, Lora], name: str | None, strengths: Mapping[str, OneStrength]) -> str:
@@ -336,11 +336,11 @@ def _free_name(taken: set[str]) -> str:
 def _by_slot(strength: Strength) -> dict[str, OneStrength]:
     if isinstance(strength, Mapping):
         if unknown := sorted(strength.keys() - set(SLOTS)):
-            raise ValueError(f"a strength is given for {unknown[0]!r}; there are {' and '.join(SLOTS)}")
+            raise ValueError(f"a strength is given for {shown(unknown[0])}; there are {' and '.join(SLOTS)}")
         return {slot: 1.0 if (s := strength.get(slot)) is None else _checked(s) for slot in SLOTS}
     if isinstance(strength, Sequence):
         if len(strength) != len(SLOTS):
-            raise ValueError(f"strength={strength!r} must be one number, or two: (high, low)")
+            raise ValueError(f"strength={shown(strength)} must be one number, or two: (high, low)")
         return {slot: _checked(s) for slot, s in zip(SLOTS, strength, strict=True)}
     return dict.fromkeys(SLOTS, _checked(strength))
 

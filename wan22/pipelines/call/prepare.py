@@ -63,7 +63,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     preset, request = pipe.preset, with_distilled(given)
     checked = check(pipe, request)
     if request.output_type != "latent":
-        pipe.check_vae(f"output_type={request.output_type!r}", "output_type='latent' needs none")
+        pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
     if state.scheduler is None:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
     generators = generators_of(request, checked.videos, pipe.draw_seed)
