@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
+from ..checkpoints.loading.models import is_ours
 from ..checkpoints.loading.quantized_linear import QuantizedLinear
 from ..checkpoints.lora.injecting import lora_layers
 from ..checks import shown
@@ -375,8 +376,9 @@ def _random_inputs(model: Any, size: tuple[int, int, int], tokens: int) -> dict[
         ids = torch.randint(config.vocab_size, (1, tokens), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     text = torch.randn(1, tokens, config.text_dim, generator=generator)
+    latents = torch.randn(1, config.in_channels, *size, generator=generator)
     inputs = {
-        "hidden_states": torch.randn(1, config.in_channels, *size, generator=generator),
+        "hidden_states": latents if is_ours(model) else latents.to(model.dtype),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": text.to(model.dtype),
     }

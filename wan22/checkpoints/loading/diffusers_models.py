@@ -112,7 +112,7 @@ class DiffusersTransformer(
     def rotary(self, latents: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> RotaryTables:
         """Return the tables "1 l 1 d/2" of the module `rope`, in which each value stands twice."""
         cos, sin = self.rope(latents)
-        return cos[..., ::2].to(dtype), sin[..., ::2].to(dtype)
+        return cos[..., ::2].to(dtype).contiguous(), sin[..., ::2].to(dtype).contiguous()
 
     def enable_cache(self, config: Any) -> None:
         """Skip computation by one of diffusers' caches, which keep what they skip by pass and video.
