@@ -137,10 +137,13 @@ def test_no_name():
         to_peft("")
 
 
+@pytest.mark.parametrize("hotswap", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 0.3])
-def test_a_scale_for_one_call(scale, model, table):
+def test_a_scale_for_one_call(scale, hotswap, model, table):
     by_file, deltas = differences(model)
     expected = run(merged(model, table, 0.7 * scale, deltas))
+    if hotswap:
+        model.enable_lora_hotswap(target_rank=8)
     load(model, table, strength=0.7, deltas=by_file)
     before = run(model)
     scalings = [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "scaling")]

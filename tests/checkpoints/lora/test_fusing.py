@@ -56,6 +56,19 @@ def test_unloading_keeps_what_is_fused(model, table):
     close(run(model), expected)
 
 
+def test_a_name_again_after_fusing(model, table):
+    other = make_lora(model, 2)
+    load(model, table, strength=0.5)
+    model.fuse_lora()
+    model.unload_lora()
+    load(model, other, strength=0.25)
+    assert adapters_of(model).strengths() == {"a": 0.5, "a (2)": 0.25}
+    model.fuse_lora()
+    model.unload_lora()
+    assert adapters_of(model).strengths() == {"a": 0.5, "a (2)": 0.25}
+    assert adapters_of(model).in_weights == {"a"}
+
+
 def test_scale_and_names(model, table):
     other = make_lora(model, 2)
     both = run(merged(merged(model, table, 0.5), other, 0.5))

@@ -16,7 +16,7 @@ from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
 from .differences import edit_on_host
 from .fusing import Fused
-from .injecting import detach, full_scale, inject, lora_layers, own_layer, path_of, replace
+from .injecting import detach, full_scale, inject, lora_layers, own_layer, path_of, replace, set_scaling
 from .names import from_peft, to_peft
 from .scales import check_strength
 from .weights import Lora
@@ -39,7 +39,8 @@ class Adapters:
         self._sources: dict[str, str] = {}
         self._unasked: set[str] = set()  # adapters that are here although the call named no expert
         self._fused = Fused()
-        self._absorbed: dict[str, tuple[str | None, Strength]] = {}  # fused, and unloaded since
+        # Name, file and strength of what was fused and unloaded since.
+        self._absorbed: list[tuple[str, str | None, Strength]] = []
 
     # ---- what there is ----
 
@@ -62,7 +63,7 @@ class Adapters:
     @property
     def in_weights(self) -> set[str]:
         """The adapters that are fused into weights, still loaded or not."""
-        return self.fused | self._absorbed.keys()
+        return self.fused | {name for name, _, _ in self._absorbed}
 
     @property
     def unfused(self) -> list[str]:
@@ -83,19 +84,24 @@ class Adapters:
 
     def strengths(self) -> dict[str, Strength]:
         """Return the adapters that change the result now, with their strengths."""
-        found: dict[str, dict[str, float]] = {}
-        for path, layer in self._layers.items():
-            for name, strength in self._in_effect(layer).items():
-                found.setdefault(from_peft(name), {})[path_of(path, layer)] = strength
-        tables = {name: table for name, table in found.items() if any(table.values())}
-        return {name: strength for name, (_, strength) in self._absorbed.items()} | {
-            name: next(iter(table.values())) if len(set(table.values())) == 1 else table
-            for name, table in tables.items()
-        }
+        return {name: strength for name, (_, strength) in self.used().items()}
 
-    def source(self, name: str) -> str | None:
-        """Return the file of an adapter; "" for tensors in memory, None if PEFT or diffusers has made it."""
-        return self._absorbed[name][0] if name in self._absorbed else self._sources.get(name)
+    def used(self) -> dict[str, tuple[str | None, Strength]]:
+        """Return the file and strength of the adapters that change the result now; those that were fused and
+        unloaded come first, and a name that comes again gets a number.
+
+        The file is "" for tensors in memory, None if PEFT or diffusers has made the adapter.
+        """
+        found: dict[str, tuple[str | None, Strength]] = {}
+        loaded = [(name, self._sources.get(name), strength) for name, strength in self._counted().items()]
+        for name, source, strength in (*self._absorbed, *loaded):
+            numbered = (f"{name} ({i})" for i in range(2, len(found) + 3))
+            found[next(key for key in (name, *numbered) if key not in found)] = source, strength
+        return found
+
+    def foreign(self, name: str) -> bool:
+        """Whether PEFT or diffusers has made an adapter."""
+        return name not in self._sources
 
     # ---- what changes it ----
 
@@ -116,7 +122,7 @@ class Adapters:
         unfused = self._unfuse_for(name)
         disabled, active = self._disabled, list(unfused) or self.active
         # As in diffusers, those that its own methods added give way.
-        if others := [other for other in active if self.source(other) is None]:
+        if others := [other for other in active if self._sources.get(other) is None]:
             logger.warning("%s is not active beside %s; set_adapters makes both so", ", ".join(others), name)
         edit_on_host(self.model)
         inject(self.model, lora, to_peft(name))
@@ -176,8 +182,8 @@ class Adapters:
         """Take all adapters out; what is fused stays in the weights."""
         if fused := self.fused:
             logger.info("%s stays fused in the weights", ", ".join(sorted(fused)))
-            now = self.strengths()
-            self._absorbed |= {name: (self.source(name), now[name]) for name in fused & now.keys()}
+            now = [(name, strength) for name, strength in self._counted().items() if name in fused]
+            self._absorbed += [(name, self._sources.get(name), strength) for name, strength in now]
         edit_on_host(self.model)
         detach(self.model)
         self._fused.forget()
@@ -252,6 +258,18 @@ class Adapters:
     def _disabled(self) -> bool:
         return any(layer.disable_adapters for layer in self._layers.values())
 
+    def _counted(self) -> dict[str, Strength]:
+        """Return the strengths that PEFT's layers compute with, one for all modules or a table of them."""
+        found: dict[str, dict[str, float]] = {}
+        for path, layer in self._layers.items():
+            for name, strength in self._in_effect(layer).items():
+                found.setdefault(from_peft(name), {})[path_of(path, layer)] = strength
+        return {
+            name: next(iter(table.values())) if len(set(table.values())) == 1 else table
+            for name, table in found.items()
+            if any(table.values())
+        }
+
     def _in_effect(self, layer: Any) -> dict[str, float]:
         """Return the strengths that a layer computes with: of merged adapters alone, if there are any."""
         if layer.merged:
@@ -268,7 +286,7 @@ class Adapters:
         """
         if not (fused := sorted(self.fused)):
             return {}
-        counted = {n: strength for n, strength in self.strengths().items() if n in self.names}
+        counted = {n: strength for n, strength in self._counted().items() if n in self.names}
         self.unfuse()
         logger.info("%s is not fused any more, so that %s counts beside it", ", ".join(fused), name)
         return counted
@@ -285,10 +303,8 @@ class Adapters:
             if key in layer.scaling:
                 entry, factor = _lookup(strength, path_of(path, layer))
                 used.add(entry)
-                before = layer.scaling[key]
-                layer.set_scale(key, factor)
-                if isinstance(before, torch.Tensor):  # PEFT's hotswap: a number would recompile
-                    layer.scaling[key] = before.fill_(layer.scaling[key])
+                set_scaling(layer, key, factor * full_scale(layer, key))
+                layer.scale_layer(1.0)  # whole differences are written anew
         if isinstance(strength, Mapping) and (unused := sorted(strength.keys() - used)):
             logger.warning("strengths of %s: the adapter %s has no such modules", listed(unused), name)
 

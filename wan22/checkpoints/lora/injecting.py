@@ -49,6 +49,14 @@ def full_scale(layer: Any, adapter: str) -> float:
     return float(alpha / (layer.r[adapter] ** 0.5 if root else layer.r[adapter]))
 
 
+def set_scaling(layer: Any, adapter: str, scaling: float) -> None:
+    """Set PEFT's scaling of an adapter in one layer; a tensor, as for hotswap, stays the same one."""
+    if isinstance(layer.scaling[adapter], Tensor):
+        layer.scaling[adapter].fill_(scaling)
+    else:
+        layer.scaling[adapter] = scaling
+
+
 def own_layer(model: nn.Module, path: str) -> nn.Module:
     """Return a model's own module, which PEFT's layers may stand around."""
     module = model.get_submodule(path)

@@ -11,7 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from ...checks import shown
 from .adapters import Strength, adapters_of
 from .casting import computing, store_as_computed
-from .injecting import lora_layers
+from .injecting import lora_layers, set_scaling
 from .names import from_peft, to_peft
 from .saving import save_as_diffusers, save_official, save_refusal
 
@@ -25,14 +25,15 @@ def scaled_by_attention_kwargs(forward: Callable[..., Any]) -> Any:
         if scale == 1.0:
             return forward(self, *args, **kwargs)
         layers = list(lora_layers(self).values())
-        before = [dict(layer.scaling) for layer in layers]
+        before = [{name: float(scaling) for name, scaling in layer.scaling.items()} for layer in layers]
         try:
             for layer in layers:
                 layer.scale_layer(scale)
             return forward(self, *args, **kwargs)
         finally:
-            for layer, scaling in zip(layers, before, strict=True):
-                layer.scaling.update(scaling)  # to the bit, and from 0, too
+            for layer, scalings in zip(layers, before, strict=True):
+                for name, scaling in scalings.items():
+                    set_scaling(layer, name, scaling)  # to the bit, and from 0, too
                 layer.scale_layer(1.0)  # whole differences are written again
 
     return scaled
@@ -109,7 +110,7 @@ class LoraModel(PeftAdapterMixin):
                 raise ValueError("official_names=True writes safetensors; leave safe_serialization out")
             save_official(self, to_peft(name), Path(save_directory), weight_name, upcast_before_saving)
             return
-        foreign = adapters_of(self).source(name) is None
+        foreign = adapters_of(self).foreign(name)
         if refusal := save_refusal(self, to_peft(name), foreign):
             raise ValueError(f"the adapter {name} {refusal}; official_names=True writes it")
         folder = Path(save_directory)

@@ -78,9 +78,8 @@ class Provenance(Part):
         found: dict[str, dict[str, tuple[str, Any]]] = {}
         for slot in ("transformer", "transformer_2"):
             if (model := getattr(self._pipe, slot)) is not None:
-                adapters = adapters_of(model)
-                for name, strength in adapters.strengths().items():
-                    found.setdefault(name, {})[slot] = adapters.source(name) or "", strength
+                for name, (source, strength) in adapters_of(model).used().items():
+                    found.setdefault(name, {})[slot] = source or "", strength
         return tuple(
             UsedLora(
                 name,
