@@ -102,7 +102,8 @@ def test_it_is_diffusers_mixin(pipe, files):
         str(files["transformer"].parent), weight_name="transformer.safetensors"
     )
     assert all("lora_" in name for name in state)
-    pipe.load_lora_weights(pretrained_model_name_or_path_or_dict=files["transformer"], low_cpu_mem_usage=True)
+    options = {"low_cpu_mem_usage": True, "use_safetensors": True}
+    pipe.load_lora_weights(pretrained_model_name_or_path_or_dict=files["transformer"], **options)
     assert pipe.get_active_adapters() == ["default_0"]
 
 

@@ -43,6 +43,7 @@ class Loras(Part):
         subfolder: str = "",
         load_into_transformer_2: bool = False,
         low_cpu_mem_usage: bool = True,
+        use_safetensors: bool | None = None,
         **hub: Any,
     ) -> str:
         """Load a LoRA in any dialect, for all transformers or as a pair for the two experts; return its name.
@@ -62,7 +63,8 @@ class Loras(Part):
             load_into_transformer_2: whether it is for the low-noise expert alone, as low=. What was loaded
                 before for both, by calls that did not say so, is then taken out of the low-noise expert: a
                 script of two calls, as diffusers needs, has each file in its own expert.
-            low_cpu_mem_usage: changes nothing here, as weights are never initialised first.
+            low_cpu_mem_usage, use_safetensors: change nothing here: weights are not initialised first, and no
+                code in a file is run.
             **hub: `cache_dir`, `force_download`, `token`, `local_files_only`, `revision`.
 
         Raises:
