@@ -158,3 +158,12 @@ def test_two_embeddings_that_differ(official, tmp_path):
     with pytest.raises(ValueError, match=r"shared\.weight and encoder\.embed_tokens\.weight differ"):
         load(tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_embedding_that_is_not_finite(value, tmp_path):
+    weights = {name: w.clone() for name, w in golden("t5").weights.items()}
+    weights["token_embedding.weight"][3, 4] = value
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"shared\.weight has values that are not finite"):
+        read_model(tmp_path / "w.pth", "text_encoder").load()

@@ -1,6 +1,7 @@
 """The encoders, which are transformers' models: umT5, and Wan 2.1's CLIP for images."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,9 +69,10 @@ class _TextEncoderFormat(_TransformersFormat):
         values = expanded(embedding)
         if copy is not embedding and not torch.equal(expanded(copy), values):
             raise ValueError(f"{source}: {_EMBEDDING} and {_COPY} differ; they must be the same")
-        if not values.any():
+        least, most = (float(value) for value in values.aminmax())  # in one pass, and without a copy
+        if least == most == 0:
             raise ValueError(f"{source}: {_EMBEDDING} is all zero")
-        if not values.isfinite().all():
+        if not math.isfinite(most - least):
             raise ValueError(f"{source}: {_EMBEDDING} has values that are not finite")
         return tensors
 
