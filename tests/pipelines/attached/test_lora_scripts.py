@@ -6,7 +6,10 @@ import logging
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.accel.offload.recording import RecordingDevice
+from tests.accel.planning.test_planner import plan_in
 from tests.builders import latents_of, random_pipeline
 from tests.checkpoints.lora_writers import DIALECTS, make_lora, save
 from wan22 import WanT2VPipeline
@@ -194,6 +197,32 @@ def test_a_pipeline_with_fused_loras_is_saved(pipe, files, both, tmp_path):
         torch.testing.assert_close(latents_of(again), both, rtol=1e-5, atol=1e-5)
         theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / name, subfolder="transformer")
         assert theirs.state_dict().keys() == again.transformer.state_dict().keys()
+
+
+def test_the_models_methods_under_a_memory_plan(pipe, files):
+    """They edit the weights on the host, and a call's scale must not."""
+    delta = torch.full_like(pipe.transformer.blocks[0].attn1.to_q.bias, 0.1)
+    difference = {"diffusion_model.blocks.0.self_attn.q.diff_b": delta}
+    pipe.load_lora_weights(load_file(files["transformer"]) | difference)
+    expected = {}
+    for strength in (1.0, 0.2):
+        pipe.set_adapters("default_0", strength)
+        expected[strength] = latents_of(pipe)
+    pipe.apply(plan_in(pipe, 1e9), RecordingDevice())
+    assert torch.equal(latents_of(pipe), expected[0.2])
+    for model in pipe.transformers:
+        model.set_adapters("default_0", 1.0)
+    assert torch.equal(latents_of(pipe), expected[1.0])
+    for model in pipe.transformers:
+        model.fuse_lora()
+    torch.testing.assert_close(latents_of(pipe), expected[1.0], rtol=1e-5, atol=1e-5)
+    pipe.release()
+    torch.testing.assert_close(latents_of(pipe), expected[1.0], rtol=1e-5, atol=1e-5)
+    pipe.unfuse_lora()
+    assert torch.equal(latents_of(pipe), expected[1.0])
+    pipe.apply(plan_in(pipe, 1e9), RecordingDevice())
+    with pytest.raises(ValueError, match="scale cannot change a LoRA with whole differences while a memory"):
+        latents_of(pipe, attention_kwargs={"scale": 0.5})
 
 
 # ---- hotswap ----

@@ -136,7 +136,7 @@ class Adapters:
             layer.enable_adapters(False)
 
     def swap(self, name: str, lora: Lora, strength: Strength) -> None:
-        """Give an adapter other weights in place, as `inject.replace` does."""
+        """Give an adapter other weights in place; see `injecting.replace`."""
         if name not in self.names:
             raise ValueError(
                 f"hotswap=True: there is no adapter {shown(name)}; there is {listed(self.names)}"
