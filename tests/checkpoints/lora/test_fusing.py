@@ -56,6 +56,16 @@ def test_unloading_keeps_what_is_fused(model, table):
     close(run(model), expected)
 
 
+def test_strengths_that_change_while_fused_count_afterwards(model, table):
+    by_file, deltas = differences(model)
+    expected = run(merged(model, table, 0.2, deltas))
+    load(model, table, deltas=by_file)
+    model.fuse_lora()
+    model.set_adapters("a", 0.2)
+    model.unfuse_lora()
+    close(run(model), expected)
+
+
 def test_a_name_again_after_fusing(model, table):
     other = make_lora(model, 2)
     load(model, table, strength=0.5)

@@ -148,12 +148,14 @@ class Adapters:
 
     def set(self, strengths: Mapping[str, Strength]) -> None:
         """Choose the active adapters and their strengths; the others are not active."""
+        edit_on_host(self.model)
         self._choose(list(strengths))
         for name, strength in strengths.items():
             self._scale(name, strength)
 
     def enable(self, enabled: bool) -> None:
         """Switch all adapters on or off; their strengths are kept, and what is fused is taken out first."""
+        edit_on_host(self.model)
         if not enabled:
             self.unfuse()
         for layer in self._layers.values():

@@ -44,11 +44,14 @@ class Fused:
 
     def unfuse(self, layers: Iterable[Any]) -> None:
         """Restore the weights of PEFT's layers to the bit; what PEFT itself merged is subtracted."""
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-            self.strengths.pop(layer, None)
+        layers = list(layers)
+        differences = [layer for layer in layers if isinstance(layer, Differences)]
+        for layer in [layer for layer in layers if layer not in differences and layer.merged]:
+            layer.unmerge()
         self._forget_unmerged()
+        for layer in differences:  # last, as they write into what was just restored
+            layer.unmerge()
+            self.strengths.pop(layer, None)
 
     def forget(self) -> None:
         """Keep the weights as they are now: those from before are given up."""
