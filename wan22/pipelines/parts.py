@@ -101,8 +101,8 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
         if boundary_ratio is not None:
             boundary_ratio = check_real("boundary_ratio", boundary_ratio, 0, 1)
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self.check_models()
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy of a pipeline hold parts of its own."""
