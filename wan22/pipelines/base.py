@@ -249,7 +249,7 @@ class WanPipeline(PipelineParts):
     def frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for."""
         self.check_vae("decoding")
-        with self.calls.turn(), self.running():
+        with self.calls.using_models(), self.running():
             frames = decoding.stream_frames(self.vae, latents, self.progress_bar, not self.ranks.shares_rows)
             yield from self.ranks.frames_here(frames, self.vae)
 

@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
-    """A call's place among all that run or wait in this process, as pipelines may share models."""
+class ModelUse:
+    """A call's use of models, among all that run or wait in this process: pipelines may share models."""
 
     thread: int
     models: frozenset[int]  # their ids
     alone: str | None  # why no other call may use the models meanwhile
 
-    def waits_for(self, earlier: "Turn") -> bool:
+    def waits_for(self, earlier: "ModelUse") -> bool:
         """Whether an earlier call has to end first."""
         return bool((self.alone or earlier.alone) and self.models & earlier.models)
 
 
 _CHANGED = threading.Condition()
-_turns: list[Turn] = []  # in the order in which they came
-_lenders: list[CallState] = []  # those whose schedulers are in use
+_uses: list[ModelUse] = []  # in the order in which they came
+_states: list[CallState] = []  # of all running calls: their schedulers are in use
 
 
 class Calls(Part):
@@ -92,7 +92,7 @@ class Calls(Part):
     def begin(self, attention_kwargs: dict[str, Any] | None) -> Iterator[CallState]:
         """Let a call run in this thread, once those that it has to wait for have ended."""
         scheduler = self._chosen.__dict__.pop("scheduler", self._pipe.scheduler)
-        with self.turn(attention_kwargs), self._lent(scheduler, attention_kwargs) as state:
+        with self.using_models(attention_kwargs), self._state_with(scheduler, attention_kwargs) as state:
             entry = threading.get_ident(), state
             self._running.append(entry)
             try:
@@ -106,31 +106,30 @@ class Calls(Part):
         self._latest = state
 
     @contextmanager
-    def turn(self, attention_kwargs: dict[str, Any] | None = None) -> Iterator[None]:
+    def using_models(self, attention_kwargs: dict[str, Any] | None = None) -> Iterator[None]:
         """Use the models, once the calls that have to end first have ended; within a call, at once."""
         pipe = self._pipe
         models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-        turn = Turn(
-            threading.get_ident(), frozenset(map(id, models)), self._why_alone(models, attention_kwargs)
-        )
+        alone = self._why_alone(models, attention_kwargs)
+        use = ModelUse(threading.get_ident(), frozenset(map(id, models)), alone)
         with _CHANGED:
-            inside = any(other.thread == turn.thread for other in _turns)
-            earlier = [] if inside else [other for other in _turns if turn.waits_for(other)]
+            inside = any(other.thread == use.thread for other in _uses)
+            earlier = [] if inside else [other for other in _uses if use.waits_for(other)]
             if earlier and pipe.parallel is not None:
                 raise ValueError(
                     "another call is running in another thread, and ranks share this pipeline's work: they "
                     "make one video after the other; begin once it has ended"
                 )
-            _turns.append(turn)
+            _uses.append(use)
         try:
             if earlier:
-                logger.info("waiting for another call to end: %s", turn.alone or earlier[0].alone)
+                logger.info("waiting for another call to end: %s", use.alone or earlier[0].alone)
                 with _CHANGED:
-                    _CHANGED.wait_for(lambda: not any(other in _turns for other in earlier))
+                    _CHANGED.wait_for(lambda: not any(other in _uses for other in earlier))
             yield
         finally:
             with _CHANGED:
-                _turns.remove(turn)
+                _uses.remove(use)
                 _CHANGED.notify_all()
 
     def _why_alone(self, models: list[nn.Module], attention_kwargs: dict[str, Any] | None) -> str | None:
@@ -151,20 +150,20 @@ class Calls(Part):
         return None
 
     @contextmanager
-    def _lent(self, scheduler: Any, attention_kwargs: dict[str, Any] | None) -> Iterator[CallState]:
-        """Lend a scheduler to a call, or a copy while another call, of whichever pipeline, has it.
+    def _state_with(self, scheduler: Any, attention_kwargs: dict[str, Any] | None) -> Iterator[CallState]:
+        """Yield a call's state, whose scheduler is the given one, or a copy while another call steps it.
 
-        The pipeline's own, so that after a call scripts find in it what they find in diffusers'.
+        Not always a copy: after a call, scripts find its schedule in the pipeline's own scheduler.
         """
         with _CHANGED:
-            lender = next((state for state in _lenders if state.scheduler is scheduler), None)
-            if lender is not None:
-                with lender.stepping:
+            other = next((state for state in _states if state.scheduler is scheduler), None)
+            if other is not None:
+                with other.stepping:
                     scheduler = copy.deepcopy(scheduler)
             state = CallState(scheduler, attention_kwargs)
-            _lenders.append(state)
+            _states.append(state)
         try:
             yield state
         finally:
             with _CHANGED:
-                _lenders.remove(state)
+                _states.remove(state)
