@@ -31,10 +31,17 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def load(model, table, name="a", strength=1.0, deltas=()):
+def lora_of(model, table, deltas=()):
     tensors = DIALECTS["diffusion_model, alpha"](table) | dict(deltas)
-    lora = read_lora(WeightFile("table", tensors), adapters_of(model).shapes)["transformer"]
-    adapters_of(model).load(name, lora, strength)
+    return read_lora(WeightFile("table", tensors), adapters_of(model).shapes)["transformer"]
+
+
+def load(model, table, name="a", strength=1.0, deltas=()):
+    adapters_of(model).load(name, lora_of(model, table, deltas), strength)
+
+
+def swap(model, table, name="a", strength=1.0):
+    adapters_of(model).swap(name, lora_of(model, table), strength)
 
 
 def merged(model, table, strength=1.0, deltas=(), scale_of=lambda module: 1.0):

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from tests.checkpoints.lora.models import FILE, close, differences, load, merged, model_without, run
+from tests.checkpoints.lora.models import FILE, close, differences, load, merged, model_without, run, swap
 from tests.checkpoints.lora_writers import make_lora
 from wan22.checkpoints.lora.adapters import adapters_of
 from wan22.checkpoints.lora.names import from_peft, to_peft
@@ -103,6 +103,7 @@ def test_a_block_is_not_another_whose_number_begins_alike(caplog):
     assert _lookup({"blocks.1": 0.5}, "blocks.1.attn1.to_q") == ("blocks.1", 0.5)
     assert _lookup({"blocks.1": 0.5}, "blocks.10.attn1.to_q") == (None, 1.0)
     assert _lookup({"attn": 0.5}, "blocks.10.attn1.to_q") == ("attn", 0.5)
+    assert _lookup({"blocks.1": 0.5, "blocks.1.ffn": 0.2}, "blocks.1.ffn") == ("blocks.1.ffn", 0.2)
 
 
 def test_names_of_modules_that_are_not_there(model, table, caplog):
@@ -161,6 +162,58 @@ def test_deleting_the_active_one_activates_another(model, table, caplog):
         model.delete_adapters("b")
     assert adapters_of(model).strengths() == {"a": 1.0}
     assert "a is active now" in caplog.text
+
+
+def test_deleting_the_active_one_activates_another_in_all_its_layers(model, table):
+    first = dict(list(table.items())[: len(table) // 2])
+    expected = run(merged(model, table, 0.5))
+    load(model, table, strength=0.5)
+    load(model, first, "b")
+    model.set_adapters("b")
+    model.delete_adapters("b")
+    assert adapters_of(model).strengths() == {"a": 0.5}
+    close(run(model), expected)
+
+
+def test_one_that_diffusers_adds_while_adapters_are_disabled(model, table):
+    plain = run(model)
+    load(model, dict(list(table.items())[:3]))
+    model.disable_lora()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_v"], init_lora_weights=False), "new")
+    assert adapters_of(model).strengths() == {}
+    close(run(model), plain)
+    model.enable_lora()
+    assert adapters_of(model).strengths() == {"new": 1.0}
+
+
+def test_the_file_of_one_that_diffusers_replaces_is_forgotten(model, table):
+    model = of_diffusers(model)
+    load(model, table)
+    assert adapters_of(model).used() == {"a": ("", 1.0)}
+    model.delete_adapters("a")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_v"]), "a")
+    assert adapters_of(model).used() == {"a": (None, 1.0)}
+    assert adapters_of(model).foreign("a")
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 16}, {"use_rslora": True}, {"lora_bias": True}])
+def test_hotswapping_one_that_diffusers_added(options, model, table):
+    """With its matrices goes all that it was made with."""
+    lora = {name: part for name, part in table.items() if name.endswith("_attn.v")}
+    expected = run(merged(model, lora, 0.5))
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_v"], **options), "a")
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and layer.lora_B["a"].bias is not None:
+            layer.lora_B["a"].bias.data.fill_(0.5)
+    swap(model, lora, strength=0.5)
+    assert adapters_of(model).strengths() == {"a": 0.5}
+    close(run(model), expected)
+
+
+def test_hotswapping_a_dora_is_refused(model, table):
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_v"], use_dora=True), "a")
+    with pytest.raises(ValueError, match="takes plain LoRAs, not DoRA"):
+        swap(model, {name: part for name, part in table.items() if name.endswith("_attn.v")})
 
 
 def test_moving_to_a_device(model, table):

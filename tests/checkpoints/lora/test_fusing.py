@@ -122,12 +122,70 @@ def test_loading_after_fusing(model, table, caplog):
 
 
 def test_adding_after_fusing_as_diffusers_does(model, table):
+    """What is fused counts beside it as it did."""
+    other = make_lora(model, 2, share=0.5)
+    load(model, other, "b")
     load(model, table)
     before = weights_of(model_without(model))
-    model.fuse_lora()
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
+    model.set_adapters("a")
+    model.fuse_lora(lora_scale=0.5)
+    model.set_adapters("b")
+    expected = run(model)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]), "new")  # of zeros
     assert adapters_of(model).fused == set()
+    assert adapters_of(model).strengths() == {"a": 0.5, "new": 1.0}
+    close(run(model), expected)
     assert same(weights_of(model_without(model)), before)
+
+
+def test_what_is_fused_at_no_strength(model, table):
+    plain, other = run(model), make_lora(model, 2)
+    load(model, table)
+    model.fuse_lora(lora_scale=0.0)
+    load(model, other, "b", strength=0.0)
+    close(run(model), plain)
+
+
+def test_one_of_two_that_are_fused_is_deleted(model, table):
+    """It stays in the weights for good, the other one can be taken out."""
+    by_file, deltas = differences(model)
+    one, other = merged(model, table, 0.5, deltas), make_lora(model, 2)
+    both, one = run(merged(merged(one, other, 0.5), {}, 0.5, deltas)), run(one)
+    load(model, table, deltas=by_file)
+    load(model, other, "b", deltas=by_file)
+    model.fuse_lora(lora_scale=0.5)
+    model.delete_adapters("a")
+    close(run(model), both)
+    adapters = adapters_of(model)
+    assert (adapters.fused, adapters.in_weights) == ({"b"}, {"a", "b"})
+    assert adapters.used() == {"a": ("", 0.5), "b": ("", 0.5)}
+    model.disable_lora()
+    close(run(model), one)
+    kept = run(model)
+    model.enable_lora()
+    load(model, table, "c", strength=0.0)
+    model.unload_lora()
+    assert torch.equal(run(model), kept)
+    assert adapters.used() == {"a": ("", 0.5)}
+
+
+def test_an_active_one_that_is_not_fused_with_another(model, table, caplog):
+    """It does not count in the layers of the other, whose matrices may be elsewhere than its differences."""
+    by_file, deltas = differences(model)
+    other = make_lora(model, 2, share=0.5)
+    rest = {name: part for name, part in table.items() if name not in other}
+    expected = run(merged(merged(model, other), rest, 0.7, deltas))
+    load(model, table, strength=0.7, deltas=by_file)
+    load(model, other, "b")
+    with caplog.at_level(logging.WARNING, "wan22"):
+        model.fuse_lora(adapter_names=["b"])
+    assert "a does not count where another adapter is fused, until unfuse_lora" in caplog.text
+    close(run(model), expected)
+    found = adapters_of(model).strengths()["a"]
+    module = "blocks.0.attn1.to_q"
+    assert (found[module], found[f"{module}.differences"]) == (0.0, 0.7)
+    adapters_of(model).take_out("the strengths that are told can be set")
+    close(run(model), expected)
 
 
 def test_safe_fusing(model, table):

@@ -16,6 +16,7 @@ from wan22 import WanT2VPipeline
 from wan22.checkpoints.lora.adapters import adapters_of
 
 SLOTS = ("transformer", "transformer_2")
+LORA = "pretrained_model_name_or_path_or_dict"
 
 
 @pytest.fixture
@@ -89,6 +90,28 @@ def test_only_what_nobody_asked_for_is_withdrawn(pipe, files):
     }
     with pytest.raises(ValueError, match="there is an adapter 'low' already"):
         pipe.load_lora_weights(files["transformer_2"], adapter_name="low", load_into_transformer_2=True)
+
+
+def test_what_stays_fused_counts_as_it_did_when_another_is_withdrawn(pipe, files):
+    pipe.load_lora_weights(low=files["transformer"], adapter_name="asked")
+    pipe.load_lora_weights(files["transformer"], adapter_name="unasked", strength=0.0)
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.load_lora_weights(files["transformer_2"], "low", load_into_transformer_2=True)
+    assert adapters_of(pipe.transformer_2).strengths() == {"asked": 0.5, "low": 1.0}
+
+
+def test_two_experts_that_are_one_model(pipe, files):
+    pipe.transformer_2 = pipe.transformer
+    for options in (
+        {"high": files["transformer"], "low": files["transformer_2"]},
+        {LORA: files["transformer"], "strength": (1.0, 0.5)},
+    ):
+        with pytest.raises(ValueError, match="transformer and transformer_2 are one and the same model"):
+            pipe.load_lora_weights(**options)
+    pipe.load_lora_weights(files["transformer"], "a")
+    with pytest.raises(ValueError, match="transformer and transformer_2 are one and the same model"):
+        pipe.set_adapters("a", (1.0, 0.5))
+    assert adapters_of(pipe.transformer).strengths() == {"a": 1.0}
 
 
 def test_there_is_no_second_expert(files):
@@ -255,6 +278,16 @@ def test_hotswap_leaves_other_adapters(pipe, files, both):
     pipe.load_lora_weights(files["transformer_2"], "a", hotswap=True)
     pipe.set_adapters("kept")
     assert torch.equal(latents_of(pipe), both)
+
+
+def test_hotswapping_what_only_one_expert_has(pipe, files):
+    pipe.load_lora_weights(high=files["transformer"], adapter_name="a")
+    with pytest.raises(ValueError, match="transformer_2 has no adapter 'a' to be replaced"):
+        pipe.load_lora_weights(
+            high=files["transformer"], low=files["transformer"], adapter_name="a", hotswap=True
+        )
+    pipe.load_lora_weights(files["transformer_2"], "a", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["a"]}
 
 
 def test_hotswap_is_refused(pipe, files):

@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,8 @@ class Adapters:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._sources: dict[str, str] = {}
+        # The files of adapters, and PEFT's configurations that were made for them: another one is another's.
+        self._sources: dict[str, tuple[str, Any]] = {}
         self._unasked: set[str] = set()  # adapters that are here although the call named no expert
         self._fused = Fused()
         # Name, file and strength of what was fused and unloaded since.
@@ -93,7 +94,7 @@ class Adapters:
         The file is "" for tensors in memory, None if PEFT or diffusers has made the adapter.
         """
         found: dict[str, tuple[str | None, Strength]] = {}
-        loaded = [(name, self._sources.get(name), strength) for name, strength in self._counted().items()]
+        loaded = [(name, self._source(name), strength) for name, strength in self._counted().items()]
         for name, source, strength in (*self._absorbed, *loaded):
             numbered = (f"{name} ({i})" for i in range(2, len(found) + 3))
             found[next(key for key in (name, *numbered) if key not in found)] = source, strength
@@ -101,7 +102,7 @@ class Adapters:
 
     def foreign(self, name: str) -> bool:
         """Whether PEFT or diffusers has made an adapter."""
-        return name not in self._sources
+        return self._source(name) is None
 
     # ---- what changes it ----
 
@@ -119,21 +120,34 @@ class Adapters:
                 f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
-        unfused = self._unfuse_for(name)
-        disabled, active = self._disabled, list(unfused) or self.active
+        disabled = self._disabled
+        self.take_out(f"{name} counts beside it")
+        active = self.active
         # As in diffusers, those that its own methods added give way.
-        if others := [other for other in active if self._sources.get(other) is None]:
+        if others := [other for other in active if self.foreign(other)]:
             logger.warning("%s is not active beside %s; set_adapters makes both so", ", ".join(others), name)
         edit_on_host(self.model)
         inject(self.model, lora, to_peft(name))
-        self._sources[name] = lora.source
+        self._remember(name, lora.source)
         if unasked:
             self._unasked.add(name)
         self._choose([*(other for other in active if other not in others), name])
-        for scaled, factor in {**unfused, name: strength}.items():
-            self._scale(scaled, factor)
-        for layer in self._layers.values() if disabled else ():
-            layer.enable_adapters(False)
+        self._scale(name, strength)
+        self._enable(not disabled)
+
+    @contextmanager
+    def adding(self, name: str | None) -> Iterator[None]:
+        """Let diffusers add an adapter, which is then active alone, as its documentation has it.
+
+        But what is fused is taken out of the weights, and stays active beside it; and while adapters are
+        disabled, the new one is, too.
+        """
+        known, disabled = self.names, self._disabled
+        kept = self.active if self.take_out(f"{name or 'the new one'} counts beside it") else []
+        yield
+        if kept:
+            self._choose([*kept, *(new for new in self.names if new not in known)])
+        self._enable(not disabled)
 
     def swap(self, name: str, lora: Lora, strength: Strength) -> None:
         """Give an adapter other weights in place; see `injecting.replace`."""
@@ -143,7 +157,7 @@ class Adapters:
             )
         edit_on_host(self.model)
         replace(self.model, lora, to_peft(name))
-        self._sources[name] = lora.source
+        self._remember(name, lora.source)
         self._scale(name, strength)
 
     def set(self, strengths: Mapping[str, Strength]) -> None:
@@ -158,18 +172,18 @@ class Adapters:
         edit_on_host(self.model)
         if not enabled:
             self.unfuse()
-        for layer in self._layers.values():
-            layer.enable_adapters(enabled)
+        self._enable(enabled)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove adapters; without the last one, the model has its own layers again.
 
-        If no active one is left, PEFT makes another one active.
+        What is fused of them stays in the weights. If no active one is left, another one becomes active.
         """
         gone, before = [name for name in names if name in self.names], self.active
         if gone and set(gone) == set(self.names):
             return self.unload()
         edit_on_host(self.model)
+        self._keep_fused(gone)
         for name in gone:
             for layer in self._layers.values():
                 with warnings.catch_warnings():
@@ -178,14 +192,12 @@ class Adapters:
             self.model.peft_config.pop(to_peft(name), None)
             self.forget_source(name)
         if new := [name for name in self.active if name not in before]:
-            logger.warning("%s is active now, as no active adapter was left", ", ".join(new))
+            self._choose(new[:1])  # PEFT chooses in each layer that had the active one, and there alone
+            logger.warning("%s is active now, as no active adapter was left", new[0])
 
     def unload(self) -> None:
         """Take all adapters out; what is fused stays in the weights."""
-        if fused := self.fused:
-            logger.info("%s stays fused in the weights", ", ".join(sorted(fused)))
-            now = [(name, strength) for name, strength in self._counted().items() if name in fused]
-            self._absorbed += [(name, self._sources.get(name), strength) for name, strength in now]
+        self._absorb(self.fused)
         edit_on_host(self.model)
         detach(self.model)
         self._fused.forget()
@@ -213,14 +225,29 @@ class Adapters:
                 if name in layer.scaling and name not in layer.merged_adapters
             ]
             if here and not layer.disable_adapters:
-                chosen[layer] = {name: _strength(layer, name) for name in here}
+                chosen[layer] = {name: _strength(layer, name) * scale for name in here}
+        self._warn_of_uncounted(chosen)
         edit_on_host(self.model)
-        return self._fused.fuse(chosen, scale, safe, dequantize)
+        return self._fused.fuse(chosen, safe, dequantize)
 
     def unfuse(self, layers: Iterable[Any] | None = None) -> None:
         """Restore the fused layers' weights to the bit; the adapters stay, active as they were."""
         edit_on_host(self.model)
         self._fused.unfuse(self._layers.values() if layers is None else layers)
+
+    def take_out(self, reason: str) -> bool:
+        """Take fused adapters out of the weights, and let them count as they did; whether any was fused."""
+        if not (fused := sorted(self.fused)):
+            return False
+        counted = {
+            n: t for n, t in self._tables().items() if n in fused or (n in self.names and any(t.values()))
+        }
+        self.unfuse()
+        self._choose(list(counted))
+        for name, table in counted.items():
+            self._scale(name, table)
+        logger.info("%s is not fused any more, so that %s", ", ".join(fused), reason)
+        return True
 
     @contextmanager
     def merged(self, names: Sequence[str]) -> Iterator[None]:
@@ -262,15 +289,16 @@ class Adapters:
 
     def _counted(self) -> dict[str, Strength]:
         """Return the strengths that PEFT's layers compute with, one for all modules or a table of them."""
+        return {name: _one(table) for name, table in self._tables().items() if any(table.values())}
+
+    def _tables(self) -> dict[str, dict[str, float]]:
+        """Return each adapter's strength in each of its modules; 0 where it does not count."""
         found: dict[str, dict[str, float]] = {}
         for path, layer in self._layers.items():
-            for name, strength in self._in_effect(layer).items():
-                found.setdefault(from_peft(name), {})[path_of(path, layer)] = strength
-        return {
-            name: next(iter(table.values())) if len(set(table.values())) == 1 else table
-            for name, table in found.items()
-            if any(table.values())
-        }
+            counted = self._in_effect(layer)
+            for name in {**dict.fromkeys(layer.scaling, 0.0), **counted}:
+                found.setdefault(from_peft(name), {})[path_of(path, layer)] = counted.get(name, 0.0)
+        return found
 
     def _in_effect(self, layer: Any) -> dict[str, float]:
         """Return the strengths that a layer computes with: of merged adapters alone, if there are any."""
@@ -281,17 +309,46 @@ class Adapters:
             return {}
         return {name: _strength(layer, name) for name in layer.active_adapters if name in layer.scaling}
 
-    def _unfuse_for(self, name: str) -> dict[str, Strength]:
-        """Take fused adapters out of the weights before another is added, beside which they would not count.
+    def _warn_of_uncounted(self, chosen: Mapping[Any, Mapping[str, float]]) -> None:
+        """Warn of adapters that will not count, as PEFT's layers compute with what is merged alone."""
+        left = {
+            from_peft(name): None
+            for layer, names in chosen.items()
+            for name, strength in self._in_effect(layer).items()
+            if strength and name not in names and name not in layer.merged_adapters
+        }
+        if left:
+            logger.warning(
+                "%s does not count where another adapter is fused, until unfuse_lora; fuse them together",
+                ", ".join(left),
+            )
 
-        Returns: the strengths of the adapters that counted until now, if any was fused.
-        """
-        if not (fused := sorted(self.fused)):
-            return {}
-        counted = {n: strength for n, strength in self._counted().items() if n in self.names}
-        self.unfuse()
-        logger.info("%s is not fused any more, so that %s counts beside it", ", ".join(fused), name)
-        return counted
+    def _keep_fused(self, names: Sequence[str]) -> None:
+        """Keep what is fused of adapters in the weights for good, though others can still be taken out."""
+        if not (fused := self.fused & set(names)):
+            return
+        self._absorb(fused)
+        merged = {layer: self._in_effect(layer) for layer in self._layers.values() if layer.merged}
+        self._fused.keep(merged, {to_peft(name) for name in fused})
+
+    def _absorb(self, names: Collection[str]) -> None:
+        """Note fused adapters that are unloaded and stay in the weights."""
+        if names:
+            logger.info("%s stays fused in the weights", ", ".join(sorted(names)))
+        now = [(name, strength) for name, strength in self._counted().items() if name in names]
+        self._absorbed += [(name, self._source(name), strength) for name, strength in now]
+
+    def _remember(self, name: str, source: str) -> None:
+        self._sources[name] = source, self.model.peft_config[to_peft(name)]
+
+    def _source(self, name: str) -> str | None:
+        source, config = self._sources.get(name, (None, None))
+        known = getattr(self.model, "peft_config", {}).get(to_peft(name))
+        return source if config is known else None
+
+    def _enable(self, enabled: bool) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(enabled)
 
     def _choose(self, names: Sequence[str]) -> None:
         chosen = [to_peft(name) for name in names]
@@ -332,15 +389,22 @@ def _strength(layer: Any, name: str) -> float:
     return float(f"{float(layer.scaling[name]) / full:.12g}") if full else 0.0
 
 
+def _one(table: Mapping[str, float]) -> Strength:
+    """Return the strength of all modules, or the table if they have different ones."""
+    return table if len(set(table.values())) > 1 else next(iter(table.values()))
+
+
 def _lookup(strength: Strength, path: str) -> tuple[str | None, float]:
     """Return a module's entry in a table of strengths, and the strength; 1 without one, as in diffusers.
 
-    An entry is found anywhere in a module's path, but "blocks.1" is not in "blocks.10".
+    An entry is a module's path or found anywhere in it, but "blocks.1" is not in "blocks.10".
     """
     if not isinstance(strength, Mapping):
         return None, check_strength(strength)
+    if path in strength:
+        return path, check_strength(strength[path])
     for entry, value in strength.items():
-        if re.search(re.escape(entry) + (r"(?!\d)" if entry[-1:].isdigit() else ""), path):
+        if entry and re.search(re.escape(entry) + (r"(?!\d)" if entry[-1:].isdigit() else ""), path):
             return entry, check_strength(value)
     return None, 1.0
 

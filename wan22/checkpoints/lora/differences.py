@@ -117,6 +117,14 @@ class Differences(nn.Module):
         self.merged_adapters.clear()
         self._write()
 
+    def keep(self) -> None:
+        """Take the parameters as they are now, with what is merged, for the model's own."""
+        for name in self._originals:
+            self._originals[name] = self._parameter(name).detach().to("cpu", copy=True)
+        self._merged.clear()
+        self.merged_adapters.clear()
+        self._write()
+
     def get_base_layer(self) -> Any:
         """Restore the parameters but for what is merged, and return None: PEFT puts this in place of the
         layers that it takes out.

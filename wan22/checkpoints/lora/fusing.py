@@ -1,6 +1,6 @@
 """Add adapters to a transformer's weights, and restore the weights to the bit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...private_apis import layerwise_casting, own_tensors
 from ..loading.quantized_linear import QuantizedLinear
 from .differences import Differences
-from .injecting import innermost
+from .injecting import full_scale, innermost
 
 
 class Fused:
@@ -19,9 +19,9 @@ class Fused:
         self._before: dict[Any, Mapping[str, Tensor] | nn.Module] = {}  # by PEFT's innermost layer
 
     def fuse(
-        self, chosen: Mapping[Any, Mapping[str, float]], scale: float, safe: bool, dequantize: bool
+        self, chosen: Mapping[Any, Mapping[str, float]], safe: bool = False, dequantize: bool = False
     ) -> list[Any]:
-        """Merge adapters, given by PEFT's layers with their strengths; return the layers that had none.
+        """Merge adapters, given by PEFT's layers, at these strengths; return the layers that had none.
 
         Raises:
             ValueError: layers are quantised, or cast from a narrower dtype, and dequantize is False; or
@@ -36,7 +36,7 @@ class Fused:
                 if layer in self.strengths or not layer.merged:  # else PEFT has merged it, and subtracts
                     self._keep(innermost(layer))
             for layer, strengths in chosen.items():
-                self._merge(layer, strengths, scale, safe)
+                self._merge(layer, strengths, safe)
         except ValueError:
             self.unfuse(first)
             raise
@@ -52,6 +52,29 @@ class Fused:
         for layer in differences:  # last, as they write into what was just restored
             layer.unmerge()
             self.strengths.pop(layer, None)
+
+    def keep(self, merged: Mapping[Any, Mapping[str, float]], names: Collection[str]) -> None:
+        """Keep adapters in the weights for good; the others that are merged can still be taken out.
+
+        `merged`: all of PEFT's layers in which adapters are merged, with the strengths of these.
+        """
+        self.unfuse(merged)
+        kept, others = (
+            {
+                layer: chosen
+                for layer, strengths in merged.items()
+                if (chosen := {name: s for name, s in strengths.items() if (name in names) is wanted})
+            }
+            for wanted in (True, False)
+        )
+        self.fuse(kept, dequantize=True)
+        self.forget()
+        for layer in kept:
+            if isinstance(layer, Differences):
+                layer.keep()
+            else:
+                layer.merged_adapters.clear()
+        self.fuse(others, dequantize=True)
 
     def forget(self) -> None:
         """Keep the weights as they are now: those from before are given up."""
@@ -78,17 +101,17 @@ class Fused:
         # On the host: the copy is for unfusing, not for computing.
         self._before[inner] = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
-    def _merge(self, layer: Any, strengths: Mapping[str, float], scale: float, safe: bool) -> None:
+    def _merge(self, layer: Any, strengths: Mapping[str, float], safe: bool) -> None:
         base = None if isinstance(layer, Differences) else layer.get_base_layer()
         live = None if base is None else base.weight.data  # PEFT may put another tensor in its place
         for name, strength in strengths.items():
             scaling = layer.scaling[name]
-            layer.scaling[name] = scaling * scale
+            layer.scaling[name] = strength * full_scale(layer, name)
             try:
                 layer.merge(safe_merge=safe, adapter_names=[name])
             finally:
                 layer.scaling[name] = scaling
-            self.strengths.setdefault(layer, {})[name] = strength * scale
+            self.strengths.setdefault(layer, {})[name] = strength
         if base is not None and live is not None and base.weight.data_ptr() != live.data_ptr():
             # In place, for a compiled model and whatever else holds the weight, such as an offload.
             base.weight.data = live.copy_(base.weight.data)

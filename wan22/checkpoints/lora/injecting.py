@@ -38,8 +38,13 @@ def innermost(layer: Any) -> Any:
 
 
 def path_of(path: str, layer: Any) -> str:
-    """Return the path of the model's own module that one of PEFT's layers is for."""
-    return layer.path if isinstance(layer, Differences) else path.replace(".base_layer", "")
+    """Return the path of the model's own module that one of PEFT's layers is for.
+
+    That of whole differences has a name of its own, as matrices may stand around the same module.
+    """
+    if isinstance(layer, Differences):
+        return f"{layer.path}.differences".removeprefix(".")
+    return path.replace(".base_layer", "")
 
 
 def full_scale(layer: Any, adapter: str) -> float:
@@ -102,7 +107,9 @@ def replace(model: Any, lora: Lora, adapter: str) -> None:
 
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.scaling}
     matrices = {path: layer for path, layer in layers.items() if isinstance(layer, LoraLayer)}
-    if len(matrices) < len(layers) or lora.deltas or any(w.kind != "lora" for w in lora.layers.values()):
+    dora = any(adapter in layer.lora_magnitude_vector for layer in matrices.values())
+    plain = not lora.deltas and all(weights.kind == "lora" for weights in lora.layers.values())
+    if dora or not plain or len(matrices) < len(layers):
         raise ValueError("hotswap=True takes plain LoRAs, not DoRA, LoKr, LoHa or whole differences")
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise ValueError("hotswap=True: the adapter is fused into the weights; call unfuse_lora() first")
@@ -113,11 +120,16 @@ def replace(model: Any, lora: Lora, adapter: str) -> None:
         parts = {} if weights is None else _scaled(weights)
         for name in ("lora_A", "lora_B"):
             _overwrite(getattr(layer, name)[adapter], parts.get(name), dimension=int(name == "lora_B"))
-        if weights is not None and weights.rank > layer.r[adapter]:
-            layer.r[adapter] = layer.lora_alpha[adapter] = weights.rank
+        if (bias := layer.lora_B[adapter].bias) is not None:
+            bias.data.zero_()
+        # The factor is in the matrices, whatever PEFT or diffusers has made the adapter with.
+        rank = max(layer.r[adapter], 0 if weights is None else weights.rank)
+        layer.r[adapter] = layer.lora_alpha[adapter] = rank
+        layer.use_rslora[adapter] = False
     ranks = Counter({path: layer.r[adapter] for path, layer in matrices.items()})
     for name, value in _ranks(ranks).items():
         setattr(model.peft_config[adapter], name if name != "alpha" else "lora_alpha", value)
+    model.peft_config[adapter].use_rslora = False
 
 
 def detach(model: Any) -> None:

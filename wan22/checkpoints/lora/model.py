@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusers.loaders import PeftAdapterMixin
 
-from ...checks import shown
+from ...checks import cut
+from ..naming.names import listed
 from .adapters import Strength, adapters_of
 from .casting import computing, store_as_computed
 from .injecting import lora_layers, set_scaling
@@ -66,12 +67,12 @@ class LoraModel(PeftAdapterMixin):
 
     @contextmanager
     def _injecting(self, name: str | None, expand: bool = False) -> Iterator[None]:
-        adapters_of(self).unfuse()  # to the bit; PEFT would subtract
-        modules: Any = self.modules()
-        with computing(modules, expand):
-            yield
-        for layer in lora_layers(self).values() if expand else ():
-            store_as_computed(layer.get_base_layer())
+        with adapters_of(self).adding(name):
+            modules: Any = self.modules()
+            with computing(modules, expand):
+                yield
+            for layer in lora_layers(self).values() if expand else ():
+                store_as_computed(layer.get_base_layer())
         if name is not None:
             adapters_of(self).forget_source(name)
 
@@ -104,7 +105,9 @@ class LoraModel(PeftAdapterMixin):
         names = adapters_of(self).names
         name = (names[0] if names else "default") if adapter_name is None else adapter_name
         if name not in names:
-            raise ValueError(f"there is no adapter {shown(name)}; there is {', '.join(names) or 'none'}")
+            # Scripts written for diffusers look for its message.
+            there = listed(names) if names else "none"
+            raise ValueError(f"Adapter name {cut(name)} not found in the model. There is {there}")
         if official_names:
             if not safe_serialization:
                 raise ValueError("official_names=True writes safetensors; leave safe_serialization out")

@@ -85,9 +85,10 @@ class Loras(Part):
             lora, low = None, lora
         strengths = _by_slot(strength)
         loras, unasked = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
+        self._check_experts(len(loras) == 2 and not unasked, strengths)
         self._pipe.memory.offload_all()
         if hotswap:
-            return self._swap(loras, adapter_name, strengths)
+            return self._swap(loras, adapter_name, strengths, unasked)
         if load_into_transformer_2:
             self._withdraw()
         targets = {slot: self._adapters()[slot] for slot in loras}
@@ -122,6 +123,8 @@ class Loras(Part):
                 f"{len(weights)} strengths for {len(names)} adapters; give {len(names)}, or one for all"
             )
         chosen = {name: _by_slot(self._known(w)) for name, w in zip(names, weights, strict=True)}
+        for strengths in chosen.values():
+            self._check_experts(False, strengths)
         self._pipe.memory.offload_all()
         for slot, adapters in self._adapters().items():
             here = [name for name in names if name in adapters.names]
@@ -277,11 +280,25 @@ class Loras(Part):
             raise ValueError(f"components={shown(list(names))} must be of {' and '.join(SLOTS)}")
         return [adapters for slot, adapters in self._adapters().items() if slot in names]
 
-    def _swap(self, loras: Mapping[str, Lora], name: str | None, strengths: Mapping[str, OneStrength]) -> str:
+    def _check_experts(self, two_loras: bool, strengths: Mapping[str, OneStrength]) -> None:
+        """Refuse what is different for two experts that are one model."""
+        if self._pipe.transformer is not self._pipe.transformer_2:
+            return
+        if two_loras or len({repr(strength) for strength in strengths.values()}) > 1:
+            raise ValueError(
+                "transformer and transformer_2 are one and the same model, which takes one LoRA of a name, "
+                "and one strength; give one for both"
+            )
+
+    def _swap(
+        self, loras: Mapping[str, Lora], name: str | None, strengths: Mapping[str, OneStrength], unasked: bool
+    ) -> str:
         targets = {slot: a for slot, a in self._adapters().items() if slot in loras and name in a.names}
         if name is None or not targets:
             known = ", ".join(sorted(self._names())) or "none"
             raise ValueError(f"hotswap=True: adapter_name={shown(name)} must be loaded; there is {known}")
+        if not unasked and (lacking := sorted(loras.keys() - targets.keys())):
+            raise ValueError(f"hotswap=True: {lacking[0]} has no adapter {shown(name)} to be replaced")
         for slot, adapters in targets.items():
             adapters.swap(name, loras[slot], strengths[slot])
         return name
@@ -295,7 +312,7 @@ class Loras(Part):
                 "there. To keep it, give low= instead of load_into_transformer_2=True",
                 ", ".join(names),
             )
-            adapters.unfuse()
+            adapters.take_out(f"{', '.join(names)} can be taken out")
             adapters.remove(names)
 
     def _names(self) -> set[str]:

@@ -83,7 +83,7 @@ class Provenance(Part):
         return tuple(
             UsedLora(
                 name,
-                ", ".join(sorted({source for source, _ in slots.values()})) or None,
+                ", ".join(sorted({source for source, _ in slots.values() if source})) or None,
                 {slot: strength for slot, (_, strength) in slots.items()},
                 {slot: lora_fingerprint(Path(s)) for slot, (s, _) in slots.items() if Path(s).is_file()},
             )
@@ -149,6 +149,10 @@ class Provenance(Part):
             wanted = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in recipe.loras)
             loaded = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in now["loras"])
             raise ValueError(f"the recipe has LoRAs: {wanted or 'none'}; loaded are: {loaded or 'none'}")
+        if unknown := [lora.name for lora in recipe.loras if lora.strengths.keys() - lora.files.keys()]:
+            logger.warning(
+                "the LoRA %s was in memory: whether it is the same now cannot be told", ", ".join(unknown)
+            )
 
 
 def device_name(device: torch.device) -> str:
