@@ -12,6 +12,7 @@ import torch
 
 from tests.builders import SMALL, TEXT_DIM, latents_of, random_pipeline, recording
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline
+from wan22.pipelines.call.noise import draw
 from wan22.presets import NEGATIVE_PROMPT
 
 # ---- diffusers' names ----
@@ -206,6 +207,13 @@ def test_the_same_call_twice(pipe):
 
 def test_another_seed_is_another_video(pipe):
     assert not torch.equal(latents_of(pipe, seed=1), latents_of(pipe, seed=2))
+
+
+def test_one_generator_draws_all_videos_at_once():
+    """As in diffusers: of noise in other numbers than multiples of 16, and on a GPU, it is other noise."""
+    g = torch.Generator().manual_seed(9)
+    drawn = draw([g, g], (3, 7), "cpu")
+    assert torch.equal(drawn, torch.randn((2, 3, 7), generator=g.manual_seed(9)))
 
 
 def test_with_a_seed_the_global_generator_is_left_alone(pipe):

@@ -204,13 +204,13 @@ class WanPipeline(PipelineParts):
         Raises:
             FloatingPointError: the latents are no longer finite.
         """
-        for model in self.transformers:
-            align_weights(model)
+        self._align_transformers()
         denoiser = self.make_denoiser(call, embeds, condition)
         latents = condition.overwrite_known_frames(latents)
         with self.progress_bar(total=len(call.steps), desc="sampling", unit="step") as bar:
             for step in call.steps:
                 call.state.current_timestep = step.timestep
+                step.expert.check_loaded(step.timestep)  # a callback may have freed it
                 self.memory.prefetch_next(step.next_expert)
                 place = previewer.place if previewer is not None else ""
                 bar.set_postfix_str(", ".join(filter(None, (step.expert.label, place))))
@@ -223,6 +223,8 @@ class WanPipeline(PipelineParts):
                     previewer.step(step.number, step.count, step.expert.label, clean)
                 if call.callback is not None:
                     latents = call.callback(self, step, latents, embeds)
+                    latents = condition.overwrite_known_frames(latents)
+                    self._align_transformers()
                 bar.update()
                 stop, interrupt = self.ranks.any(call.state.stop, call.state.interrupt)
                 if stop and not step.is_last:
@@ -231,6 +233,11 @@ class WanPipeline(PipelineParts):
                 if interrupt:
                     break
         return latents
+
+    def _align_transformers(self) -> None:
+        """Bring the weights where kernels want them, those of models that a callback put in place, too."""
+        for model in self.transformers:
+            align_weights(model)
 
     def finish(self, call: Call, latents: torch.Tensor) -> WanVideo | WanStream | tuple[Any]:
         """Decode and wrap the result."""

@@ -13,7 +13,7 @@ from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
-from ..checks import check_num_frames, check_real, check_size
+from ..checks import check_num_frames, check_real, check_size, shown
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
 from ..video.progress import progress_bar
@@ -172,6 +172,7 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
 
     def check_models(self) -> None:
         """Refuse models that belong together under no settings."""
+        self.check_width("text_encoder", "text_dim")
         if self.vae is None:
             return
         kinds = {kind.__name__ for kind in type(uncompiled(self.vae)).__mro__}  # diffusers' has the name, too
@@ -182,6 +183,18 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
                 raise ValueError(
                     f"the transformer predicts {model.config.out_channels} latent channels, the VAE has "
                     f"{self.vae.config.z_dim}; they are of different checkpoints"
+                )
+
+    def check_width(self, encoder: str, setting: str) -> None:
+        """Refuse an encoder whose embeddings are not as wide as the setting of the transformers' says."""
+        # A class of the caller's own need not say its width.
+        width = getattr(getattr(getattr(self, encoder, None), "config", None), "hidden_size", None)
+        for model in self.transformers:
+            taken = model.config.get(setting)
+            if None not in (width, taken) and width != taken:
+                raise ValueError(
+                    f"the {encoder} gives embeddings {shown(width)} wide, the transformer takes {taken} "
+                    f"({setting}); they are of different checkpoints"
                 )
 
     def check_vae(self, what: str, otherwise: str = "") -> None:

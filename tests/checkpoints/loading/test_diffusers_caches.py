@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.hooks import SeaCacheConfig, TaylorSeerCacheConfig
 
-from tests.builders import random_pipeline
+from tests.builders import latents_of, random_pipeline
 from tests.golden_data import relative_error
 from tests.models.test_transformer import SMALL, random_inputs, random_model
 
@@ -138,6 +138,28 @@ def test_attention_is_kept_by_pass():
     assert torch.equal(torch.stack(both[1::2]), torch.stack(run({"uncond": other})))
 
 
+@pytest.mark.parametrize("make", [pyramid, faster])
+def test_videos_of_one_call_keep_their_own_attention_in_a_model_of_diffusers(make):
+    pipe = random_pipeline(experts=1)
+    model = diffusers.WanTransformer3DModel.from_config(pipe.transformer.config).eval()
+    pipe.transformer = model
+    pipe.register_to_config(boundary_ratio=None)
+    CLOCK.now = 995.0
+
+    def tick(p, index, timestep, tensors):
+        CLOCK.now = 600.0 - index
+
+    arguments = {"num_inference_steps": 4, "callback_on_step_end": tick}
+    alone = [latents_of(pipe, text, seed=seed, **arguments) for text, seed in (("a", 1), ("b", 2))]
+    model.enable_cache(make())
+    cached = []
+    for texts, seeds in ((["a"], [1]), (["b"], [2]), (["a", "b"], [1, 2])):
+        CLOCK.now = 995.0
+        cached.append(latents_of(pipe, texts, seed=seeds, **arguments))
+    assert torch.equal(torch.cat(cached[:2]), cached[2])
+    assert not any(map(torch.equal, alone, cached[2].split(1)))
+
+
 def test_a_cache_is_reset_and_empty_between_calls():
     pipe = copy.deepcopy(random_pipeline(experts=1))
     plain = made(pipe)
@@ -147,7 +169,7 @@ def test_a_cache_is_reset_and_empty_between_calls():
     assert not torch.equal(first, plain)
     assert torch.equal(made(pipe), first)
     registry = pipe.transformer.blocks[0].attn1._diffusers_hook
-    assert registry.hooks["pyramid_attention_broadcast"].state.by_pass == {}
+    assert registry.hooks["pyramid_attention_broadcast"].state.states == {}
     assert pipe.acceleration.changes()["step_cache"] == ("PyramidAttentionBroadcastConfig",)
 
 

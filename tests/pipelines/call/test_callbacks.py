@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import (
@@ -15,7 +16,7 @@ from diffusers.callbacks import (
     SDXLCFGCutoffCallback,
 )
 
-from tests.builders import SMALL, latents_of, random_pipeline, recording
+from tests.builders import SMALL, latents_of, random_pipeline, random_ti2v_pipeline, recording
 from wan22 import FlowMatchEulerScheduler
 
 
@@ -126,6 +127,43 @@ def test_may_stop_the_run(pipe):
     assert torch.equal(stopped, steps[1])
     assert pipe.interrupt
     assert torch.equal(latents_of(pipe), latents_of(random_pipeline())), "the next call runs to its end"
+
+
+def test_may_replace_or_free_a_model(pipe):
+    """The next steps run what is in the slots then, as in diffusers, and nothing else keeps the old model."""
+    pipe = copy.deepcopy(pipe)
+    timesteps, before = [1000, 900, 400], latents_of(pipe, timesteps=[1000, 900, 400])
+    first, second = pipe.transformer, pipe.transformer_2
+
+    def replace(p, i, t, tensors):
+        p.transformer_2 = first if i == 0 else p.transformer_2
+
+    def free(p, i, t, tensors):
+        p.transformer = None if i == 1 else p.transformer
+
+    replaced = latents_of(pipe, timesteps=timesteps, callback_on_step_end=replace)
+    assert torch.equal(replaced, latents_of(pipe, timesteps=timesteps))
+    assert not torch.equal(replaced, before)
+    pipe.transformer_2 = second
+    assert torch.equal(latents_of(pipe, timesteps=timesteps, callback_on_step_end=free), before)
+    pipe.transformer = first
+    with pytest.raises(ValueError, match=r"timestep 900 is served by the high noise expert.*is None"):
+        latents_of(
+            pipe, timesteps=timesteps, callback_on_step_end=lambda p, *_: setattr(p, "transformer", None)
+        )
+
+
+def test_frames_that_are_given_stay_as_they_are():
+    """TI2V-5B's first frame: what a callback does to it changes no step, as in diffusers."""
+    pipe = random_ti2v_pipeline()
+    image = np.full((32, 32, 3), 0.7)
+    arguments = {**SMALL, "guidance_scale_2": None, "seed": 7, "output_type": "latent"}
+
+    def disturb(p, i, t, tensors):
+        tensors["latents"][:, :, 0] = 5.0
+
+    disturbed = pipe(image, "a", callback_on_step_end=disturb, **arguments).frames
+    assert torch.equal(disturbed, pipe(image, "a", **arguments).frames)
 
 
 class CutGuidance(PipelineCallback):

@@ -4,9 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.builders import latents_of, random_components, random_pipeline, recording
-from wan22 import FlowMatchEulerScheduler, WanT2VPipeline
+from tests.builders import (
+    latents_of,
+    random_components,
+    random_i2v_pipeline,
+    random_pipeline,
+    recording,
+)
+from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel
 from wan22.pipelines.call.experts import Experts
 from wan22.pipelines.call.guidance import ClassifierFreeGuidance
 
@@ -14,7 +21,7 @@ from wan22.pipelines.call.guidance import ClassifierFreeGuidance
 
 
 def policy(boundary=875.0, high="high", low="low"):
-    return Experts(high, low, boundary)
+    return Experts(SimpleNamespace(transformer=high, transformer_2=low), boundary)
 
 
 def steps(timesteps):
@@ -139,9 +146,29 @@ def test_a_vae_of_another_checkpoint():
         random_pipeline(vae=random_components(1, 48)["vae"])
 
 
-def test_an_image_to_video_transformer():
-    from wan22 import WanTransformer3DModel
+def test_encoders_of_another_width():
+    other = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, ffn_dim=32, num_layers=1, text_dim=48
+    )
+    with pytest.raises(ValueError, match=r"text_encoder gives embeddings 32 wide.*takes 48 \(text_dim\)"):
+        random_pipeline(experts=1, transformer=other)
+    random_pipeline(experts=1, transformer=other, text_encoder=None)  # embeddings may come from elsewhere
+    pipe = random_i2v_pipeline(experts=1)
+    pipe.image_encoder = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16)
+    )
+    with pytest.raises(ValueError, match=r"image_encoder gives embeddings 16 wide.*takes 24 \(image_dim\)"):
+        pipe.check_components()
 
+
+@pytest.mark.parametrize("change", ["quantize", "compile", "set_attention_backend"])
+def test_what_changes_the_transformers_needs_some(change):
+    pipe = random_pipeline(vae=None, transformer=None, transformer_2=None)
+    with pytest.raises(ValueError, match="neither transformer nor transformer_2 is loaded"):
+        getattr(pipe, change)(*["int8"] * (change == "quantize"))
+
+
+def test_an_image_to_video_transformer():
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "num_layers": 1}
     model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=32, **sizes)
     with pytest.raises(ValueError, match=r"36 channels for 16.*image-to-video"):

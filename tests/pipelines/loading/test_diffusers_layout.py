@@ -418,3 +418,21 @@ def test_an_image_to_video_repository(tmp_path):
     model.save_pretrained(tmp_path / "transformer")
     with pytest.raises(ValueError, match=r"36 channels for 16.*image-to-video"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "refused"),
+    [
+        (
+            ["diffusers", "AutoencoderKLWan"],
+            r"diffusers\.AutoencoderKLWan.*none of diffusers' SchedulerMixin",
+        ),
+        (["os", "getcwd"], r"os\.getcwd.*none of diffusers' SchedulerMixin"),
+        ("os", r"'os', not \[module, name\]"),
+    ],
+)
+def test_what_is_no_scheduler_is_not_called(folder, tmp_path, entry, refused):
+    load_pipeline(folder).save_pretrained(tmp_path / "own")
+    edit_json(tmp_path / "own/model_index.json", _wan22_scheduler=entry)
+    with pytest.raises(ValueError, match=refused):
+        load_pipeline(tmp_path / "own")

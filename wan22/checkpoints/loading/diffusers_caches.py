@@ -1,6 +1,6 @@
 """diffusers' caches of steps, as far as they suit a Wan transformer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,13 +41,34 @@ def check_cache_for_passes(config: Any) -> None:
 @contextmanager
 def attention_caches_of_pass(model: Any, name: str) -> Iterator[None]:
     """Let caches of attention keep what they skip by pass: with guidance, one would get the other's."""
+    # Counting from a multiple of the range, FasterCache computes at first, where it fails otherwise.
+    with _separate_states(model, name, lambda hook: hook.block_skip_range):
+        yield
+
+
+@contextmanager
+def attention_caches_of_video(model: Any, video: int) -> Iterator[None]:
+    """Let caches in a model of diffusers keep what they skip by video, for both passes of it, as there.
+
+    diffusers computes all videos in one batch; here each goes through the model by itself, and would get
+    another's attention.
+    """
+    if video == 0:
+        yield
+    else:
+        with _separate_states(model, f"video {video}", lambda _: 0):
+            yield
+
+
+@contextmanager
+def _separate_states(model: Any, name: str, start: Callable[[Any], int]) -> Iterator[None]:
+    """Let the hooks of attention caches have states of their own under a name, counting from `start`."""
     hooks, shared = attention_cache_hooks(model), []
     for hook in hooks:
-        if not hasattr(hook.state, "of_pass"):
-            # Counting from a multiple of the range, FasterCache computes at first, where it fails otherwise.
-            hook.state = _states_by_pass(type(hook.state), hook.block_skip_range)
+        if not hasattr(hook.state, "named"):
+            hook.state = _with_named_states(hook.state)
         shared.append(hook.state)
-        hook.state = hook.state.of_pass(name)
+        hook.state = hook.state.named(name, start(hook))
     try:
         yield
     finally:
@@ -55,25 +76,26 @@ def attention_caches_of_pass(model: Any, name: str) -> Iterator[None]:
             hook.state = state
 
 
-def _states_by_pass(kind: type[Any], start: int) -> Any:
-    """Return a cache's state that has one for each pass, counting from `start`, and resets them, too."""
+def _with_named_states(state: Any) -> Any:
+    """Return a cache's state as it is, which also holds others by name, and resets them, too."""
+    kind: Any = type(state)
 
-    class StatesByPass(kind):
-        by_pass: dict[str, Any]
+    class NamedStates(kind):
+        states: dict[str, Any]
 
-        def of_pass(self, name: str) -> Any:
-            if name not in self.by_pass:
-                self.by_pass[name] = kind()
-                self.by_pass[name].iteration = start
-            return self.by_pass[name]
+        def named(self, name: str, start: int) -> Any:
+            if name not in self.states:
+                self.states[name] = kind()
+                self.states[name].iteration = start
+            return self.states[name]
 
         def reset(self) -> None:
             super().reset()
-            self.by_pass = {}
+            self.states = {}
 
-    state = StatesByPass()
-    state.reset()
-    return state
+    holder = NamedStates()
+    holder.__dict__.update(vars(state), states={})
+    return holder
 
 
 def _latents(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:

@@ -40,14 +40,16 @@ class Acceleration(Part):
 
         Raises:
             ValueError: the options ask for CUDA graphs, which cannot run block by block, or something else
-                has replaced a block's forward; or the VAE, asked for, is not wan22's.
+                has replaced a block's forward; the VAE, asked for, is not wan22's; or there is nothing to
+                compile.
         """
         pipe = self._pipe
         if vae and not is_ours(pipe.vae):
             raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
         vae = vae is not False and is_ours(pipe.vae) and not pipe.ranks.shares_rows
+        transformers = pipe.transformers if vae else self._transformers()
         self.uncompile()
-        self.compiled = Compiled(pipe.transformers, pipe.vae if vae else None, **options)
+        self.compiled = Compiled(transformers, pipe.vae if vae else None, **options)
 
     def uncompile(self) -> None:
         """Undo `compile`, to the bit; refused if a step cache or the like has replaced a forward since."""
@@ -92,8 +94,7 @@ class Acceleration(Part):
         Raises:
             ValueError: it is not available here, or its results are wrong; or there is no transformer.
         """
-        models = self._pipe.transformers or [self._pipe.any_transformer]  # which says that there is none
-        return [attention.use(model, backend) for model in models][-1]
+        return [attention.use(model, backend) for model in self._transformers()][-1]
 
     def quantize(self, method: Any) -> None:
         """Quantise the transformers' large linear layers, in place; that changes the result.
@@ -103,16 +104,20 @@ class Acceleration(Part):
                 `wan22.accel.quantize.quantize`. What is quantised already stays as it is.
 
         Raises:
-            ValueError: the method is unknown, or a model cannot be quantised as it is.
+            ValueError: the method is unknown, no transformer is loaded, or one cannot be quantised as it is.
         """
         check_method(method)
-        models = [model for model in self._pipe.transformers if not is_quantized(model)]
+        models = [model for model in self._transformers() if not is_quantized(model)]
         for model in models:
             check(model, method)
         self._pipe.memory.offload_all()
         for model in models:
             quantize(model, method)
         self._pipe.memory.offload_all()  # drops the weights that were replaced
+
+    def _transformers(self) -> list[Any]:
+        """Return the loaded transformers; a ValueError says that there is none."""
+        return self._pipe.transformers or [self._pipe.any_transformer]
 
     def changes(self) -> dict[str, Any]:
         """Return what moves results away from those of the plain models, by rounding or by more."""

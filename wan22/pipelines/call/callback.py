@@ -35,14 +35,15 @@ class StepCallback:
         """Return the latents "b c t h w" to go on with; embeddings "b l d" are replaced in place."""
         offered = {"latents": latents, **embeds}
         replaced = self.function(pipe, step.index, step.timestep, {n: offered[n] for n in self.tensors}) or {}
+        positive = embeds["prompt_embeds"]
+        assert positive is not None, "a call always has prompt embeddings"
+        width = positive.shape[2]
         for name in embeds.keys() & replaced.keys():
             value = replaced[name]
             if value is None and name == "negative_prompt_embeds":
                 embeds[name] = None  # the rest of the run is not guided
             elif value is not embeds[name]:
-                model = step.expert.model
-                assert model is not None, "steps are served by loaded experts"
-                check_embeds(name, value, model.config.text_dim, len(latents))
+                check_embeds(name, value, width, len(latents))
                 embeds[name] = pad_tokens(value)
         replacement = replaced.get("latents", latents)
         check_latents(replacement, tuple(latents.shape))

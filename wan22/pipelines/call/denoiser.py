@@ -4,11 +4,13 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from ...checkpoints.loading.diffusers_caches import attention_caches_of_video
 from ...checkpoints.loading.models import is_ours
 from .conditions import Condition
 from .experts import Step
@@ -74,9 +76,11 @@ class CFGDenoiser:
         """Run one pass. diffusers' step caches keep what they skip by pass and video."""
         model: Any = step.expert.model
         text = embeds[video : video + 1].to(model.dtype)
-        inputs = inputs if is_ours(model) else _for_diffusers(model, inputs)
+        video_caches: AbstractContextManager[None] = nullcontext()
+        if not is_ours(model):
+            inputs, video_caches = _for_diffusers(model, inputs), attention_caches_of_video(model, video)
         state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
-        with model.cache_context(name + (f"-{video}" if video else ""), **state):
+        with video_caches, model.cache_context(name + (f"-{video}" if video else ""), **state):
             return model(
                 encoder_hidden_states=text,
                 attention_kwargs=self.state.attention_kwargs,

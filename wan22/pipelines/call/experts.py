@@ -5,16 +5,31 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.loading.models import WanTransformer3DModel
-
 
 @dataclass(frozen=True)
 class Expert:
-    """One transformer of a pipeline."""
+    """One transformer of a pipeline: the one that is in its slot when it is used, as in diffusers.
 
+    Between the steps of a call, a callback may replace it, or free one that has done its work.
+    """
+
+    pipe: Any
     slot: str  # the pipeline's component, "transformer" or "transformer_2"
     label: str  # "high noise", "low noise", or "" for the only transformer
-    model: WanTransformer3DModel | None  # None if it is not loaded
+
+    @property
+    def model(self) -> Any:
+        """The transformer; None if it is not loaded."""
+        return getattr(self.pipe, self.slot)
+
+    def check_loaded(self, timestep: float | torch.Tensor) -> None:
+        """Refuse a timestep in 0 to 1000 for which there is no model, by a ValueError."""
+        if self.model is None:
+            served_by = f"the {self.label or 'only'} expert, but pipe.{self.slot} is None"
+            raise ValueError(
+                f"timestep {float(timestep):g} is served by {served_by}; load it, or choose timesteps that "
+                "the other expert serves"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +60,16 @@ class Experts:
     With one transformer, the boundary is None. Source: Wan2.2 wan/text2video.py, WanT2V.generate.
     """
 
-    def __init__(
-        self,
-        transformer: WanTransformer3DModel | None,
-        transformer_2: WanTransformer3DModel | None,
-        boundary: float | None,
-    ) -> None:
+    def __init__(self, pipe: Any, boundary: float | None) -> None:
         labels = ("", "") if boundary is None else ("high noise", "low noise")
         self.boundary = boundary
-        self.high = Expert("transformer", labels[0], transformer)
-        self.low = Expert("transformer_2", labels[1], transformer_2)
+        self.high = Expert(pipe, "transformer", labels[0])
+        self.low = Expert(pipe, "transformer_2", labels[1])
 
     def serving(self, timestep: float) -> Expert:
         """Return the expert of a timestep in 0 to 1000; a ValueError says if it is not loaded."""
         expert = self.high if self.boundary is None or timestep >= self.boundary else self.low
-        if expert.model is None:
-            served_by = f"the {expert.label or 'only'} expert, but pipe.{expert.slot} is None"
-            raise ValueError(
-                f"timestep {timestep:g} is served by {served_by}; load it, or choose timesteps on the "
-                f"other side of {self.boundary or 0:g}."
-            )
+        expert.check_loaded(timestep)
         return expert
 
     def steps(self, scheduler: Any) -> list[Step]:

@@ -91,7 +91,14 @@ def starting_noise(
 def draw(
     generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str | None
 ) -> torch.Tensor:
-    """Return standard normal noise, "b" and then the shape, float32; each video's from its own generator."""
+    """Return standard normal noise, "b" and then the shape, float32; each video's from its own generator.
+
+    Videos that share a generator are drawn at once, as in diffusers: on a GPU it matters.
+    """
+    first = generators[0]
+    if len(generators) > 1 and all(generator is first for generator in generators):
+        size = len(generators), *shape
+        return torch.randn(size, generator=first, device=first.device, dtype=torch.float32).to(device)
     drawn = [torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32) for g in generators]
     return torch.stack([noise.to(device) for noise in drawn])
 

@@ -72,7 +72,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         scheduler = scheduler_for(request, state.scheduler, pipe._execution_device, default_steps)
     guidance, ratio = checked.guidance, pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
-    steps = Experts(pipe.transformer, pipe.transformer_2, boundary).steps(scheduler)
+    steps = Experts(pipe, boundary).steps(scheduler)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = any(guidance.needs_negative(step) for step in steps)
     check_text_encoder(pipe, request, guided)

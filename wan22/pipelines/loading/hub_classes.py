@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
-from ...checks import cut
+from ...checks import cut, shown
 from ...schedulers import FlowMatchDPMSolverScheduler, FlowMatchEulerScheduler, FlowMatchUniPCScheduler
 from ...schedulers.hub_config import written_here
 
@@ -82,7 +82,15 @@ def saved_scheduler(scheduler: Any) -> tuple[list[str] | None, list[str] | None]
 
 
 def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
-    """Load a scheduler by the caller's own class; None, with a warning, where the class is not here."""
+    """Load a scheduler by the caller's own class; None, with a warning, where the class is not here.
+
+    As diffusers does with each component, it imports the module that the folder names; what is no scheduler
+    there is refused by a ValueError.
+    """
+    if not (isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+        raise ValueError(
+            f"{cut(folder.parent)} names the scheduler's class {shown(entry)}, not [module, name]"
+        )
     module, name = entry
     try:
         cls = getattr(import_module(module), name)
@@ -90,4 +98,7 @@ def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
         message = "the scheduler was a %s of %s, which is not here (%s); the class that it derives from runs"
         logger.warning(message, cut(name), cut(module), cut(error))
         return None
-    return cls.from_pretrained(folder)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        where = f"{cut(folder.parent)} names {cut(module)}.{cut(name)} as the scheduler's class"
+        raise ValueError(f"{where}, which is none of diffusers' SchedulerMixin; give scheduler=")
+    return cls.from_pretrained(folder)  # type: ignore[attr-defined]
