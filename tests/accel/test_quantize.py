@@ -21,7 +21,7 @@ from wan22.accel.offload.layout import bytes_of
 from wan22.accel.quantize import DynamicFloat8Linear, dequantize, quantize, report
 from wan22.checkpoints.files import quantized as stored
 from wan22.checkpoints.files.quantized import ScaledNumbers
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 METHODS = ["fp8", "fp8_dynamic", "int8"]
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -207,7 +207,7 @@ def test_help_has_examples():
         (["t2v", "x", "--model", "/gone/away"], "there is no file or folder /gone/away"),
         (["t2v", "x", "--model", "tiny-i2v"], "use WanI2VPipeline"),
         (["t2v", "x", "-o", "x.mov"], "must end in .mp4, .gif"),
-        (["t2v", "x", "--quality", "500"], "quality=500 must be an int from 1 to 100"),
+        (["t2v", "x", "--quality", "500"], "quality=500 must be an int, 1 to 100"),
         (["t2v", "x", "--sigmas", "1;2"], "--sigmas 1;2 must be numbers with commas between"),
         (["t2v", "x", "--attention-kwargs", "0.5"], "--attention-kwargs 0.5 must be a JSON object"),
         (["t2v", "x", "--quantize", "q4"], "q4"),

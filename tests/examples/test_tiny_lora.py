@@ -18,8 +18,8 @@ from tests.checkpoints.lora_writers import DIALECTS, in_diffusers
 from tests.golden_data import relative_error
 from tests.tiers import slow
 from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.naming.keys import TRANSFORMER
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 FOLDER = Path(__file__).parents[1] / "loras"
 FILES = {"transformer": "purple_high.safetensors", "transformer_2": "purple_low.safetensors"}

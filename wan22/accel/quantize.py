@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
 from ..checkpoints.loading.models import is_ours
-from ..checkpoints.loading.quantized_linear import QuantizedLinear
 from ..checkpoints.lora.injecting import lora_layers
+from ..checkpoints.quantized_linear import QuantizedLinear
 from ..checks import shown
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from .offload.layout import blocks_of, bytes_of

@@ -126,9 +126,9 @@ def test_what_cannot_be_placed():
         Placement("gone")
     with pytest.raises(ValueError, match="source='disk' must be one of 'mmap', 'pinned'"):
         Placement("on_demand", source="disk")
-    with pytest.raises(ValueError, match="buffers=4 must be 2 or 3"):
+    with pytest.raises(ValueError, match="buffers=4 must be an int, 2 to 3"):
         streamed(buffers=4)
-    with pytest.raises(ValueError, match="resident_blocks=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="resident_blocks=-1 must be an int, at least 0"):
         streamed(-1)
     with pytest.raises(ValueError, match="resident_blocks=2 is for streamed models, not on_demand"):
         Placement("on_demand", resident_blocks=2)

@@ -10,8 +10,8 @@ from tests.checkpoints.loading.test_text_encoder import gguf_name
 from tests.golden_data import golden
 from wan22 import AutoencoderKLWan, WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.files.quantized import scaled_float8
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.loading.recognize import read_model
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 
 def only_biases(weights, path):

@@ -15,7 +15,7 @@ from tests.checkpoints import writers
 from tests.golden_data import golden
 from tests.official_keys import transformer_state_dict
 from wan22 import AutoencoderKLWan, WanTransformer3DModel, tiny_checkpoint
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 128}
 

@@ -15,7 +15,7 @@ from tests.checkpoints.loading.test_models import assert_same, assert_same_confi
 from tests.pipelines.loading.repositories import make_repository
 from wan22 import WanTransformer3DModel, tiny_checkpoint
 from wan22.checkpoints.files import hub
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 load = WanTransformer3DModel.from_single_file
 

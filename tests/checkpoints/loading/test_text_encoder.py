@@ -8,8 +8,8 @@ from tests.builders import golden_text_encoder
 from tests.checkpoints import writers
 from tests.golden_data import golden
 from tests.official_t5_keys import t5_state_dict
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.loading.recognize import read_model
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 # Names of the llama.cpp converter, beside the official ones.
 GGUF_NAMES = {

@@ -11,8 +11,8 @@ from torch import nn
 from tests.checkpoints.lora.models import close, differences, load, merged, model_without, run
 from tests.checkpoints.lora_writers import make_lora
 from wan22.accel.quantize import quantize
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.lora.adapters import adapters_of
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 
 def weights_of(model):

@@ -15,9 +15,9 @@ from tests.builders import latents_of, random_pipeline
 from tests.checkpoints import writers
 from tests.checkpoints.lora_writers import DIALECTS, in_diffusers, linears, make_lora, save
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel, tiny_checkpoint
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.lora import sources
 from wan22.checkpoints.naming.keys import TRANSFORMER
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 SLOTS = ("transformer", "transformer_2")
 LORA = "pretrained_model_name_or_path_or_dict"

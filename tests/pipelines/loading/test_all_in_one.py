@@ -16,8 +16,8 @@ from tests.golden_data import golden
 from tests.pipelines.loading.repositories import error_to_golden, golden_latents, quiet
 from wan22 import AutoencoderKLWan, WanI2VPipeline, WanT2VPipeline, WanTransformer3DModel
 from wan22.checkpoints import convert
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
 from wan22.checkpoints.loading.recognize import kinds_in, read_model
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 from wan22.cli.info import checkpoint
 
 DIFFUSION, TEXT = "model.diffusion_model.", "text_encoders.umt5xxl."

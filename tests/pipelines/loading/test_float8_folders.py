@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tests.builders import load_pipeline
 from wan22 import tiny_checkpoint
 from wan22.accel.offload.layout import bytes_of
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 from wan22.pipelines.loading.checkpoint import Wanted
 from wan22.pipelines.loading.load import locate
 

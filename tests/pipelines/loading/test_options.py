@@ -20,7 +20,7 @@ from wan22.accel.offload.layout import bytes_of
 from wan22.accel.planning.machine import CONTEXT
 from wan22.accel.planning.planner import _held
 from wan22.accel.quantize import is_quantized
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 from wan22.pipelines.loading import load
 from wan22.pipelines.loading.checkpoint import Wanted
 from wan22.pipelines.loading.single_files import SingleFiles

@@ -18,7 +18,7 @@ from wan22 import (
     tiny_checkpoint,
 )
 from wan22.checkpoints.files import hub
-from wan22.checkpoints.loading.quantized_linear import QuantizedLinear
+from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 
 def test_each_file_may_be_of_another_format(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from ...checks import shown
 from ...models.layers import Float32Linear
 from ..files.quantized import FLOAT8, HALF
-from .quantized_linear import QuantizedLinear
+from ..quantized_linear import QuantizedLinear
 
 # Names of dtypes, also with "torch." before them.
 NAMES = {

@@ -12,8 +12,8 @@ from ...private_apis import own_tensors
 from ..files.quantized import QuantizedTensor, expanded
 from ..naming.dialects import Tensors
 from ..naming.names import listed, shapes_of
+from ..quantized_linear import QuantizedLinear
 from .dtypes import dtype_for
-from .quantized_linear import QuantizedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 

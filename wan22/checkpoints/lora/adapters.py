@@ -12,8 +12,8 @@ from torch import nn
 
 from ...checks import shown
 from ...private_apis import own_tensors, uncompiled
-from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
+from ..quantized_linear import QuantizedLinear
 from .differences import edit_on_host
 from .fusing import Fused
 from .injecting import detach, full_scale, inject, lora_layers, own_layer, path_of, replace, set_scaling

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...private_apis import layerwise_casting
-from ..loading.quantized_linear import QuantizedLinear
+from ..quantized_linear import QuantizedLinear
 
 
 def store_as_computed(layer: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...private_apis import layerwise_casting, own_tensors
-from ..loading.quantized_linear import QuantizedLinear
+from ..quantized_linear import QuantizedLinear
 from .differences import Differences
 from .injecting import full_scale, innermost
 

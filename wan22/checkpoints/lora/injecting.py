@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...models.layers import Float32Linear, at_least_float32
 from ...private_apis import mark_peft_layers, reapply_group_offloading, take_hotswap_options
-from ..loading.quantized_linear import QuantizedLinear
 from ..naming.names import listed
+from ..quantized_linear import QuantizedLinear
 from .casting import compute_dtype_of, computing, store_as_computed
 from .differences import Differences, differences_of
 from .weights import AdapterWeights, Lora
@@ -120,7 +120,8 @@ def replace(model: Any, lora: Lora, adapter: str) -> None:
         parts = {} if weights is None else _scaled(weights)
         for name in ("lora_A", "lora_B"):
             _overwrite(getattr(layer, name)[adapter], parts.get(name), dimension=int(name == "lora_B"))
-        if (bias := layer.lora_B[adapter].bias) is not None:
+        bias: Any = layer.lora_B[adapter].bias
+        if bias is not None:
             bias.data.zero_()
         # The factor is in the matrices, whatever PEFT or diffusers has made the adapter with.
         rank = max(layer.r[adapter], 0 if weights is None else weights.rank)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...private_apis import layerwise_casting, uncompiled
-from ..loading.quantized_linear import expanded_state
+from ..quantized_linear import expanded_state
 from .adapters import adapters_of
 
 _OF_ADAPTERS = re.compile(r"\.(lora|lokr|hada)_")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..files.quantized import QuantizedTensor
+from .files.quantized import QuantizedTensor
 
 _expanding = ContextVar("expanding", default=False)  # see expanded_state
 
