@@ -225,6 +225,16 @@ def test_narrow_weights(narrow, model, table):
     assert isinstance(layer, QuantizedLinear) or layer.weight.dtype == torch.float8_e4m3fn
 
 
+def test_differences_of_cast_layers_at_another_scale(model, table):
+    by_file, _ = differences(model)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    load(model, table, strength=0.5, deltas=by_file)
+    expected = run(model)
+    model.set_adapters("a", 1.0)
+    model.fuse_lora(lora_scale=0.5, dequantize=True)
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_fused_weights_stay_where_they_are(model, table):
     """So that a compiled model or an offload still has them."""
     pointers = {name: weight.data_ptr() for name, weight in model.named_parameters()}

@@ -18,6 +18,12 @@ def store_as_computed(layer: nn.Module) -> None:
         layer.to(casting.compute_dtype)
 
 
+def is_narrow(layer: nn.Module) -> bool:
+    """Whether a layer's weights are stored in another dtype than it computes in."""
+    casting = layerwise_casting(layer)
+    return casting is not None and casting.storage_dtype != casting.compute_dtype
+
+
 @contextmanager
 def computing(layers: Iterable[nn.Module], expand: bool = False) -> Iterator[None]:
     """Let PEFT see the dtype that cast layers compute in, while it puts adapters around them.

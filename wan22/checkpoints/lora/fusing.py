@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...private_apis import layerwise_casting, own_tensors
 from ..quantized_linear import QuantizedLinear
+from .casting import is_narrow
 from .differences import Differences
 from .injecting import full_scale, innermost
 
@@ -137,7 +138,7 @@ def _refuse_narrow(layers: list[Any], dequantize: bool) -> None:
     if others:
         kind = type(others[0].weight).__name__
         raise ValueError(f"{len(others)} of the layers are quantised ({kind}); leave the LoRA unfused")
-    cast = [layer for layer in layers if layerwise_casting(layer) is not None]
+    cast = [layer for layer in layers if is_narrow(layer)]
     for found, what in ((ours, "quantised"), (cast, "stored in a narrow dtype by layerwise casting")):
         if found and not dequantize:
             raise ValueError(
@@ -150,9 +151,9 @@ def _expanded(layer: Any) -> Any:
     """Return an ordinary layer for one that is quantised or cast, with the weight it computes with."""
     if isinstance(layer, QuantizedLinear):
         return layer.expand()
+    if not is_narrow(layer):
+        return layer  # the very one that whole differences are written into
     casting = layerwise_casting(layer)
-    if casting is None:
-        return layer
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     for name, parameter in layer.named_parameters(recurse=False):
         value = parameter.detach().to(casting.compute_dtype, copy=True)
