@@ -184,7 +184,7 @@ def test_an_active_one_that_is_not_fused_with_another(model, table, caplog):
     found = adapters_of(model).strengths()["a"]
     module = "blocks.0.attn1.to_q"
     assert (found[module], found[f"{module}.differences"]) == (0.0, 0.7)
-    adapters_of(model).take_out("the strengths that are told can be set")
+    adapters_of(model).unfuse_at_strengths("the strengths that are told can be set")
     close(run(model), expected)
 
 

@@ -82,10 +82,10 @@ def test_the_whole_script_with_fusing(pipe, files, both, plain):
 
 def test_only_what_nobody_asked_for_is_withdrawn(pipe, files):
     pipe.load_lora_weights(high=files["transformer"], low=files["transformer"], adapter_name="asked")
-    pipe.load_lora_weights(files["transformer"], adapter_name="unasked")
+    pipe.load_lora_weights(files["transformer"], adapter_name="into_both")
     pipe.load_lora_weights(files["transformer_2"], adapter_name="low", load_into_transformer_2=True)
     assert pipe.get_list_adapters() == {
-        "transformer": ["asked", "unasked"],
+        "transformer": ["asked", "into_both"],
         "transformer_2": ["asked", "low"],
     }
     with pytest.raises(ValueError, match="there is an adapter 'low' already"):
@@ -94,7 +94,7 @@ def test_only_what_nobody_asked_for_is_withdrawn(pipe, files):
 
 def test_what_stays_fused_counts_as_it_did_when_another_is_withdrawn(pipe, files):
     pipe.load_lora_weights(low=files["transformer"], adapter_name="asked")
-    pipe.load_lora_weights(files["transformer"], adapter_name="unasked", strength=0.0)
+    pipe.load_lora_weights(files["transformer"], adapter_name="into_both", strength=0.0)
     pipe.fuse_lora(lora_scale=0.5)
     pipe.load_lora_weights(files["transformer_2"], "low", load_into_transformer_2=True)
     assert adapters_of(pipe.transformer_2).strengths() == {"asked": 0.5, "low": 1.0}

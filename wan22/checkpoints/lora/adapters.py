@@ -1,4 +1,4 @@
-"""The adapters of one transformer, as PEFT's layers hold them: whoever changed them last."""
+"""The adapters of one transformer: their names, strengths and files, read from PEFT's layers each time."""
 
 import logging
 import re
@@ -30,18 +30,18 @@ Strength = float | Mapping[str, float]
 class Adapters:
     """A view of a transformer's adapters, ours or diffusers', compiled or not.
 
-    What there is, what is active, and at which strength, stands in PEFT's layers alone: PEFT's and diffusers'
-    own methods may change it. Beside them are kept the files that adapters came from, and what is fused.
+    Names, strengths and which adapters are active are read from PEFT's layers each time, as PEFT's and
+    diffusers' own methods may change them. Kept here are the adapters' files, and what is fused.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         # The files of adapters, and PEFT's configurations that were made for them: another one is another's.
         self._sources: dict[str, tuple[str, Any]] = {}
-        self._unasked: set[str] = set()  # adapters that are here although the call named no expert
+        self._into_both: set[str] = set()  # adapters that a call which named no expert loaded into both
         self._fused = Fused()
         # Name, file and strength of what was fused and unloaded since.
-        self._absorbed: list[tuple[str, str | None, Strength]] = []
+        self._fused_for_good: list[tuple[str, str | None, Strength]] = []
 
     # ---- what there is ----
 
@@ -64,7 +64,7 @@ class Adapters:
     @property
     def in_weights(self) -> set[str]:
         """The adapters that are fused into weights, still loaded or not."""
-        return self.fused | {name for name, _, _ in self._absorbed}
+        return self.fused | {name for name, _, _ in self._fused_for_good}
 
     @property
     def unfused(self) -> list[str]:
@@ -74,9 +74,9 @@ class Adapters:
         return [from_peft(name) for name in found]
 
     @property
-    def unasked(self) -> list[str]:
-        """The loaded adapters that are here although the call that loaded them named no expert."""
-        return [name for name in self.names if name in self._unasked]
+    def into_both(self) -> list[str]:
+        """The loaded adapters that a call which named no expert loaded into both."""
+        return [name for name in self.names if name in self._into_both]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,7 +95,7 @@ class Adapters:
         """
         found: dict[str, tuple[str | None, Strength]] = {}
         loaded = [(name, self._source(name), strength) for name, strength in self._counted().items()]
-        for name, source, strength in (*self._absorbed, *loaded):
+        for name, source, strength in (*self._fused_for_good, *loaded):
             numbered = (f"{name} ({i})" for i in range(2, len(found) + 3))
             found[next(key for key in (name, *numbered) if key not in found)] = source, strength
         return found
@@ -106,8 +106,8 @@ class Adapters:
 
     # ---- what changes it ----
 
-    def load(self, name: str, lora: Lora, strength: Strength, unasked: bool = False) -> None:
-        """Add an adapter, whose weights are copied, and have it active beside those that are.
+    def load(self, name: str, lora: Lora, strength: Strength, into_both: bool = False) -> None:
+        """Copy an adapter into the model and activate it; the active ones stay so. `into_both`: the call named no expert.
 
         Whole differences of quantised weights are refused, and any LoRA where weights are absent.
         """
@@ -121,29 +121,29 @@ class Adapters:
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
         disabled = self._disabled
-        self.take_out(f"{name} counts beside it")
+        self.unfuse_at_strengths(f"{name} counts beside it")
         active = self.active
-        # As in diffusers, those that its own methods added give way.
+        # As in diffusers, those that its own methods added are not active any more.
         if others := [other for other in active if self.foreign(other)]:
             logger.warning("%s is not active beside %s; set_adapters makes both so", ", ".join(others), name)
         edit_on_host(self.model)
         inject(self.model, lora, to_peft(name))
         self._remember(name, lora.source)
-        if unasked:
-            self._unasked.add(name)
+        if into_both:
+            self._into_both.add(name)
         self._choose([*(other for other in active if other not in others), name])
         self._scale(name, strength)
         self._enable(not disabled)
 
     @contextmanager
     def adding(self, name: str | None) -> Iterator[None]:
-        """Let diffusers add an adapter, which is then active alone, as its documentation has it.
+        """Let diffusers add an adapter within this context.
 
-        But what is fused is taken out of the weights, and stays active beside it; and while adapters are
-        disabled, the new one is, too.
+        It is then the only active one, as in diffusers; but adapters that were fused are unfused first and
+        stay active, and while adapters are disabled, the new one is disabled, too.
         """
         known, disabled = self.names, self._disabled
-        kept = self.active if self.take_out(f"{name or 'the new one'} counts beside it") else []
+        kept = self.active if self.unfuse_at_strengths(f"{name or 'the new one'} counts beside it") else []
         yield
         if kept:
             self._choose([*kept, *(new for new in self.names if new not in known)])
@@ -197,12 +197,12 @@ class Adapters:
 
     def unload(self) -> None:
         """Take all adapters out; what is fused stays in the weights."""
-        self._absorb(self.fused)
+        self._note_fused_for_good(self.fused)
         edit_on_host(self.model)
         detach(self.model)
         self._fused.forget()
         self._sources.clear()
-        self._unasked.clear()
+        self._into_both.clear()
 
     def fuse(
         self,
@@ -235,8 +235,11 @@ class Adapters:
         edit_on_host(self.model)
         self._fused.unfuse(self._layers.values() if layers is None else layers)
 
-    def take_out(self, reason: str) -> bool:
-        """Take fused adapters out of the weights, and let them count as they did; whether any was fused."""
+    def unfuse_at_strengths(self, reason: str) -> bool:
+        """Unfuse, and set the strengths that counted until now, those of fuse_lora included.
+
+        Returns: whether any adapter was fused.
+        """
         if not (fused := sorted(self.fused)):
             return False
         counted = {
@@ -275,7 +278,7 @@ class Adapters:
     def forget_source(self, name: str) -> None:
         """Forget the file of an adapter that is replaced or deleted."""
         self._sources.pop(name, None)
-        self._unasked.discard(name)
+        self._into_both.discard(name)
 
     # ---- PEFT's layers ----
 
@@ -327,16 +330,16 @@ class Adapters:
         """Keep what is fused of adapters in the weights for good, though others can still be taken out."""
         if not (fused := self.fused & set(names)):
             return
-        self._absorb(fused)
+        self._note_fused_for_good(fused)
         merged = {layer: self._in_effect(layer) for layer in self._layers.values() if layer.merged}
         self._fused.keep(merged, {to_peft(name) for name in fused})
 
-    def _absorb(self, names: Collection[str]) -> None:
+    def _note_fused_for_good(self, names: Collection[str]) -> None:
         """Note fused adapters that are unloaded and stay in the weights."""
         if names:
             logger.info("%s stays fused in the weights", ", ".join(sorted(names)))
         now = [(name, strength) for name, strength in self._counted().items() if name in names]
-        self._absorbed += [(name, self._source(name), strength) for name, strength in now]
+        self._fused_for_good += [(name, self._source(name), strength) for name, strength in now]
 
     def _remember(self, name: str, source: str) -> None:
         self._sources[name] = source, self.model.peft_config[to_peft(name)]

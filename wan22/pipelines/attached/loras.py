@@ -84,20 +84,20 @@ class Loras(Part):
                 )
             lora, low = None, lora
         strengths = _by_slot(strength)
-        loras, unasked = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
-        self._check_experts(len(loras) == 2 and not unasked, strengths)
+        loras, into_both = self._read_loras(lora, (high, low), LoraSource(weight_name, subfolder, hub))
+        self._check_experts(len(loras) == 2 and not into_both, strengths)
         self._pipe.memory.offload_all()
         if hotswap:
-            return self._swap(loras, adapter_name, strengths, unasked)
+            return self._swap(loras, adapter_name, strengths, into_both)
         if load_into_transformer_2:
-            self._withdraw()
+            self._delete_from_second()
         targets = {slot: self._adapters()[slot] for slot in loras}
         taken = {name for adapters in targets.values() for name in adapters.names}
         name = _free_name(taken) if adapter_name is None else adapter_name
         if name in taken:
             raise ValueError(f"there is an adapter {shown(name)} already; choose another name")
         for slot, adapters in targets.items():
-            adapters.load(name, loras[slot], strengths[slot], unasked)
+            adapters.load(name, loras[slot], strengths[slot], into_both)
         return name
 
     def set_adapters(
@@ -291,28 +291,32 @@ class Loras(Part):
             )
 
     def _swap(
-        self, loras: Mapping[str, Lora], name: str | None, strengths: Mapping[str, OneStrength], unasked: bool
+        self,
+        loras: Mapping[str, Lora],
+        name: str | None,
+        strengths: Mapping[str, OneStrength],
+        into_both: bool,
     ) -> str:
         targets = {slot: a for slot, a in self._adapters().items() if slot in loras and name in a.names}
         if name is None or not targets:
             known = ", ".join(sorted(self._names())) or "none"
             raise ValueError(f"hotswap=True: adapter_name={shown(name)} must be loaded; there is {known}")
-        if not unasked and (lacking := sorted(loras.keys() - targets.keys())):
+        if not into_both and (lacking := sorted(loras.keys() - targets.keys())):
             raise ValueError(f"hotswap=True: {lacking[0]} has no adapter {shown(name)} to be replaced")
         for slot, adapters in targets.items():
             adapters.swap(name, loras[slot], strengths[slot])
         return name
 
-    def _withdraw(self) -> None:
-        """Take adapters that went into both experts unasked out of the low-noise one."""
+    def _delete_from_second(self) -> None:
+        """Delete, from the low-noise expert, the adapters that calls without an expert loaded into both."""
         adapters = self._adapters()[SLOTS[1]]
-        if names := adapters.unasked:
+        if names := adapters.into_both:
             logger.warning(
                 "%s was loaded for both experts; as this call is for transformer_2 alone, it is taken out "
                 "there. To keep it, give low= instead of load_into_transformer_2=True",
                 ", ".join(names),
             )
-            adapters.take_out(f"{', '.join(names)} can be taken out")
+            adapters.unfuse_at_strengths(f"{', '.join(names)} can be taken out")
             adapters.remove(names)
 
     def _names(self) -> set[str]:
