@@ -107,7 +107,9 @@ class Adapters:
     # ---- what changes it ----
 
     def load(self, name: str, lora: Lora, strength: Strength, into_both: bool = False) -> None:
-        """Copy an adapter into the model and activate it; the active ones stay so. `into_both`: the call named no expert.
+        """Copy an adapter into the model and activate it; the active ones stay active.
+
+        `into_both`: it goes into both experts because the call named none.
 
         Whole differences of quantised weights are refused, and any LoRA where weights are absent.
         """
