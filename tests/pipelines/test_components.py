@@ -263,6 +263,7 @@ def test_a_copy_of_a_pipeline_holds_parts_of_its_own(copied):
     assert torch.equal(latents_of(twin), expected)
     twin.accelerate()
     assert twin.acceleration.changes()["accelerated"]
+    twin.decelerate()  # the models are those of other tests, too
 
 
 def test_a_deleted_pipeline_is_free_at_once():
