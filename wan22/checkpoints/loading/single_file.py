@@ -23,11 +23,11 @@ Source = str | Path | Mapping[str, torch.Tensor]
 # Names of the first argument in diffusers.
 ALIASES = ("pretrained_model_link_or_path_or_dict", "pretrained_model_link_or_path")
 # Arguments of diffusers that steer how it loads, and not what: here, weights are memory-mapped, models are
-# built without values, and a format is told from a file's first bytes.
+# built without values, and a format is recognised by a file's first bytes.
 STEERING = {"low_cpu_mem_usage", "disable_mmap", "use_safetensors", "offload_state_dict"}
 _REFUSED = {
-    "original_config": "the sizes are told from the tensors; give single entries by their names",
-    "original_config_file": "the sizes are told from the tensors; give single entries by their names",
+    "original_config": "the sizes follow from the tensors; give single entries by their names",
+    "original_config_file": "the sizes follow from the tensors; give single entries by their names",
     "proxies": "set the environment variable HTTPS_PROXY",
 }
 _EVERYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of diffusers
