@@ -81,7 +81,6 @@ class WanI2VPipeline(WanPipeline):
     def check_components(self) -> None:
         """Refuse components that do not belong together, or are not for image to video."""
         super().check_components()
-        self.check_width("image_encoder", "image_dim")
         z_dim = self.latent_channels
         expected = z_dim if self.config.expand_timesteps else 2 * z_dim + self.vae_scale_factor_temporal
         for model in self.transformers:
@@ -250,6 +249,7 @@ class WanI2VPipeline(WanPipeline):
             for name in ("image_encoder", "image_processor"):
                 if getattr(self, name) is None:
                     raise ValueError(f"pipe.{name} is None; load it, or give image_embeds")
+            self.check_width("image_encoder", "image_dim")
 
     # ---- conditioning ----
 

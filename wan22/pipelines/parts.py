@@ -172,7 +172,6 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
 
     def check_models(self) -> None:
         """Refuse models that belong together under no settings."""
-        self.check_width("text_encoder", "text_dim")
         if self.vae is None:
             return
         kinds = {kind.__name__ for kind in type(uncompiled(self.vae)).__mro__}  # diffusers' has the name, too

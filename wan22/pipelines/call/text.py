@@ -55,6 +55,7 @@ def check_text_encoder(pipe: Any, request: Request, guided: bool) -> None:
                 raise ValueError(
                     f"pipe.{component} is None; load it, or give {name}_embeds instead of {name}"
                 )
+        pipe.check_width("text_encoder", "text_dim")
 
 
 def clean_prompt(text: str) -> str:
