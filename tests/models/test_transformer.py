@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tests.golden_data import golden, relative_error
 from tests.official_keys import transformer_config, transformer_state_dict
 from wan22 import WanTransformer3DModel
+from wan22.accel.planning.trace import peak_bytes
 from wan22.checkpoints.loading.alignment import align_weights
 from wan22.models import transformer as transformer_module
 from wan22.models.rope import axis_sizes, rotary_tables, rotate
@@ -431,3 +432,15 @@ def test_forward_fits_on_one_screen():
     source = inspect.getsource(transformer_module.WanTransformer3DModel.forward)
     code = source.split('"""')[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
+
+
+def test_a_block_holds_one_raw_projection_at_a_time():
+    """At most ten times the tokens in bf16: queries, keys and values are finished one after the other."""
+    tokens = 4096
+    with torch.device("meta"):
+        block = transformer_module.WanTransformerBlock(5120, 13824, 40, True, 1e-6).bfloat16()
+        x, time = torch.empty(1, tokens, 5120), torch.empty(1, 1, 6, 5120)
+        text = torch.empty(1, 512, 5120, dtype=torch.bfloat16)
+        rotary = (torch.empty(1, tokens, 1, 64), torch.empty(1, tokens, 1, 64))
+    unit = tokens * 5120 * torch.bfloat16.itemsize
+    assert peak_bytes(block, x, text, time, rotary) < 10.01 * unit

@@ -72,26 +72,35 @@ class WanAttention(nn.Module):
         context = x if context is None else context
         if image is not None and self.add_k_proj is None:
             context, image = torch.cat((image, context), dim=1), None
-        query, key, value = self.project(x, context)
-        query, key = self._heads(self.norm_q(query)), self._heads(self.norm_k(key))
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        query = query.to(x.dtype)
-        out = attention(query, key.to(x.dtype), self._heads(value), self.backend)
+        query, key, value = self.project(x, context, rotary)
+        out = attention(query, key, value, self.backend)
         if image is not None:
-            key, value = self.project_image(image)
-            key = self._heads(self.norm_added_k(key)).to(x.dtype)
-            out = out + attention(query, key, self._heads(value), self.backend)
+            out = out + attention(query, *self.project_image(image), self.backend)
         return self.to_out[0](rearrange(out, "b l n d -> b l (n d)"))
 
-    def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return queries "b l d", keys and values "b s d"."""
-        return self.to_q(x), self.to_k(context), self.to_v(context)
+    def project(
+        self, x: torch.Tensor, context: torch.Tensor, rotary: RotaryTables | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return queries "b l n d", keys and values "b s n d".
 
-    def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return keys and values "b s d" of image tokens."""
+        Each is finished before the next begins: what is raw or in float32 is in memory once, not three times.
+        """
+        query = self._normalised(self.norm_q, self.to_q(x), rotary)
+        key = self._normalised(self.norm_k, self.to_k(context), rotary)
+        return query, key, self._heads(self.to_v(context))
+
+    def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values "b s n d" of image tokens."""
         assert self.add_k_proj is not None and self.add_v_proj is not None, "image tokens have projections"
-        return self.add_k_proj(image), self.add_v_proj(image)
+        key = self._normalised(self.norm_added_k, self.add_k_proj(image))
+        return key, self._heads(self.add_v_proj(image))
+
+    def _normalised(
+        self, norm: nn.Module, x: torch.Tensor, rotary: RotaryTables | None = None
+    ) -> torch.Tensor:
+        """Return queries or keys "b l n d" of the projected "b l d", in its dtype."""
+        heads = self._heads(norm(x))
+        return (heads if rotary is None else rotate(heads, *rotary)).to(x.dtype)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "b l (n d) -> b l n d", n=self.heads)

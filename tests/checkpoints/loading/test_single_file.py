@@ -112,7 +112,7 @@ def test_gguf_as_scripts_for_diffusers_load_it(official, tmp_path, caplog):  # n
             ValueError,
             "cannot be loaded as BitsAndBytesConfig",
         ),
-        ({"original_config": {}}, ValueError, "original_config is not supported: the sizes are told from"),
+        ({"original_config": {}}, ValueError, "original_config is not supported: the sizes follow from"),
         ({"proxies": {"https": "x"}}, ValueError, "proxies is not supported: set .* HTTPS_PROXY"),
         ({"device_map": {"blocks": 0, "proj_out": "cpu"}}, ValueError, "goes to one device"),
         ({"device_map": "disk"}, ValueError, "goes to one device"),

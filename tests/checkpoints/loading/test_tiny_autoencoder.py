@@ -18,7 +18,7 @@ def tensors(**options):
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 @pytest.mark.parametrize("options", [{}, {"patch_size": 1}, {"frame_factors": (2, 2, 1)}], ids=str)
 def test_both_formats(tmp_path, ending, options):
-    """With or without the encoder, sizes are told from the tensors."""
+    """With or without the encoder, sizes follow from the tensors."""
     path, state = tmp_path / f"taew2_2.{ending}", tensors(**options) | ENCODER
     torch.save(state, path) if ending == "pth" else save_file(state, path)
     loaded, original = load_tiny_decoder(path), tiny_decoder(**options)

@@ -98,19 +98,25 @@ class DiffusersAttention(WanAttention, AttentionModuleMixin):
 
     # ---- fused projections ----
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        """Return queries "b l m", keys and values "b s m"."""
+    def project(self, x: Tensor, context: Tensor, rotary: RotaryTables | None) -> tuple[Tensor, ...]:
+        """Return queries "b l n d", keys and values "b s n d"."""
         parts = (self.to_q, self.to_k, self.to_v)
         if not self.fused_projections or any(type(part) is not nn.Linear for part in parts):  # LoRAs since
-            return super().project(x, context)
+            return super().project(x, context, rotary)
         if self.is_cross_attention:
-            return self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)
-        return self.to_qkv(x).chunk(3, dim=-1)
+            query = self.to_q(x)
+            key, value = self.to_kv(context).chunk(2, dim=-1)
+        else:
+            query, key, value = self.to_qkv(x).chunk(3, dim=-1)
+        query, key = self._normalised(self.norm_q, query, rotary), self._normalised(self.norm_k, key, rotary)
+        return query, key, self._heads(value)
 
-    def project_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return keys and values "b s m" of image tokens."""
-        fused = self.fused_projections
-        return self.to_added_kv(image).chunk(2, dim=-1) if fused else super().project_image(image)
+    def project_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values "b s n d" of image tokens."""
+        if not self.fused_projections:
+            return super().project_image(image)
+        key, value = self.to_added_kv(image).chunk(2, dim=-1)
+        return self._normalised(self.norm_added_k, key), self._heads(value)
 
     @torch.no_grad()
     def fuse_projections(self) -> None:
