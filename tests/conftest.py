@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["WAN22_CACHE"] = os.devnull  # nothing is prepared, unless a test has a cache of its own
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def tiny_preset(monkeypatch):
     )
     monkeypatch.setattr(presets, "PRESETS", (*presets.PRESETS, preset))
     return preset
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder for prepared models."""
+    monkeypatch.setenv("WAN22_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prepared"
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.files.quantized import QuantizedTensor, ScaledNumbers
+from ..checkpoints.files.quantized import LARGEST, ROWS, QuantizedTensor, ScaledNumbers, scaled_numbers
 from ..checkpoints.loading.models import is_ours
 from ..checkpoints.lora.injecting import lora_layers
 from ..checkpoints.quantized_linear import QuantizedLinear
@@ -31,11 +31,8 @@ from .offload.layout import blocks_of, bytes_of
 Model = TypeVar("Model", bound=nn.Module)
 
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Rows of a weight that are converted at a time, so that their float32 copies stay small.
-ROWS = 1024
 # What the float8 product asks of both sizes of a weight.
 MULTIPLE = 16
 
@@ -177,24 +174,13 @@ def _tried_form(device: torch.device) -> str | None:
 
 def _quantized(linear: nn.Linear, method: str, block: int | None) -> QuantizedLinear:
     kind, groups = KINDS[method], linear.in_features // (block or linear.in_features)
-    pairs = [_rounded(rows, kind, groups) for rows in linear.weight.detach().split(ROWS)]
+    pairs = [scaled_numbers(rows, kind, groups) for rows in linear.weight.detach().split(ROWS)]
     data, scale = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     shape = (linear.out_features, linear.in_features)
     tensor = QuantizedTensor(shape, ScaledNumbers(kind, groups), {"data": data, "scale": scale})
     layer = DynamicFloat8Linear if method == "fp8_dynamic" else QuantizedLinear
     bias = None if linear.bias is None else linear.bias.detach()
     return layer(tensor, bias, linear.weight.dtype).train(linear.training)
-
-
-def _rounded(rows: torch.Tensor, kind: torch.dtype, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bytes "o i" and the scales "o g 1" of rows "o i" of a weight."""
-    values = rows.float().unflatten(1, (groups, -1))
-    largest = torch.linalg.vector_norm(values, float("inf"), dim=2, keepdim=True)
-    scale = (largest / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)  # zeros have any scale
-    values = values / scale
-    if not kind.is_floating_point:
-        values.round_()
-    return values.flatten(1).to(kind).view(torch.uint8), scale
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

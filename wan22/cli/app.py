@@ -135,6 +135,31 @@ def convert(
 
 
 @command
+def prepare(
+    model: Annotated[str, Argument(help="Name (see `wan22 models`), repository, folder, or weight file.")],
+    dtype: Annotated[
+        str, Option(help="bf16; or fp8, as --quantize fp8 makes the transformers: changes the result.")
+    ] = "bf16",
+    revision: Annotated[str | None, Option(help="Commit or branch of a repository.")] = None,
+    yes: Annotated[bool, Option("--yes", "-y", help="Download and write without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint once, so that later loads in bf16 need not: they find it by themselves.
+
+    wan22 prepare Wan2.2-T2V-A14B
+
+    wan22 prepare Wan2.2-T2V-A14B --dtype fp8 --yes
+
+    Sizes are shown and confirmed first. Models go to $WAN22_CACHE, or the assets of Hugging Face's cache.
+
+    The source stays, and nothing is deleted; interrupted, it goes on.
+    """
+    from .preparing import prepare_model
+
+    prepare_model(model, dtype, revision, yes, as_json)
+
+
+@command
 def info(
     file: Annotated[str, Argument(help="Video or picture of wan22, weight file, folder, or repository.")],
     as_json: Json = False,

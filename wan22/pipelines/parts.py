@@ -16,7 +16,7 @@ from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransf
 from ..checks import check_num_frames, check_real, check_size, shown
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
-from ..video.progress import progress_bar
+from ..progress import progress_bar
 from .attached.acceleration import Acceleration
 from .attached.calls import Calls
 from .attached.loras import Loras

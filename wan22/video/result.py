@@ -17,8 +17,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from ..checks import as_path
+from ..progress import progress_bar
 from . import writers
-from .progress import progress_bar
 from .recipe import Recipe
 
 OutputType = Literal["np", "pil", "pt", "latent", "stream"]

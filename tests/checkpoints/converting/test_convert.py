@@ -26,6 +26,7 @@ from tests.official_vae_keys import vae_state_dict
 from tests.pipelines.loading.repositories import FORMS, error_to_golden, write_official
 from wan22 import FlowMatchUniPCScheduler, WanI2VPipeline, tiny_checkpoint
 from wan22.checkpoints.converting import convert as module
+from wan22.checkpoints.converting import writing
 from wan22.checkpoints.converting.convert import convert, plan
 from wan22.checkpoints.converting.plan import OutputTensor
 from wan22.checkpoints.files.safetensors import read_header
@@ -452,18 +453,19 @@ def test_memory_is_that_of_a_tensor(to, tmp_path, monkeypatch):
         weights |= {f"blocks.{i}.norm{n}.weight": torch.ones(1024) for n in (1, 2)}
         weights[f"blocks.{i}.pos_embedding.embedding.weight"] = torch.ones(32, 16)
     save_file(weights, tmp_path / "t5.safetensors")
-    seen, calls = [], {"values": OutputTensor.values, "save": torch.save}
+    seen, pieces, save = [], OutputTensor.pieces, torch.save
 
-    def measured(name):
-        def call(*args, **kwargs):
-            result = calls[name](*args, **kwargs)
+    def measured_pieces(tensor):
+        for piece in pieces(tensor):
             seen.append(anonymous_memory())
-            return result
+            yield piece
 
-        return call
+    def measured_save(*arguments):
+        save(*arguments)
+        seen.append(anonymous_memory())
 
-    monkeypatch.setattr(OutputTensor, "values", measured("values"))
-    monkeypatch.setattr(torch, "save", measured("save"))
+    monkeypatch.setattr(OutputTensor, "pieces", measured_pieces)
+    monkeypatch.setattr(torch, "save", measured_save)
     out = tmp_path / ("out.safetensors" if to == "single-file" else "out")
     before = anonymous_memory()
     convert(tmp_path / "t5.safetensors", out, to, "bf16", shard_size="10MB")
@@ -477,17 +479,17 @@ def test_memory_is_that_of_a_tensor(to, tmp_path, monkeypatch):
 
 def interrupt(monkeypatch, file_number):
     """Let a conversion stop in the middle of its n-th file."""
-    write, written = module._write_safetensors, []
+    write, written = writing.write_safetensors, []
 
-    def stop(path, entries, advance):
+    def stop(path, entries):
         written.append(path)
         if len(written) == file_number:
-            write(path, entries, advance)
+            write(path, entries)
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             raise KeyboardInterrupt
-        write(path, entries, advance)
+        write(path, entries)
 
-    monkeypatch.setattr(module, "_write_safetensors", stop)
+    monkeypatch.setattr(writing, "write_safetensors", stop)
 
 
 @pytest.mark.parametrize("to", ["diffusers", "official", "single-file"])
@@ -584,15 +586,15 @@ def test_verify_names_the_first_tensor_that_differs(official, to, tmp_path, monk
     out = tmp_path / ("out.safetensors" if to == "single-file" else "out")
     convert(tmp_path / "w.safetensors", out, to, "bf16", verify=True)
     (shutil.rmtree if out.is_dir() else Path.unlink)(out)
-    write = module._write_safetensors
+    write = writing.write_safetensors
 
-    def damage(path, entries, advance):
-        write(path, entries, advance)
+    def damage(path, entries):
+        write(path, entries)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(module, "_write_safetensors", damage)
+    monkeypatch.setattr(writing, "write_safetensors", damage)
     last = [*load_file(tmp_path / "w.safetensors")][-1].removeprefix("diffusion_model.")
     with pytest.raises(
         ValueError, match=rf"differs from diffusion_model\.{re.escape(last)} of .*w\.safetensors"

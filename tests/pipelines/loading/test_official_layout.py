@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from wan22 import (
     WanTransformer3DModel,
 )
 from wan22.checkpoints.naming.keys import TRANSFORMER
+from wan22.pipelines.loading import preparing
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -223,7 +225,15 @@ def test_models_of_cached_repositories(tmp_path):
 
 def test_loading_shows_how_far_it_is(form, monkeypatch, capsys):
     folder, *_, pipeline, _, _ = form
-    monkeypatch.setattr("wan22.video.progress.in_notebook", lambda: True)  # where bars are drawn
-    pipeline.from_pretrained(folder)
+    monkeypatch.setattr("wan22.progress.in_notebook", lambda: True)  # where bars are drawn
+    pipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert "loading" not in capsys.readouterr().err, "of less than a second"
+    bar = partial(preparing.bytes_bar, delay=0)
+    monkeypatch.setattr(preparing, "bytes_bar", bar)
+    pipeline.from_pretrained(folder, dtype=torch.bfloat16)
     told = capsys.readouterr().err
-    assert "loading: 100%" in told and "tokenizer" in told
+    assert "100%" in told and "loading text_encoder" in told and "B/s" in told
+    total = told.rpartition("%")[2].partition("[")[0].partition("/")
+    assert total[0].split()[-1] == total[2].split()[0], "all bytes that were announced"
+    pipeline.from_pretrained(folder)
+    assert "loading" not in capsys.readouterr().err, "nothing is converted"

@@ -5,29 +5,25 @@ memory-mapped, and files are written tensor by tensor.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 
 from ...checks import as_path, check_choice, parse_bytes
 from ..files.hub import is_repository_name
-from ..files.safetensors import STORED_DTYPES
+from ..files.safetensors import as_bytes
 from ..files.weights import SUFFIXES
 from ..loading.dtypes import read_dtype
-from .plan import LAYOUTS, OutputFile, OutputTensor, Plan, make_plan
+from .plan import LAYOUTS, Plan, make_plan
 from .source import Source, read_source
+from .writing import write_plan
 
 SHARD_SIZE = "5GB"
-_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}  # of safetensors
 _NOT_CONVERTED = ["*.md", "*.py", "*.mp4", "*.png", "*.jpg", "*.gif", "assets/*", "examples/*"]
 _RECORD = "conversion.json"  # in the unfinished folder: what it is to become
-_TEMPORARY = ".unfinished"  # ends the name of a file that is being written
 
 
 def plan(
@@ -83,11 +79,8 @@ def convert(
     _open_partial(partial, request)
     for path, folder in work.copies.items():
         shutil.copytree(folder, partial / path, dirs_exist_ok=True)
-    for path, text in work.texts.items():
-        (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        (partial / path).write_text(text)
     try:
-        _write_files(work.files, partial, progress)
+        write_plan(work, partial, target.name, disable=not progress, delay=0)
         if verify:
             _verify(found, work, partial)
     except ValueError:
@@ -164,61 +157,6 @@ def _open_partial(partial: Path, request: dict[str, Any]) -> None:
         )
 
 
-def _write_files(files: list[OutputFile], partial: Path, progress: bool) -> None:
-    from tqdm import tqdm
-
-    missing = [file for file in files if not (partial / file.path).exists()]
-    left, total = sum(file.nbytes for file in missing), sum(file.nbytes for file in files)
-    # A .pth is on the disk twice while it is written.
-    need = left + max((file.nbytes for file in missing if file.path.endswith(".pth")), default=0)
-    if need > (free := shutil.disk_usage(partial).free):
-        raise OSError(f"{partial} needs {need / 1e9:.3g} GB more, but its disk has {free / 1e9:.3g} GB left")
-    bar = tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress)
-    with bar:
-        for file in missing:
-            bar.set_description(file.path)
-            path = partial / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(path.name + _TEMPORARY)
-            write = _write_pth if path.suffix == ".pth" else _write_safetensors
-            write(unfinished, file.tensors, bar.update)
-            unfinished.rename(path)
-
-
-def _write_safetensors(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[[int], Any]) -> None:
-    """Write a file tensor by tensor, where safetensors' own function takes all of them at once."""
-    tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))  # so that each is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        code = _CODES[tensor.dtype]
-        header[tensor.key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(_raw(tensor.values()).numpy().data)
-            advance(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())  # before its name says that it is finished
-
-
-def _write_pth(path: Path, tensors: tuple[OutputTensor, ...], advance: Callable[[int], Any]) -> None:
-    """Write PyTorch's format, which takes all tensors at once: through a file, from where they are mapped."""
-    scratch = path.with_name(f"{path.name}.scratch")
-    _write_safetensors(scratch, tensors, advance)
-    mapped = load_file(scratch)
-    torch.save({tensor.key: mapped[tensor.key] for tensor in tensors}, path)
-    del mapped
-    scratch.unlink()
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def _verify(source: Source, work: Plan, folder: Path) -> None:
     """Read a result with the loader, and refuse the first tensor that differs from the source."""
     head_dims = [model.settings.get("attention_head_dim") for model in source.models.values()]
@@ -230,6 +168,6 @@ def _verify(source: Source, work: Plan, folder: Path) -> None:
             if (
                 not isinstance(there, torch.Tensor)
                 or (there.dtype, there.shape) != (expected.dtype, expected.shape)
-                or not torch.equal(_raw(there), _raw(expected))
+                or not torch.equal(as_bytes(there), as_bytes(expected))
             ):
                 raise ValueError(f"{file.path}: {tensor.key} differs from {tensor.origin} of {source.path}")

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from .settings import (
 from .source import Source
 
 logger = logging.getLogger(__name__)
+
+PIECE = 2**24  # values that are converted at a time, so that memory holds no whole tensor twice
 
 LAYOUTS = ("diffusers", "official", "single-file")
 # Official names of the files that are not in folders of their own; a VAE's depends on whether it is residual.
@@ -61,8 +63,15 @@ class OutputTensor:
 
     def values(self) -> torch.Tensor:
         """Return the values to be written; a ValueError says if they are larger than float16 can be."""
-        values = expanded(self.tensor)
-        result = values.to(self.dtype).contiguous()
+        return self._converted(expanded(self.tensor)).contiguous()
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield the same values a piece at a time; quantised tensors are expanded whole."""
+        for piece in expanded(self.tensor).reshape(-1).split(PIECE):
+            yield self._converted(piece)
+
+    def _converted(self, values: torch.Tensor) -> torch.Tensor:
+        result = values.to(self.dtype)
         if self.dtype == torch.float16 and (lost := result.isinf() & values.isfinite()).any():
             largest = values[lost].abs().max().item()
             raise ValueError(f"{self.origin} holds {largest:g}, float16 ends at 65504; bf16 can hold it")
@@ -89,6 +98,25 @@ class Plan:
     files: list[OutputFile] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)  # JSON files
     copies: dict[str, Path] = field(default_factory=dict)  # folders that are copied unchanged
+
+    def add(self, path: str, tensors: Sequence[OutputTensor], limit: int | None) -> None:
+        """Add a model's weights, in files of at most `limit` bytes, with an index if they are several."""
+        files = list(_shards(path, tensors, limit))
+        self.files.extend(files)
+        if len(files) > 1:
+            places = {tensor.key: Path(file.path).name for file in files for tensor in file.tensors}
+            total = sum(file.nbytes for file in files)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            self.texts[f"{path}.index.json"] = as_json(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(file.nbytes for file in self.files)
+
+    def missing(self, folder: Path) -> list[OutputFile]:
+        """Return the weight files that are not in a folder yet."""
+        return [file for file in self.files if not (folder / file.path).exists()]
 
     def describe(self) -> Iterable[str]:
         """Yield a line for each tensor, file and folder, and one for the sum."""
@@ -130,13 +158,7 @@ def make_plan(source: Source, to: str, name: str, dtype: torch.dtype | None, sha
             for own, official in model.official_names.items()
         ]
         sharded = to != "single-file" and path.endswith(".safetensors")
-        files = list(_shards(path, tensors, shard_size if sharded else None))
-        plan.files.extend(files)
-        if len(files) > 1:
-            places = {tensor.key: Path(file.path).name for file in files for tensor in file.tensors}
-            total = sum(file.nbytes for file in files)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            plan.texts[f"{path}.index.json"] = as_json(index)
+        plan.add(path, tensors, shard_size if sharded else None)
         config = str(Path(path).with_name("config.json"))
         if to == "diffusers":
             sizes: Counter[torch.dtype] = Counter()
@@ -169,7 +191,7 @@ def _path_of(component: str, model: StoredModel, to: str, source: Source, name: 
     return str(Path(folder if source.whole else "", f"{file}.safetensors"))
 
 
-def _shards(path: str, tensors: list[OutputTensor], limit: int | None) -> Iterable[OutputFile]:
+def _shards(path: str, tensors: Sequence[OutputTensor], limit: int | None) -> Iterable[OutputFile]:
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:

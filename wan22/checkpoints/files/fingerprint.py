@@ -16,11 +16,11 @@ def fingerprint(path: Path) -> str:
     all over the file are hashed.
     """
     stat = path.stat()
-    return _fingerprint(path, stat.st_size, stat.st_mtime_ns)
+    return _fingerprint(path, stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=1024)
-def _fingerprint(path: Path, size: int, changed: int) -> str:
+def _fingerprint(path: Path, size: int, changed: tuple[int, ...]) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         start = file.read(9)

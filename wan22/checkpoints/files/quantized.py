@@ -15,6 +15,9 @@ import torch
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HALF = (torch.float16, torch.bfloat16)
 FLOAT32_FIRST = ("cpu",)  # devices that are slower at products in a half dtype
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# Rows of a weight that are quantised at a time, so that their float32 copies stay small.
+ROWS = 1024
 
 Parts = Mapping[str, torch.Tensor]
 
@@ -75,6 +78,19 @@ class QuantizedTensor:
     shape: tuple[int, ...]  # of the values
     format: ScaledNumbers | GgufBlocks  # how the stored parts make up the values
     parts: Parts
+
+
+def scaled_numbers(
+    rows: torch.Tensor, kind: torch.dtype, groups: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bytes "o i" and the scales "o g 1" of rows "o i" of a weight, rounded to float8 or int8."""
+    values = rows.float().unflatten(1, (groups, -1))
+    largest = torch.linalg.vector_norm(values, float("inf"), dim=2, keepdim=True)
+    scale = (largest / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)  # zeros have any scale
+    values = values / scale
+    if not kind.is_floating_point:
+        values.round_()
+    return values.flatten(1).to(kind).view(torch.uint8), scale
 
 
 def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:

@@ -1,15 +1,22 @@
-"""Read safetensors: the header, the dtypes, the tensors."""
+"""Read and write safetensors: the header, the dtypes, the tensors."""
 
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ...progress import advance
+
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
+_CODES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8"}
+ALIGNMENT = 64  # bytes: where weights that are mapped need no copy; see loading/alignment.py
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
@@ -66,3 +73,70 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     except SafetensorError as error:
         needed = max(entry["data_offsets"][1] for entry in header.values())
         raise ValueError(f"{path} is cut off or damaged: {error}; its tensors take {needed} bytes") from error
+
+
+# ---- writing ----
+
+
+class Entry(Protocol):
+    """A tensor to be written."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield its values, in order, in tensors of its dtype."""
+
+
+def write_safetensors(path: Path, tensors: Iterable[Entry]) -> None:
+    """Write a file piece by piece, where safetensors' own function takes all tensors at once.
+
+    The header is padded with spaces, so that tensors begin at multiples of `ALIGNMENT`; those that do not
+    fill whole multiples come last. `advance` of wan22.progress counts the bytes. The file is on the disk
+    when the function returns; a file that cannot be finished is removed.
+    """
+    tensors = sorted(tensors, key=_place)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        place = {"shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.key] = {"dtype": _CODES[tensor.dtype], **place}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors:
+                for piece in tensor.pieces():
+                    file.write(as_bytes(piece).numpy().data)
+                    advance(piece.nbytes)
+            file.flush()
+            os.fsync(file.fileno())  # before a name says that it is finished
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _place(tensor: Entry) -> tuple[bool, int]:
+    """Sort key: whole multiples of the alignment in the order given, then the rest, wide numbers first."""
+    rest = tensor.nbytes % ALIGNMENT != 0
+    return rest, -tensor.dtype.itemsize if rest else 0
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, in a row."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

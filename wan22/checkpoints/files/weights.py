@@ -31,6 +31,7 @@ class WeightFile:
     source: str
     tensors: Mapping[str, torch.Tensor | QuantizedTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()  # the files that hold the tensors; none for a table of them
     flat: bool = False  # whether axes may be merged, or left out if they have one entry, as in GGUF
 
 
@@ -48,11 +49,11 @@ def read_weights(path: Path) -> WeightFile:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"GGUF"):
-        return WeightFile(str(path), *read_gguf(path), flat=True)
+        return WeightFile(str(path), *read_gguf(path), (path,), flat=True)
     if start[8:9] == b"{":
-        return WeightFile(str(path), *read_safetensors(path))
+        return WeightFile(str(path), *read_safetensors(path), (path,))
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return WeightFile(str(path), read_pth(path))
+        return WeightFile(str(path), read_pth(path), paths=(path,))
     for sign, what in _MISTAKEN.items():
         if start.lstrip().lower().startswith(sign):
             raise ValueError(f"{path} holds no weights: it is {what}")
@@ -125,7 +126,7 @@ def _read_shards(index: Path) -> WeightFile:
     shards = {name: read_weights(folder / name).tensors for name in names}
     check_places(index, places, shards)
     tensors = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
-    return WeightFile(str(folder), tensors)
+    return WeightFile(str(folder), tensors, paths=tuple(folder / name for name in names))
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ...private_apis import own_tensors
+from ...progress import advance
 from ..files.quantized import QuantizedTensor, expanded
 from ..naming.dialects import Tensors
 from ..naming.names import listed, shapes_of
@@ -72,6 +73,7 @@ def fill(
             stored, asked = tensor.dtype, dtype or tensor.dtype
         target = dtype_for(owner, name, stored, asked, in_float32)
         value = expanded(tensor).to(target)
+        advance(bytes_to_convert(tensor, dtype, dequantize))
         if value is tensor and dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory
         owner.register_parameter(attribute, nn.Parameter(value))
@@ -81,3 +83,12 @@ def fill(
         layer = QuantizedLinear(weight, bias, dtype or torch.bfloat16)
         setattr(model.get_submodule(parent), attribute, layer)
     return model.eval()
+
+
+def bytes_to_convert(
+    tensor: torch.Tensor | QuantizedTensor, dtype: torch.dtype | None, dequantize: bool = False
+) -> int:
+    """Return the bytes in the file of a weight that does not stay mapped in a model of this dtype, or 0."""
+    if isinstance(tensor, QuantizedTensor):
+        return sum(part.nbytes for part in tensor.parts.values()) if dequantize else 0
+    return tensor.nbytes if dtype not in (None, tensor.dtype) else 0

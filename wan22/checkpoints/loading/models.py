@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,7 +189,7 @@ class FromFiles:
         config, known = read_json(place / "config.json"), {}
         in_diffusers_layout = config.get("_class_name") == cls.__name__
         if in_diffusers_layout:
-            variant, asked_of_diffusers = kwargs.get("variant"), _needs_diffusers(kwargs)
+            variant, asked_of_diffusers = kwargs.get("variant"), needs_diffusers(kwargs)
             names = names_of(DIFFUSERS, kwargs.get("use_safetensors"))
             if local:
                 path = weights_in(place, variant, names)
@@ -277,7 +277,7 @@ TRANSFORMER_FORMAT = _TransformerFormat(WanTransformer3DModel)
 AUTOENCODER_FORMAT = _AutoencoderFormat(AutoencoderKLWan)
 
 
-def _needs_diffusers(options: dict[str, Any]) -> bool:
+def needs_diffusers(options: Mapping[str, Any]) -> bool:
     """Return whether arguments of `from_pretrained` ask for something that only diffusers' loader does."""
     return any(value not in (None, False) for name, value in options.items() if name not in _OWN)
 

@@ -17,7 +17,7 @@ from ..naming.configs import Shapes
 from ..naming.dialects import Tensors, normalize, part_of, stripped
 from ..naming.keys import KeyTable
 from ..naming.names import own_names, shapes_of
-from .fill import fill
+from .fill import bytes_to_convert, fill
 
 Config = dict[str, Any]
 
@@ -83,6 +83,7 @@ class StoredModel:
     tensors: Tensors  # by the model's own names
     origins: Mapping[str, str]  # names in the file, by the model's own
     config: Config  # what format.build takes
+    paths: tuple[Path, ...] = ()  # the files that hold the tensors
 
     @property
     def kind(self) -> str:
@@ -106,6 +107,10 @@ class StoredModel:
             else:
                 sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
         return sizes
+
+    def bytes_to_convert(self, dtype: torch.dtype | None, dequantize: bool = False) -> int:
+        """Return the bytes in the file that `load` reads and copies, where others stay memory-mapped."""
+        return sum(bytes_to_convert(tensor, dtype, dequantize) for tensor in self.tensors.values())
 
     @cached_property
     def settings(self) -> Config:
@@ -151,4 +156,4 @@ def read_as(
     if file.flat:
         shapes = shapes_of(format.body(format.build(config)).state_dict())
         own = {name: unflattened(tensor, shapes.get(name)) for name, tensor in own.items()}
-    return StoredModel(format, file.source, own, origins, config)
+    return StoredModel(format, file.source, own, origins, config, file.paths)

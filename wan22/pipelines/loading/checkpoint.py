@@ -11,12 +11,14 @@ from torch import nn
 from ...accel.planning.meta_models import MODELS, store_as
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
+from ...checkpoints.loading.stored import StoredModel
 from ...checks import as_path, check_choice, shown
 from ...private_apis import signature_keys
 
 Dtype = torch.dtype | str | None
 Dtypes = Dtype | Mapping[str, Dtype]
 TRANSFORMERS = ("transformer", "transformer_2")
+PREPARED = (*TRANSFORMERS, "text_encoder")  # what is large enough to be prepared
 # The models of a pipeline, and what kind of model each is.
 KINDS = {name: name for name in MODELS} | dict.fromkeys(TRANSFORMERS, "transformer")
 
@@ -30,6 +32,8 @@ class Wanted:
     # One for all components, or by component and "default"; None, there too: as stored.
     dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None
     dequantize: bool = False  # whether to expand weights that are stored quantised
+    fp8: bool = False  # whether the transformers are to be in float8
+    later: torch.dtype | None = None  # dtype that the transformers get after loading, part by part
     others: Mapping[str, Any] = field(default_factory=dict)  # what only some layouts know
 
     @classmethod
@@ -45,7 +49,7 @@ class Wanted:
         others = {n: v for n, v in options.items() if n not in names | OPTIONS | {"torch_dtype"}}
         asked = options.get("torch_dtype") if dtype is None else dtype
         components = signature_keys(pipeline)[0]
-        return cls(given, _read_dtypes(asked, components), dequantize, others)
+        return cls(given, _read_dtypes(asked, components), dequantize, others=others)
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """Return the dtype asked for a component; None: as stored."""
@@ -88,9 +92,13 @@ class Checkpoint(Protocol):
 
     source: str  # the folder, repository or files, as the caller gave them
     kind: str | None  # what it is for, in the words of the layout's configuration; None if nothing says so
+    downloads: list[str]  # patterns of a repository's files that a load needs
 
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models without reading weights; of a repository that is not here, those it describes."""
+
+    def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that can be prepared, by component; a repository is downloaded first."""
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline of this class; a repository is downloaded first."""

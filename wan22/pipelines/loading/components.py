@@ -17,7 +17,7 @@ _SETTINGS = {
     "image_processor": ("preprocessor_config.json",),
 }
 OURS = ("transformer", "transformer_2", "vae")  # loaded by our own classes
-_WEIGHTS: dict[str, Names] = {
+WEIGHTS: dict[str, Names] = {
     **dict.fromkeys(OURS, DIFFUSERS),
     **dict.fromkeys(("text_encoder", "image_encoder"), TRANSFORMERS),
 }
@@ -36,16 +36,16 @@ def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> 
 
     A FileNotFoundError names the file or folder, a ValueError one that is not JSON.
     """
-    for name in _SETTINGS.keys() | _WEIGHTS.keys():
+    for name in _SETTINGS.keys() | WEIGHTS.keys():
         if name in wanted.given or not _is_component(index.get(name)):
             continue
         place = folder / name
         if not place.is_dir():
             raise FileNotFoundError(f"{folder} has no folder {name}, which its model_index.json lists")
         _check_settings(place, _SETTINGS.get(name, ("config.json",)), name in OURS)
-        if name in _WEIGHTS:
-            names = names_of(_WEIGHTS[name], wanted.others.get("use_safetensors"))
-            weights = _find_weights(place, wanted.others.get("variant"), names)
+        if name in WEIGHTS:
+            names = names_of(WEIGHTS[name], wanted.others.get("use_safetensors"))
+            weights = find_weights(place, wanted.others.get("variant"), names)
             if index[name][1] in _ENCODERS:
                 _account(weights, name)
 
@@ -80,7 +80,7 @@ def _account(weights: Path, kind: str) -> None:
         read_model(weights, kind, config).meta_model()
 
 
-def _find_weights(place: Path, variant: str | None, names: Names) -> Path:
+def find_weights(place: Path, variant: str | None, names: Names) -> Path:
     """Return a component's weights, those without the variant if it has no other, as diffusers does."""
     if variant is not None:
         try:

@@ -9,17 +9,20 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ...checkpoints.files.folders import names_of
 from ...checkpoints.files.safetensors import stored_dtype
 from ...checkpoints.files.weights import read_json
-from ...checkpoints.loading.models import WanTransformer3DModel
-from ...checkpoints.loading.recognize import FORMATS
+from ...checkpoints.loading.models import WanTransformer3DModel, needs_diffusers
+from ...checkpoints.loading.recognize import FORMATS, read_model
+from ...checkpoints.loading.stored import StoredModel
 from ...presets import CONVERTED_FLOW_SHIFT
 from ...schedulers import FlowMatchUniPCScheduler
 from ..call.schedule import reshifted, scheduler_shift
-from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted, is_folder
-from .components import OURS, check_components, check_index
+from . import preparing
+from .checkpoint import KINDS, PREPARED, TRANSFORMERS, Outline, Wanted, is_folder
+from .components import OURS, WEIGHTS, check_components, check_index, find_weights
 from .hub_classes import load_own_scheduler
-from .single_files import SingleFiles
+from .single_files import SingleFiles, add_stored
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 MARK = "_wan22_version"
 # Stands there, too: module and name of a scheduler's class that is not the one that the entry would load.
 OWN_SCHEDULER = "_wan22_scheduler"
+# Classes of models that our own loader reads as theirs do.
+_READ = ("WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel")
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -38,6 +43,7 @@ class DiffusersLayout:
 
     def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
         self.source, self.hub = source, hub
+        self.downloads = ["*.json", "*.safetensors", "*.model", "*.txt"]
         if folder is not None:
             check_index(folder / "model_index.json")
         # Without a folder, diffusers tries once more, and says what is wrong.
@@ -50,8 +56,13 @@ class DiffusersLayout:
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that there are configurations of, without reading weights."""
         outline, variant = Outline(), wanted.others.get("variant")
+        models = self._stored_models(self.folder, wanted)
+        prepared = preparing.find_all(models, wanted)
         for name in KINDS:
             folder = self.folder / name
+            if name in prepared:
+                add_stored(outline, name, prepared[name], wanted)
+                continue
             if (folder / "config.json").is_file() and name not in wanted.given:
                 model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
                 stored = stored_dtype(folder, variant)
@@ -62,11 +73,18 @@ class DiffusersLayout:
                 outline.add(name, model, stored or torch.bfloat16, wanted.dtype_of(name))
         return outline
 
+    def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that can be prepared, by component; a repository is downloaded first."""
+        if needs_diffusers(wanted.others):
+            rule = "does not go with prepare, whose weights our own loader maps"
+            raise ValueError(f"{', '.join(sorted(wanted.others.keys() - {'variant'}))} {rule}")
+        models = self._stored_models(self._download(pipeline, wanted), wanted)
+        return {name: stored for name, stored in models.items() if name in PREPARED}
+
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline as diffusers does, with all of its options; a repository is downloaded first."""
-        options, folder = {**self.hub, **wanted.given, **wanted.others}, self.folder
-        if not is_folder(self.source):  # here, so that the stored dtypes are known before anything is loaded
-            folder = Path(pipeline.download(self.source, **options))
+        options = {**self.hub, **wanted.given, **wanted.others}
+        folder = self._download(pipeline, wanted)  # so that the dtypes are known before anything is loaded
         if wanted.dequantize:  # which diffusers' loader cannot ask for
             for name in TRANSFORMERS:
                 if name not in wanted.given and (folder / name).is_dir():
@@ -78,13 +96,50 @@ class DiffusersLayout:
         own = self.index.get(OWN_SCHEDULER)
         if own and "scheduler" not in options and (own := load_own_scheduler(own, folder / "scheduler")):
             options["scheduler"] = own
-        pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
+        models = self._stored_models(folder, wanted)
+        prepared = preparing.find_all(models, wanted)
+        preparing.report(self.source, models, prepared, wanted)
+        for name, model in preparing.load_all(prepared, wanted).items():
+            if name in OURS:  # the source's names, as of any other load
+                model.register_to_config(_name_or_path=str(folder / name))
+            else:
+                model.config.name_or_path = model.name_or_path = str(folder / name)
+            options[name] = model
+        left = {name: stored for name, stored in models.items() if name in OURS and name not in prepared}
+        with preparing.loading_bar(left, wanted):
+            pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
         pipe.provenance.record_source(self.source, {name: folder / name for name in loaded})
         if wanted.given.get("scheduler") is None and MARK not in self.index:
             correct_shift(pipe)
         return pipe
+
+    def _download(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Path:
+        """Return the folder that holds the checkpoint."""
+        if is_folder(self.source):
+            return self.folder
+        return Path(pipeline.download(self.source, **{**self.hub, **wanted.given, **wanted.others}))
+
+    def _stored_models(self, folder: Path, wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that get a dtype, whose weights are here and our own loader reads."""
+        if needs_diffusers(wanted.others):
+            return {}
+        variant, found = wanted.others.get("variant"), {}
+        for name in KINDS:
+            place, entry = folder / name, self.index.get(name)
+            known = bool(entry) and entry[1] in _READ and name not in wanted.given
+            if not known or (wanted.later or wanted.dtype_of(name)) is None:
+                continue
+            config = read_json(place / "config.json")
+            if not config or "quantization_config" in config:
+                continue
+            names = names_of(WEIGHTS[name], wanted.others.get("use_safetensors"))
+            try:
+                found[name] = read_model(find_weights(place, variant, names), KINDS[name], config)
+            except (FileNotFoundError, ValueError):  # not downloaded yet; or the loader says what is wrong
+                continue
+        return found
 
 
 def indexed_dtype(folder: Path, variant: str | None, model: nn.Module) -> torch.dtype | None:

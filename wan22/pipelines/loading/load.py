@@ -16,9 +16,12 @@ from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
 from ...checkpoints.files.hub import check_repository_name
+from ...checkpoints.preparing.prepare import preparations
+from ...checkpoints.preparing.prepare import prepare as write_prepared
 from ...checks import as_path, shown
 from ...private_apis import signature_keys
-from .checkpoint import TRANSFORMERS, Checkpoint, Outline, Wanted
+from . import preparing
+from .checkpoint import PREPARED, TRANSFORMERS, Checkpoint, Outline, Wanted
 from .diffusers_layout import DiffusersLayout
 from .official_layout import OfficialLayout, config_files
 from .single_files import settings_of
@@ -53,6 +56,7 @@ def load_pipeline(
     quantize: str | None = None,
     parallel: str | Mapping[str, Any] | None = None,
     loras: Any = (),
+    prepare: str | None = None,
 ) -> Any:
     """Load a pipeline and set it up; see `LoadablePipeline.from_pretrained` for the arguments."""
     check_kind(pipeline, checkpoint)
@@ -61,11 +65,16 @@ def load_pipeline(
     if together:
         processes.join()
         processes.keep_silent()
-    dtype = None
+    dtype, form = None, prepare
+    if form is not None:
+        wanted, quantize = preparing.wanted_in(form, wanted, quantize)
+    wanted = replace(wanted, fp8=quantize == "fp8")
     if memory is not None:
-        check_budget(pipeline, checkpoint, wanted, memory, quantize)
+        check_budget(pipeline, checkpoint, wanted, memory, quantize, form)
     elif together and quantize is None:
         dtype, wanted = transformers_as_stored(wanted)
+    if form is not None:
+        write_prepared(preparations(checkpoint.fetch(pipeline, wanted), form))
     pipe = checkpoint.load(pipeline, wanted)
     pipe.check_components()
     if quantize is not None:  # before LoRAs, which it could not take
@@ -99,9 +108,12 @@ def check_budget(
     wanted: Wanted,
     memory: str | float,
     quantize: str | None,
+    prepare: str | None = None,
 ) -> None:
-    """Refuse a budget that nothing fits into, before weights are downloaded or read."""
+    """Refuse a budget that nothing fits into, before weights are downloaded, prepared or read."""
     outline = checkpoint.outline(wanted)
+    if prepare is not None:  # which will be mapped from their files
+        outline.converted = {n: size for n, size in outline.converted.items() if n not in PREPARED}
     outlined = outlined_pipeline(pipeline, outline, wanted)
     vram = None if memory == "auto" else memory
     if outlined is not None:
@@ -161,4 +173,5 @@ def transformers_as_stored(wanted: Wanted) -> tuple[torch.dtype | None, Wanted]:
     if len(dtypes) > 1 or None in dtypes:  # each its own: as on one rank
         return None, wanted
     asked = wanted.dtype if isinstance(wanted.dtype, Mapping) else {"default": wanted.dtype}
-    return dtypes.pop(), replace(wanted, dtype={**asked, **dict.fromkeys(TRANSFORMERS)})
+    (dtype,) = dtypes
+    return dtype, replace(wanted, dtype={**asked, **dict.fromkeys(TRANSFORMERS)}, later=dtype)

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from ...accel.planning.meta_models import released_models
 from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
 from ...checkpoints.files.weights import read_json
+from ...checkpoints.loading.stored import StoredModel
 from ...presets import Preset, find_preset
 from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
 from .single_files import SingleFiles, check_options
@@ -31,6 +32,7 @@ class OfficialLayout:
 
     def __init__(self, source: str, folder: Path, hub: Mapping[str, Any]) -> None:
         self.source, self.folder, self.hub = source, folder, hub
+        self.downloads = list(FILES)
         self.configs = [read_json(path) for path in config_files(folder)]
         self.kind = next((config.get("model_type") for config in self.configs), None)
 
@@ -49,14 +51,22 @@ class OfficialLayout:
                 outline.add(name, model, stored, wanted.dtype_of(name))
         return outline
 
+    def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that can be prepared, by component; a repository is downloaded first."""
+        self._download()
+        return self._files().fetch(pipeline, wanted)
+
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline of this class; a repository is downloaded first."""
         check_options(wanted)
-        if not is_folder(self.source):
-            snapshot_download(self.source, allow_patterns=list(FILES), **self.hub)
+        self._download()
         pipe = self._files().load(pipeline, wanted)
         pipe.register_to_config(_name_or_path=self.source)
         return pipe
+
+    def _download(self) -> None:
+        if not is_folder(self.source):
+            snapshot_download(self.source, allow_patterns=self.downloads, **self.hub)
 
     def _files(self) -> SingleFiles:
         return SingleFiles(official_files(self.folder), self.source)

@@ -48,6 +48,7 @@ class LoadablePipeline(DiffusionPipeline):
         loras: Any = (),
         dtype: Dtypes = None,
         dequantize: bool = False,
+        prepare: str | None = None,
         **options: Any,
     ) -> _Pipeline:
         """Load a pipeline from a folder or a hub repository, in the Diffusers or the official layout.
@@ -65,6 +66,9 @@ class LoadablePipeline(DiffusionPipeline):
                 arguments of `load_lora_weights`.
             dtype: dtype of all components, or a dict by component and "default"; None: as stored.
             dequantize: whether to expand quantised weights.
+            prepare: "bf16" or "fp8": transformers and text encoder are converted once, into the cache (see
+                `wan22 prepare --help`), and loaded from there, now and whenever a load in bfloat16 would
+                convert them, with the same result. "fp8" is as `quantize="fp8"` makes the transformers.
             **options: any component, ready made, or None to leave it out. The hub's `revision`, `cache_dir`,
                 `token`, `local_files_only`, `force_download`. In the Diffusers layout also those of
                 diffusers' loader, such as `variant`, `device_map`, `quantization_config`.
@@ -78,7 +82,7 @@ class LoadablePipeline(DiffusionPipeline):
         hub = {name: options[name] for name in OPTIONS & options.keys()}
         checkpoint = locate(str(pretrained_model_name_or_path), hub)
         wanted = Wanted.of(cls, dtype, dequantize, options)
-        return load_pipeline(cls, checkpoint, wanted, memory, quantize, parallel, loras)
+        return load_pipeline(cls, checkpoint, wanted, memory, quantize, parallel, loras, prepare)
 
     @classmethod
     def from_single_file(
@@ -96,6 +100,7 @@ class LoadablePipeline(DiffusionPipeline):
         loras: Any = (),
         dtype: Dtypes = None,
         dequantize: bool = False,
+        prepare: str | None = None,
         **options: Any,
     ) -> _Pipeline:
         """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
@@ -114,6 +119,7 @@ class LoadablePipeline(DiffusionPipeline):
             memory, quantize, parallel, loras: as in from_pretrained.
             dtype: as in from_pretrained; bfloat16 by default for quantised weights.
             dequantize: whether to expand those.
+            prepare: as in from_pretrained.
             **options: further components and settings of the pipeline, such as `scheduler` or
                 `boundary_ratio`; default are those of the released checkpoint with the same shapes.
                 `attention_head_dim`, if it is not 128. The hub's options, and those of diffusers that
@@ -139,7 +145,7 @@ class LoadablePipeline(DiffusionPipeline):
             paths = with_parts_of(paths["transformer"], paths, absent)
         wanted = Wanted.of(cls, given.dtype, dequantize, {**given.others, **models})
         files = SingleFiles(paths, reference=given.reference)
-        pipe = load_pipeline(cls, files, wanted, memory, quantize, parallel, loras)
+        pipe = load_pipeline(cls, files, wanted, memory, quantize, parallel, loras, prepare)
         return pipe if given.device is None else pipe.to(given.device)
 
     @classmethod

@@ -20,8 +20,8 @@ from ...checks import as_path
 from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
-from ...video.progress import progress_bar
-from .checkpoint import KINDS, TRANSFORMERS, Outline, Wanted
+from . import preparing
+from .checkpoint import KINDS, PREPARED, TRANSFORMERS, Outline, Wanted
 
 _HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
@@ -30,6 +30,7 @@ class SingleFiles:
     """A checkpoint of single files in any format, folders of shards, and the tokenizer's folder."""
 
     kind: str | None = None
+    downloads: list[str] = []
 
     def __init__(
         self, paths: Mapping[str, Path], source: str | None = None, reference: Reference = NO_REFERENCE
@@ -40,24 +41,26 @@ class SingleFiles:
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that would be loaded, without reading weights."""
         outline = Outline()
-        for name in self.paths.keys() & KINDS.keys() - wanted.given.keys():
-            stored = self._stored(name, wanted)
-            dtype = wanted.dtype_of(name)
-            model = stored.meta_model(dtype, wanted.dequantize)
-            outline.models[name], outline.converted[name] = model, converted_bytes(stored, model, dtype)
+        models = self._stored_models(wanted)
+        for name, stored in (models | preparing.find_all(models, wanted)).items():
+            add_stored(outline, name, stored, wanted)
         return outline
+
+    def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that can be prepared, by component."""
+        return {n: stored for n, stored in self._stored_models(wanted).items() if n in PREPARED}
 
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load the components, and choose the settings that belong to them; what is given comes first."""
         check_options(wanted)
         paths = {name: path for name, path in self.paths.items() if name not in wanted.given}
         parts: dict[str, Any] = dict.fromkeys((*KINDS, "tokenizer")) | dict(wanted.given)
-        for name, path in (bar := progress_bar(paths.items(), desc="loading", unit="component")):
-            bar.set_postfix_str(name)
-            if name == "tokenizer":
-                parts[name] = load_tokenizer(path)
-            else:
-                parts[name] = self._stored(name, wanted).load(wanted.dtype_of(name), wanted.dequantize)
+        if "tokenizer" in paths:
+            parts["tokenizer"] = load_tokenizer(paths["tokenizer"])
+        stored = self._stored_models(wanted)
+        prepared = preparing.find_all(stored, wanted)
+        preparing.report(self.source, stored, prepared, wanted)
+        parts |= preparing.load_all(stored | prepared, wanted)
         if parts["vae"] is None and "vae" not in wanted.given:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
         if "image_encoder" in self.paths:
@@ -71,6 +74,11 @@ class SingleFiles:
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
         pipe.provenance.record_source(self.source, paths)
         return pipe
+
+    def _stored_models(self, wanted: Wanted) -> dict[str, StoredModel]:
+        """Return the models that are in the files, and not given."""
+        names = [name for name in self.paths if name in KINDS and name not in wanted.given]
+        return {name: self._stored(name, wanted) for name in names}
 
     def _stored(self, name: str, wanted: Wanted) -> StoredModel:
         kind, head_dim = KINDS[name], wanted.others.get(_HEAD_DIM)
@@ -88,6 +96,13 @@ def check_options(wanted: Wanted) -> None:
             f"{', '.join(unknown)} cannot be used with official folders and single files, only with the "
             "Diffusers layout; save_pretrained writes that"
         )
+
+
+def add_stored(outline: Outline, name: str, stored: StoredModel, wanted: Wanted) -> None:
+    """Add a model as a load would give it."""
+    dtype = wanted.dtype_of(name)
+    model = stored.meta_model(dtype, wanted.dequantize)
+    outline.models[name], outline.converted[name] = model, converted_bytes(stored, model, dtype)
 
 
 def converted_bytes(stored: StoredModel, model: nn.Module, asked: torch.dtype | None) -> int:

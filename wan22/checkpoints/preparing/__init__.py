@@ -1,0 +1,1 @@
+"""Checkpoints that are converted once, for all later loads."""

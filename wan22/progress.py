@@ -1,0 +1,54 @@
+"""Progress bars: of sampling, decoding and saving, and, in bytes, of reading and converting weights."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from tqdm.auto import tqdm
+
+# What moves the bar of bytes that is drawn at present.
+_advance: ContextVar[Callable[[int], Any] | None] = ContextVar("advance", default=None)
+
+
+def progress_bar(iterable: Any = None, total: int | None = None, **options: Any) -> Any:
+    """Return tqdm's bar, drawn in terminals and notebooks only; the option `disable` decides otherwise."""
+    # disable=None is tqdm's for: not if the output is a file, as in CI.
+    notebook = in_notebook()
+    defaults: dict[str, Any] = {"disable": False if notebook else None, "dynamic_ncols": not notebook}
+    return tqdm(iterable, total=total, **defaults | options)
+
+
+@contextmanager
+def bytes_bar(total: int, desc: str, **options: Any) -> Iterator[Any]:
+    """Draw a bar of bytes and their speed, which `advance` moves; work of less than a second shows none.
+
+    It is silent where the bars of huggingface_hub or diffusers are (HF_HUB_DISABLE_PROGRESS_BARS=1,
+    `diffusers.utils.logging.disable_progress_bar`). `options` are tqdm's.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    quiet = are_progress_bars_disabled() or not of_diffusers.is_progress_bar_enabled()
+    hidden = {"disable": True} if quiet or not total else {}
+    units: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1}
+    with progress_bar(total=total, desc=desc, **units | options | hidden) as bar:
+        token = _advance.set(bar.update)
+        try:
+            yield bar
+        finally:
+            _advance.reset(token)
+
+
+def advance(nbytes: int) -> None:
+    """Count bytes that have been read and converted, or written; without a bar nothing happens."""
+    if (update := _advance.get()) is not None:
+        update(nbytes)
+
+
+def in_notebook() -> bool:
+    """Return whether this code runs in a notebook's kernel, not in a script or IPython's terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
