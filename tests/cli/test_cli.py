@@ -185,7 +185,7 @@ def test_a_second_ctrl_c_ends_at_once(interrupted, here):
 
 
 def test_help_has_examples():
-    for command in ("t2v", "i2v", "batch", "reproduce", "convert", "info", "models"):
+    for command in ("t2v", "i2v", "batch", "reproduce", "convert", "prepare", "info", "models"):
         assert f"wan22 {command}" in run(command, "--help")[0].split("Usage", 1)[1].split("\n", 1)[1]
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version")[0])
 
