@@ -310,6 +310,6 @@ def test_memory_stays_small(form, tmp_path, cache, monkeypatch):
     found = prepared(tmp_path / "big", form)
     assert len(seen) > 30 and max(seen) - before < 250e6, (max(seen) - before) / 1e6
     before = anonymous_memory()
-    loaded = found.load(BF16)
-    assert anonymous_memory() - before < size / 50, "mapped, but for the few in float32"
-    assert loaded.dtype == BF16
+    loaded = found.load()
+    assert anonymous_memory() - before < size / 100, "mapped"
+    assert sum(p.nbytes for p in loaded.parameters()) > size / 4

@@ -61,7 +61,7 @@ class DiffusersLayout:
         for name in KINDS:
             folder = self.folder / name
             if name in prepared:
-                add_stored(outline, name, prepared[name], wanted)
+                add_stored(outline, name, prepared[name], None, wanted)
                 continue
             if (folder / "config.json").is_file() and name not in wanted.given:
                 model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
@@ -99,7 +99,7 @@ class DiffusersLayout:
         models = self._stored_models(folder, wanted)
         prepared = preparing.find_all(models, wanted)
         preparing.report(self.source, models, prepared, wanted)
-        for name, model in preparing.load_all(prepared, wanted).items():
+        for name, model in preparing.load_prepared(prepared).items():
             if name in OURS:  # the source's names, as of any other load
                 model.register_to_config(_name_or_path=str(folder / name))
             else:

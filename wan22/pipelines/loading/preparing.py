@@ -94,6 +94,11 @@ def load_all(models: Mapping[str, StoredModel], wanted: Wanted) -> dict[str, Any
     return loaded
 
 
+def load_prepared(models: Mapping[str, StoredModel]) -> dict[str, Any]:
+    """Load prepared models: as they are stored, so that all weights are mapped."""
+    return {name: stored.load() for name, stored in models.items()}
+
+
 def loading_bar(models: Mapping[str, StoredModel], wanted: Wanted) -> AbstractContextManager[Any]:
     """Return the bar of the bytes that loading models converts."""
     costs = [stored.bytes_to_convert(wanted.dtype_of(n), wanted.dequantize) for n, stored in models.items()]

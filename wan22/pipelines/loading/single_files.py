@@ -42,8 +42,9 @@ class SingleFiles:
         """Return the models that would be loaded, without reading weights."""
         outline = Outline()
         models = self._stored_models(wanted)
-        for name, stored in (models | preparing.find_all(models, wanted)).items():
-            add_stored(outline, name, stored, wanted)
+        prepared = preparing.find_all(models, wanted)
+        for name, stored in (models | prepared).items():
+            add_stored(outline, name, stored, None if name in prepared else wanted.dtype_of(name), wanted)
         return outline
 
     def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
@@ -60,7 +61,8 @@ class SingleFiles:
         stored = self._stored_models(wanted)
         prepared = preparing.find_all(stored, wanted)
         preparing.report(self.source, stored, prepared, wanted)
-        parts |= preparing.load_all(stored | prepared, wanted)
+        left = {name: model for name, model in stored.items() if name not in prepared}
+        parts |= preparing.load_all(left, wanted) | preparing.load_prepared(prepared)
         if parts["vae"] is None and "vae" not in wanted.given:
             raise ValueError("a pipeline needs a VAE; give vae=, a file or a model")
         if "image_encoder" in self.paths:
@@ -98,9 +100,10 @@ def check_options(wanted: Wanted) -> None:
         )
 
 
-def add_stored(outline: Outline, name: str, stored: StoredModel, wanted: Wanted) -> None:
-    """Add a model as a load would give it."""
-    dtype = wanted.dtype_of(name)
+def add_stored(
+    outline: Outline, name: str, stored: StoredModel, dtype: torch.dtype | None, wanted: Wanted
+) -> None:
+    """Add a model as a load in a dtype would give it; None: as stored."""
     model = stored.meta_model(dtype, wanted.dequantize)
     outline.models[name], outline.converted[name] = model, converted_bytes(stored, model, dtype)
 
