@@ -8,18 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wan22.checkpoints.files import safetensors as module
-from wan22.checkpoints.files.safetensors import ALIGNMENT, read_header, write_safetensors
-
-
-class Whole:
-    """A tensor that is written in one piece."""
-
-    def __init__(self, key, tensor):
-        self.key, self.tensor = key, tensor
-        self.dtype, self.shape, self.nbytes = tensor.dtype, tuple(tensor.shape), tensor.nbytes
-
-    def pieces(self):
-        yield self.tensor
+from wan22.checkpoints.files.safetensors import ALIGNMENT, StoredTensor, read_header, write_safetensors
 
 
 def table(long_name=""):
@@ -39,7 +28,7 @@ def table(long_name=""):
 @pytest.mark.parametrize("length", range(0, 70, 7))
 def test_every_tensor_of_whole_multiples_is_aligned(length, tmp_path):
     tensors, path = table("x" * length), tmp_path / "w.safetensors"
-    write_safetensors(path, [Whole(*item) for item in tensors.items()])
+    write_safetensors(path, [StoredTensor(*item) for item in tensors.items()])
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -61,5 +50,5 @@ def test_a_file_that_cannot_be_finished_is_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_safetensors(tmp_path / "w.safetensors", [Whole("a", torch.ones(4))])
+        write_safetensors(tmp_path / "w.safetensors", [StoredTensor("a", torch.ones(4))])
     assert not list(tmp_path.iterdir())

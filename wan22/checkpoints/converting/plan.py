@@ -11,10 +11,10 @@ import torch
 from ...presets import release_of
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.quantized import QuantizedTensor, expanded
+from ..files.weights import as_json
 from ..loading.stored import StoredModel
 from ..naming.names import listed
 from .settings import (
-    as_json,
     diffusers_config,
     lost_schedule,
     lost_settings,

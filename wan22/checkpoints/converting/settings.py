@@ -1,6 +1,5 @@
 """The JSON files beside the weights in each layout, and the settings that a layout does not keep."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,11 +15,6 @@ from .source import Source
 
 # What an official config.json leaves out unless it is another value. Source: Wan2.2 wan/modules/model.py.
 _OFFICIAL_DEFAULTS = {"patch_size": [1, 2, 2], "text_dim": 4096, "cross_attn_norm": True}
-
-
-def as_json(value: Mapping[str, Any]) -> str:
-    """Return the text of a JSON file."""
-    return json.dumps(value, indent=2) + "\n"
 
 
 def diffusers_config(model: StoredModel, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,6 +100,40 @@ class Entry(Protocol):
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Yield its values, in order, in tensors of its dtype."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to be written as it is."""
+
+    key: str
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.tensor.nbytes
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield it whole, from whatever device it is on."""
+        yield self.tensor.cpu()
+
+
+def can_be_written(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is an ordinary one with values, of a dtype that is written."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta and tensor.dtype in _CODES
+    )
 
 
 def write_safetensors(path: Path, tensors: Iterable[Entry]) -> None:

@@ -100,6 +100,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_json(value: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def shards_of(index: Path) -> dict[str, str]:
     """Return the name of the file that holds each tensor, as an index of shards says."""
     places = read_json(index).get("weight_map")

@@ -32,6 +32,7 @@ from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .dtypes import read_dtype
 from .fill import account, empty_weights
+from .saving import save_aligned
 from .single_file import STEERING, Arguments, Source, only_source, read_source, refuse_unknown
 from .stored import Config, ModelFormat, read_as
 
@@ -233,7 +234,8 @@ class FromFiles:
         `merge_lora`, and the model stays as it is.
         """
         with plain_state([self], merge_lora):
-            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            if not save_aligned(self, *args, **kwargs):
+                super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _official_weights(cls, place: Path) -> Path:

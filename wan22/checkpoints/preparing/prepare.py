@@ -20,9 +20,10 @@ from torch import nn
 
 from ...checks import check_choice
 from ..converting.plan import OutputTensor, Plan
-from ..converting.settings import as_json, diffusers_config
+from ..converting.settings import diffusers_config
 from ..converting.writing import bytes_to_write, check_room, sync_folder, write_plan
 from ..files.quantized import ROWS, QuantizedTensor, scaled_numbers
+from ..files.weights import as_json
 from ..loading.stored import StoredModel
 from .cache import FORMS, RECORD, cache_folder, find_prepared, folder_of
 
