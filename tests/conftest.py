@@ -61,6 +61,13 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def bars_are_wanted(monkeypatch):
+    """Forget that a quiet command of another test has asked the libraries for no bars."""
+    monkeypatch.setattr("diffusers.utils.logging.is_progress_bar_enabled", lambda: True)
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)
+
+
+@pytest.fixture
 def pipe():
     """A random WanT2VPipeline of T2V-A14B's form."""
     return builders.random_pipeline()

@@ -1,6 +1,7 @@
 """Quantised models: which layers, how far from the originals, in how much memory, and ordinary ones again."""
 
 import copy
+from functools import partial
 
 import accelerate
 import diffusers
@@ -22,6 +23,7 @@ from wan22.accel.quantize import DynamicFloat8Linear, dequantize, quantize, repo
 from wan22.checkpoints.files import quantized as stored
 from wan22.checkpoints.files.quantized import ScaledNumbers
 from wan22.checkpoints.quantized_linear import QuantizedLinear
+from wan22.progress import bytes_bar
 
 METHODS = ["fp8", "fp8_dynamic", "int8"]
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -492,3 +494,19 @@ def test_a_gpu_computes_the_same(method):
         assert module._product_form(torch.device("cuda", 0)) is not None
     expected = run(model)
     assert torch.equal(run(model.cuda().cpu()), expected)
+
+
+def test_quantising_shows_its_bytes(monkeypatch, bars_are_wanted, capsys):
+    module = "wan22.pipelines.attached.acceleration.bytes_bar"
+    monkeypatch.setattr(module, partial(bytes_bar, delay=0, disable=False))
+    pipe = random_pipeline(transformer=random_transformer(1), transformer_2=None, boundary_ratio=None)
+    del pipe._progress_bar_config
+    pipe.quantize("int8")
+    told = capsys.readouterr().err
+    layers = [m for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)]
+    total = sum(m.in_features * m.out_features for m in layers) * 4
+    assert "quantizing: 100%" in told and f"{total / 1e3:.0f}k/{total / 1e3:.0f}k" in told and "B/s" in told
+    quiet = random_pipeline(transformer=random_transformer(1), transformer_2=None, boundary_ratio=None)
+    monkeypatch.setattr(module, partial(bytes_bar, delay=0))
+    quiet.quantize("int8")
+    assert capsys.readouterr().err == ""

@@ -59,6 +59,14 @@ def test_the_question(answer, saved, cache, monkeypatch):
     assert bool(folders(cache)) == answer
 
 
+def test_a_video_from_what_is_prepared(saved, cache, here):
+    options = ["--steps", 1, "--frames", 5, "--height", 32, "--width", 32, "--seed", 1, "-q"]
+    run("t2v", "a", "-m", saved, "--prepare", "bf16", *options, "-o", "a.npy")
+    assert len(folders(cache)) == 3
+    run("t2v", "a", "-m", saved, "--dtype", "bf16", *options, "-o", "b.npy")
+    assert (here / "a.npy").read_bytes() == (here / "b.npy").read_bytes()
+
+
 def test_nothing_to_prepare(saved_bf16, cache):
     out, err = run("prepare", saved_bf16)
     assert out == "" and "has nothing to prepare: its weights are in bfloat16 already" in err

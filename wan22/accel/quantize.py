@@ -26,6 +26,7 @@ from ..checkpoints.lora.injecting import lora_layers
 from ..checkpoints.quantized_linear import QuantizedLinear
 from ..checks import shown
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
+from ..progress import advance
 from .offload.layout import blocks_of, bytes_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,7 @@ def quantize(model: Model, method: Any, block: int | None = None) -> Model:
     if isinstance(method, str):
         for name in list(layers):
             # Taken out of the table, so that only one weight at a time exists twice.
+            advance(layers[name].weight.nbytes)
             _put(inner, name, _quantized(layers.pop(name), method, block))
     else:
         _quantize_by_torchao(inner, method, set(layers))

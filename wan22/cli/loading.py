@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def load(
         "parallel": layout,
         "loras": [*_loras(options), *loras],
         "dtype": _dtype(options, device, dtypes),
+        "prepare": options.prepare,
     }
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
@@ -132,7 +134,8 @@ def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) ->
     if options.dtype is None and recorded is not None:
         return {component: getattr(torch, name) for component, name in recorded.items()}
     if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
-        return torch.float32 if options.model is None and device == "cpu" else None
+        exact = options.model is None and device == "cpu" and options.prepare is None
+        return torch.float32 if exact else None
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
     dtype = names[options.dtype]
     # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
@@ -183,3 +186,4 @@ def _silence_loading() -> None:
 
     for module in (diffusers_logging, transformers_logging):
         module.disable_progress_bar()
+    logging.getLogger("wan22.pipelines.loading.preparing").setLevel(logging.ERROR)

@@ -123,6 +123,9 @@ class Loading:
     device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
     memory: str | None = _model('GPU memory to use: "12GB", or "auto" for what is free.')
     quantize: str | None = _model("fp8, fp8_dynamic or int8: changes the result.")
+    prepare: Literal["bf16", "fp8"] | None = _model(
+        "Convert it once, into the cache, and load it from there; see `wan22 prepare`."
+    )
     low: str | None = _model("Low-noise transformer, beside a --model file.")
     vae: str | None = _model("VAE, beside a --model file.")
     text_encoder: str | None = _model("Text encoder, beside a --model file.")

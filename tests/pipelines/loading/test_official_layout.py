@@ -223,7 +223,7 @@ def test_models_of_cached_repositories(tmp_path):
         WanTransformer3DModel.from_pretrained(folder, subfolder="google")
 
 
-def test_loading_shows_how_far_it_is(form, monkeypatch, capsys):
+def test_loading_shows_how_far_it_is(form, monkeypatch, capsys, bars_are_wanted):
     folder, *_, pipeline, _, _ = form
     monkeypatch.setattr("wan22.progress.in_notebook", lambda: True)  # where bars are drawn
     pipeline.from_pretrained(folder, dtype=torch.bfloat16)

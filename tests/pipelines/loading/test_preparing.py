@@ -43,7 +43,8 @@ def assert_same(one, other):
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, "wan22")
+    for name in ("wan22", preparing.__name__):  # which a quiet command of another test may have silenced
+        caplog.set_level(logging.INFO, name)
     return caplog
 
 

@@ -13,6 +13,7 @@ from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
 from ...private_apis import active_attention_backend, attention_backend_of, cache_config, is_compiled
+from ...progress import bytes_bar
 from .part import Part
 
 
@@ -108,11 +109,12 @@ class Acceleration(Part):
         """
         check_method(method)
         models = [model for model in self._transformers() if not is_quantized(model)]
-        for model in models:
-            check(model, method)
+        # No list of the layers: it would keep the weights that are replaced.
+        nbytes = sum(sum(layer.weight.nbytes for layer in check(m, method).values()) for m in models)
         self._pipe.memory.offload_all()
-        for model in models:
-            quantize(model, method)
+        with bytes_bar(nbytes, "quantizing", **getattr(self._pipe, "_progress_bar_config", {})):
+            for model in models:
+                quantize(model, method)
         self._pipe.memory.offload_all()  # drops the weights that were replaced
 
     def _transformers(self) -> list[Any]:
