@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel as DiffusersTransformer
+from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -244,6 +245,28 @@ def test_two_processes_at_once(source, cache):
         thread.join()
     assert_equal(find_prepared(read_model(source), "bf16").load(BF16), read_model(source).load(BF16))
     assert len(list(cache.glob("transformer*"))) == 1
+
+
+def test_who_waits_says_so(source, cache, caplog):
+    part = part_of(source)
+    lock = cache / ".locks" / f"{part.folder.name}.lock"
+    lock.parent.mkdir(parents=True)
+    with WeakFileLock(lock):
+        waiting = threading.Thread(target=prepare, args=([part],))
+        waiting.start()
+        waiting.join(1.5)
+        assert waiting.is_alive() and not part.done
+    waiting.join()
+    assert part.done and caplog.messages[0] == "another process is preparing transformer; waiting for it"
+
+
+def test_a_text_encoder_of_zeros_is_refused(tmp_path, cache):
+    model = random_text_encoder(1)
+    model.shared.weight.data.zero_()
+    model.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="is all zero"):
+        prepared(tmp_path / "t5")
+    assert not list(cache.glob("text*"))
 
 
 def test_room_is_asked_for_before_anything_is_written(source, cache, monkeypatch):

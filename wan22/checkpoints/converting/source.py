@@ -55,7 +55,7 @@ def read_source(path: Path, head_dim: int | None = None) -> Source:
 def _read(path: Path, config: dict[str, Any], head_dim: int | None, kind: str | None = None) -> StoredModel:
     """Read one model, and check and account for each of its tensors as the loader does."""
     model = read_model(path, kind, config, head_dim)
-    model.format.checked(model.source, model.tensors)
+    model.check()
     model.meta_model()
     return model
 

@@ -62,7 +62,7 @@ class _TextEncoderFormat(_TransformersFormat):
     def config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
         return given if given.get("model_type") == "umt5" else text_encoder_config(source, shapes)
 
-    def checked(self, source: str, tensors: Tensors) -> Tensors:
+    def check(self, source: str, tensors: Tensors) -> None:
         if _EMBEDDING not in tensors:
             raise ValueError(f"{source} lacks {_EMBEDDING}")
         embedding, copy = tensors[_EMBEDDING], tensors[_COPY]
@@ -74,7 +74,6 @@ class _TextEncoderFormat(_TransformersFormat):
             raise ValueError(f"{source}: {_EMBEDDING} is all zero")
         if not math.isfinite(most - least):
             raise ValueError(f"{source}: {_EMBEDDING} has values that are not finite")
-        return tensors
 
     def in_float32(self, model: Any, dtype: torch.dtype | None) -> Iterable[str]:
         return (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()  # as transformers does

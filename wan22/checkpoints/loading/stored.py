@@ -57,9 +57,8 @@ class ModelFormat(ABC):
         """Return the file's name of each of the model's own; a ValueError lists names that no table has."""
         return own_names(source, names, self.tables(names), self.noun)
 
-    def checked(self, source: str, tensors: Tensors) -> Tensors:
-        """Return tensors, unless they hold values that cannot be meant; weights are read for it."""
-        return tensors
+    def check(self, source: str, tensors: Tensors) -> None:
+        """Refuse values that cannot be meant, by a ValueError; weights are read for it."""
 
     def in_float32(self, model: nn.Module, dtype: torch.dtype | None) -> Iterable[str]:
         """Return the names of modules and parameters that are float32 in a half-precision model."""
@@ -121,14 +120,21 @@ class StoredModel:
         """Return the model on the meta device, in the dtypes that `load` would give; no weights are read."""
         return self._filled({name: on_meta(t) for name, t in self.tensors.items()}, dtype, dequantize)
 
-    def load(self, dtype: torch.dtype | None = None, dequantize: bool = False) -> Any:
+    def load(self, dtype: torch.dtype | None = None, dequantize: bool = False, check: bool = True) -> Any:
         """Return the model with its weights, in evaluation mode.
 
         Args:
             dtype: dtype of the parameters; None: as they are stored, bfloat16 for those that were quantised.
             dequantize: whether to expand quantised weights, which stay quantised otherwise.
+            check: whether to read weights that may hold values that cannot be meant.
         """
-        return self._filled(self.format.checked(self.source, self.tensors), dtype, dequantize)
+        if check:
+            self.check()
+        return self._filled(self.tensors, dtype, dequantize)
+
+    def check(self) -> None:
+        """Refuse values that cannot be meant, by a ValueError; weights are read for it."""
+        self.format.check(self.source, self.tensors)
 
     def _filled(self, tensors: Tensors, dtype: torch.dtype | None, dequantize: bool) -> nn.Module:
         model = self.format.build(self.config)

@@ -9,6 +9,7 @@ Shapes: o outputs, i inputs.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,11 +108,12 @@ def prepare(work: Sequence[Preparation], progress: bool | None = None) -> None:
 def _prepare_one(part: Preparation, options: Mapping[str, Any]) -> None:
     locks = part.folder.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(locks / f"{part.folder.name}.lock"):  # other processes and ranks wait, and find it
+    with _alone(locks / f"{part.folder.name}.lock", part.name):
         if part.done:
             return
         if part.folder.exists():
             raise FileExistsError(f"{part.folder} is damaged; delete it, and prepare again")
+        part.stored.check()
         part.partial.mkdir(exist_ok=True)
         write_plan(part.plan, part.partial, f"preparing {part.name}", **options)
         sizes = {path.name: path.stat().st_size for path in sorted(part.partial.glob("*.*"))}
@@ -122,6 +124,18 @@ def _prepare_one(part: Preparation, options: Mapping[str, Any]) -> None:
         part.partial.rename(part.folder)
         sync_folder(part.folder.parent)
     logger.info("%s is prepared in %s", part.name, part.folder)
+
+
+@contextmanager
+def _alone(lock: Path, name: str) -> Iterator[None]:
+    """Let other processes, such as the ranks of one run, wait for this one and find what it has made."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(lock, timeout=1))
+        except TimeoutError:
+            logger.warning("another process is preparing %s; waiting for it", name)
+            stack.enter_context(WeakFileLock(lock))
+        yield
 
 
 # ---- tensors ----

@@ -95,8 +95,8 @@ def load_all(models: Mapping[str, StoredModel], wanted: Wanted) -> dict[str, Any
 
 
 def load_prepared(models: Mapping[str, StoredModel]) -> dict[str, Any]:
-    """Load prepared models: as they are stored, so that all weights are mapped."""
-    return {name: stored.load() for name, stored in models.items()}
+    """Load prepared models as they are stored, and checked already: all weights are mapped, and none read."""
+    return {name: stored.load(check=False) for name, stored in models.items()}
 
 
 def loading_bar(models: Mapping[str, StoredModel], wanted: Wanted) -> AbstractContextManager[Any]:
