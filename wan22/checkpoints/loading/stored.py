@@ -59,6 +59,7 @@ class ModelFormat(ABC):
 
     def check(self, source: str, tensors: Tensors) -> None:
         """Refuse values that cannot be meant, by a ValueError; weights are read for it."""
+        return None  # most kinds have none that can be told
 
     def in_float32(self, model: nn.Module, dtype: torch.dtype | None) -> Iterable[str]:
         """Return the names of modules and parameters that are float32 in a half-precision model."""
