@@ -229,6 +229,25 @@ def test_an_interrupted_call_goes_on(form, source, cache, monkeypatch):
     )
 
 
+def test_scales_whose_weight_an_earlier_call_has_written(source, cache, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_SIZE", 1)  # a file for each tensor
+    part, write = part_of(source, "fp8"), writing.write_safetensors
+
+    def stop(path, tensors):
+        if tensors[0].key.endswith("weight_scale"):
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_safetensors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([part])
+    prepare([part_of(source, "fp8")])
+    assert_equal(
+        find_prepared(read_model(source), "fp8").load(BF16), quantize(read_model(source).load(BF16), "fp8")
+    )
+
+
 def test_a_prepared_model_is_not_written_again(source, cache, monkeypatch):
     prepared(source)
     monkeypatch.setattr(writing, "write_safetensors", None)

@@ -102,7 +102,11 @@ def test_recipes_name_the_source(folder, cache):
     assert video.recipe.origin == plain.provenance.origin()
     assert video.recipe.origin.place == str(folder)
     assert str(cache) not in json.dumps(video.recipe.to_dict())
-    assert str(cache) not in found.transformer.config.get("_name_or_path", "")
+    names = [
+        (pipe.transformer.config.get("_name_or_path"), pipe.text_encoder.config.name_or_path)
+        for pipe in (found, plain)
+    ]
+    assert names[0] == names[1]
     plain.provenance.check(video.recipe)
     again = plain.reproduce(video.recipe)
     assert (again.frames == video.frames).all()
