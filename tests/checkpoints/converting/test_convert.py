@@ -730,7 +730,7 @@ def command():
     return runpy.run_path("conversion/convert.py")["main"]
 
 
-def test_the_command_line(t2v, command, tmp_path, capsys, monkeypatch):
+def test_the_command_line(t2v, command, tmp_path, capsys, monkeypatch, bars_are_wanted):
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist's, at which older versions of tqdm cut lines
     command(
         [

@@ -152,6 +152,17 @@ def test_a_changed_source_is_another(source, cache):
     assert find_prepared(read_model(source), "bf16") is None, "other values under the same name and time"
 
 
+def test_an_empty_cache_costs_no_reading(source, cache, monkeypatch):
+    def fingerprint(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("wan22.checkpoints.preparing.cache.fingerprint", fingerprint)
+    assert find_prepared(read_model(source), "bf16") is None
+    with pytest.raises(AssertionError, match="was read"):
+        (cache / "transformer-bf16-0").mkdir(parents=True)
+        find_prepared(read_model(source), "bf16")
+
+
 def test_another_configuration_is_another(source, cache):
     prepared(source)
     config = json.loads((source / "config.json").read_text())

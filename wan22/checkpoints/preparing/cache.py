@@ -63,6 +63,8 @@ def find_prepared(stored: StoredModel, form: str) -> StoredModel | None:
     if not stored.paths:
         return None
     try:
+        if not any(cache_folder().glob(f"{stored.kind}-{form}-*")):
+            return None  # before samples are read all over the source
         folder = folder_of(stored, form)
         if not folder.is_dir():
             return None
