@@ -16,6 +16,8 @@ from wan22 import WanT2VPipeline
 from wan22.checkpoints.converting.convert import convert
 from wan22.checkpoints.preparing import prepare as module
 from wan22.pipelines.loading import preparing
+from wan22.pipelines.loading.checkpoint import Wanted
+from wan22.pipelines.loading.load import locate, transformers_as_stored
 
 BF16 = torch.bfloat16
 DTYPES = {"default": BF16, "vae": torch.float32}
@@ -150,6 +152,19 @@ def test_single_files(cache, official, log):
     assert "transformer, transformer_2, text_encoder as prepared in" in log.text
     assert_same(first, plain)
     assert_same(found, plain)
+
+
+def test_ranks_that_convert_part_by_part_find_it(folder, cache):
+    load_pipeline(folder, prepare="bf16")
+    dtype, wanted = transformers_as_stored(Wanted.of(WanT2VPipeline, BF16, False, {}))
+    pipe = locate(str(folder), {}).load(WanT2VPipeline, wanted)
+    assert dtype == BF16 and wanted.dtype_of("transformer") is None
+    for model in (pipe.transformer, pipe.transformer_2):
+        assert model.blocks[0].attn1.to_q.weight.dtype == BF16
+
+
+def test_offline_nobody_knows_what_a_download_takes(tmp_path):
+    assert preparing.bytes_to_download("org/name", ["*.json"], {"cache_dir": tmp_path}) == 0
 
 
 def test_a_variant_is_prepared_apart(saved, cache, tmp_path):
