@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 # Counts the bytes that are alive while a model runs on the meta device. PyTorch has no public name for it.
 DispatchMode = TorchDispatchMode
+
+# Applies a function to all tensors in arguments, for a subclass of tensors. Replaced by torch.utils.pytree,
+# once all supported versions have it.
+map_tree = tree_map
 
 # Collectives within a compiled block, which run beside the next computation. Replaced by those of
 # torch.distributed, once torch.compile traces them with async_op=True.
@@ -200,3 +205,8 @@ def mark_peft_layers(model: nn.Module, loaded: bool) -> None:
 def signature_keys(pipeline: type[Any]) -> tuple[list[str], list[str]]:
     """Return the names of a diffusers pipeline's components and of its settings. There is no public name."""
     return pipeline._get_signature_keys(pipeline)
+
+
+def empty_wrapper(cls: type[Any], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Return a tensor of a subclass on the CPU that has no memory. PyTorch has no public name for it."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))

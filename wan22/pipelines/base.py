@@ -54,10 +54,8 @@ class WanPipeline(PipelineParts):
         with self.calls.begin(request.attention_kwargs) as state:
             call = prepare(self, request, state)
             previewer = self.make_previewer(call)
-            recipe, videos = call.recipe, len(call.generators)
             self.calls.started(state)
-            logger.info("%s", recipe)
-            self.memory.replan_if_larger(recipe.height, recipe.width, recipe.num_frames, videos)
+            logger.info("%s", call.recipe)
             with self.running():
                 embeds = self.encode(call)
                 condition = self.make_condition(call)
@@ -133,6 +131,7 @@ class WanPipeline(PipelineParts):
         Returns: embeddings of prompt and negative prompt, each "b 512 d"; None for the latter without
             guidance.
         """
+        self.memory.ready()
         device = device or self._execution_device
         align_weights(self.text_encoder)
         known: dict[str, torch.Tensor] = {}

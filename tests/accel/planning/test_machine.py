@@ -4,8 +4,10 @@ import psutil
 import pytest
 import torch
 
+from wan22 import host_memory
 from wan22.accel.planning import machine
-from wan22.accel.planning.machine import Machine, available_ram
+from wan22.accel.planning.machine import Machine
+from wan22.host_memory import available_ram
 
 
 @pytest.fixture
@@ -50,19 +52,19 @@ def test_what_is_left_of_a_limit(inner, tmp_path):
     write_group(tmp_path / "box" / inner, names, ("max", 30), "inactive_file")
     write_group(tmp_path / "box", names, (100, 40), "inactive_file")
     (tmp_path / "box" / "user").mkdir(exist_ok=True)
-    assert list(machine._left_in_groups(f"0::/box/{inner}".rstrip("/"), tmp_path)) == [100 - 40 + 10]
-    assert list(machine._left_in_groups("0::/", tmp_path)) == []
+    assert list(host_memory._left_in_groups(f"0::/box/{inner}".rstrip("/"), tmp_path)) == [100 - 40 + 10]
+    assert list(host_memory._left_in_groups("0::/", tmp_path)) == []
 
 
 def test_what_is_left_of_a_limit_of_version_1(tmp_path):
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     write_group(tmp_path / "memory" / "box", names, (100, 40), "total_inactive_file")
     groups = "5:devices:/box\n4:cpu,memory:/box\n0::/"
-    assert list(machine._left_in_groups(groups, tmp_path)) == [100 - 40 + 10]
+    assert list(host_memory._left_in_groups(groups, tmp_path)) == [100 - 40 + 10]
 
 
 def test_the_smallest_limit_counts(monkeypatch):
-    monkeypatch.setattr(machine, "_left_in_groups", lambda groups, root: iter([12, 11]))
+    monkeypatch.setattr(host_memory, "_left_in_groups", lambda groups, root: iter([12, 11]))
     assert available_ram() == 11
-    monkeypatch.setattr(machine, "_left_in_groups", lambda groups, root: iter([2**62]))
+    monkeypatch.setattr(host_memory, "_left_in_groups", lambda groups, root: iter([2**62]))
     assert available_ram() == pytest.approx(psutil.virtual_memory().available, rel=0.2)

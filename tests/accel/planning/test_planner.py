@@ -21,7 +21,7 @@ from tests.builders import (
 )
 from tests.builders import random_ti2v_pipeline as ti2v
 from tests.tiers import slow
-from wan22 import WanI2VPipeline, WanT2VPipeline, accel, presets, tiny_checkpoint
+from wan22 import WanT2VPipeline, accel, presets, tiny_checkpoint
 from wan22.accel.offload.layout import Placement, bytes_of, device_bytes
 from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task, forward_flops
@@ -234,17 +234,16 @@ def test_the_embedded_checkpoints_in_a_budget(monkeypatch):
         monkeypatch.setattr(f"wan22.pipelines.{module}.CudaDevice", lambda *_: RecordingDevice())
     plain = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="2GB")
-    assert pipe.memory_plan.fits
     arguments = {**SMALL, "seed": 3, "output_type": "latent"}
     assert torch.equal(pipe("a red circle", **arguments).frames, plain("a red circle", **arguments).frames)
-    i2v = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v"), memory="2GB")
-    assert "transformer_2" in i2v.memory_plan.placements
+    assert pipe.memory_plan.fits
+    assert pipe.memory_plan.size == (SMALL["width"], SMALL["height"], SMALL["num_frames"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_a_gpu():
     """A plan for the CPU leaves all models where they are; one for a GPU can be made, and not applied."""
-    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory="auto")
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), memory={"height": 32, "width": 32})
     assert set(kinds(pipe.memory_plan)) == {"host"}
     assert "host peak" in str(pipe.memory_plan)
     assert pipe.memory_plan.step_seconds > 0
@@ -287,7 +286,9 @@ def test_what_the_host_holds(pipe):
     assert host_of(task, pinned, anonymous={"vae": 5000, "transformer": 10**9}) == expected
     encoding = task.text(["text_encoder"]) + HOST_WORKSPACE
     there = on_demand | {"text_encoder": Placement("host")}
-    assert host_of(task, there)[0] == staging + sizes["text_encoder"] + encoding
+    scratch = task.scratch_bytes("text_encoder", Placement("host"))
+    assert 0 < scratch < sizes["text_encoder"]
+    assert host_of(task, there)[0] == staging + scratch + encoding
     everywhere = dict.fromkeys(MODELS, Placement("resident", source="pinned"))
     assert host_of(task, everywhere) == (sum(sizes.values()) + videos, 0)
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...host_memory import available_ram, trim_heap
+
 # A point in the order of computations or copies; each device has its own type.
 Mark = Any
 _PAGE = 4096
@@ -23,6 +25,7 @@ class Device(ABC):
     """A device that models run on."""
 
     torch_device: torch.device
+    is_host = False  # whether its memory is the host's, which weights are read into without a copy between
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -123,6 +126,50 @@ class CudaDevice(Device):
     def trim(self) -> None:
         """See Device."""
         torch.cuda.empty_cache()
+
+
+class HostDevice(Device):
+    """The CPU: weights pass through scratch memory, where they lie as its kernels want them.
+
+    It computes when it is called, so that nothing has to be marked or waited for.
+    """
+
+    is_host = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """See Device."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError(f"the host has no {nbytes / 1e9:.2f} GB left") from error
+
+    def allocate_host(self, nbytes: int) -> torch.Tensor:
+        """See Device."""
+        return self.allocate(nbytes)
+
+    def release(self, buffer: torch.Tensor) -> Mark:
+        """See Device."""
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
+        """See Device."""
+        buffer.copy_(source)
+
+    def wait(self, mark: Mark) -> None:
+        """See Device."""
+
+    def finish(self, mark: Mark) -> None:
+        """See Device."""
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        return int(available_ram())
+
+    def trim(self) -> None:
+        """See Device."""
+        trim_heap()
 
 
 def host_bytes(nbytes: int, freed: Callable[[], None]) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ...checkpoints.deferred import DeferredWeight
+from ...checkpoints.loading.alignment import is_aligned
 from ...checks import check_choice, check_positive_int
 from ...private_apis import own_tensors
 
@@ -29,7 +31,8 @@ class Placement:
     Args:
         kind: "resident" stays on the device after its first call; "on_demand" is there from its call until
             another model's; "streamed" is on demand with some of its blocks, while the others pass through a
-            pool of buffers as they are called; "host" runs on the CPU.
+            pool of buffers as they are called; "host" runs on the CPU: beside a GPU its blocks pass through
+            scratch memory, see `on_host`.
         resident_blocks: blocks of a streamed model that do not pass through buffers; they are spread evenly.
         buffers: blocks in a streamed model's pool, 2 or 3.
         source: where weights are kept on the host: "mmap" leaves them where they are, in a file say, and
@@ -57,12 +60,15 @@ class PackedTensor:
     """A tensor and its place among the bytes of its block."""
 
     owners: list[torch.Tensor]  # parameters and buffers that are this tensor, more than one if they are tied
-    host: torch.Tensor
+    host: torch.Tensor  # where it is kept; a DeferredWeight is converted as it is read
     shape: torch.Size
     stride: tuple[int, ...]  # stride when packed, dense whatever the host tensor's is
     offset: int  # its first byte in the block
     nbytes: int
     mapped: torch.Tensor | None = None  # the tensor in its file, if it was moved to pinned memory from there
+    # Modules with their names of a deferred weight: another parameter takes its place while it is converted.
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _whole: torch.Tensor | None = None  # converted, while it is read piece by piece
 
     def view_in(self, packed: torch.Tensor) -> torch.Tensor:
         """Return the tensor in a block's bytes."""
@@ -70,18 +76,35 @@ class PackedTensor:
         start = (packed.storage_offset() + self.offset) // tensor.itemsize
         return tensor.set_(packed.untyped_storage(), start, self.shape, self.stride)
 
-    def host_bytes(self) -> torch.Tensor:
-        """Return the tensor's bytes in packed order."""
-        host = self.host
+    def read(self, target: torch.Tensor, first: int, last: int) -> None:
+        """Fill target with the tensor's bytes in packed order, from the first one to before the last."""
+        host, size = self.host, self.host.itemsize
+        if isinstance(host, DeferredWeight):
+            values = host.stored_values()
+            if values is not None and not (first % size or last % size or target.storage_offset() % size):
+                target.view(host.dtype).copy_(values[first // size : last // size])
+                return
+            self._whole = host.dequantize() if self._whole is None else self._whole
+            host = self._whole
         if host.stride() != self.stride:
             host = torch.empty_strided(self.shape, self.stride, dtype=host.dtype).copy_(host)
-        start = host.storage_offset() * host.itemsize
-        return torch.empty(0, dtype=torch.uint8).set_(host.untyped_storage(), start, (self.nbytes,), (1,))
+        start = host.storage_offset() * size
+        whole = torch.empty(0, dtype=torch.uint8).set_(host.untyped_storage(), start, (self.nbytes,), (1,))
+        target.copy_(whole[first:last])
+        if last == self.nbytes:
+            self._whole = None
 
     def point_to(self, tensor: torch.Tensor) -> None:
         """Make the owners use another tensor's memory."""
+        if isinstance(tensor, DeferredWeight):
+            for module, name in self.places:
+                module.register_parameter(name, tensor)  # type: ignore[arg-type]
+            self.owners[0].data = tensor.new_empty(0)
+            return
         for owner in self.owners:
             owner.data = tensor
+        for module, name in self.places:
+            module.register_parameter(name, self.owners[0])  # type: ignore[arg-type]
 
 
 @dataclass
@@ -95,9 +118,11 @@ class PackedBlock:
 
     def add(self, tensor: torch.Tensor) -> PackedTensor:
         """Append a tensor."""
-        host = tensor.data
+        host, owner = tensor.data, tensor
+        if isinstance(tensor, DeferredWeight):
+            host, owner = tensor, tensor.stand_in()
         stride = torch.empty_like(host, device="meta").stride()  # its own, if it is dense
-        packed = PackedTensor([tensor], host, host.shape, stride, _ceil(self._end, ALIGNMENT), host.nbytes)
+        packed = PackedTensor([owner], host, host.shape, stride, _ceil(self._end, ALIGNMENT), host.nbytes)
         self.tensors.append(packed)
         self.nbytes = _ceil(self._end, GRAIN)
         return packed
@@ -112,8 +137,8 @@ class PackedBlock:
         for tensor in self.tensors:
             first, last = max(start, tensor.offset), min(end, tensor.offset + tensor.nbytes)
             if first < last:
-                source = tensor.host_bytes()[first - tensor.offset : last - tensor.offset]
-                target[first - start : last - start].copy_(source)
+                part = target[first - start : last - start]
+                tensor.read(part, first - tensor.offset, last - tensor.offset)
 
     def is_pinned_for(self, other: "PackedBlock") -> bool:
         """Whether another block has the same weights, and this one keeps them in pinned memory."""
@@ -134,9 +159,8 @@ class PackedBlock:
     def unpin(self) -> None:
         """Make owners of pinned tensors use the mapped ones again, unless they were given others since."""
         for tensor in self.tensors:
-            for owner in tensor.owners:
-                if tensor.mapped is not None and owner.data_ptr() == tensor.host.data_ptr():
-                    owner.data = tensor.mapped
+            if tensor.mapped is not None and tensor.owners[0].data_ptr() == tensor.host.data_ptr():
+                tensor.point_to(tensor.mapped)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -154,8 +178,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
-    """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first."""
+def packed_blocks(model: nn.Module, name: str = "model", host: bool = False) -> list[PackedBlock]:
+    """Return a model's weights outside of its blocks, then each block's; a tied tensor is in the first.
+
+    For the `host` itself, weights that can be computed with where they lie are left out.
+    """
     blocks = blocks_of(model)
     parts = [(f"{name}.rest", _tensors(model, blocks))]
     parts += [(f"{name}.{i}", _tensors(block)) for i, block in enumerate(blocks)]
@@ -163,17 +190,33 @@ def packed_blocks(model: nn.Module, name: str = "model") -> list[PackedBlock]:
     known: dict[Any, PackedTensor] = {}
     for title, tensors in parts:
         block = PackedBlock(title)
-        for tensor in tensors:
-            if type(tensor) not in (nn.Parameter, torch.Tensor):
+        for module, attribute, tensor in tensors:
+            if host and _stays(module, tensor):
+                continue
+            if type(tensor) not in (nn.Parameter, torch.Tensor, DeferredWeight):
                 kind = type(tensor).__name__
                 raise ValueError(f"{name} has weights of class {kind}, which cannot be moved one by one")
             key = _tied_key(tensor)
             if key not in known:
                 known[key] = block.add(tensor)
-            elif not any(tensor is owner for owner in known[key].owners):
+            elif not any(tensor is owner for owner in known[key].owners) and not known[key].places:
                 known[key].owners.append(tensor)
+            if isinstance(tensor, DeferredWeight):
+                known[key].places.append((module, attribute))
         packed.append(block)
     return packed
+
+
+def _stays(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether the CPU computes with a weight where it lies; on the meta device, where files are not known."""
+    if tensor.is_meta:
+        return isinstance(module, nn.Embedding)
+    return not isinstance(tensor, DeferredWeight) and is_aligned(module, tensor)
+
+
+def on_host(model: nn.Module) -> Placement:
+    """Return the placement, on the host's device, of a model that runs there beside a GPU."""
+    return Placement("streamed" if len(blocks_of(model)) > 2 else "on_demand")
 
 
 def streamed_blocks(placement: Placement, count: int, name: str = "model") -> list[int]:
@@ -192,14 +235,17 @@ def streamed_blocks(placement: Placement, count: int, name: str = "model") -> li
 
 def bytes_of(model: nn.Module) -> int:
     """Return the bytes of a model's weights, torchao's included; tied ones count once."""
-    return sum(map(_bytes, {_tied_key(tensor): tensor for tensor in _tensors(model)}.values()))
+    return sum(map(_bytes, {_tied_key(tensor): tensor for _, _, tensor in _tensors(model)}.values()))
 
 
-def device_bytes(model: nn.Module, placement: Placement) -> int:
-    """Return the bytes on the device while a model runs; the model may be on meta."""
+def device_bytes(model: nn.Module, placement: Placement, host: bool = False) -> int:
+    """Return the bytes on the device while a model runs; the model may be on meta.
+
+    `host`: on the host's device, in scratch memory.
+    """
     if placement.kind == "host":
-        return 0
-    blocks = packed_blocks(model)
+        return device_bytes(model, on_host(model), host=True) if host else 0
+    blocks = packed_blocks(model, host=host)
     streamed = {i + 1 for i in streamed_blocks(placement, len(blocks) - 1)}
     buffers = placement.buffers * max((blocks[i].nbytes for i in streamed), default=0)
     return buffers + sum(block.nbytes for i, block in enumerate(blocks) if i not in streamed)
@@ -209,9 +255,11 @@ def _ceil(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[torch.Tensor]:
+def _tensors(
+    module: nn.Module, without: Iterable[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for tensors in own_tensors(module):
-        yield from (tensor for tensor in tensors.values() if tensor is not None)
+        yield from ((module, name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for child in module.children():
         if not any(child is other for other in without):
             yield from _tensors(child, without)
@@ -224,6 +272,8 @@ def _bytes(tensor: Any) -> int:
 
 
 def _tied_key(tensor: torch.Tensor) -> Any:
+    if isinstance(tensor, DeferredWeight):
+        return id(tensor.source)
     if tensor.is_meta or not tensor.numel() or hasattr(tensor, "__tensor_flatten__"):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

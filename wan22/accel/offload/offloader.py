@@ -3,7 +3,6 @@
 Offloading copies nothing, because weights never change: it drops the copy on the device.
 """
 
-import ctypes
 import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,9 +12,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ...host_memory import trim_heap
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
-from .devices import Device
-from .layout import Placement, device_bytes
+from .devices import Device, HostDevice
+from .layout import Placement, device_bytes, on_host
 from .streaming import ModelStreamer
 from .transfer import Loader
 
@@ -31,7 +31,7 @@ class ModelOffloader:
     def __init__(self, models: Mapping[str, tuple[nn.Module, Placement]], device: Device) -> None:
         self.device = device
         self.models = dict(models)
-        self._loader = Loader(device)
+        self._loader, self._host_loader = Loader(device), Loader(HostDevice())
         self._streamers: dict[str, ModelStreamer] = {}
         self._hooks: dict[str, OffloadHook] = {}
         self._active: str | None = None  # the model that was called last
@@ -41,8 +41,12 @@ class ModelOffloader:
                 raise ValueError(f"{seen[id(model)]} and {name} are one model; give it once")
             seen[id(model)] = name
             _check_free(name, model)
-            if placement.kind != "host":
-                self._streamers[name] = ModelStreamer(name, model, placement, device, self._loader)
+            if placement.kind == "host" and device.is_host:
+                continue  # it runs where it is
+            loader = self._loader
+            if placement.kind == "host":
+                placement, loader = on_host(model), self._host_loader
+            self._streamers[name] = ModelStreamer(name, model, placement, loader.device, loader)
 
     @property
     def on_device(self) -> tuple[str, ...]:
@@ -76,6 +80,7 @@ class ModelOffloader:
             if not hook.had_forward:
                 vars(model).pop("forward", None)  # accelerate restores the class's forward as an attribute
         self._loader.close()
+        self._host_loader.close()
         self.device.trim()
 
     def onload(self, name: str) -> None:
@@ -132,7 +137,8 @@ class OffloadHook(ModelHook):
     def __init__(self, offloader: ModelOffloader, name: str, streamer: ModelStreamer | None) -> None:
         self.offloader, self.name, self.streamer = offloader, name, streamer
         # None for a model on the host: the first model with a device tells diffusers where a pipeline runs.
-        self.execution_device = None if streamer is None else offloader.device.torch_device
+        on_device = streamer is not None and streamer.device is offloader.device
+        self.execution_device = offloader.device.torch_device if on_device else None
         self.had_forward = False
 
     def init_hook(self, module: nn.Module) -> nn.Module:
@@ -182,8 +188,4 @@ def free(models: Iterable[nn.Module] = ()) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    try:
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):  # another C library, which has no such function
-        return
-    trim(0)
+    trim_heap()

@@ -194,7 +194,7 @@ class ModelStreamer:
 
     def _scan(self) -> None:
         """Find the weights on the host, which may have been edited since they were last loaded."""
-        blocks = packed_blocks(self.model, self.name)
+        blocks = packed_blocks(self.model, self.name, self.device.is_host)
         for tensor in (tensor for block in blocks for tensor in block.tensors):
             if tensor.host.device.type != "cpu":
                 where = tensor.host.device

@@ -1,13 +1,12 @@
 """Transfers of packed blocks from the host to the device, which the caller need not wait for."""
 
 import logging
-import sys
-from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
+from ...checkpoints.deferred import DeferredWeight
+from ...host_memory import FileMappings
 from .devices import Device, Mark
 from .layout import PackedBlock, Source
 
@@ -95,7 +94,8 @@ class Loader:
         block.read(pinned, 0)
         files = FileMappings()
         for tensor in block.tensors:
-            tensor.mapped = tensor.host if tensor.host in files else None
+            keeps = isinstance(tensor.host, DeferredWeight) or tensor.host in files
+            tensor.mapped = tensor.host if keeps else None
             tensor.host = tensor.view_in(pinned)
         block.pinned = pinned
         return pinned
@@ -103,6 +103,9 @@ class Loader:
     def _stage(self, transfer: Transfer) -> Mark:
         buffer, block, mark = transfer.buffer, transfer.block, None
         assert buffer is not None, "a transfer is dropped after it was queued"
+        if self.device.is_host:
+            block.read(buffer[: block.nbytes], 0)
+            return mark
         for start in range(0, block.nbytes, self.chunk_bytes):
             chunk = self._free_chunk()
             source = chunk[: block.nbytes - start]
@@ -131,21 +134,3 @@ class Loader:
                 logger.warning("%s; copies are slower now; planning with a smaller ram= avoids it", error)
             self._pins = False
             return None
-
-
-class FileMappings:
-    """This process's memory that is mapped from files; empty on systems other than Linux."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
-        if sys.platform == "linux":
-            for line in Path("/proc/self/maps").read_text().splitlines():
-                addresses, _, _, _, inode, *_ = line.split()
-                if inode != "0":
-                    first, last = (int(address, 16) for address in addresses.split("-"))
-                    self.ranges.append((first, last))
-
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        address = tensor.data_ptr()
-        i = bisect_right(self.ranges, (address, sys.maxsize)) - 1
-        return i >= 0 and address < self.ranges[i][1]

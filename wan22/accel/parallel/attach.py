@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ...checkpoints.deferred import settle
 from ...checkpoints.loading.dtypes import cast
 from ..offload.layout import bytes_of
 from . import processes
@@ -48,8 +49,10 @@ class Parallel:
         whole = {n: model for n in DIVIDED if fsdp and (model := getattr(pipe, n, None)) is not None}
         for model in whole.values():
             check(model)
-        if whole and pipe.memory_plan is not None:
+        if whole and pipe.memory.has_plan:
             raise ValueError("fsdp=True, and a plan moves the models; call pipe.release() first")
+        for model in whole.values():
+            settle(model)
         self.pipe, self.layout, self.fsdp, self.dtype = pipe, layout, fsdp, dtype
         self._before = pipe.ranks
         device = processes.own_device()
@@ -190,7 +193,7 @@ def parallelize(
         given = {"ring": ring, "ulysses": ulysses, "cfg": cfg}
         layout = Layout(**{name: value for name, value in given.items() if value is not None})
     device = processes.own_device()
-    on_the_way = device.type == "cuda" and pipe._execution_device.type == "cpu" and pipe.memory_plan is None
+    on_the_way = device.type == "cuda" and pipe._execution_device.type == "cpu" and not pipe.memory.has_plan
     if fsdp is None:
         # One decides for all: their GPUs may have more or less room.
         fsdp = processes.shared(on_the_way and _fills(pipe, device, dtype))

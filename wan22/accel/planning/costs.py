@@ -38,6 +38,8 @@ class Task:
     videos: int = 1
     # Bytes of each model's weights that are in host memory and in no file.
     anonymous: Mapping[str, int] = field(default_factory=dict)
+    # Bytes of each model's weights of which running on the host makes copies; default: those in files.
+    copied: Mapping[str, int] = field(default_factory=dict)
     _known: dict[Any, int] = field(default_factory=dict)
 
     def bytes_of(self, name: str) -> int:
@@ -47,6 +49,22 @@ class Task:
     def device_bytes(self, name: str, placement: Placement) -> int:
         """Bytes of a model's weights on the device."""
         return self._once((name, placement), lambda: device_bytes(self.models[name], placement))
+
+    def scratch_bytes(self, name: str, placement: Placement) -> int:
+        """Bytes of the host's scratch memory that a model's weights pass through, if it runs there."""
+        scratch = self._once(
+            ("host", name, placement), lambda: device_bytes(self.models[name], placement, host=True)
+        )
+        return min(scratch, self.bytes_of(name) - self.held(name))
+
+    def held(self, name: str) -> int:
+        """Bytes of a model's weights that are in host memory and in no file."""
+        return min(self.anonymous.get(name, 0), self.bytes_of(name))
+
+    def at_home(self, name: str) -> int:
+        """Bytes of host memory of a model that runs there unmoved: its weights but those in aligned files."""
+        in_files = self.bytes_of(name) - self.held(name)
+        return self.held(name) + min(self.copied.get(name, in_files), in_files)
 
     @property
     def experts(self) -> list[str]:

@@ -1,16 +1,15 @@
 """A machine's memory, and its rates of products and copies, which are measured once."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ...checks import parse_bytes, shown
+from ...host_memory import available_ram
 from ..offload.devices import CudaDevice
 
 GB = 1e9
@@ -76,37 +75,6 @@ class Machine:
     def __str__(self) -> str:
         device = f"{self.vram / GB:.2f} GB of {self.device.type} memory and " if self.has_device else ""
         return f"{device}{self.ram / GB:.2f} GB of host memory"
-
-
-def available_ram() -> float:
-    """Return the bytes of host memory that this process can take, within limits of its control groups."""
-    groups = Path("/proc/self/cgroup")
-    limits = _left_in_groups(groups.read_text(), Path("/sys/fs/cgroup")) if groups.is_file() else ()
-    return float(min((psutil.virtual_memory().available, *limits)))
-
-
-def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
-    """Yield what is left of each memory limit of a process's control groups, such as a container's.
-
-    `groups` is the text of /proc/self/cgroup, `root` the mount point.
-    """
-    for line in groups.splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":  # version 2
-            base, names, cached = root, ("memory.max", "memory.current"), "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            cached = "total_inactive_file"
-        else:
-            continue
-        inner = base / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if not folder.is_relative_to(base) or not (folder / names[0]).is_file():
-                continue
-            limit, used = ((folder / name).read_text().strip() for name in names)
-            stat = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
-            if limit.isdigit():  # "max" is none
-                yield int(limit) - int(used) + int(stat.get(cached, 0))
 
 
 @cache

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.deferred import deferred_weights
+from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checks import as_number, check_num_frames, check_positive_int, check_size
+from ...host_memory import FileMappings
 from ...models.autoencoder import strides_of
 from ...presets import Preset
-from ..offload.layout import Placement, Source, blocks_of, bytes_of
-from ..offload.transfer import CHUNK_BYTES, CHUNKS, FileMappings
+from ..offload.layout import Placement, Source, blocks_of, bytes_of, on_host
+from ..offload.transfer import CHUNK_BYTES, CHUNKS
 from ..quantize import is_quantized
 from ..quantize import quantize as quantize_model
 from .costs import Task
@@ -43,7 +46,6 @@ def plan(
     quantize: str | None = None,
     guided: bool = True,
     device: str | torch.device | None = None,
-    converted: Mapping[str, int] | None = None,
 ) -> Plan:
     """Find the fastest way to make a video that fits, without changing the result.
 
@@ -60,8 +62,6 @@ def plan(
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is "cuda" if there is one or vram is given, or else "cpu".
-        converted: bytes of weights that loading will convert from their files to host memory, by component
-            name; for a pipeline without weights.
 
     Returns: the plan; print it.
     Raises: ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or
@@ -69,6 +69,7 @@ def plan(
     """
     videos = check_positive_int("videos", videos)
     anonymous: dict[str, int] = {}
+    copied: dict[str, int] = {}
     if isinstance(target, Preset):
         preset, name, models, on_device = target, target.name, released_models(target), 0
     else:
@@ -77,20 +78,20 @@ def plan(
         target.check_vae("planning")
         preset, name, models = target.preset, target.checkpoint_name, meta_copies(target.components)
         anonymous, on_device = _held(target, models)
+        copied = _copied(target, models)
     given = {"width": width, "height": height, "num_frames": num_frames}
     w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
-    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous)
+    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous, copied)
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
     taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
-    anonymous |= converted or {}
     if quantize:
         for slot in task.experts:
             if not is_quantized(models[slot]):
                 quantize_model(models[slot], quantize)
-                anonymous[slot] = bytes_of(models[slot])
+                anonymous[slot], copied[slot] = bytes_of(models[slot]), 0
     for found in _candidates(task, machine):
         if found.fits:
             return found
@@ -112,45 +113,62 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     return held, on_device
 
 
+def _copied(pipe: Any, models: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of each model's weights in files of which running on the host makes copies.
+
+    A pipeline without weights, or one whose weights are on a device, is taken to copy all of them.
+    """
+    copied = {}
+    for name in models:
+        model = getattr(pipe, name)
+        if not any(p.is_meta or not p.is_cpu for p in model.parameters()):
+            weights = [*unaligned_weights(model), *deferred_weights(model)]
+            copied[name] = sum(weight.nbytes for weight in weights)
+    return copied
+
+
 # ---- ways to make the video ----
 
 
 def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
     ways_to_decode = STRIPS if is_ours(task.models["vae"]) else STRIPS[:1]
-    if not machine.has_device:
-        for strips in ways_to_decode:
-            yield _planned(task, machine, dict.fromkeys(task.models, Placement("host")), strips)
-        return
-    resident = dict.fromkeys(task.models, Placement("resident"))
+    resident = dict.fromkeys(task.models, Placement("resident" if machine.has_device else "host"))
     on_demand = dict.fromkeys(task.models, Placement("on_demand"))
-    experts = dict.fromkeys(task.experts, Placement("resident"))
+    experts = {name: resident[name] for name in task.experts}
     streamed = (on_demand | experts for experts in _streamed_experts(task, machine))
     for placements in chain((resident, on_demand | experts, on_demand), streamed):
         for strips in ways_to_decode:
-            for encoders in _encoder_placements(task, placements):
+            for encoders in _encoder_placements(task, machine, placements):
                 yield _planned(task, machine, placements | encoders, strips)
 
 
-def _encoder_placements(task: Task, placements: Mapping[str, Placement]) -> Iterator[dict[str, Placement]]:
-    """Yield placements of the encoders: as given, streamed block by block, on the host."""
+def _encoder_placements(
+    task: Task, machine: Machine, placements: Mapping[str, Placement]
+) -> Iterator[dict[str, Placement]]:
+    """Yield placements of the encoders: as given, streamed block by block, beside a GPU on the host."""
     yield {name: placements[name] for name in task.encoders}
     if any(placements[name].kind == "on_demand" for name in task.encoders):
+        streamed = Placement("streamed")
         yield {
-            name: Placement("streamed") if len(blocks_of(task.models[name])) > 2 else Placement("host")
+            name: streamed if len(blocks_of(task.models[name])) > 2 else on_host(task.models[name])
             for name in task.encoders
         }
-        yield dict.fromkeys(task.encoders, Placement("host"))
+        if machine.has_device:
+            yield dict.fromkeys(task.encoders, Placement("host"))
 
 
 def _streamed_experts(task: Task, machine: Machine) -> Iterator[dict[str, Placement]]:
     """Yield the placement of the transformers with the most resident blocks that fit; faster source first."""
     first = task.experts[0]
-    room = machine.vram - task.denoise() - WORKSPACE
-    sources: tuple[Source, ...] = ("pinned", "mmap")
+    bytes_of = task.device_bytes if machine.has_device else task.scratch_bytes
+    room = machine.vram - task.denoise() - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
+    if not machine.has_device:
+        room -= sum(map(task.held, task.models))
+    sources: tuple[Source, ...] = ("pinned", "mmap") if machine.has_device else ("mmap",)
     for source in sources:
         for resident in range(len(blocks_of(task.models[first])), -1, -1):
             placement = Placement("streamed", resident_blocks=resident, source=source)
-            if task.device_bytes(first, placement) <= room or not resident:
+            if bytes_of(first, placement) <= room or not resident:
                 yield dict.fromkeys(task.experts, placement)
                 break
 
@@ -159,13 +177,12 @@ def _streamed_experts(task: Task, machine: Machine) -> Iterator[dict[str, Placem
 
 
 def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None) -> Plan:
-    weights_on_host = sum(_on_host(task, name, placement) for name, placement in placements.items())
-    if machine.has_device:
-        phases, prefetch = _device_phases(task, machine, placements, strips)
-        host = weights_on_host + _passing(task, placements)
-    else:
-        phases, prefetch = _host_phases(task, strips), False
-        host = max(phase.total for phase in phases)
+    phases, prefetch = _phases(task, machine, placements, strips)
+    held = sum(_on_host(task, machine, name, placement) for name, placement in placements.items())
+    pinned = sum(task.bytes_of(name) for name, p in placements.items() if p.source == "pinned")
+    staged = machine.has_device and any(p.kind != "host" and p.source == "mmap" for p in placements.values())
+    pinned += staged * CHUNKS * CHUNK_BYTES
+    in_files = [name for name, placement in placements.items() if placement.source != "pinned"]
     return Plan(
         name=task.name,
         size=task.size,
@@ -175,58 +192,61 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
         prefetch=prefetch,
         quantize=task.quantize,
         phases=phases,
-        host=host,
-        mapped=sum(map(task.bytes_of, task.models)) - weights_on_host,
+        host=pinned + held + _passing(task, placements)
+        if machine.has_device
+        else max(p.total for p in phases),
+        pinned=pinned,
+        mapped=sum(task.bytes_of(name) - task.held(name) for name in in_files),
         step_seconds=_step_seconds(task, machine, placements),
         videos=task.videos,
     )
 
 
-def _device_phases(
+def _phases(
     task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None
 ) -> tuple[tuple[Phase, ...], bool]:
-    """Return a call's phases on a device, and whether the second expert can be prefetched."""
-    held = {name: task.device_bytes(name, placement) for name, placement in placements.items()}
-    resident = sum(held[name] for name, placement in placements.items() if placement.kind == "resident")
+    """Return a call's phases where its models run, and whether the second expert can be prefetched."""
+    here = machine.has_device
+    bytes_of = task.device_bytes if here else task.scratch_bytes
+    moved = {name: bytes_of(name, p) for name, p in placements.items() if p.kind in ("on_demand", "streamed")}
+    stay = sum(task.device_bytes(name, p) for name, p in placements.items() if p.kind == "resident")
+    if not here:
+        stay = sum(_on_host(task, machine, name, placement) for name, placement in placements.items())
 
     def weights(active: Iterable[str]) -> int:
-        """Bytes while some models run one after another: the resident models, and the largest other one."""
-        return resident + max((held[n] for n in active if placements[n].kind != "resident"), default=0)
+        """Bytes while some models run one after another: those that stay, and the largest other one."""
+        return stay + max((moved.get(name, 0) for name in active), default=0)
 
-    text = task.text(name for name in task.encoders if placements[name].kind != "host")
-    one, step = weights(task.experts), task.denoise() + WORKSPACE
-    both = resident + sum(held[name] for name in task.experts if placements[name].kind == "on_demand")
-    prefetch = one < both and both + step <= machine.vram
+    workspace = WORKSPACE if here else HOST_WORKSPACE
+    text = task.text(name for name in task.encoders if not here or placements[name].kind != "host")
+    one, step = weights(task.experts), task.denoise() + workspace
+    both = stay + sum(moved[name] for name in task.experts if placements[name].kind == "on_demand")
+    prefetch = here and one < both and both + step <= machine.vram
+    pixels = 0 if here else task.pixels
     phases = (
         Phase("text", weights(task.encoders), text),
         Phase("denoise", both if prefetch else one, step),
-        Phase("decode", weights(["vae"]), task.decode(strips) + WORKSPACE),
+        Phase("decode", weights(["vae"]), task.decode(strips) + workspace + pixels),
     )
     return phases, prefetch
 
 
-def _host_phases(task: Task, strips: int | None) -> tuple[Phase, ...]:
-    """Return a call's phases on the CPU, where all weights that have been used stay in memory."""
-    weights = sum(map(task.bytes_of, task.models))
-    return (
-        Phase("text", weights, task.text(task.encoders)),
-        Phase("denoise", weights, task.denoise() + HOST_WORKSPACE),
-        Phase("decode", weights, task.decode(strips) + HOST_WORKSPACE + task.pixels),
-    )
-
-
-def _on_host(task: Task, name: str, placement: Placement) -> int:
-    # A model that runs on the host may copy mapped weights, for its kernels want other addresses.
-    whole = placement.source == "pinned" or placement.kind == "host"
-    return task.bytes_of(name) if whole else min(task.anonymous.get(name, 0), task.bytes_of(name))
+def _on_host(task: Task, machine: Machine, name: str, placement: Placement) -> int:
+    """Return the bytes of a model's weights in the host's memory that are neither pinned nor in a file."""
+    if placement.source == "pinned":
+        return 0
+    if placement.kind != "host":
+        return task.held(name)
+    if machine.has_device:
+        return task.held(name) + task.scratch_bytes(name, placement)
+    return task.at_home(name)
 
 
 def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
-    """Return the bytes of host memory beside weights: staging buffers, videos, encoders that run there."""
-    staged = any(p.kind != "host" and p.source == "mmap" for p in placements.values())
+    """Return the bytes of host memory beside weights: videos, encoders that run there."""
     encoders = [name for name in task.encoders if placements[name].kind == "host"]
     encoding = task.text(encoders) + HOST_WORKSPACE if encoders else 0
-    return staged * CHUNKS * CHUNK_BYTES + max(2 * task.pixels, encoding)
+    return max(2 * task.pixels, encoding)
 
 
 def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:

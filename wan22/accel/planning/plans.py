@@ -34,7 +34,8 @@ class Plan:
         prefetch: whether the second expert is loaded while the first one still runs.
         quantize: how the transformers are quantised.
         phases: "text", "denoise" and "decode", in order.
-        host: bytes of host memory: weights that are in no file or run there, staging buffers and videos.
+        host: bytes of host memory: weights that are in no file or are copied there, staging buffers, videos.
+        pinned: bytes of these that are pinned, for copies to the device.
         mapped: bytes of weights in files, whose pages the system can drop.
         step_seconds: time of one step, both guidance passes; None: rates are unknown.
         videos: number of videos of a call.
@@ -49,6 +50,7 @@ class Plan:
     quantize: str | None
     phases: tuple[Phase, ...]
     host: int
+    pinned: int
     mapped: int
     step_seconds: float | None = None
     videos: int = 1
@@ -73,7 +75,8 @@ class Plan:
         width, height, frames = self.size
         many = f", {self.videos} videos" if self.videos > 1 else ""
         lines = [f"{self.name}, {width}x{height}, {frames} frames{many}, on {self.machine}", ""]
-        lines += [f"  {name:14} {_described(p)}" for name, p in self.placements.items()]
+        on_cpu = not self.machine.has_device
+        lines += [f"  {name:14} {_described(p, on_cpu)}" for name, p in self.placements.items()]
         decoding = "whole frames" if self.strips is None else f"{self.strips} strips, exact"
         lines += [f"  {'decoding':14} {decoding}"]
         if self.quantize:
@@ -87,19 +90,21 @@ class Plan:
         lines += ["", f"  {where} peak {self.device_peak / GB:.2f} of {self.machine.vram / GB:.2f} GB"]
         if self.machine.has_device:
             lines += [f"  host {self.host / GB:.2f} of {self.machine.ram / GB:.2f} GB"]
-            if self.mapped:
-                lines[-1] += f", and {self.mapped / GB:.2f} GB in files, read as there is room"
+            lines[-1] += f", {self.pinned / GB:.2f} GB of it pinned" if self.pinned else ""
+        if self.mapped:
+            lines[-1] += f", and {self.mapped / GB:.2f} GB in files, read as there is room"
         if self.step_seconds is not None:
             lines += [f"  about {self.step_seconds:.3g} s a step"]
         return "\n".join(lines)
 
 
-def _described(placement: Placement) -> str:
+def _described(placement: Placement, on_cpu: bool) -> str:
+    where = "in memory" if on_cpu else "on the device"
     if placement.kind != "streamed":
         return {
-            "resident": "stays on the device",
-            "on_demand": "on the device for its calls",
-            "host": "on the host",
+            "resident": f"stays {where}",
+            "on_demand": f"{where} for its calls",
+            "host": "where it is" if on_cpu else "on the host, block by block",
         }[placement.kind]
     source = "pinned memory" if placement.source == "pinned" else "its file"
     resident, buffers = placement.resident_blocks, placement.buffers

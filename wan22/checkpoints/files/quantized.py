@@ -79,6 +79,11 @@ class QuantizedTensor:
     format: ScaledNumbers | GgufBlocks  # how the stored parts make up the values
     parts: Parts
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether it has no values."""
+        return any(part.is_meta for part in self.parts.values())
+
 
 def scaled_numbers(
     rows: torch.Tensor, kind: torch.dtype, groups: int = 1
@@ -154,6 +159,6 @@ def expanded(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
     """Return a tensor as an ordinary one, a quantised one in float32."""
     if not isinstance(tensor, QuantizedTensor):
         return tensor
-    if any(part.is_meta for part in tensor.parts.values()):
+    if tensor.is_meta:
         return torch.empty(tensor.shape, device="meta")
     return tensor.format.expand(tensor.parts)

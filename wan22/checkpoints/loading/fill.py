@@ -1,8 +1,9 @@
 """Fill models with the weights of files: rename, account for every one, assign."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from diffusers.models.modeling_utils import no_init_weights
@@ -10,11 +11,15 @@ from torch import nn
 
 from ...private_apis import own_tensors
 from ...progress import advance
+from ..deferred import deferred, should_defer
 from ..files.quantized import QuantizedTensor, expanded
 from ..naming.dialects import Tensors
 from ..naming.names import listed, shapes_of
 from ..quantized_linear import QuantizedLinear
 from .dtypes import dtype_for
+
+# Values of a weight below which deferring its conversion saves nothing.
+DEFERRED_SIZE = 2**16
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,8 +49,9 @@ def fill(
 ) -> Model:
     """Give a model on the meta device its weights, by its own names, in place; return it in evaluation mode.
 
-    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one. A ValueError
-    names the first few weights that are missing, left over, or of another shape.
+    Weights that are in the dtype asked for stay memory-mapped; others are converted one by one, or when they
+    are used if the converted ones take too much memory, see `deferred`. A ValueError names the first few
+    weights that are missing, left over, or of another shape.
 
     Args:
         source: the file, for errors.
@@ -61,6 +67,7 @@ def fill(
         rule = f"{name} is {found[name]}, it must be {expected[name]}"
         raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
     quantized: dict[str, QuantizedTensor] = {}
+    converted: dict[str, torch.dtype] = {}
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -72,11 +79,21 @@ def fill(
         else:
             stored, asked = tensor.dtype, dtype or tensor.dtype
         target = dtype_for(owner, name, stored, asked, in_float32)
-        value = expanded(tensor).to(target)
-        advance(bytes_to_convert(tensor, dtype, dequantize))
-        if value is tensor and dtype not in (None, target):
+        if target != stored or isinstance(tensor, QuantizedTensor):
+            converted[name] = target
+            continue
+        value = cast(torch.Tensor, tensor)
+        if dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory
         owner.register_parameter(attribute, nn.Parameter(value))
+    defer = should_defer(sum(target.itemsize * math.prod(found[name]) for name, target in converted.items()))
+    for name, target in converted.items():
+        path, _, attribute = name.rpartition(".")
+        stored_as = tensors[name]
+        later = defer and not stored_as.is_meta and math.prod(found[name]) >= DEFERRED_SIZE
+        value = deferred(stored_as, target) if later else expanded(stored_as).to(target)
+        advance(bytes_to_convert(stored_as, dtype, dequantize))
+        model.get_submodule(path).register_parameter(attribute, nn.Parameter(value))
     for path, weight in quantized.items():  # once their biases are there
         parent, _, attribute = path.rpartition(".")
         bias = own_tensors(model.get_submodule(path))[0]["bias"]

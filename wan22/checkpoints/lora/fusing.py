@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...private_apis import layerwise_casting, own_tensors
+from ..deferred import settle
 from ..quantized_linear import QuantizedLinear
 from .casting import is_narrow
 from .differences import Differences
@@ -30,6 +31,8 @@ class Fused:
         """
         self._forget_unmerged()
         matrices = [layer for layer in chosen if not isinstance(layer, Differences)]
+        for layer in chosen:
+            settle(layer)
         _refuse_narrow([layer.get_base_layer() for layer in matrices], dequantize)
         first = [layer for layer in chosen if not layer.merged]
         try:

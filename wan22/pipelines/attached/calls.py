@@ -137,7 +137,7 @@ class Calls(Part):
         pipe = self._pipe
         if pipe.parallel is not None:
             return "ranks share the work"
-        if pipe.memory.moves_models:
+        if pipe.memory.moves_models or pipe.memory.plans_next:
             return "a memory plan moves the models"
         if any(accelerate_hook(model) is not None for model in models):
             return "accelerate's hooks move the models"

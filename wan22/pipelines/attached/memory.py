@@ -5,13 +5,17 @@ from typing import Any
 
 import torch
 
-from ...accel.offload.devices import CudaDevice, Device
+from ...accel.offload.devices import CudaDevice, Device, HostDevice
 from ...accel.offload.offloader import ModelOffloader, free
 from ...accel.planning.meta_models import MODELS
 from ...accel.planning.plans import Plan
+from ...checkpoints.deferred import deferred_weights
+from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import shown
+from ...host_memory import available_ram
+from ...private_apis import accelerate_hook, is_group_offloaded
 from ..call.experts import Expert
 from .part import Part
 
@@ -28,13 +32,35 @@ class Memory(Part):
         super().__init__(pipe)
         self.plan: Plan | None = None
         self._offloader: ModelOffloader | None = None
-        self._budget: dict[str, Any] | None = None
+        self._budget: dict[str, Any] | None = None  # what plans are made within, the next one, too
+        self._automatic = False  # whether the plan was made because the weights do not fit into the host
         self._strips_before: int | None = None  # the VAE's, when the plan was applied
 
     @property
     def moves_models(self) -> bool:
         """Whether a plan moves the models; diffusers may have taken its hooks away."""
         return self._offloader is not None and self._offloader.attached
+
+    @property
+    def _models(self) -> dict[str, Any]:
+        """The models that there are, by component name."""
+        found = {name: getattr(self._pipe, name, None) for name in MODELS}
+        return {name: model for name, model in found.items() if model is not None}
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether there is a plan, or a budget that the next call makes one within."""
+        return self.plan is not None or self._budget is not None
+
+    @property
+    def plans_next(self) -> bool:
+        """Whether the next call makes a plan before all else."""
+        return self.plan is None and (self._budget is not None or self._too_large_for_host())
+
+    def plan_within(self, vram: str | float | None, ram: str | float | None = None, **options: Any) -> None:
+        """Let the next call make a plan for its size and apply it; the arguments are those of `fit`."""
+        self.release()
+        self._budget = {"vram": vram, "ram": ram, **options}
 
     def fit(self, vram: str | float | None = None, ram: str | float | None = None, **options: Any) -> Plan:
         """Find the fastest way to make videos in a budget, apply it, and do so anew for larger videos.
@@ -68,7 +94,7 @@ class Memory(Part):
         """
         pipe = self._pipe
         pipe.ranks.check_whole()
-        models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name, None) is not None}
+        models = self._models
         if missing := [name for name in models if name not in plan.placements]:
             raise ValueError(
                 f"the plan for {plan.name} does not say where to keep {missing[0]}; make one for this "
@@ -83,6 +109,8 @@ class Memory(Part):
             )
         if device is None and plan.machine.has_device:
             device = CudaDevice(plan.machine.device)
+        elif device is None and any(placed.kind != "host" for placed in plan.placements.values()):
+            device = HostDevice()
         self.release()
         offloader = None
         if device is not None:
@@ -95,7 +123,7 @@ class Memory(Part):
             self._decode_in(plan.strips)
         if offloader is not None:
             offloader.attach()
-        self._offloader, self.plan, self._budget = offloader, plan, None
+        self._offloader, self.plan, self._budget, self._automatic = offloader, plan, None, False
 
     def release(self) -> None:
         """Undo a plan: all models are on the CPU, as they were before `apply`, to the bit."""
@@ -104,7 +132,7 @@ class Memory(Part):
         vae = self._pipe.vae
         if self.plan is not None and is_ours(vae) and not vae.use_tiling:  # tiling was enabled since
             self._decode_in(self._strips_before)
-        self._offloader, self.plan, self._budget = None, None, None
+        self._offloader, self.plan, self._budget, self._automatic = None, None, None, False
 
     def _decode_in(self, strips: int | None) -> None:
         """Let videos be decoded in strips; None: in whole frames."""
@@ -127,7 +155,9 @@ class Memory(Part):
     def check_movable(self, *destinations: Any) -> None:
         """Refuse to move models while a plan moves them, or to change weights that ranks have divided."""
         devices = [d for d in destinations if not isinstance(d, torch.dtype | None)]
-        if self.moves_models and devices:
+        if self._automatic and devices:
+            self.release()
+        if (self.moves_models or self._budget is not None) and devices:
             raise ValueError(f"to({shown(devices[0])}): the plan moves the models; call pipe.release() first")
         self.offload_all()
 
@@ -145,24 +175,69 @@ class Memory(Part):
 
     # ---- what a call asks ----
 
-    def replan_if_larger(self, height: int, width: int, num_frames: int, videos: int = 1) -> None:
-        """Plan anew for a call that is larger than planned for; without a budget, warn that it may not fit.
+    def make_room(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        videos: int = 1,
+    ) -> None:
+        """Make a plan for a call's size if there is none yet, or if it is larger than planned for.
 
-        Larger frames take more to decode, however few. If nothing fits, a ValueError says so; the plan stays.
+        Default are the checkpoint's own sizes. Without a budget there is a warning that a larger call may not
+        fit. Larger frames take more to decode, however few. If nothing fits, a ValueError says so; the plan
+        stays.
         """
-        plan = self.plan
-        if plan is None or (self._offloader is not None and not self.moves_models):
+        preset, plan = self._pipe.preset, self.plan
+        size = {
+            "height": preset.height if height is None else height,
+            "width": preset.width if width is None else width,
+            "num_frames": preset.num_frames if num_frames is None else num_frames,
+        }
+        if plan is None:
+            if self.plans_next:
+                self._plan_for(size, videos)
+            return
+        if self._offloader is not None and not self.moves_models:
             return
         columns, rows, _ = plan.size
-        larger = height * width * num_frames > plan.pixels or height * width > columns * rows
+        pixels = size["height"] * size["width"]
+        larger = pixels * size["num_frames"] > plan.pixels or pixels > columns * rows
         if not larger and videos <= plan.videos:
             return
-        size = {"height": height, "width": width, "num_frames": num_frames}
         if self._budget is not None:
-            self.fit(**self._budget, **size, videos=videos)
+            self._plan_for(size, videos)
         else:
             message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
             logger.warning(message, *plan.size, plan.videos)
+
+    def _plan_for(self, size: dict[str, int], videos: int) -> None:
+        automatic = self._budget is None or self._automatic
+        self.fit(**(self._budget or {"device": "cpu"}), **size, videos=videos)
+        if automatic and not self._automatic:
+            logger.info("the host has no room for all weights at once; this is done:\n%s", self.plan)
+        self._automatic = automatic
+
+    def _too_large_for_host(self) -> bool:
+        """Whether running on the CPU would copy more weights than there is memory for.
+
+        Half of what is free is left for the rest.
+        """
+        models = self._models.values()
+        moved = any(accelerate_hook(model) is not None or is_group_offloaded(model) for model in models)
+        if moved or self._pipe.parallel is not None:
+            return False
+        copied = [
+            weight.nbytes
+            for model in models
+            for weight in (*unaligned_weights(model), *deferred_weights(model))
+        ]
+        return sum(copied) > available_ram() / 2
+
+    def ready(self) -> None:
+        """Make a plan for the checkpoint's own size, if the next call would make one."""
+        if self.plans_next:
+            self.make_room()
 
     def prefetch_next(self, expert: Expert | None) -> None:
         """Start to bring the expert of the next step to the device, if the plan has room for both."""

@@ -66,6 +66,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
     if state.scheduler is None:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
+    pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos)
     generators = generators_of(request, checked.videos, pipe.draw_seed)
     default_steps = preset.num_inference_steps
     with state.stepping:

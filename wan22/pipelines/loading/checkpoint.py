@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
-from ...accel.planning.meta_models import MODELS, store_as
+from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
 from ...checkpoints.loading.stored import StoredModel
@@ -66,25 +65,8 @@ def _read_dtypes(asked: Dtypes, components: Iterable[str]) -> Any:
     return {name: read_dtype(dtype, f"dtype[{shown(name)}]") for name, dtype in asked.items()}
 
 
-@dataclass
-class Outline:
-    """A checkpoint's models without their weights."""
-
-    models: dict[str, Any] = field(default_factory=dict)  # on the meta device, in their sizes and dtypes
-    # Bytes of each model that loading converts: they are in the host's memory, not mapped from the file.
-    converted: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, model: nn.Module, stored: torch.dtype, asked: torch.dtype | None) -> None:
-        """Add a model whose weights are stored in a dtype, and loaded in the one asked for, if any."""
-        store_as(model, asked or stored, stored)
-        self.models[name] = model
-        mapped = stored if asked in (None, stored) else None  # what is kept in float32 is copied, too
-        self.converted[name] = sum(p.nbytes for p in model.parameters() if p.dtype != mapped)
-
-    def update(self, other: "Outline") -> None:
-        """Add the models of another outline."""
-        self.models.update(other.models)
-        self.converted.update(other.converted)
+# A checkpoint's models by component name, on the meta device, in their sizes and dtypes.
+Outline = dict[str, Any]
 
 
 class Checkpoint(Protocol):

@@ -1,6 +1,6 @@
 """Refuse a folder in the Diffusers layout that is not whole, before anything in it is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ WEIGHTS: dict[str, Names] = {
     **dict.fromkeys(OURS, DIFFUSERS),
     **dict.fromkeys(("text_encoder", "image_encoder"), TRANSFORMERS),
 }
-_ENCODERS = ("UMT5EncoderModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+_OUR_ENCODERS = ("UMT5EncoderModel", "CLIPVisionModel")
+_ENCODERS = (*_OUR_ENCODERS, "CLIPVisionModelWithProjection")
 
 
 def check_index(path: Path) -> None:
@@ -48,6 +49,30 @@ def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> 
             weights = find_weights(place, wanted.others.get("variant"), names)
             if index[name][1] in _ENCODERS:
                 _account(weights, name)
+
+
+def load_encoders(
+    folder: Path, index: Mapping[str, Any], wanted: Wanted, loaded_already: Container[str] = ()
+) -> dict[str, Any]:
+    """Load the encoders of a checked folder, mapped from their files, as transformers' own loader does not.
+
+    It is left to that loader where something is asked for that only it does, such as a `device_map`.
+    """
+    if wanted.others.keys() - {"variant", "use_safetensors"}:
+        return {}
+    loaded = {}
+    for name in ("text_encoder", "image_encoder"):
+        place = folder / name
+        known = _is_component(index.get(name)) and index[name][1] in _OUR_ENCODERS
+        if not known or name in wanted.given or name in loaded_already:
+            continue
+        config = read_json(place / "config.json")
+        if "quantization_config" not in config:
+            names = names_of(TRANSFORMERS, wanted.others.get("use_safetensors"))
+            weights = find_weights(place, wanted.others.get("variant"), names)
+            loaded[name] = read_model(weights, name, config).load(wanted.dtype_of(name))
+            loaded[name].name_or_path = str(place)
+    return loaded
 
 
 def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ...accel.planning.meta_models import store_as
 from ...checkpoints.files.folders import names_of
 from ...checkpoints.files.safetensors import stored_dtype
 from ...checkpoints.files.weights import read_json
@@ -20,9 +21,9 @@ from ...schedulers import FlowMatchUniPCScheduler
 from ..call.schedule import reshifted, scheduler_shift
 from . import preparing
 from .checkpoint import KINDS, PREPARED, TRANSFORMERS, Outline, Wanted, is_folder
-from .components import OURS, WEIGHTS, check_components, check_index, find_weights
+from .components import OURS, WEIGHTS, check_components, check_index, find_weights, load_encoders
 from .hub_classes import load_own_scheduler
-from .single_files import SingleFiles, add_stored
+from .single_files import SingleFiles
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,13 @@ class DiffusersLayout:
 
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that there are configurations of, without reading weights."""
-        outline, variant = Outline(), wanted.others.get("variant")
-        models = self._stored_models(self.folder, wanted)
-        prepared = preparing.find_all(models, wanted)
+        outline: Outline = {}
+        variant = wanted.others.get("variant")
+        prepared = preparing.find_all(self._stored_models(self.folder, wanted), wanted)
         for name in KINDS:
             folder = self.folder / name
             if name in prepared:
-                add_stored(outline, name, prepared[name], None, wanted)
+                outline[name] = prepared[name].meta_model()
                 continue
             if (folder / "config.json").is_file() and name not in wanted.given:
                 model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
@@ -70,7 +71,9 @@ class DiffusersLayout:
                     outline.update(SingleFiles({name: folder}).outline(wanted))
                     continue
                 stored = stored or indexed_dtype(folder, variant, model)
-                outline.add(name, model, stored or torch.bfloat16, wanted.dtype_of(name))
+                stored = stored or torch.bfloat16
+                store_as(model, wanted.dtype_of(name) or stored, stored)
+                outline[name] = model
         return outline
 
     def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
@@ -105,8 +108,9 @@ class DiffusersLayout:
             else:
                 model.config.name_or_path = model.name_or_path = str(folder / name)
             options[name] = model
-        left = {name: stored for name, stored in models.items() if name in OURS and name not in prepared}
+        left = {name: stored for name, stored in models.items() if name not in prepared}
         with preparing.loading_bar(left, wanted):
+            options |= load_encoders(folder, self.index, wanted, prepared)
             pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,17 +16,20 @@ from ...accel.offload.devices import CudaDevice
 from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
 from ...accel.planning.planner import plan
+from ...checkpoints.deferred import deferring
 from ...checkpoints.files.hub import check_repository_name
 from ...checkpoints.preparing.prepare import preparations
 from ...checkpoints.preparing.prepare import prepare as write_prepared
-from ...checks import as_path, shown
+from ...checks import as_path, cut, shown
 from ...private_apis import signature_keys
 from . import preparing
-from .checkpoint import PREPARED, TRANSFORMERS, Checkpoint, Outline, Wanted
+from .checkpoint import TRANSFORMERS, Checkpoint, Wanted
 from .diffusers_layout import DiffusersLayout
 from .official_layout import OfficialLayout, config_files
 from .single_files import settings_of
 
+_SIZES = {"height", "width", "num_frames"}
+_BUDGET = _SIZES | {"vram", "ram", "disk", "videos", "guided"}  # of a plan's arguments
 _SMALL_FILES = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]
 
 
@@ -52,7 +56,7 @@ def load_pipeline(
     pipeline: type[DiffusionPipeline],
     checkpoint: Checkpoint,
     wanted: Wanted,
-    memory: str | float | None = None,
+    memory: str | float | Mapping[str, Any] | None = None,
     quantize: str | None = None,
     parallel: str | Mapping[str, Any] | None = None,
     loras: Any = (),
@@ -69,20 +73,22 @@ def load_pipeline(
     if form is not None:
         wanted, quantize = preparing.wanted_in(form, wanted, quantize)
     wanted = replace(wanted, fp8=quantize == "fp8")
-    if memory is not None:
-        check_budget(pipeline, checkpoint, wanted, memory, quantize, form)
+    budget = None if memory is None else budget_of(memory)
+    if budget is not None:
+        check_budget(pipeline, checkpoint, wanted, budget, quantize)
     elif together and quantize is None:
         dtype, wanted = transformers_as_stored(wanted)
     if form is not None:
         write_prepared(preparations(checkpoint.fetch(pipeline, wanted), form))
-    pipe = checkpoint.load(pipeline, wanted)
+    with deferring() if budget is not None else nullcontext():
+        pipe = checkpoint.load(pipeline, wanted)
     pipe.check_components()
     if quantize is not None:  # before LoRAs, which it could not take
         pipe.quantize(quantize)
     for arguments in lora_arguments(loras):
         pipe.load_lora_weights(**arguments)
-    if memory is not None:
-        pipe.fit(vram=None if memory == "auto" else memory, quantize=quantize)
+    if budget is not None:
+        (pipe.fit if _SIZES & budget.keys() else pipe.memory.plan_within)(**budget, quantize=quantize)
     if shares is not None and together:
         parallelize(pipe, **{"dtype": dtype} | shares)
     elif shares is not None and memory is None:
@@ -102,36 +108,52 @@ def check_kind(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint) -> Non
     raise ValueError(f"{checkpoint.source} is a checkpoint for {kind}; {advice}")
 
 
+def budget_of(memory: str | float | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `fit` that a constructor's memory stands for."""
+    if not isinstance(memory, Mapping):
+        return {"vram": None if memory == "auto" else memory}
+    if unknown := sorted(set(memory) - _BUDGET):
+        known = ", ".join(sorted(_BUDGET))
+        raise ValueError(f"memory has no {cut(', '.join(map(str, unknown)))}; it may have {known}")
+    return {"vram": None, **memory}
+
+
 def check_budget(
     pipeline: type[DiffusionPipeline],
     checkpoint: Checkpoint,
     wanted: Wanted,
-    memory: str | float,
+    budget: Mapping[str, Any],
     quantize: str | None,
-    prepare: str | None = None,
 ) -> None:
-    """Refuse a budget that nothing fits into, before weights are downloaded, prepared or read."""
-    outline = checkpoint.outline(wanted)
-    if prepare is not None:  # which will be mapped from their files
-        outline.converted = {n: size for n, size in outline.converted.items() if n not in PREPARED}
-    outlined = outlined_pipeline(pipeline, outline, wanted)
-    vram = None if memory == "auto" else memory
+    """Refuse a budget that nothing fits into, before weights are downloaded, prepared or read.
+
+    Where no size is given yet, that is what the smallest video takes.
+    """
+    outlined = outlined_pipeline(pipeline, checkpoint.outline(wanted), wanted)
     if outlined is not None:
-        plan(outlined, vram=vram, quantize=quantize, converted=outline.converted)
-    if vram is not None:
+        size = {} if _SIZES & budget.keys() else smallest_size(outlined)
+        plan(outlined, **{**size, **budget}, quantize=quantize)
+    if budget["vram"] is not None:
         try:
             CudaDevice()
         except ValueError as error:
             raise ValueError(
-                f"memory={shown(memory)} is a GPU's, and there is no CUDA device here; memory='auto' plans "
-                "for the CPU"
+                f"memory={shown(budget['vram'])} is a GPU's, and there is no CUDA device here; memory='auto' "
+                "plans for the CPU"
             ) from error
 
 
-def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Outline, wanted: Wanted) -> Any:
+def smallest_size(pipe: Any) -> dict[str, int]:
+    """Return the smallest size of a pipeline's videos."""
+    _, rows, columns = pipe.any_transformer.config.patch_size
+    stride = pipe.vae_scale_factor_spatial
+    return {"height": rows * stride, "width": columns * stride, "num_frames": 1}
+
+
+def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Mapping[str, Any], wanted: Wanted) -> Any:
     """Return a pipeline whose models are on the meta device; None if the outline does not say enough."""
     names = signature_keys(pipeline)[0]
-    models = {n: part for n, part in {**outline.models, **wanted.given}.items() if n in names}
+    models = {n: part for n, part in {**outline, **wanted.given}.items() if n in names}
     transformers = [models[name] for name in TRANSFORMERS if models.get(name) is not None]
     if models.get("vae") is None or not transformers:
         return None

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from ...accel.planning.meta_models import released_models
+from ...accel.planning.meta_models import released_models, store_as
 from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
 from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.stored import StoredModel
@@ -43,12 +43,14 @@ class OfficialLayout:
         except FileNotFoundError:
             if is_folder(self.source):
                 raise
-        outline, preset = Outline(), self._preset()
+        outline: Outline = {}
+        preset = self._preset()
         for name, model in ({} if preset is None else released_models(preset)).items():
             if name not in wanted.given:
                 # All released repositories are so.
                 stored = torch.bfloat16 if name == "text_encoder" else torch.float32
-                outline.add(name, model, stored, wanted.dtype_of(name))
+                store_as(model, wanted.dtype_of(name) or stored, stored)
+                outline[name] = model
         return outline
 
     def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from ...checkpoints.files.hub import local_file
 from ...checkpoints.files.weights import read_weights
@@ -40,12 +39,12 @@ class SingleFiles:
 
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that would be loaded, without reading weights."""
-        outline = Outline()
         models = self._stored_models(wanted)
         prepared = preparing.find_all(models, wanted)
-        for name, stored in (models | prepared).items():
-            add_stored(outline, name, stored, None if name in prepared else wanted.dtype_of(name), wanted)
-        return outline
+        return {
+            name: stored.meta_model(None if name in prepared else wanted.dtype_of(name), wanted.dequantize)
+            for name, stored in (models | prepared).items()
+        }
 
     def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
         """Return the models that can be prepared, by component."""
@@ -98,26 +97,6 @@ def check_options(wanted: Wanted) -> None:
             f"{', '.join(unknown)} cannot be used with official folders and single files, only with the "
             "Diffusers layout; save_pretrained writes that"
         )
-
-
-def add_stored(
-    outline: Outline, name: str, stored: StoredModel, dtype: torch.dtype | None, wanted: Wanted
-) -> None:
-    """Add a model as a load in a dtype would give it; None: as stored."""
-    model = stored.meta_model(dtype, wanted.dequantize)
-    outline.models[name], outline.converted[name] = model, converted_bytes(stored, model, dtype)
-
-
-def converted_bytes(stored: StoredModel, model: nn.Module, asked: torch.dtype | None) -> int:
-    """Return the bytes of a model's weights that are not mapped from its file, where a dtype is asked for."""
-    as_stored = {n: t.dtype for n, t in stored.tensors.items() if isinstance(t, torch.Tensor)}
-    return sum(
-        parameter.nbytes
-        for name, parameter in stored.format.body(model).named_parameters()
-        # The parts of a quantised layer have names of their own, and stay mapped. What is kept in float32
-        # though another dtype is asked for is copied.
-        if name in stored.tensors and not as_stored.get(name) == parameter.dtype == (asked or parameter.dtype)
-    )
 
 
 def settings_of(config: Any, two: bool) -> dict[str, Any]:
