@@ -4,7 +4,7 @@ import pytest
 
 from tests.test_imports import MODULES, imported_modules
 
-ORDER = ("files", "naming", "quantized_linear", "lora", "loading")
+ORDER = ("files", "naming", "quantized_linear", "deferred", "lora", "loading")
 OWN = "wan22.checkpoints."
 
 

@@ -1,8 +1,10 @@
 """What a weight file's header tells."""
 
 import json
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -251,3 +253,22 @@ def test_an_index_without_places(content, tmp_path):
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"index\.json is no index of weight files"):
         shards_of(tmp_path / "x.safetensors.index.json")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system maps such files")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """One that takes no disk, either; what is written to its tensors is not written to the file."""
+    size = psutil.virtual_memory().total + psutil.swap_memory().total + 2**30 & ~7
+    header = json.dumps({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "w.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    tensor = read_weights(tmp_path / "w.safetensors").tensors["a"]
+    tensor[-1] = 1
+    assert (tensor.shape, float(tensor[-1]), float(tensor[0])) == ((size // 4,), 1, 0)
+    assert float(read_weights(tmp_path / "w.safetensors").tensors["a"][-1]) == 0
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with (tmp_path / "w.pth").open("r+b") as file:
+        file.truncate(size)
+    with pytest.raises((MemoryError, ValueError), match=r"w\.pth"):
+        read_weights(tmp_path / "w.pth")

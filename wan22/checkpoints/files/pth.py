@@ -1,5 +1,7 @@
 """Read PyTorch's own files, without running the code that may be in them."""
 
+import errno
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,11 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds Python code beside its tensors; it is not run, and so the file is not read"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise MemoryError(
+                f"{path} has {path.stat().st_size / 1e9:.1f} GB, and PyTorch does not map a file of its own "
+                "format that is larger than the host's memory; a file in safetensors may be larger"
+            ) from error
         raise ValueError(f"{path} is cut off or damaged: {error}") from error
     return tensors_in(state, str(path))
 

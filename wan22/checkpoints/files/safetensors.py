@@ -1,23 +1,31 @@
 """Read and write safetensors: the header, the dtypes, the tensors."""
 
 import json
+import math
+import mmap
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from ...progress import advance
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
-_CODES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8"}
 ALIGNMENT = 64  # bytes: where weights that are mapped need no copy; see loading/alignment.py
+
+_DTYPES = STORED_DTYPES | {
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MAP_NORESERVE = 0x4000  # which Python's mmap does not name
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
@@ -70,10 +78,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """Return a file's tensors, memory-mapped, and its metadata."""
     header, metadata = read_header(path)
     try:
-        return load_file(path), metadata
+        with safe_open(path, "np"):  # which checks the header against the file
+            pass
     except SafetensorError as error:
         needed = max(entry["data_offsets"][1] for entry in header.values())
         raise ValueError(f"{path} is cut off or damaged: {error}; its tensors take {needed} bytes") from error
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        mapped = mapping(file)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name} is of dtype {entry['dtype']}, which cannot be read")
+        dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+        offset = start + entry["data_offsets"][0]
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else None
+        tensors[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(entry["shape"])
+    return tensors, metadata
+
+
+def mapping(file: BinaryIO) -> mmap.mmap:
+    """Map a whole file into memory that can be written to without changing the file.
+
+    Linux refuses such a mapping of a file that is larger than its memory, as all of it might be written to,
+    unless it is asked to reserve nothing.
+    """
+    if sys.platform == "linux":
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 # ---- writing ----
