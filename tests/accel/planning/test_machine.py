@@ -29,7 +29,9 @@ def test_what_is_free_on_a_gpu(card):
 
 def test_what_the_weights_take_can_be_planned_anew(monkeypatch):
     monkeypatch.setattr(machine, "available_ram", lambda: 1e9)
-    assert Machine.of(device="cpu", taken={"cpu": 7}).ram == 1e9 + 7
+    """But for a tenth, which is left to other programs."""
+    assert Machine.of(device="cpu", taken={"cpu": 10}).ram == 0.9 * (1e9 + 10)
+    assert Machine.of(ram=1e9, device="cpu", taken={"cpu": 10}).ram == 1e9
     assert Machine.of(ram="2GB", device="cpu", taken={"cpu": 7}).ram == 2e9
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ...checkpoints.deferred import DeferredWeight
 from ...checkpoints.loading.alignment import is_aligned
 from ...checks import check_choice, check_positive_int
+from ...host_memory import FileMappings, MappedFile, read_ahead
 from ...private_apis import own_tensors
 
 # Alignment of packed tensors: the most that kernels ask for.
@@ -94,6 +95,11 @@ class PackedTensor:
         if last == self.nbytes:
             self._whole = None
 
+    @property
+    def stored(self) -> torch.Tensor | None:
+        """What is read for the tensor; None: it is quantised."""
+        return self.host.stored_values() if isinstance(self.host, DeferredWeight) else self.host
+
     def point_to(self, tensor: torch.Tensor) -> None:
         """Make the owners use another tensor's memory."""
         if isinstance(tensor, DeferredWeight):
@@ -115,6 +121,7 @@ class PackedBlock:
     tensors: list[PackedTensor] = field(default_factory=list)  # in packed order
     nbytes: int = 0
     pinned: torch.Tensor | None = None  # the packed bytes, if the tensors are kept in pinned memory
+    files: set[MappedFile] = field(default_factory=set)  # that the tensors are read from
 
     def add(self, tensor: torch.Tensor) -> PackedTensor:
         """Append a tensor."""
@@ -132,13 +139,29 @@ class PackedBlock:
         return self.tensors[-1].offset + self.tensors[-1].nbytes if self.tensors else 0
 
     def read(self, target: torch.Tensor, start: int) -> None:
-        """Fill target with the packed bytes from start on; padding is left as it is."""
+        """Fill target with the packed bytes from start on; padding is left as it is.
+
+        An OSError names a file that was cut off meanwhile.
+        """
+        for file in self.files:
+            file.check()
         end = start + target.nbytes
         for tensor in self.tensors:
             first, last = max(start, tensor.offset), min(end, tensor.offset + tensor.nbytes)
             if first < last:
                 part = target[first - start : last - start]
                 tensor.read(part, first - tensor.offset, last - tensor.offset)
+
+    def find_files(self, mappings: FileMappings) -> None:
+        """Find the files that the tensors are read from."""
+        stored = [tensor.stored for tensor in self.tensors]
+        self.files = {file for tensor in stored if tensor is not None and (file := mappings.find(tensor))}
+
+    def read_ahead(self) -> None:
+        """Ask the system to read the files before they are needed."""
+        for tensor in self.tensors if self.files else ():
+            if tensor.stored is not None:
+                read_ahead(tensor.stored)
 
     def is_pinned_for(self, other: "PackedBlock") -> bool:
         """Whether another block has the same weights, and this one keeps them in pinned memory."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...host_memory import FileMappings
 from .devices import Device, Mark
 from .layout import PackedBlock, PackedTensor, Placement, blocks_of, packed_blocks, streamed_blocks
 from .transfer import Loader, Transfer
@@ -208,6 +209,9 @@ class ModelStreamer:
             if before is not None and before.is_pinned_for(block):
                 blocks[i] = before
         streamed_blocks(self.placement, len(blocks) - 1, self.name)
+        files = FileMappings()
+        for block in blocks:
+            block.find_files(files)
         self._blocks = blocks
 
     def _allocate(self) -> None:

@@ -1,6 +1,7 @@
 """Transfers of packed blocks from the host to the device, which the caller need not wait for."""
 
 import logging
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -46,6 +47,8 @@ class Loader:
         self.device = device
         self.chunk_bytes = CHUNK_BYTES
         self._thread: ThreadPoolExecutor | None = None
+        self._ahead: ThreadPoolExecutor | None = None  # reads the next block's file while one is copied
+        self._waiting: deque[PackedBlock] = deque()
         self._chunks: list[tuple[torch.Tensor, Mark]] = []  # oldest copy first
         self._pins = True  # False once the system has refused to pin
 
@@ -57,6 +60,8 @@ class Loader:
             return transfer
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "wan22-weights")
+            self._ahead = ThreadPoolExecutor(1, "wan22-files")
+        self._waiting.append(block)
         self._thread.submit(self._run, transfer, source)
         return transfer
 
@@ -64,11 +69,16 @@ class Loader:
         """Wait for the copies that were started, and release the thread and the staging buffer."""
         if self._thread is not None:
             self._thread.shutdown()
+        if self._ahead is not None:
+            self._ahead.shutdown()
         for _, mark in self._chunks:
             self.device.finish(mark)
-        self._thread, self._chunks = None, []
+        self._thread, self._ahead, self._chunks = None, None, []
 
     def _run(self, transfer: Transfer, source: Source) -> None:
+        self._waiting.popleft()
+        if self._waiting and self._ahead is not None:
+            self._ahead.submit(self._waiting[0].read_ahead)
         if not transfer.queued.set_running_or_notify_cancel():
             return
         try:

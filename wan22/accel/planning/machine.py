@@ -15,6 +15,8 @@ from ..offload.devices import CudaDevice
 GB = 1e9
 # GPU memory of a process before its first tensor: context and kernels, which PyTorch does not count.
 CONTEXT = 600e6
+# Share of the free host memory that a plan leaves to other programs, unless it is given an amount.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Machine:
                 f"vram={shown(vram)} is a GPU's, and device='cpu' has none; give ram={shown(vram)}"
             )
         taken = taken or {}
-        host = available_ram() + taken.get("cpu", 0) if ram is None else parse_bytes(ram, "ram")
+        free = (1 - MARGIN) * (available_ram() + taken.get("cpu", 0))
+        host = free if ram is None else parse_bytes(ram, "ram")
         speed = None if disk is None else parse_bytes(disk, "disk")
         if device.type == "cpu":
             return cls(device, host, host, measured_flops("cpu"), None, speed)

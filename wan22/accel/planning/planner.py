@@ -56,7 +56,8 @@ def plan(
         num_frames: 1 + a multiple of 4; default is the checkpoint's own.
         vram: device memory, CUDA's context included: "12GB" (1e9 bytes each), "11.5GiB", or bytes; default
             is what is free.
-        ram: host memory, in the forms of vram; default is what is free.
+        ram: host memory, in the forms of vram; default is what is free but for a tenth, which is left to
+            other programs.
         disk: bytes a second that weights are read with where host memory is short of them.
         videos: number of videos of a call, of all prompts.
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
@@ -108,7 +109,7 @@ def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
         for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
             if weight.device.type != "cpu":
                 on_device += weight.nbytes
-            elif files.ranges and weight not in files:  # no ranges: the system does not list mappings
+            elif files.files and weight not in files:  # none: the system does not list mappings
                 held[name] += weight.nbytes
     return held, on_device
 

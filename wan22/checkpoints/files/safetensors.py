@@ -83,9 +83,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     except SafetensorError as error:
         needed = max(entry["data_offsets"][1] for entry in header.values())
         raise ValueError(f"{path} is cut off or damaged: {error}; its tensors take {needed} bytes") from error
+    except OSError as error:
+        raise _not_mapped(path, error) from error
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        mapped = mapping(file)
+        try:
+            mapped = mapping(file)
+        except OSError as error:
+            raise _not_mapped(path, error) from error
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -95,6 +100,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else None
         tensors[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(entry["shape"])
     return tensors, metadata
+
+
+def _not_mapped(path: Path, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    return OSError(f"{path} cannot be mapped into memory ({reason}); copy it to a disk of this machine")
 
 
 def mapping(file: BinaryIO) -> mmap.mmap:
