@@ -18,6 +18,7 @@ from ...private_apis import own_tensors
 
 # Alignment of packed tensors: the most that kernels ask for.
 ALIGNMENT = 256
+_LIES_WELL = "lies_well"  # attribute of weights on meta
 # Rounding of PyTorch's CUDA allocator.
 GRAIN = 512
 
@@ -231,10 +232,16 @@ def packed_blocks(model: nn.Module, name: str = "model", host: bool = False) -> 
 
 
 def _stays(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether the CPU computes with a weight where it lies; on the meta device, where files are not known."""
+    """Whether the CPU computes with a weight where it lies; the copy of one on meta knows of the original."""
     if tensor.is_meta:
-        return isinstance(module, nn.Embedding)
+        return isinstance(module, nn.Embedding) or getattr(tensor, _LIES_WELL, False)
     return not isinstance(tensor, DeferredWeight) and is_aligned(module, tensor)
+
+
+def mark_where_it_lies(copy: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Let a weight's copy on meta count, for the host, as the weight does where it lies."""
+    known = getattr(tensor, _LIES_WELL, False) if tensor.is_meta else None
+    setattr(copy, _LIES_WELL, _stays(nn.Module(), tensor) if known is None else known)
 
 
 def on_host(model: nn.Module) -> Placement:

@@ -13,7 +13,7 @@ from ...checkpoints.loading.fill import empty_weights
 from ...checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
 from ...presets import Preset
 from ...private_apis import own_modules, uncompiled
-from ..offload.layout import blocks_of
+from ..offload.layout import blocks_of, mark_where_it_lies
 
 MODELS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
 
@@ -105,7 +105,11 @@ def meta_copy(
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         dtype = dtype_of.get(id(tensor), tensor.dtype)
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
-        return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=False)
+        if dtype == tensor.dtype:
+            mark_where_it_lies(meta, tensor)
+        return meta
 
     def bare(module: nn.Module) -> nn.Module:
         twin = module.__class__.__new__(module.__class__)
