@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
+from torch.nn import functional
 
 from tests.models.vaes import FAMILIES, PeakMemory, random_latents, random_video, relative_error, tiny_vae
 from wan22 import AutoencoderKLWan
@@ -55,6 +56,19 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_plain(family):
         assert relative_error(fast, reference) <= 1.1 * relative_error(slow, reference)
 
 
+def see_convolved(vae, note, monkeypatch):
+    """Call a function with the frames of every causal convolution."""
+    causal = [module.weight for module in vae.modules() if isinstance(module, CausalConv3d)]
+    convolve = functional.conv3d
+
+    def spy(x, weight, *rest, **options):
+        if any(weight is other for other in causal):
+            note(x)
+        return convolve(x, weight, *rest, **options)
+
+    monkeypatch.setattr(functional, "conv3d", spy)
+
+
 @both_families
 def test_activations_have_the_layout(family, monkeypatch):
     # In bfloat16, as float32 convolutions of this size return any layout.
@@ -65,14 +79,7 @@ def test_activations_have_the_layout(family, monkeypatch):
     def note(tensor):
         layouts.append(tensor.is_contiguous(memory_format=torch.channels_last_3d))
 
-    convolve = nn.Conv3d.forward
-
-    def spy(conv, x):
-        if isinstance(conv, CausalConv3d):
-            note(x)
-        return convolve(conv, x)
-
-    monkeypatch.setattr(nn.Conv3d, "forward", spy)
+    see_convolved(vae, note, monkeypatch)
     for block in (*vae.encoder.down_blocks, *vae.decoder.up_blocks):
         block.register_forward_hook(lambda module, args, output: note(output))
     _results(vae, random_video(vae, 1, 2, 4, 4), random_latents(vae, 1, 2, 4, 4))
@@ -84,14 +91,7 @@ def test_the_first_frame_is_not_convolved_with_the_zeros_before_it(monkeypatch):
     vae = tiny_vae("2.1")
     z = random_latents(vae, 1, 2, 1, 1)
     lengths = []
-    convolve = nn.Conv3d._conv_forward
-
-    def spy(conv, x, *parameters):
-        if isinstance(conv, CausalConv3d):
-            lengths.append(x.shape[2])
-        return convolve(conv, x, *parameters)
-
-    monkeypatch.setattr(nn.Conv3d, "_conv_forward", spy)
+    see_convolved(vae, lambda x: lengths.append(x.shape[2]), monkeypatch)
     next(vae.decode_stream(z))
     assert set(lengths) == {3}
     lengths.clear()

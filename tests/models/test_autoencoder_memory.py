@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.vaes import (
     FAMILIES,
@@ -12,6 +13,7 @@ from tests.models.vaes import (
     relative_error,
     tiny_vae,
 )
+from tests.tiers import slow
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -80,21 +82,26 @@ def test_tiling_stays_near_the_whole_and_larger_overlaps_nearer(family):
 # Strips.
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 7, *slow([2, 12])])
 @both_families
 def test_strips_equal_the_whole(family, rows):
-    vae = tiny_vae(family)
-    z = random_latents(vae, 2, 3, rows, 2)
+    vae = tiny_vae(family, torch.float64)
+    x, z = random_video(vae, 2, 3, rows, 1), random_latents(vae, 2, 3, rows, 1)
     for chunk in (1, 2, None):
         vae.disable_strips()
+        moments = vae.encode(x, chunk_latents=chunk).latent_dist.parameters
         sample = vae.decode(z, chunk_latents=chunk).sample
-        # More strips than a strip's halo has rows, and more than there are rows.
-        for strips in (1, 2, 3, 5, 1000):
+        # At most as many as rows allow.
+        for strips in (2, 3, 1000):
             vae.enable_strips(strips)
-            assert relative_error(vae.decode(z, chunk_latents=chunk).sample, sample) <= 1e-5
+            found = vae.encode(x, chunk_latents=chunk).latent_dist.parameters
+            assert relative_error(found, moments) <= 1e-13
+            assert relative_error(vae.decode(z, chunk_latents=chunk).sample, sample) <= 1e-13
             if chunk is not None:
-                pieces = list(vae.decode_stream(z, chunk))
-                assert relative_error(torch.cat(pieces, dim=2), sample) <= 1e-5
+                pieces = [posterior.parameters for posterior in vae.encode_stream([x], chunk)]
+                assert relative_error(torch.cat(pieces, dim=2), moments) <= 1e-13
+                assert relative_error(torch.cat(list(vae.decode_stream(z, chunk)), dim=2), sample) <= 1e-13
+    vae.disable_strips()
     assert torch.equal(vae.decode(z, chunk_latents=None).sample, sample)
 
 
@@ -103,26 +110,54 @@ def test_strips_equal_the_whole(family, rows):
     [
         {"num_res_blocks": 3},
         {"dim_mult": [2], "temperal_downsample": [], "base_dim": 6, "is_residual": False},
+        {"dim_mult": [2, 2], "temperal_downsample": [True]},
         {"temperal_downsample": [True, True, False]},  # the last doubling doubles time, too
+        {"attn_scales": [0.5], "is_residual": False},  # attention sees whole frames
     ],
 )
 @both_families
-def test_strips_see_what_deeper_flatter_and_other_decoders_see(family, changes):
+def test_strips_of_deeper_flatter_and_other_models(family, changes):
     vae = tiny_vae(family, torch.float64, **changes)
-    z = random_latents(vae, 1, 3, 48 // vae.spatial_stride, 1)
-    sample = vae.decode(z).sample
-    vae.enable_strips(3)
-    assert relative_error(vae.decode(z).sample, sample) <= 1e-13
+    z = random_latents(vae, 1, 3, 64 // vae.spatial_stride, 1)
+    x = random_video(vae, 1, 3, 64 // vae.spatial_stride, 1)
+    sample, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
+    for strips in (3, 1000):
+        vae.enable_strips(strips)
+        assert relative_error(vae.decode(z).sample, sample) <= 1e-13
+        assert relative_error(vae.encode(x).latent_dist.parameters, moments) <= 1e-13
 
 
 @both_families
-def test_strips_see_no_more_rows_than_needed(family):
-    vae = tiny_vae(family, torch.float64)
-    z = random_latents(vae, 1, 2, 8, 1)
-    sample = vae.decode(z).sample
+def test_gradients_of_strips_are_those_of_the_whole(family):
+    vae = tiny_vae(family, torch.float64).requires_grad_(True)
+    x = random_video(vae, 1, 2, 4, 1).requires_grad_(True)
+
+    def gradients():
+        loss = vae.decode(vae.encode(x).latent_dist.mode()).sample.square().mean()
+        return torch.autograd.grad(loss, [x, *vae.encoder.parameters(), *vae.decoder.parameters()])
+
+    whole = gradients()
     vae.enable_strips(3)
-    vae.decoder.strip_halo -= 1
-    assert relative_error(vae.decode(z).sample, sample) > 1e-9
+    for strips, expected in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(strips, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("coder", ["encoder", "decoder"])
+@both_families
+def test_strips_compute_nothing_twice(family, coder):
+    """But for the upsamplers' rows at the edges of strips; counted at a width that matters."""
+    vae = tiny_vae(family).to("meta")
+    z, x = (f(vae, 1, 2, 44, 1).to("meta") for f in (random_latents, random_video))
+
+    def flops():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.decode(z) if coder == "decoder" else vae.encode(x)
+        return counter.get_total_flops()
+
+    whole = flops()
+    for strips, most in ((4, 1.03), (16, 1.1)):
+        vae.enable_strips(strips)
+        assert whole <= flops() <= (most if coder == "decoder" else 1) * whole
 
 
 @both_families

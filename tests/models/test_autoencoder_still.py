@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models.vaes import FAMILIES, random_video, tiny_vae
+from tests.models.vaes import FAMILIES, random_video, relative_error, tiny_vae
 from wan22.models.temporal_cache import TemporalCache
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
@@ -54,6 +54,22 @@ def test_a_still_clip_is_encoded_bit_by_bit_as_any(family, dtype, last):
     assert calls.count(vae.encoder.conv_out) == 21
     assert torch.equal(_streamed(vae, iter(pieces)), stream)
     assert calls.count(vae.encoder.conv_in) == 2 * (3 + last)
+
+
+@pytest.mark.parametrize("strips", [2, 9])
+@both_families
+def test_a_still_clip_in_strips(family, strips):
+    """Each resolution that is computed in strips settles as a whole."""
+    vae = tiny_vae(family)
+    pieces, x = _still_pieces(vae, 81, 1, h=6)
+    _, stream = _encode_every_chunk(vae, x)
+    vae.enable_strips(strips)
+    every = vae.encode(x, chunk_latents=None).latent_dist.parameters
+    calls = _count_calls([vae.encoder.conv_in])
+    found = _streamed(vae, iter(pieces))
+    assert relative_error(found, every) <= 1e-5
+    assert relative_error(found, stream) <= 1e-5
+    assert len(calls) < strips * 12
 
 
 @both_families

@@ -63,18 +63,33 @@ def test_regrouping_is_lazy():
     assert taken == [0]
 
 
-def test_what_was_exchanged_since_a_snapshot():
+def test_whether_histories_come_out_as_they_went_in():
     cache = TemporalCache()
-    cache.exchange("a", _frames(0, 2), 2)
-    cache.exchange("b", _frames(0, 2), 2)
-    snapshot = cache.snapshot()
-    assert cache.exchanged_since(snapshot) == []
-    cache.exchange("b", _frames(2, 4), 2)
-    cache.exchange("c", _frames(4, 6), 2)
-    pairs = cache.exchanged_since(snapshot)
-    assert [now.flatten().tolist() for _, now in pairs] == [[2, 3], [4, 5]]
-    assert pairs[0][0].flatten().tolist() == [0, 1]
-    assert pairs[1][0] is None
+
+    def unit(x, cache):
+        cache.exchange("a", x, 2)
+        cache.exchange("b", x[:, :, :1] * 0, 1)
+        return x
+
+    still = []
+    for start in (0, 0, 2, 2):
+        x, stands = cache.stands_still(unit, _frames(start, start + 2))
+        assert x.flatten().tolist() == [start, start + 1]
+        still.append(stands)
+    assert still == [False, True, False, True]
+    assert cache.stands_still(lambda x, cache: x, x) == (x, True)
+
+
+def test_strips_have_histories_of_their_own():
+    cache, frame = TemporalCache(), _frames(0, 2).expand(1, 1, 2, 4, 1)
+    for chunk in range(3):
+        for strip, rows in enumerate(cache.in_strips([(0, 1), (1, 4)])):
+            past = cache.exchange("a", frame[:, :, :, rows] + 10 * strip + chunk, 1)
+            assert past is None if chunk == 0 else past.shape[3] == (1, 3)[strip]
+            assert chunk == 0 or (past == 10 * strip + chunk).all()
+    assert cache.rows is None
+    cache.close()
+    assert cache.exchange("a", frame, 1) is None
 
 
 def test_same_bits():

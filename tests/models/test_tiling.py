@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from wan22.models.tiling import blend_tiles, blend_weights, make_tiles, split_axis, split_strips
+from wan22.models.tiling import blend_tiles, blend_weights, make_tiles, split_axis
 
 AXES = [(1, 4, 3), (4, 4, 2), (5, 4, 3), (7, 4, 3), (11, 4, 3), (12, 5, 2), (13, 5, 1), (9, 3, 3), (10, 3, 3)]
 
@@ -54,16 +54,3 @@ def test_a_step_between_tiles_is_spread_over_their_overlap():
     assert (row[:4] == 0).all()
     assert (row[8:] == 1).all()
     assert row.diff().max() <= 0.26
-
-
-@pytest.mark.parametrize(("rows", "count", "halo"), [(12, 3, 2), (13, 4, 5), (7, 7, 1), (5, 1, 4)])
-def test_strips_divide_the_rows_and_see_their_neighbours(rows, count, halo):
-    strips = split_strips(rows, count, halo)
-    assert len(strips) == count
-    assert strips[0].rows[0] == 0
-    assert strips[-1].rows[1] == rows
-    assert all(a.rows[1] == b.rows[0] for a, b in pairwise(strips))
-    heights = [stop - start for start, stop in (strip.rows for strip in strips)]
-    assert max(heights) - min(heights) <= 1 <= min(heights)
-    for (start, stop), seen in strips:
-        assert seen == (max(start - halo, 0), min(stop + halo, rows))

@@ -7,8 +7,8 @@ A long clip is processed in chunks; the history of the causal layers is a `Tempo
 holds. The model itself does not change while it runs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange
@@ -20,6 +20,8 @@ from .autoencoder_memory import MemoryModes
 from .layers import at_least_float32
 from .temporal_cache import SettledPrefix, TemporalCache, assign_cache_keys, regroup_frames
 from .tiling import Tile, blend_tiles
+
+Caches: TypeAlias = Callable[[], TemporalCache]
 
 # Statistics of the 2.1 latents per channel; the config of 2.2 checkpoints has its own.
 # Source: Wan2.2 wan/modules/vae2_1.py, Wan2_1_VAE.
@@ -142,26 +144,33 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         parts = (self._decode_clip(tile.cut(z), chunk_latents) for tile in tiles)
         return blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
 
-    def encode_stream(self, frames: Iterable[Tensor], chunk_latents: int = 1) -> Iterator[Tensor]:
+    def encode_stream(
+        self, frames: Iterable[Tensor], chunk_latents: int = 1, caches: Caches = TemporalCache
+    ) -> Iterator[Tensor]:
         """Encode a clip that arrives piece by piece, in the memory of one chunk and without gradients.
 
         Args:
             frames: pieces "b 3 t h w" of the clip in [-1, 1], any number of frames each, 1 + 4k in all.
             chunk_latents: latent frames to compute at a time.
+            caches: makes a clip's cache, which says where histories are kept between its chunks.
         Returns: an iterator over the moments of consecutive latents, together those of `encode`; it raises
             ValueError for a piece of another shape, or another sum of frames.
         """
         self._check_chunk_latents(chunk_latents)
-        return self._encode_stream(frames, chunk_latents)
+        return self._encode_stream(frames, chunk_latents, caches)
 
-    def decode_stream(self, z: Tensor, chunk_latents: int = 1) -> Iterator[Tensor]:
+    def decode_stream(
+        self, z: Tensor, chunk_latents: int = 1, caches: Caches = TemporalCache
+    ) -> Iterator[Tensor]:
         """Decode raw latents as `decode`, in the memory of one chunk and without gradients.
+
+        `caches` is as in `encode_stream`.
 
         Returns: an iterator over consecutive pixels "b 3 t h w", together those of `decode`.
         """
         self._check_latents(z)
         self._check_chunk_latents(chunk_latents)
-        return self._decode_stream(z, chunk_latents)
+        return self._decode_stream(z, chunk_latents, caches)
 
     def forward(self, sample: Tensor) -> Tensor:
         """Encode a clip "b 3 t h w" and decode the mean of its latents."""
@@ -177,53 +186,70 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
-            return self.quant_conv(self.encode_chunk(x))
+            return self.quant_conv(self._encode_frames(x))
         cache, settled = TemporalCache(), SettledPrefix()
         groups = regroup_frames([x], *self._chunk_frames(chunk_latents))
         return self.quant_conv(torch.cat([self._encode_next(x, cache, settled) for x in groups], dim=2))
 
     def _encode_next(self, x: Tensor, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
         """Encode a clip's next chunk; without gradients, layers that would repeat their result do not run."""
-        if torch.is_grad_enabled() or not settled.repeats(x):
+        repeats = not torch.is_grad_enabled() and settled.repeats(x)
+        return self._encode_frames(x, cache, settled if repeats else None)
+
+    def _encode_frames(
+        self, x: Tensor, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
+    ) -> Tensor:
+        strips = self._strips()
+        if settled is None and strips == 1:
             return self.encode_chunk(x, cache)
-        return self.encoder(patchify(x, self.patch_size), cache, settled)
+        return self.encoder(patchify(x, self.patch_size), cache, settled, strips)
 
     def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
-        z, strips = self.post_quant_conv(z), self._strips(z.shape[3])
+        z = self.post_quant_conv(z)
         if chunk_latents is None or z.shape[2] <= chunk_latents:
-            return self._decode_next(z, None, strips)
+            return self._decode_next(z, None)
         cache = TemporalCache()
-        parts = z.split(chunk_latents, dim=2)
-        return torch.cat([self._decode_next(part, cache, strips) for part in parts], dim=2)
+        return torch.cat([self._decode_next(part, cache) for part in z.split(chunk_latents, dim=2)], dim=2)
 
-    def _decode_next(self, z: Tensor, cache: TemporalCache | None, strips: Sequence[TemporalCache]) -> Tensor:
-        if not strips:
+    def _decode_next(self, z: Tensor, cache: TemporalCache | None) -> Tensor:
+        strips = self._strips()
+        if strips == 1:
             return self.decode_chunk(z, cache)
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)
 
     @torch.no_grad()
-    def _encode_stream(self, frames: Iterable[Tensor], chunk_latents: int) -> Iterator[Tensor]:
+    def _encode_stream(
+        self, frames: Iterable[Tensor], chunk_latents: int, caches: Caches
+    ) -> Iterator[Tensor]:
         s, seen = self.spatial_stride, 0
         states: dict[Tile, tuple[TemporalCache, SettledPrefix]] = {}
-        for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
-            self._check_video(x)
-            seen += x.shape[2]
-            self._check_frame_count(seen)
-            tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
-            states = states or {tile: (TemporalCache(), SettledPrefix()) for tile in tiles}
-            parts = (self.quant_conv(self._encode_next(tile.cut(x, s), *states[tile])) for tile in tiles)
-            yield blend_tiles(parts, tiles)
+        try:
+            for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
+                self._check_video(x)
+                seen += x.shape[2]
+                self._check_frame_count(seen)
+                tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
+                states = states or {tile: (caches(), SettledPrefix()) for tile in tiles}
+                parts = (self.quant_conv(self._encode_next(tile.cut(x, s), *states[tile])) for tile in tiles)
+                yield blend_tiles(parts, tiles)
+        finally:
+            for cache, _ in states.values():
+                cache.close()
 
     @torch.no_grad()
-    def _decode_stream(self, z: Tensor, chunk_latents: int) -> Iterator[Tensor]:
+    def _decode_stream(self, z: Tensor, chunk_latents: int, caches: Caches) -> Iterator[Tensor]:
         tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
-        states = {tile: (TemporalCache(), self._strips(tile.rows[1] - tile.rows[0])) for tile in tiles}
+        states = {tile: caches() for tile in tiles}
         chunks = zip(
             *(self.post_quant_conv(tile.cut(z)).split(chunk_latents, dim=2) for tile in tiles), strict=True
         )
-        for chunk in chunks:
-            parts = (self._decode_next(x, *states[tile]) for x, tile in zip(chunk, tiles, strict=True))
-            yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
+        try:
+            for chunk in chunks:
+                parts = (self._decode_next(x, states[tile]) for x, tile in zip(chunk, tiles, strict=True))
+                yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
+        finally:
+            for cache in states.values():
+                cache.close()
 
     def _chunk_frames(self, chunk_latents: int) -> tuple[int, int]:
         return 1 + self.temporal_stride * (chunk_latents - 1), self.temporal_stride * chunk_latents

@@ -6,6 +6,7 @@ Like the layers, blocks take any number of frames and a `TemporalCache`, or None
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +23,13 @@ from .autoencoder_layers import (
     ResidualBlock,
     RMSNorm,
     Upsample,
+    rows_of,
 )
+from .strip_rows import split_rows
 from .temporal_cache import SettledPrefix, TemporalCache, Unit
-from .tiling import split_strips
+
+# Doublings of rows and columns that are done in strips: below them a frame takes little memory.
+STRIP_LEVELS = 2
 
 
 class MidBlock(nn.Module):
@@ -56,15 +61,17 @@ class ResidualDownBlock(nn.Module):
         widths = [in_channels] + [out_channels] * blocks
         self.resnets = _residual_chain(widths, dropout)
         self.downsampler = Downsample(out_channels, temporal) if spatial else None
+        self.cache_key = ""
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t' h' w'"."""
-        shortcut = self.avg_shortcut(x)
+        y = x
         for resnet in self.resnets:
-            x = resnet(x, cache)
+            y = resnet(y, cache)
         if self.downsampler is not None:
-            x = self.downsampler(x, cache)
-        return x + shortcut
+            y = self.downsampler(y, cache)
+        rows = y.shape[3] * self.avg_shortcut.factor_s
+        return y + self.avg_shortcut(rows_of(x, rows, self.cache_key, cache))
 
 
 class UpBlock(nn.Module):
@@ -148,6 +155,10 @@ class Encoder3d(nn.Module):
         super().__init__()
         self.conv_in = CausalConv3d(in_channels, base_dim)
         self.down_blocks = nn.ModuleList()
+        # Stages that may be computed in strips, the highest resolutions: how many of the blocks there are at
+        # the end of each. Its layers lag by a row per 3x3 convolution, and its downsampler by two.
+        self.strip_stages: list[int] = []
+        self.strip_lag = 1 + 2 * num_res_blocks + 2
         width = base_dim
         for level, multiple in enumerate(dim_mult):
             previous, width = width, base_dim * multiple
@@ -156,23 +167,41 @@ class Encoder3d(nn.Module):
             if is_residual:
                 block = ResidualDownBlock(previous, width, num_res_blocks, dropout, spatial, temporal)
                 self.down_blocks.append(block)
-                continue
-            for _ in range(num_res_blocks):
-                self.down_blocks.append(ResidualBlock(previous, width, dropout))
-                if 0.5**level in attn_scales:
-                    self.down_blocks.append(AttentionBlock(width))
-                previous = width
-            if spatial:
-                self.down_blocks.append(Downsample(width, temporal))
+            else:
+                for _ in range(num_res_blocks):
+                    self.down_blocks.append(ResidualBlock(previous, width, dropout))
+                    if 0.5**level in attn_scales:
+                        self.down_blocks.append(AttentionBlock(width))
+                    previous = width
+                if spatial:
+                    self.down_blocks.append(Downsample(width, temporal))
+            # Attention sees whole frames.
+            attends = not is_residual and 0.5**level in attn_scales
+            if spatial and not attends and len(self.strip_stages) == level < STRIP_LEVELS:
+                self.strip_stages.append(len(self.down_blocks))
         self.mid_block = MidBlock(width, dropout)
         self.norm_out = RMSNorm(width)
         self.conv_out = CausalConv3d(width, out_channels)
 
     def forward(
-        self, x: Tensor, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
+        self,
+        x: Tensor,
+        cache: TemporalCache | None = None,
+        settled: SettledPrefix | None = None,
+        strips: int = 1,
     ) -> Tensor:
-        """Map pixels "b c t h w" to moments "b 2c t' h' w'"; `settled` is for a chunk like the last one."""
-        units: tuple[Unit, ...] = (self.conv_in, *self.down_blocks, self.mid_block, self._head)
+        """Map pixels "b c t h w" to moments "b 2c t' h' w'".
+
+        `settled` is for a chunk like the last one. `strips` is the number of horizontal strips, at most, that
+        each of the highest resolutions is computed in; the result is the same.
+        """
+        if strips > 1 and cache is None:
+            cache = TemporalCache()
+        units: list[Unit] = [self.conv_in, *self.down_blocks, self.mid_block, self._head]
+        if strips > 1:
+            ends = [1 + blocks for blocks in self.strip_stages]
+            stages = [units[a:b] for a, b in pairwise([0, *ends])]
+            units[: ends[-1] if ends else 0] = [partial(self._in_strips, stage, strips) for stage in stages]
         if settled is not None and cache is not None:
             return settled.run(units, x, cache)
         for unit in units:
@@ -180,6 +209,16 @@ class Encoder3d(nn.Module):
         if cache is not None:
             cache.started = True
         return x
+
+    def _in_strips(self, stage: Sequence[Unit], strips: int, x: Tensor, cache: TemporalCache) -> Tensor:
+        """Run units that end with a downsampler, whose pairs of rows a strip does not divide."""
+        parts = []
+        for rows in cache.in_strips(split_rows(x.shape[3], strips, self.strip_lag, 2)):
+            part = x[:, :, :, rows]
+            for unit in stage:
+                part = unit(part, cache)
+            parts.append(part)
+        return torch.cat(parts, dim=3)
 
     def _head(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
@@ -218,30 +257,32 @@ class Decoder3d(nn.Module):
         self.norm_out = RMSNorm(width)
         self.conv_out = CausalConv3d(width, out_channels)
 
-        # Rows beyond its own that `_upper` depends on, one per 3x3 convolution, counted before the last
-        # doubling, if there is one.
-        self.strip_scale = 2 if len(widths) > 1 else 1
-        rows = 2 * (num_res_blocks + 1) + self.strip_scale
-        self.strip_halo = -(-rows // self.strip_scale)
+        # The block whose enlargement is the first layer that may be computed in strips, and the rows that the
+        # result lags behind its input: one for each 3x3 convolution, halved from resolution to resolution.
+        self.strip_level = max(len(widths) - 1 - STRIP_LEVELS, 0)
+        rows = 1
+        for level in reversed(range(self.strip_level, len(widths))):
+            if level < len(widths) - 1:
+                rows = -(-rows // 2) + 1
+            if level > self.strip_level or len(widths) == 1:
+                rows += 2 * (num_res_blocks + 1)
+        self.strip_lag = rows
 
-    def forward(
-        self, z: Tensor, cache: TemporalCache | None = None, strips: Sequence[TemporalCache] = ()
-    ) -> Tensor:
+    def forward(self, z: Tensor, cache: TemporalCache | None = None, strips: int = 1) -> Tensor:
         """Map latents "b c t h w" to pixels "b c t' h' w'".
 
-        `strips` are caches of the horizontal strips that the highest resolution is computed in, top first;
-        none: it is computed as a whole. The result is the same, as strips overlap by what they need.
+        `strips` is the number of horizontal strips, at most, that the highest resolutions are computed in;
+        the result is the same.
         """
         refined = self._lower(z, cache)
-        if strips:
-            spans = split_strips(refined[0].shape[3], len(strips), self.strip_halo)
-            parts = []
-            for own, span in zip(strips, spans, strict=True):
-                part = self._upper(tuple(x[:, :, :, slice(*span.seen)] for x in refined), own)
-                own.started = True
-                start, stop = (self.strip_scale * (row - span.seen[0]) for row in span.rows)
-                parts.append(part[:, :, :, start:stop])
-            x = torch.cat(parts, dim=3)
+        if strips > 1:
+            cache = TemporalCache() if cache is None else cache
+            spans = split_rows(refined[0].shape[3], strips, self.strip_lag)
+            parts = (
+                self._upper(tuple(x[:, :, :, rows] for x in refined), cache)
+                for rows in cache.in_strips(spans)
+            )
+            x = torch.cat(list(parts), dim=3)
         else:
             x = self._upper(refined, cache)
         if cache is not None:
@@ -249,17 +290,18 @@ class Decoder3d(nn.Module):
         return x
 
     def _lower(self, z: Tensor, cache: TemporalCache | None) -> tuple[Tensor, ...]:
-        """Run all that comes before the last enlargement, which takes far less memory than what follows."""
+        """Run the lowest resolutions, which take far less memory than what follows."""
         x = self.mid_block(self.conv_in(z, cache), cache)
         blocks: list[Any] = list(self.up_blocks[:-1])
-        for block in blocks[:-1]:
+        for block in blocks[: self.strip_level]:
             x = block(x, cache)
-        return blocks[-1].refine(x, cache) if blocks else (x,)
+        return blocks[self.strip_level].refine(x, cache) if blocks else (x,)
 
     def _upper(self, refined: tuple[Tensor, ...], cache: TemporalCache | None) -> Tensor:
-        blocks: list[Any] = list(self.up_blocks[:-1])
-        x = blocks[-1].enlarge(refined, cache) if blocks else refined[0]
-        x = self.up_blocks[-1](x, cache)
+        blocks: list[Any] = list(self.up_blocks[self.strip_level : -1])
+        x = blocks[0].enlarge(refined, cache) if blocks else refined[0]
+        for block in [*blocks[1:], self.up_blocks[-1]]:
+            x = block(x, cache)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
 
 

@@ -3,7 +3,8 @@
 Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns at the layer's own resolution.
 
 Every layer takes any number of frames and a `TemporalCache`. Without a cache the frames are the whole clip;
-with one they continue its clip. The result is the same as that of the whole clip at once.
+with one they continue its clip. The result is the same as that of the whole clip at once. If the cache has
+`rows`, the layer gets frames strip by strip, and the results of all strips are those of whole frames.
 """
 
 import torch
@@ -34,20 +35,23 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Convolve "b c t h w" to "b c t h w" with the frames before it."""
+        h, w = (size // 2 for size in self.kernel_size[1:])
+        if h and cache is not None and cache.rows is not None:
+            x, h = cache.rows.around(self.cache_key, x, h), 0
         past = None if cache is None else cache.exchange(self.cache_key, x, self.history)
         innermost = not self.weight.is_contiguous()
         layout = torch.channels_last_3d if innermost else torch.contiguous_format
         if past is None and x.shape[2] == 1 and (cache is None or self.skips_zeros):
             # The clip's first frame alone: all taps but the last would read the zeros before it.
-            frame = x.contiguous(memory_format=layout)[:, :, 0]
-            return F.conv2d(frame, self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+            first = x.contiguous(memory_format=layout)[:, :, 0]
+            return F.conv2d(first, self.weight[:, :, -1], self.bias, padding=(h, w)).unsqueeze(2)
         # Written once, in the wanted layout, whatever those of x and past are.
-        b, c, t, h, w = x.shape
-        shape = b, c, self.history + t, h, w
+        b, c, t, *frame = x.shape
+        shape = b, c, self.history + t, *frame
         frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         frames[:, :, : self.history] = 0 if past is None else past
         frames[:, :, self.history :] = x
-        return super().forward(frames)
+        return F.conv3d(frames, self.weight, self.bias, padding=(0, h, w))
 
 
 class RMSNorm(nn.Module):
@@ -84,13 +88,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels)
         same = in_channels == out_channels
         self.conv_shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.cache_key = ""
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t h w"."""
         # A norm's result is a new tensor, so its activation needs no other.
         y = self.conv1(F.silu(self.norm1(x), inplace=True), cache)
         y = self.conv2(self.dropout(F.silu(self.norm2(y), inplace=True)), cache)
-        return y.add_(self.conv_shortcut(x))
+        return y.add_(self.conv_shortcut(rows_of(x, y.shape[3], self.cache_key, cache)))
 
 
 class AttentionBlock(nn.Module):
@@ -126,6 +131,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t' h/2 w/2"; t' is 1 + (t - 1)/2 at the clip's start and t/2 after it."""
+        if cache is not None and cache.rows is not None:
+            x = cache.rows.windows(self.cache_key, x)
         x = _unfold_time(self.resample(_fold_time(x)), x.shape[0])
         if self.time_conv is None:
             return x
@@ -146,6 +153,7 @@ class Upsample(nn.Module):
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.time_conv = CausalConv3d(in_channels, in_channels * 2, (3, 1, 1)) if temporal else None
+        self.cache_key = ""
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t' 2h 2w"; t' is 1 + 2(t - 1) at the clip's start and 2t after it."""
@@ -155,7 +163,11 @@ class Upsample(nn.Module):
             elif x.shape[2] > 1:
                 # The first frame is neither doubled nor seen by the convolution, whose context is zeros then.
                 x = torch.cat([x[:, :, :1], self._double_time(x[:, :, 1:], cache)], dim=2)
-        return _unfold_time(self.resample(_fold_time(x)), x.shape[0])
+        if cache is None or cache.rows is None:
+            return _unfold_time(self.resample(_fold_time(x)), x.shape[0])
+        x = cache.rows.around(self.cache_key, x)
+        # The rows around are doubled, too; the convolution's own padding has spoilt the outermost of them.
+        return _unfold_time(self.resample(_fold_time(x)), x.shape[0])[:, :, :, 2:-2]
 
     def _double_time(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
         """Map "b c t h w" to "b c 2t h w"; the convolution's channel halves are even and odd frames."""
@@ -197,11 +209,13 @@ class DuplicateUp(nn.Module):
         self.out_channels = out_channels
         self.factor_t = factor_t
         self.factor_s = factor_s
+        self.cache_key = ""
 
     def forward(self, x: Tensor, y: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Add "b c t h w", enlarged, to y "b c t' h*factor_s w*factor_s" in place; t' as in `Upsample`."""
-        b, _, t, h, w = x.shape
         ft, fs = self.factor_t, self.factor_s
+        x = rows_of(x, y.shape[3] // fs, self.cache_key, cache)
+        b, _, t, h, w = x.shape
         # Views only: the enlarged tensor is never materialised.
         x = x.unsqueeze(2).expand(-1, -1, self.repeats, -1, -1, -1)
         x = x.reshape(b, self.out_channels, ft, fs, fs, t, h, w)
@@ -214,6 +228,11 @@ class DuplicateUp(nn.Module):
             large = large.unflatten(4, (w, fs)).unflatten(3, (h, fs)).unflatten(2, small.shape[2:4])
             large.add_(small)
         return y
+
+
+def rows_of(x: Tensor, count: int, layer: str, cache: TemporalCache | None) -> Tensor:
+    """Return the rows of a shortcut "b c t h w" that belong to the next `count` of a result that lags."""
+    return x if cache is None or cache.rows is None else cache.rows.first(layer, x, count)
 
 
 def _fold_time(x: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """Slicing, tiling and strips of the autoencoder: less memory for more work."""
 
 from ..checks import check_positive_int, check_size
-from .autoencoder_coders import Decoder3d
-from .temporal_cache import TemporalCache
 from .tiling import Tile, make_tiles, split_axis
+
+# Numbers of strips from which planning chooses: with more, what is computed as a whole takes the memory.
+STRIPS = (2, 4, 8, 16)
 
 
 class MemoryModes:
     """The memory switches of AutoencoderKLWan."""
 
-    decoder: Decoder3d
-    patch_size: int
     spatial_stride: int
 
     use_slicing = False
@@ -63,10 +62,11 @@ class MemoryModes:
         self.use_tiling = False
 
     def enable_strips(self, strips: int = 4) -> None:
-        """Decode the highest resolution in horizontal strips, which takes less memory and keeps the result.
+        """Compute the highest resolutions in horizontal strips, which takes less memory and keeps the result.
 
-        The strips, at most as many as rows, overlap by the rows that the layers depend on, which are computed
-        twice. More than four save no more: the layers' history of earlier frames then outweighs the strip.
+        Each row is computed once, so strips cost little time. What memory is left to save is the layers'
+        history of earlier frames: `encode_stream` and `decode_stream` keep it where their `caches` say, and
+        pipelines say on the host, if a GPU computes. Frames with few rows have fewer strips.
 
         Raises: ValueError: strips is below 1, or tiling is enabled.
         """
@@ -76,7 +76,7 @@ class MemoryModes:
         self.use_strips, self.num_strips = True, strips
 
     def disable_strips(self) -> None:
-        """Decode each resolution as a whole again."""
+        """Compute each resolution as a whole again."""
         self.use_strips = False
 
     def enable_slicing(self) -> None:
@@ -98,9 +98,5 @@ class MemoryModes:
             columns = split_axis(w, self.tile_sample_min_width // s, self.tile_sample_stride_width // s)
         return make_tiles(samples, rows, columns)
 
-    def _strips(self, h: int) -> list[TemporalCache]:
-        """Return a cache for each strip of h rows of latent cells; none unless strips are enabled."""
-        if not self.use_strips:
-            return []
-        rows = h * self.spatial_stride // (self.patch_size * self.decoder.strip_scale)
-        return [TemporalCache() for _ in range(min(self.num_strips, rows))]
+    def _strips(self) -> int:
+        return self.num_strips if self.use_strips else 1

@@ -4,11 +4,13 @@ Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .strip_rows import Span, StripRows
 
 Unit: TypeAlias = "Callable[[Tensor, TemporalCache | None], Tensor]"
 
@@ -19,39 +21,63 @@ class TemporalCache:
     One cache belongs to one clip, one direction and one tile. The caller passes it with every chunk in order;
     layers hold no state, so one model can process any number of clips at a time. Each history is replaced
     when its layer has read it, so that two generations of them never occupy memory at once.
+
+    Where frames are computed in strips, each strip has its own histories, and `rows` is what layers keep of
+    the strips above; None: frames are computed as a whole.
     """
 
     def __init__(self) -> None:
         self.started = False
-        self._history: dict[str, Tensor] = {}
+        self.rows: StripRows | None = None
+        self._history: dict[Any, Tensor] = {}
+        self._watched: bool | None = None  # whether histories came out as they went in; None: nobody asks
+
+    def in_strips(self, spans: Sequence[Span]) -> Iterator[slice]:
+        """Go through the strips of a chunk, and yield the rows of each, which layers get meanwhile."""
+        self.rows = StripRows(spans)
+        try:
+            yield from self.rows.strips()
+        finally:
+            self.rows = None
 
     def exchange(self, layer: str, x: Tensor, frames: int) -> Tensor | None:
         """Return a layer's last `frames` frames before x "b c t h w", and keep the end of x in their place.
 
         They are None at the first call, and zeros before the clip's start. `layer` is its `cache_key`.
         """
-        past = self._history.get(layer)
+        key = layer if self.rows is None else (layer, self.rows.strip)
+        past = self._take(key)
         t = x.shape[2]
         if t >= frames:
             # A copy, for a view would keep the whole chunk's activation alive.
-            self._history[layer] = x[:, :, t - frames :].clone()
+            now = x[:, :, t - frames :].clone()
         elif past is not None:
-            self._history[layer] = torch.cat([past[:, :, t:], x], dim=2)
+            now = torch.cat([past[:, :, t:], x], dim=2)
         else:
-            self._history[layer] = F.pad(x, (0, 0, 0, 0, frames - t, 0))
+            now = F.pad(x, (0, 0, 0, 0, frames - t, 0))
+        if self._watched:
+            self._watched = same_bits(past, now)
+        self._put(key, now)
         return past
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Return every layer's history; `exchange` does not write to these tensors."""
-        return dict(self._history)
+    def stands_still(self, unit: Unit, x: Tensor) -> tuple[Tensor, bool]:
+        """Run a unit on a chunk; return its result, and whether its histories came out as they went in."""
+        self._watched = True
+        try:
+            return unit(x, self), bool(self._watched)
+        finally:
+            self._watched = None
 
-    def exchanged_since(self, snapshot: dict[str, Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-        """Return the old and the new history of each layer that called `exchange` since."""
-        return [
-            (snapshot.get(layer), now)
-            for layer, now in self._history.items()
-            if now is not snapshot.get(layer)
-        ]
+    def close(self) -> None:
+        """End the clip: forget all histories."""
+        self._history = {}
+
+    def _take(self, key: Any) -> Tensor | None:
+        """Return a history that `_put` is about to replace."""
+        return self._history.get(key)
+
+    def _put(self, key: Any, now: Tensor) -> None:
+        self._history[key] = now
 
 
 class SettledPrefix:
@@ -81,23 +107,21 @@ class SettledPrefix:
         x = x if self._output is None else self._output
         settling = True
         for unit in units[self._length :]:
-            before = cache.snapshot()
-            x = unit(x, cache)
+            if not settling:
+                x = unit(x, cache)
+                continue
+            x, still = cache.stands_still(unit, x)
             # Its next input is this one again, for all units before it have settled.
-            settling = settling and self.agree(_has_settled(cache.exchanged_since(before)))
+            settling = self.agree(still)
             if settling:
                 self._length, self._output = self._length + 1, x
         return x
 
 
-def _has_settled(histories: Iterable[tuple[Tensor | None, Tensor]]) -> bool:
-    return all(same_bits(*pair) for pair in histories)
-
-
 def same_bits(a: Tensor | None, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, which 0 and -0 are not."""
-    if a is None or a.shape != b.shape or a.dtype != b.dtype:
-        return False
+    if a is None or a.shape != b.shape or a.dtype != b.dtype or b.is_meta:
+        return False  # meta tensors have no bits
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return torch.equal(a.view(bits), b.view(bits))
 

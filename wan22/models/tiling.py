@@ -6,7 +6,6 @@ Tiles are laid out in latent cells; `scale` turns cells into pixels.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,19 +41,6 @@ def split_axis(length: int, size: int, stride: int) -> list[tuple[int, int]]:
         return [(0, length)]
     last = length - size
     return [(start, start + size) for start in (*range(0, last, stride), last)]
-
-
-class Strip(NamedTuple):
-    """A strip's own rows and the rows that it depends on, each a (start, stop) pair."""
-
-    rows: tuple[int, int]
-    seen: tuple[int, int]
-
-
-def split_strips(rows: int, count: int, halo: int) -> list[Strip]:
-    """Divide rows into `count` strips of equal height, up to a row, with a halo of rows on either side."""
-    cuts = [rows * i // count for i in range(count + 1)]
-    return [Strip((a, b), (max(a - halo, 0), min(b + halo, rows))) for a, b in pairwise(cuts)]
 
 
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int = 1) -> list[Tensor]:

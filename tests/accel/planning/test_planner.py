@@ -329,8 +329,62 @@ def test_whole_frames_are_measured_whole():
         assert not pipe.vae.use_strips
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "size", "most"),
+    [(presets.TI2V_5B, (1280, 704, 121), 5e9), (presets.I2V_A14B, (1280, 720, 81), 4e9)],
+)
+def test_decoding_in_little_memory(preset, size, most):
+    """Beyond the weights, at real sizes; encoding takes no more."""
+    task = Task(preset.name, released_models(preset), size, None, True)
+    peaks = [task.decode(strips, True) for strips in (None, 2, 4, 8, 16)]
+    device = [peak.device for peak in peaks]
+    assert device == sorted(device, reverse=True)
+    assert device[2] <= most and device[3] <= 0.6 * most
+    host = [peak.host for peak in peaks]
+    assert host[0] == 0 and host == sorted(host) and host[-1] <= 1.15 * host[1]
+    for strips, decoding in zip((None, 2, 4, 8, 16), device, strict=True):
+        assert 0 < task.encode(strips, True).device < decoding
+    # Without a device the histories stay where the strips are.
+    assert host[2] / 2 < task.decode(4).device - device[2] < host[2]
+
+
+@pytest.mark.parametrize(
+    ("form", "frames"),
+    [(random_pipeline, 0), (random_i2v_pipeline, 81), (ti2v, 1)],
+    ids=["t2v", "i2v", "ti2v"],
+)
+def test_frames_that_are_encoded(form, frames):
+    task = Task("a", meta_copies(form().components), (32, 32, 81), None, True)
+    assert task.encoded_frames == frames
+
+
+def test_encoding_an_image_is_a_phase():
+    pipe = random_i2v_pipeline()
+    for device in ("cpu", "cuda"):
+        budget = {"ram": "8GB", "device": device} | ({"vram": "8GB"} if device == "cuda" else {})
+        phases = accel.plan(pipe, **SIZE, **budget).phases
+        assert [phase.name for phase in phases] == ["text", "encode", "denoise", "decode"]
+        assert phases[1].activations > 0
+    assert [phase.name for phase in plan_in(own_pipeline(), 1e9).phases] == ["text", "denoise", "decode"]
+
+
+def test_strips_and_their_histories_on_the_host():
+    """As few strips as fit; what they keep on the host is planned there."""
+    size = {"height": 256, "width": 256, "num_frames": 9}
+    pipe = random_pipeline()
+    whole = plan_in(pipe, 1e9, **size)
+    few = plan_in(pipe, whole.device_peak - 1, **size)
+    assert (whole.strips, few.strips) == (None, 2)
+    assert kinds(few) == kinds(whole)
+    assert few.device_peak < whole.device_peak
+    task = Task("a", meta_copies(pipe.components), (256, 256, 9), None, True)
+    assert task.decode(2, True).host > task.pixels
+    assert few.host - whole.host == task.decode(2, True).host - task.pixels
+
+
 def test_less_memory_on_a_cpu(pipe):
-    """Then videos are decoded in strips."""
+    """Then videos are decoded in strips, whose histories are counted there."""
     size = {"height": 256, "width": 256, "num_frames": 9, "device": "cpu"}
     first = accel.plan(pipe, ram="8GB", **size)
     assert first.strips is None

@@ -33,7 +33,7 @@ class RowParallel:
     """Shares an autoencoder's rows among ranks while it encodes and decodes, until detached.
 
     All ranks are given the same pixels or latents, and get the same result. Each rank computes by itself what
-    is decoded in strips, and clips of fewer latent rows than ranks.
+    is encoded or decoded in strips, and clips of fewer latent rows than ranks.
     """
 
     def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
@@ -88,9 +88,13 @@ class RowParallel:
     # ---- chunks ----
 
     def _share_pixels(self, encoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give the encoder this rank's rows; a unit has settled once it has on every rank."""
+        """Give the encoder this rank's rows, unless it encodes in strips.
+
+        A unit has settled once it has on every rank.
+        """
         x, *rest = arguments
-        if not self._share(x.shape[3] * self.vae.patch_size // self.vae.spatial_stride):
+        rows = x.shape[3] * self.vae.patch_size // self.vae.spatial_stride
+        if not self._share(0 if self.vae.use_strips else rows):
             return None
         for settled in rest:
             if isinstance(settled, SettledPrefix):
@@ -99,8 +103,8 @@ class RowParallel:
 
     def _share_latents(self, decoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give the decoder this rank's rows, unless it decodes in strips."""
-        z, _, *strips = arguments
-        return (self._own(z), *arguments[1:]) if self._share(0 if strips else z.shape[3]) else None
+        z, *rest = arguments
+        return (self._own(z), *rest) if self._share(0 if self.vae.use_strips else z.shape[3]) else None
 
     def _share(self, rows: int) -> bool:
         """Divide latent rows among the ranks, and return whether there are enough."""

@@ -8,22 +8,31 @@ Shapes: b batch, c channels, t h w latent frames and cells, l video tokens, d mo
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...checkpoints.loading.models import is_ours
-from ...models.autoencoder import strides_of
-from ...presets import MAX_TEXT_TOKENS
+from ...models.autoencoder import Caches, strides_of
+from ...models.temporal_cache import TemporalCache
+from ...presets import MAX_TEXT_TOKENS, TI2V_5B
 from ...private_apis import use_native_attention
+from ..offload.histories import HostHistories
 from ..offload.layout import Placement, blocks_of, bytes_of, device_bytes
 from .meta_models import meta_copy
-from .trace import peak_bytes
+from .trace import TracedDevice, peak_bytes
 
 TRANSFORMERS = ("transformer", "transformer_2")
 ENCODERS = ("text_encoder", "image_encoder")
 # Copies of the latents that sampling keeps: noise, prediction, both guidance passes, the solver's history.
 LATENT_COPIES = 12
+
+
+class Peak(NamedTuple):
+    """Bytes of the device that a part of a call takes beyond weights, and of the host."""
+
+    device: int
+    host: int
 
 
 @dataclass
@@ -40,7 +49,7 @@ class Task:
     anonymous: Mapping[str, int] = field(default_factory=dict)
     # Bytes of each model's weights of which running on the host makes copies; default: those in files.
     copied: Mapping[str, int] = field(default_factory=dict)
-    _known: dict[Any, int] = field(default_factory=dict)
+    _known: dict[Any, Any] = field(default_factory=dict)
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a model's weights."""
@@ -115,15 +124,29 @@ class Task:
         latent = self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
         return self.videos * LATENT_COPIES * latent + self._once("denoise", self._step)
 
-    def decode(self, strips: int | None) -> int:
-        """Activation bytes of decoding."""
-        return self._once(("decode", strips), lambda: self._decode(strips))
+    def decode(self, strips: int | None, on_device: bool = False) -> Peak:
+        """Activation bytes of decoding; in strips on a device, the layers' histories are on the host."""
+        offloaded = on_device and strips is not None
+        return self._once(("decode", strips, offloaded), lambda: self._decode(strips, offloaded))
+
+    def encode(self, strips: int | None, on_device: bool = False) -> Peak:
+        """Activation bytes of encoding the frames that condition a video, as `decode`."""
+        offloaded = on_device and strips is not None
+        return self._once(("encode", strips, offloaded), lambda: self._encode(strips, offloaded))
+
+    @property
+    def encoded_frames(self) -> int:
+        """Frames that the VAE encodes before a video is made: an image, for I2V with frames of zeros."""
+        config = self.models[self.experts[0]].config
+        if config.in_channels > self.models["vae"].config.z_dim:
+            return self.size[2]
+        return int(config.in_channels == TI2V_5B.in_channels)
 
     def step_flops(self) -> float:
         """Floating-point operations of a step."""
         return (1 + self.guided) * forward_flops(self.models[self.experts[0]].config, self.tokens)
 
-    def _once(self, key: Any, measure: Callable[[], int]) -> int:
+    def _once(self, key: Any, measure: Callable[[], Any]) -> Any:
         if key not in self._known:
             self._known[key] = measure()
         return self._known[key]
@@ -152,28 +175,51 @@ class Task:
             outputs += model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)
         return outputs
 
-    def _decode(self, strips: int | None) -> int:
+    def _decode(self, strips: int | None, offloaded: bool) -> Peak:
         """Measure three latent frames, of which the first and the second differ from the rest.
 
         diffusers' autoencoder keeps all frames, in its own dtype, to the end: it is measured whole.
         """
         vae, (t, h, w) = self.models["vae"], self.latent_shape
+        frames = min(t, 3) if is_ours(vae) else t
         dtype = next(vae.parameters()).dtype
-        if not is_ours(vae):
-            z = torch.empty(1, vae.config.z_dim, t, h, w, device="meta", dtype=dtype)
-            return peak_bytes(lambda: vae.decode(z)[0].float())
-        # The copy may have an earlier plan's strips, or tiles, which only take less.
-        vae.disable_tiling()
-        vae.disable_strips()
-        if strips is not None:
-            vae.enable_strips(strips)
 
-        def stream() -> None:
-            z = torch.empty(1, vae.config.z_dim, min(t, 3), h, w, device="meta", dtype=dtype)
-            for chunk in vae.decode_stream(z):
+        def stream(caches: Caches) -> None:
+            z = torch.empty(1, vae.config.z_dim, frames, h, w, device="meta", dtype=dtype)
+            chunks = vae.decode_stream(z, caches=caches) if is_ours(vae) else vae.decode(z)
+            for chunk in chunks:
                 chunk[0].float()
 
-        return peak_bytes(stream)
+        return self._coding(stream, strips, offloaded)
+
+    def _encode(self, strips: int | None, offloaded: bool) -> Peak:
+        """Measure as many frames as three latent ones have; diffusers' autoencoder is measured whole."""
+        vae, (width, height, _) = self.models["vae"], self.size
+        stride, _ = strides_of(vae.config)
+        frames = min(self.encoded_frames, 1 + 2 * stride) if is_ours(vae) else self.encoded_frames
+        dtype = next(vae.parameters()).dtype
+
+        def stream(caches: Caches) -> None:
+            x = torch.empty(1, 3, frames, height, width, device="meta", dtype=dtype)
+            if is_ours(vae):
+                for _ in vae.encode_stream(x.split([1, *[stride] * (frames // stride)], 2), caches=caches):
+                    pass
+            else:
+                vae.encode(x)
+
+        return self._coding(stream, strips, offloaded)
+
+    def _coding(self, stream: Callable[[Caches], None], strips: int | None, offloaded: bool) -> Peak:
+        """Measure what encodes or decodes in strips."""
+        vae, device = self.models["vae"], TracedDevice()
+        if is_ours(vae):
+            # The copy may have an earlier plan's strips, or tiles, which only take less.
+            vae.disable_tiling()
+            vae.disable_strips()
+            if strips is not None:
+                vae.enable_strips(strips)
+        caches = partial(HostHistories, device) if offloaded else TemporalCache
+        return Peak(peak_bytes(stream, caches), device.host)
 
 
 def forward_flops(config: Any, tokens: int) -> float:

@@ -4,7 +4,6 @@ Times are the slower one of arithmetic and copies, at rates measured on the mach
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ...checkpoints.loading.models import is_ours
 from ...checks import as_number, check_num_frames, check_positive_int, check_size
 from ...host_memory import FileMappings
 from ...models.autoencoder import strides_of
+from ...models.autoencoder_memory import STRIPS
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of, on_host
 from ..offload.transfer import CHUNK_BYTES, CHUNKS
@@ -26,8 +26,6 @@ from .machine import GB, Machine
 from .meta_models import meta_copies, released_models
 from .plans import Phase, Plan
 
-# Strips that wan22's autoencoder decodes in, fewest first: each takes longer than the one before.
-STRIPS = (None, 2, 4)
 # Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
 # oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
 WORKSPACE, HOST_WORKSPACE = 64 * 2**20, 160 * 2**20
@@ -131,16 +129,35 @@ def _copied(pipe: Any, models: Mapping[str, Any]) -> dict[str, int]:
 # ---- ways to make the video ----
 
 
-def _candidates(task: Task, machine: Machine) -> Iterator[Plan]:
-    ways_to_decode = STRIPS if is_ours(task.models["vae"]) else STRIPS[:1]
-    resident = dict.fromkeys(task.models, Placement("resident" if machine.has_device else "host"))
-    on_demand = dict.fromkeys(task.models, Placement("on_demand"))
-    experts = {name: resident[name] for name in task.experts}
-    streamed = (on_demand | experts for experts in _streamed_experts(task, machine))
-    for placements in chain((resident, on_demand | experts, on_demand), streamed):
+def _candidates(task: Task, machine: Machine, leanest: bool = False) -> Iterator[Plan]:
+    """Yield ways to make the video, the fastest first.
+
+    Strips that would not make a way fit are left out; or, if only the `leanest` are asked for, all but the
+    most strips.
+    """
+    ways_to_decode: tuple[int | None, ...] = (None,)
+    if is_ours(task.models["vae"]):
+        # Fewest strips first: each takes a little longer than the one before.
+        ways_to_decode = STRIPS[-1:] if leanest else (None, *STRIPS)
+    for placements in _placements(task, machine):
         for strips in ways_to_decode:
-            for encoders in _encoder_placements(task, machine, placements):
-                yield _planned(task, machine, placements | encoders, strips)
+            ways = [
+                _planned(task, machine, placements | encoders, strips)
+                for encoders in _encoder_placements(task, machine, placements)
+            ]
+            yield from ways
+            if not any(way.needs_strips for way in ways):
+                break
+
+
+def _placements(task: Task, machine: Machine) -> Iterator[dict[str, Placement]]:
+    """Yield placements of all models, the fastest first."""
+    stays, on_demand = Placement("resident" if machine.has_device else "host"), Placement("on_demand")
+    moved = dict.fromkeys(task.models, on_demand)
+    yield dict.fromkeys(task.models, stays)
+    yield moved | dict.fromkeys(task.experts, stays)
+    yield moved
+    yield from (moved | experts for experts in _streamed_experts(task, machine))
 
 
 def _encoder_placements(
@@ -193,7 +210,7 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
         prefetch=prefetch,
         quantize=task.quantize,
         phases=phases,
-        host=pinned + held + _passing(task, placements)
+        host=pinned + held + _passing(task, placements, strips)
         if machine.has_device
         else max(p.total for p in phases),
         pinned=pinned,
@@ -223,13 +240,15 @@ def _phases(
     one, step = weights(task.experts), task.denoise() + workspace
     both = stay + sum(moved[name] for name in task.experts if placements[name].kind == "on_demand")
     prefetch = here and one < both and both + step <= machine.vram
-    pixels = 0 if here else task.pixels
-    phases = (
+    pixels, vae = 0 if here else task.pixels, weights(["vae"])
+    phases = [
         Phase("text", weights(task.encoders), text),
         Phase("denoise", both if prefetch else one, step),
-        Phase("decode", weights(["vae"]), task.decode(strips) + workspace + pixels),
-    )
-    return phases, prefetch
+        Phase("decode", vae, task.decode(strips, here).device + workspace + pixels),
+    ]
+    if task.encoded_frames:
+        phases.insert(1, Phase("encode", vae, task.encode(strips, here).device + workspace))
+    return tuple(phases), prefetch
 
 
 def _on_host(task: Task, machine: Machine, name: str, placement: Placement) -> int:
@@ -243,11 +262,15 @@ def _on_host(task: Task, machine: Machine, name: str, placement: Placement) -> i
     return task.at_home(name)
 
 
-def _passing(task: Task, placements: Mapping[str, Placement]) -> int:
-    """Return the bytes of host memory beside weights: videos, encoders that run there."""
+def _passing(task: Task, placements: Mapping[str, Placement], strips: int | None) -> int:
+    """Return the bytes of host memory beside weights and staging buffers.
+
+    They are the most of: videos, the VAE's histories, encoders that run there.
+    """
     encoders = [name for name in task.encoders if placements[name].kind == "host"]
-    encoding = task.text(encoders) + HOST_WORKSPACE if encoders else 0
-    return max(2 * task.pixels, encoding)
+    text = task.text(encoders) + HOST_WORKSPACE if encoders else 0
+    image = task.encode(strips, True).host if task.encoded_frames else 0
+    return max(2 * task.pixels, task.pixels + task.decode(strips, True).host, image, text)
 
 
 def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:
@@ -270,7 +293,7 @@ def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placeme
 
 
 def _what_would_fit(task: Task, machine: Machine) -> str:
-    smallest = min(_candidates(task, machine), key=lambda p: p.device_peak)
+    smallest = min(_candidates(task, machine, leanest=True), key=lambda p: p.device_peak)
     width, height, frames = task.size
     where = "device" if machine.has_device else "host"
     message = (

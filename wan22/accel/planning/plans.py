@@ -9,7 +9,10 @@ from .machine import GB, Machine
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a call, "text", "denoise" or "decode", and the most bytes it takes on the device."""
+    """A part of a call, and the most bytes it takes on the device.
+
+    `name` is "text", "encode" (of an image by the VAE), "denoise" or "decode".
+    """
 
     name: str
     weights: int
@@ -30,11 +33,12 @@ class Plan:
         size: width, height and frames.
         machine: the machine with its budget.
         placements: placements of the models, by component name.
-        strips: number of strips that a video is decoded in; None: whole frames.
+        strips: number of strips that the VAE encodes and decodes in; None: whole frames.
         prefetch: whether the second expert is loaded while the first one still runs.
         quantize: how the transformers are quantised.
-        phases: "text", "denoise" and "decode", in order.
-        host: bytes of host memory: weights that are in no file or are copied there, staging buffers, videos.
+        phases: those of a call, in order; "encode" only where an image conditions the video.
+        host: bytes of host memory: weights that are in no file or are copied there, staging buffers, and
+            videos or what decoding in strips keeps there.
         pinned: bytes of these that are pinned, for copies to the device.
         mapped: bytes of weights in files, whose pages the system can drop.
         step_seconds: time of one step, both guidance passes; None: rates are unknown.
@@ -70,6 +74,12 @@ class Plan:
     def fits(self) -> bool:
         """Whether device and host have enough memory."""
         return self.device_peak <= self.machine.vram and self.host <= self.machine.ram
+
+    @property
+    def needs_strips(self) -> bool:
+        """Whether all phases have enough memory but those of the VAE, for which more strips take less."""
+        short = {phase.name for phase in self.phases if phase.total > self.machine.vram}
+        return bool(short) and short <= {"encode", "decode"}
 
     def __str__(self) -> str:
         width, height, frames = self.size

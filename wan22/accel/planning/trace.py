@@ -4,6 +4,8 @@ Counts the bytes of all tensors that are alive at once, rounded as PyTorch's all
 kernels are not counted: fused attention takes next to nothing, a convolution may take more.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...private_apis import DispatchMode
+from ..offload.devices import Device, Mark
 from ..offload.layout import GRAIN
 
 
@@ -21,7 +24,8 @@ class LiveBytes(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: Any = WeakIdKeyDictionary()
+        self._counted: Any = WeakIdKeyDictionary()
+        self._alive = 0
         self.peak = 0
 
     def __torch_dispatch__(
@@ -32,10 +36,15 @@ class LiveBytes(DispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             # A view of an argument takes no memory.
-            if id(storage) not in given:
-                self._alive[storage] = -(-storage.nbytes() // GRAIN) * GRAIN
-        self.peak = max(self.peak, sum(self._alive.values()))
+            if id(storage) not in given and storage not in self._counted:
+                self._counted[storage] = nbytes = -(-storage.nbytes() // GRAIN) * GRAIN
+                self._alive += nbytes
+                weakref.finalize(storage, self._free, nbytes).atexit = False
+        self.peak = max(self.peak, self._alive)
         return result
+
+    def _free(self, nbytes: int) -> None:
+        self._alive -= nbytes
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -44,6 +53,44 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
     elif isinstance(values, list | tuple | dict):
         for value in values.values() if isinstance(values, dict) else values:
             yield from _tensors(value)
+
+
+class TracedDevice(Device):
+    """A device whose memory is that of the meta device; `host` counts the bytes of `allocate_host` in all."""
+
+    torch_device = torch.device("meta")
+
+    def __init__(self) -> None:
+        self.host = 0
+        self._byte = torch.empty(1, dtype=torch.uint8, device="meta")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """See Device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+
+    def allocate_host(self, nbytes: int) -> torch.Tensor:
+        """See Device; takes none of the device's memory."""
+        self.host += nbytes
+        return self._byte.expand(nbytes)
+
+    def release(self, buffer: torch.Tensor) -> Mark:
+        """See Device."""
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
+        """See Device."""
+
+    def wait(self, mark: Mark) -> None:
+        """See Device."""
+
+    def finish(self, mark: Mark) -> None:
+        """See Device."""
+
+    def free_bytes(self) -> int:
+        """See Device; there is no limit."""
+        return sys.maxsize
+
+    def trim(self) -> None:
+        """See Device."""
 
 
 class FusedAttention(TorchFunctionMode):

@@ -19,9 +19,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from ...models.attention import find, preferring
-from ...models.autoencoder import AutoencoderKLWan
+from ...models.autoencoder import AutoencoderKLWan, Caches
 from ...models.layers import at_least_float32
 from ...models.rope import rotary_tables
+from ...models.temporal_cache import TemporalCache
 from ...models.transformer import RotaryTables, WanTransformer3DModel, WanTransformerBlock
 from ...private_apis import (
     active_attention_backend,
@@ -196,10 +197,10 @@ class DiffusersAutoencoder(AutoencoderKLWan, ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode_stream(
-        self, frames: Iterable[Tensor], chunk_latents: int = 1
+        self, frames: Iterable[Tensor], chunk_latents: int = 1, caches: Caches = TemporalCache
     ) -> Iterator[DiagonalGaussianDistribution]:
         """`wan22.models.autoencoder.AutoencoderKLWan.encode_stream`, whose moments become posteriors."""
-        return map(DiagonalGaussianDistribution, super().encode_stream(frames, chunk_latents))
+        return map(DiagonalGaussianDistribution, super().encode_stream(frames, chunk_latents, caches))
 
     decode_stream = apply_forward_hook(AutoencoderKLWan.decode_stream)
 

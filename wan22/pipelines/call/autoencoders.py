@@ -5,20 +5,22 @@ Shapes: b videos, c channels, t h w frames, rows, columns, of latents or pixels.
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from ...accel.offload.devices import CudaDevice
+from ...accel.offload.histories import HostHistories
 from ...checkpoints.loading.alignment import align_weights
 from ...checkpoints.loading.models import is_ours
-from ...models.autoencoder import denormalized, normalized, strides_of
+from ...models.autoencoder import Caches, denormalized, normalized, strides_of
+from ...models.autoencoder_memory import STRIPS
+from ...models.temporal_cache import TemporalCache
 
 logger = logging.getLogger(__name__)
-
-# More save no memory: what the layers remember of earlier frames is then the larger part.
-MOST_STRIPS = 4
 
 
 def temporal_stride(vae: Any) -> int:
@@ -41,7 +43,8 @@ def encode(vae: Any, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     device = get_module_execution_device(vae)
     moved = (piece.to(device, vae.dtype) for piece in pieces)
     if is_ours(vae):
-        latents = torch.cat([posterior.mode() for posterior in vae.encode_stream(moved)], dim=2)
+        posteriors = vae.encode_stream(moved, caches=_caches(vae, device))
+        latents = torch.cat([posterior.mode() for posterior in posteriors], dim=2)
     else:
         latents = vae.encode(torch.cat(list(moved), dim=2)).latent_dist.mode()
     if not torch.isfinite(latents).all():
@@ -61,7 +64,7 @@ def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
     z = denormalized(z, vae.config.latents_mean, vae.config.latents_std)
     z = z.to(get_module_execution_device(vae), vae.dtype)
     if is_ours(vae):
-        chunks = _in_more_strips(vae, z) if retry else vae.decode_stream(z)
+        chunks = _in_more_strips(vae, z) if retry else vae.decode_stream(z, caches=_caches(vae, z.device))
     else:
         chunks = iter(vae.decode(z, return_dict=False)[0].split(temporal_stride(vae), dim=2))
     for pixels in chunks:
@@ -76,14 +79,23 @@ def _in_more_strips(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
     done = 0
     while True:
         try:
-            for chunk in islice(vae.decode_stream(z), done, None):
+            for chunk in islice(vae.decode_stream(z, caches=_caches(vae, z.device)), done, None):
                 yield chunk
                 done += 1
             return
         except torch.OutOfMemoryError:
             strips = 2 * (vae.num_strips if vae.use_strips else 1)
-            if vae.use_tiling or strips > MOST_STRIPS:
+            if vae.use_tiling or strips > STRIPS[-1]:
                 raise
         # Outside of the handler, which keeps what ran out alive.
         logger.warning("memory ran out while decoding; from now on it is done in %d strips", strips)
         vae.enable_strips(strips)
+
+
+def _caches(vae: Any, device: torch.device) -> Caches:
+    """Return what makes a clip's cache: in strips, histories of earlier frames lie in the host's memory."""
+    return (
+        partial(HostHistories, CudaDevice(device))
+        if vae.use_strips and device.type == "cuda"
+        else TemporalCache
+    )
