@@ -25,8 +25,8 @@ class Compiled:
 
     Each is compiled at its first call (the VAE's once more, with filled caches), for a second size of video,
     with variable sizes for a third, and when a LoRA's strength first changes; other prompts and the other
-    expert reuse it. Decoding in strips, and chunks of an image's condition that skip repeated computation,
-    run uncompiled.
+    expert reuse it. Strips, and chunks of an image's condition that skip repeated computation, run
+    uncompiled.
 
     Args:
         transformers: models whose blocks are compiled, all of a class by one function.

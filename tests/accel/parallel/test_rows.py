@@ -129,7 +129,10 @@ def strips_and_tiles(rank):
     shared = RowParallel(vae, torch.distributed.group.WORLD)
     vae.enable_strips(2)
     found = [off(torch.cat(list(vae.decode_stream(z)), dim=2), alone)]
+    x = clips(vae.spatial_stride, 6)["still"]
+    encoded_in_strips = encoded(vae, x)
     vae.disable_strips()
+    found.append(off(encoded_in_strips, encoded(vae, x)))
     with pytest.raises(ValueError, match="compiled, or its rows are shared already"):
         RowParallel(vae, torch.distributed.group.WORLD)
     shared.detach()

@@ -199,13 +199,16 @@ class Task:
         frames = min(self.encoded_frames, 1 + 2 * stride) if is_ours(vae) else self.encoded_frames
         dtype = next(vae.parameters()).dtype
 
+        def frames_of(count: int) -> torch.Tensor:
+            return torch.empty(1, 3, count, height, width, device="meta", dtype=dtype)
+
         def stream(caches: Caches) -> None:
-            x = torch.empty(1, 3, frames, height, width, device="meta", dtype=dtype)
             if is_ours(vae):
-                for _ in vae.encode_stream(x.split([1, *[stride] * (frames // stride)], 2), caches=caches):
+                sizes = [1, *[stride] * (frames // stride)]
+                for _ in vae.encode_stream(map(frames_of, sizes), caches=caches):
                     pass
             else:
-                vae.encode(x)
+                vae.encode(frames_of(frames))
 
         return self._coding(stream, strips, offloaded)
 

@@ -31,9 +31,9 @@ class Acceleration(Part):
         """Compile the transformers' repeated block, once for all layers and experts, and the VAE's chunks.
 
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
-        changes; calls with another prompt and the other expert use what there is. Not compiled are decoding
-        in strips, a VAE whose rows are shared among ranks, and the chunks of an image's condition that leave
-        out what would repeat itself.
+        changes; calls with another prompt and the other expert use what there is. Not compiled are a VAE
+        that works in strips, or whose rows are shared among ranks, and the chunks of an image's condition
+        that leave out what would repeat itself.
 
         Args:
             vae: whether to compile the VAE, too; None: if it is wan22's, and its rows are not shared.
