@@ -4,7 +4,7 @@ import pytest
 
 from tests.test_imports import MODULES, imported_modules
 
-ORDER = ("files", "naming", "quantized_linear", "deferred", "lora", "loading")
+ORDER = ("files", "naming", "quantized_linear", "deferred", "lora", "loading", "converting", "preparing")
 OWN = "wan22.checkpoints."
 
 
