@@ -92,6 +92,11 @@ class DeferredWeight(torch.Tensor):
         """Return the converted weight."""
         return self.source.converted()
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight in its file; 0 once it was written to."""
+        return self.source.stored.nbytes if self.source.written is None else 0
+
     def stored_values(self) -> torch.Tensor | None:
         """Return the values "n" one after the other as the file has them; None if they are quantised there.
 

@@ -9,13 +9,14 @@ a float64 model), the large linear layers and attention in the dtype of `encoder
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from ..checks import shown
+from ..checks import check_positive_int, shown
 from .attention import attention, check_backend
 from .embeddings import ConditionEmbedder
 from .layers import (
@@ -30,6 +31,11 @@ from .layers import (
 from .rope import rotary_tables, rotate
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor another forward than its class's."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class WanAttention(nn.Module):
@@ -89,6 +95,27 @@ class WanAttention(nn.Module):
         key = self._normalised(self.norm_k, self.to_k(context), rotary)
         return query, key, self._heads(self.to_v(context))
 
+    @property
+    def attends_in_parts(self) -> bool:
+        """Whether `attend` computes what `forward` does: nothing has been put around the layer."""
+        return is_plain(self)
+
+    def attend(
+        self, parts: Iterable[tuple[slice, torch.Tensor]], tokens: int, rotary: RotaryTables
+    ) -> torch.Tensor:
+        """Attend from l video tokens, given part by part, to themselves; return "b l n d", not projected.
+
+        Parts are "b p d" with their places. Besides queries, keys and values only one part is in memory.
+        """
+        whole: list[torch.Tensor] = []
+        for part, x in parts:
+            found = self.project(x, x, (rotary[0][:, part], rotary[1][:, part]))
+            whole = whole or [each.new_empty(len(each), tokens, *each.shape[2:]) for each in found]
+            for target, each in zip(whole, found, strict=True):
+                target[:, part] = each
+        query, key, value = whole
+        return attention(query, key, value, self.backend)
+
     def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values "b s n d" of image tokens."""
         assert self.add_k_proj is not None and self.add_v_proj is not None, "image tokens have projections"
@@ -127,6 +154,7 @@ class WanTransformerBlock(nn.Module):
         self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim, dim, approximate="tanh")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.token_chunks = 1
 
     def forward(
         self,
@@ -142,6 +170,13 @@ class WanTransformerBlock(nn.Module):
         gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`.
         """
         x, dtype = hidden_states, encoder_hidden_states.dtype
+        if (
+            self.token_chunks > 1
+            and self.attn1.attends_in_parts
+            and is_plain(self.attn2)
+            and is_plain(self.ffn)
+        ):
+            return self._in_chunks(x, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image)
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
         y = modulate(self.norm1(x), scale1, shift1).to(dtype)
         x = add_gated(x, self.attn1(y, rotary=rotary_emb), gate1)
@@ -149,6 +184,38 @@ class WanTransformerBlock(nn.Module):
         x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image)
         y = modulate(self.norm3(x), scale3, shift3).to(dtype)
         return add_gated(x, self.ffn(y), gate3)
+
+    def _in_chunks(
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor,
+        temb: torch.Tensor,
+        rotary: RotaryTables,
+        image: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Do what `forward` does for some tokens after the others, but for self-attention's products."""
+        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
+        tokens, times = x.shape[1], temb.shape[1]
+        run = tokens // times  # tokens that share a time
+        step = -(-tokens // self.token_chunks)
+        step = step if times == 1 else -(-step // run) * run
+
+        def at(e: torch.Tensor, part: slice) -> torch.Tensor:
+            return e if times == 1 else e[:, part.start // run : part.stop // run]
+
+        def normalised(part: slice) -> torch.Tensor:
+            return modulate(self.norm1(x[:, part]), at(scale1, part), at(shift1, part)).to(text.dtype)
+
+        parts = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        out = self.attn1.attend(((part, normalised(part)) for part in parts), tokens, rotary)
+        result = torch.empty_like(x)
+        for part in parts:
+            y = self.attn1.to_out[0](out[:, part].flatten(2))
+            z = add_gated(x[:, part], y, at(gate1, part))
+            z = z + self.attn2(self.norm2(z).to(text.dtype), text, image)
+            y = modulate(self.norm3(z), at(scale3, part), at(shift3, part)).to(text.dtype)
+            result[:, part] = add_gated(z, self.ffn(y), at(gate3, part))
+        return result
 
 
 class WanTransformer3DModel(nn.Module):
@@ -263,6 +330,18 @@ class WanTransformer3DModel(nn.Module):
     def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
         """Return what a block makes of its arguments."""
         return block(*arguments)
+
+    def set_token_chunks(self, chunks: int = 16) -> None:
+        """Let blocks compute one part of the tokens after the other, which takes less memory; 1 undoes it.
+
+        Self-attention still sees all of them: the result is equal up to rounding, with half the activations.
+        Blocks whose layers have hooks or processors of others compute as before.
+
+        Raises: ValueError: chunks is below 1.
+        """
+        chunks = check_positive_int("chunks", chunks)
+        for block in self.blocks:
+            block.token_chunks = chunks  # type: ignore[assignment]
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose all layers' attention kernel: "native" or a name registered by `wan22.accel.attention`."""

@@ -160,7 +160,7 @@ class PackedBlock:
 
     def read_ahead(self) -> None:
         """Ask the system to read the files before they are needed."""
-        for tensor in self.tensors if self.files else ():
+        for tensor in self.tensors:
             if tensor.stored is not None:
                 read_ahead(tensor.stored)
 

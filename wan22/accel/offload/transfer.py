@@ -60,7 +60,6 @@ class Loader:
             return transfer
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "wan22-weights")
-            self._ahead = ThreadPoolExecutor(1, "wan22-files")
         self._waiting.append(block)
         self._thread.submit(self._run, transfer, source)
         return transfer
@@ -77,7 +76,8 @@ class Loader:
 
     def _run(self, transfer: Transfer, source: Source) -> None:
         self._waiting.popleft()
-        if self._waiting and self._ahead is not None:
+        if self._waiting and self._waiting[0].files:
+            self._ahead = self._ahead or ThreadPoolExecutor(1, "wan22-files")
             self._ahead.submit(self._waiting[0].read_ahead)
         if not transfer.queued.set_running_or_notify_cancel():
             return

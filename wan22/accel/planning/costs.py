@@ -49,6 +49,8 @@ class Task:
     anonymous: Mapping[str, int] = field(default_factory=dict)
     # Bytes of each model's weights of which running on the host makes copies; default: those in files.
     copied: Mapping[str, int] = field(default_factory=dict)
+    # Bytes in files of each model's weights, if they are converted on the way; default: those of the rest.
+    stored: Mapping[str, int] = field(default_factory=dict)
     _known: dict[Any, Any] = field(default_factory=dict)
 
     def bytes_of(self, name: str) -> int:
@@ -69,6 +71,10 @@ class Task:
     def held(self, name: str) -> int:
         """Bytes of a model's weights that are in host memory and in no file."""
         return min(self.anonymous.get(name, 0), self.bytes_of(name))
+
+    def in_files(self, name: str) -> int:
+        """Bytes in files of a model's weights, as they are stored there."""
+        return self.stored.get(name, self.bytes_of(name) - self.held(name))
 
     def at_home(self, name: str) -> int:
         """Bytes of host memory of a model that runs there unmoved: its weights but those in aligned files."""
@@ -119,10 +125,12 @@ class Task:
         """Activation bytes of these encoders, for the longest prompt or an image."""
         return max((self._once(name, partial(_encode, self.models[name])) for name in names), default=0)
 
-    def denoise(self) -> int:
-        """Activation bytes of a step."""
+    def denoise(self, chunks: int = 1) -> int:
+        """Activation bytes of a step whose blocks compute the tokens in so many parts."""
         latent = self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
-        return self.videos * LATENT_COPIES * latent + self._once("denoise", self._step)
+        return self.videos * LATENT_COPIES * latent + self._once(
+            ("denoise", chunks), lambda: self._step(chunks)
+        )
 
     def decode(self, strips: int | None, on_device: bool = False) -> Peak:
         """Activation bytes of decoding; in strips on a device, the layers' histories are on the host."""
@@ -151,10 +159,13 @@ class Task:
             self._known[key] = measure()
         return self._known[key]
 
-    def _step(self) -> int:
+    def _step(self, chunks: int) -> int:
         """Measure two and three blocks: every further block keeps as much as the third does."""
         model = self.models[self.experts[0]]
-        two, three = (peak_bytes(self._passes, meta_copy(model, blocks=n)) for n in (2, 3))
+        fewer = [meta_copy(model, blocks=n) for n in (2, 3)]
+        for copy in fewer if is_ours(model) else ():
+            copy.set_token_chunks(chunks)
+        two, three = (peak_bytes(self._passes, copy) for copy in fewer)
         return two + (len(blocks_of(model)) - 2) * (three - two)
 
     def _passes(self, model: Any) -> list[torch.Tensor]:

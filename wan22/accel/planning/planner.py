@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoints.deferred import deferred_weights
+from ...checkpoints.deferred import DeferredWeight, deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checks import as_number, check_num_frames, check_positive_int, check_size
@@ -26,6 +26,8 @@ from .machine import GB, Machine
 from .meta_models import meta_copies, released_models
 from .plans import Phase, Plan
 
+# Parts of the tokens that blocks compute one after the other where memory is short: more save little.
+CHUNKS_OF_TOKENS = 16
 # Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
 # oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
 WORKSPACE, HOST_WORKSPACE = 64 * 2**20, 160 * 2**20
@@ -69,6 +71,7 @@ def plan(
     videos = check_positive_int("videos", videos)
     anonymous: dict[str, int] = {}
     copied: dict[str, int] = {}
+    stored: dict[str, int] = {}
     if isinstance(target, Preset):
         preset, name, models, on_device = target, target.name, released_models(target), 0
     else:
@@ -77,10 +80,10 @@ def plan(
         target.check_vae("planning")
         preset, name, models = target.preset, target.checkpoint_name, meta_copies(target.components)
         anonymous, on_device = _held(target, models)
-        copied = _copied(target, models)
+        copied, stored = _copied(target, models), _stored(target, models)
     given = {"width": width, "height": height, "num_frames": num_frames}
     w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
-    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous, copied)
+    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous, copied, stored)
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
@@ -90,7 +93,7 @@ def plan(
         for slot in task.experts:
             if not is_quantized(models[slot]):
                 quantize_model(models[slot], quantize)
-                anonymous[slot], copied[slot] = bytes_of(models[slot]), 0
+                anonymous[slot], copied[slot], stored[slot] = bytes_of(models[slot]), 0, 0
     for found in _candidates(task, machine):
         if found.fits:
             return found
@@ -126,6 +129,18 @@ def _copied(pipe: Any, models: Mapping[str, Any]) -> dict[str, int]:
     return copied
 
 
+def _stored(pipe: Any, models: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes in files of each model whose weights are converted on the way."""
+    files, stored = FileMappings(), {}
+    for name in models:
+        weights = list(getattr(pipe, name).parameters())
+        deferred = [weight for weight in weights if isinstance(weight, DeferredWeight)]
+        if deferred:
+            others = [w for w in weights if type(w) is nn.Parameter and w.is_cpu and w in files]
+            stored[name] = sum(w.stored_bytes for w in deferred) + sum(w.nbytes for w in others)
+    return stored
+
+
 # ---- ways to make the video ----
 
 
@@ -139,10 +154,10 @@ def _candidates(task: Task, machine: Machine, leanest: bool = False) -> Iterator
     if is_ours(task.models["vae"]):
         # Fewest strips first: each takes a little longer than the one before.
         ways_to_decode = STRIPS[-1:] if leanest else (None, *STRIPS)
-    for placements in _placements(task, machine):
+    for placements, chunks in _placements(task, machine):
         for strips in ways_to_decode:
             ways = [
-                _planned(task, machine, placements | encoders, strips)
+                _planned(task, machine, placements | encoders, strips, chunks)
                 for encoders in _encoder_placements(task, machine, placements)
             ]
             yield from ways
@@ -150,14 +165,16 @@ def _candidates(task: Task, machine: Machine, leanest: bool = False) -> Iterator
                 break
 
 
-def _placements(task: Task, machine: Machine) -> Iterator[dict[str, Placement]]:
-    """Yield placements of all models, the fastest first."""
+def _placements(task: Task, machine: Machine) -> Iterator[tuple[dict[str, Placement], int]]:
+    """Yield placements of all models, and in how many parts blocks compute the tokens; the fastest first."""
     stays, on_demand = Placement("resident" if machine.has_device else "host"), Placement("on_demand")
     moved = dict.fromkeys(task.models, on_demand)
-    yield dict.fromkeys(task.models, stays)
-    yield moved | dict.fromkeys(task.experts, stays)
-    yield moved
-    yield from (moved | experts for experts in _streamed_experts(task, machine))
+    yield dict.fromkeys(task.models, stays), 1
+    yield moved | dict.fromkeys(task.experts, stays), 1
+    yield moved, 1
+    for chunks in (1, CHUNKS_OF_TOKENS) if is_ours(task.models[task.experts[0]]) else (1,):
+        for experts in _streamed_experts(task, machine, chunks):
+            yield moved | experts, chunks
 
 
 def _encoder_placements(
@@ -175,11 +192,11 @@ def _encoder_placements(
             yield dict.fromkeys(task.encoders, Placement("host"))
 
 
-def _streamed_experts(task: Task, machine: Machine) -> Iterator[dict[str, Placement]]:
+def _streamed_experts(task: Task, machine: Machine, chunks: int) -> Iterator[dict[str, Placement]]:
     """Yield the placement of the transformers with the most resident blocks that fit; faster source first."""
     first = task.experts[0]
     bytes_of = task.device_bytes if machine.has_device else task.scratch_bytes
-    room = machine.vram - task.denoise() - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
+    room = machine.vram - task.denoise(chunks) - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
     if not machine.has_device:
         room -= sum(map(task.held, task.models))
     sources: tuple[Source, ...] = ("pinned", "mmap") if machine.has_device else ("mmap",)
@@ -194,8 +211,10 @@ def _streamed_experts(task: Task, machine: Machine) -> Iterator[dict[str, Placem
 # ---- what a way takes ----
 
 
-def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None) -> Plan:
-    phases, prefetch = _phases(task, machine, placements, strips)
+def _planned(
+    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None, chunks: int = 1
+) -> Plan:
+    phases, prefetch = _phases(task, machine, placements, strips, chunks)
     held = sum(_on_host(task, machine, name, placement) for name, placement in placements.items())
     pinned = sum(task.bytes_of(name) for name, p in placements.items() if p.source == "pinned")
     staged = machine.has_device and any(p.kind != "host" and p.source == "mmap" for p in placements.values())
@@ -207,6 +226,7 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
         machine=machine,
         placements=placements,
         strips=strips,
+        token_chunks=chunks,
         prefetch=prefetch,
         quantize=task.quantize,
         phases=phases,
@@ -214,14 +234,14 @@ def _planned(task: Task, machine: Machine, placements: Mapping[str, Placement], 
         if machine.has_device
         else max(p.total for p in phases),
         pinned=pinned,
-        mapped=sum(task.bytes_of(name) - task.held(name) for name in in_files),
+        mapped=sum(map(task.in_files, in_files)),
         step_seconds=_step_seconds(task, machine, placements),
         videos=task.videos,
     )
 
 
 def _phases(
-    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None
+    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None, chunks: int
 ) -> tuple[tuple[Phase, ...], bool]:
     """Return a call's phases where its models run, and whether the second expert can be prefetched."""
     here = machine.has_device
@@ -237,7 +257,7 @@ def _phases(
 
     workspace = WORKSPACE if here else HOST_WORKSPACE
     text = task.text(name for name in task.encoders if not here or placements[name].kind != "host")
-    one, step = weights(task.experts), task.denoise() + workspace
+    one, step = weights(task.experts), task.denoise(chunks) + workspace
     both = stay + sum(moved[name] for name in task.experts if placements[name].kind == "on_demand")
     prefetch = here and one < both and both + step <= machine.vram
     pixels, vae = 0 if here else task.pixels, weights(["vae"])
@@ -274,18 +294,18 @@ def _passing(task: Task, placements: Mapping[str, Placement], strips: int | None
 
 
 def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:
+    """Return the longest of: computing, copying to the device, reading what the host has no room for."""
     if machine.flops is None:
         return None
-    seconds = task.step_flops() / machine.flops
-    name = task.experts[0]
-    placement = placements[name]
-    if placement.kind == "streamed" and machine.bandwidth is not None:
-        total = task.bytes_of(name)
+    seconds, name = task.step_flops() / machine.flops, task.experts[0]
+    placement, in_files = placements[name], task.in_files(name)
+    if placement.kind == "streamed":
         share = 1 - placement.resident_blocks / len(blocks_of(task.models[name]))
-        rate = machine.bandwidth
-        if placement.source == "mmap" and machine.disk is not None and total > machine.ram:
-            rate = min(rate, machine.disk)
-        seconds = max(seconds, (1 + task.guided) * share * total / rate)
+        passed = (1 + task.guided) * share
+        if machine.bandwidth is not None:
+            seconds = max(seconds, passed * task.bytes_of(name) / machine.bandwidth)
+        if placement.source == "mmap" and machine.disk is not None and in_files > machine.ram:
+            seconds = max(seconds, passed * in_files / machine.disk)
     return seconds
 
 

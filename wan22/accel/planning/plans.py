@@ -34,6 +34,7 @@ class Plan:
         machine: the machine with its budget.
         placements: placements of the models, by component name.
         strips: number of strips that the VAE encodes and decodes in; None: whole frames.
+        token_chunks: number of parts of the tokens that blocks compute one after the other.
         prefetch: whether the second expert is loaded while the first one still runs.
         quantize: how the transformers are quantised.
         phases: those of a call, in order; "encode" only where an image conditions the video.
@@ -50,6 +51,7 @@ class Plan:
     machine: Machine
     placements: Mapping[str, Placement]
     strips: int | None
+    token_chunks: int
     prefetch: bool
     quantize: str | None
     phases: tuple[Phase, ...]
@@ -89,6 +91,8 @@ class Plan:
         lines += [f"  {name:14} {_described(p, on_cpu)}" for name, p in self.placements.items()]
         decoding = "whole frames" if self.strips is None else f"{self.strips} strips, exact"
         lines += [f"  {'decoding':14} {decoding}"]
+        if self.token_chunks > 1:
+            lines += [f"  {'denoising':14} tokens in {self.token_chunks} parts, exact"]
         if self.quantize:
             lines += [f"  {'quantised':14} {self.quantize}, which changes the result"]
         lines += ["", f"  {'phase':14} {'weights':>10} {'the rest':>10} {'in all':>10}"]

@@ -80,6 +80,11 @@ class QuantizedTensor:
     parts: Parts
 
     @property
+    def nbytes(self) -> int:
+        """Bytes as it is stored."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
     def is_meta(self) -> bool:
         """Whether it has no values."""
         return any(part.is_meta for part in self.parts.values())

@@ -92,6 +92,11 @@ class DiffusersAttention(WanAttention, AttentionModuleMixin):
             rotary = rotary[0].repeat_interleave(2, dim=-1), rotary[1].repeat_interleave(2, dim=-1)
         return self.processor(self, x, context, None, rotary)
 
+    @property
+    def attends_in_parts(self) -> bool:
+        """See WanAttention; only wan22's own processor does."""
+        return super().attends_in_parts and type(self.processor) is WanAttnProcessor
+
     def set_attention_backend(self, backend: str) -> None:
         """Choose the layer's kernel, by wan22's name; see `WanTransformer3DModel.set_attention_backend`."""
         self.backend = backend

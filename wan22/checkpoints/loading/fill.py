@@ -107,5 +107,5 @@ def bytes_to_convert(
 ) -> int:
     """Return the bytes in the file of a weight that does not stay mapped in a model of this dtype, or 0."""
     if isinstance(tensor, QuantizedTensor):
-        return sum(part.nbytes for part in tensor.parts.values()) if dequantize else 0
+        return tensor.nbytes if dequantize else 0
     return tensor.nbytes if dtype not in (None, tensor.dtype) else 0

@@ -103,7 +103,7 @@ class StoredModel:
         for name in self.official_names:
             tensor = self.tensors[name]
             if isinstance(tensor, QuantizedTensor):
-                sizes["quantised"] += sum(part.nbytes for part in tensor.parts.values())
+                sizes["quantised"] += tensor.nbytes
             else:
                 sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
         return sizes

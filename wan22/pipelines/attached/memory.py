@@ -15,7 +15,7 @@ from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import shown
 from ...host_memory import available_ram
-from ...private_apis import accelerate_hook, is_group_offloaded
+from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from ..call.experts import Expert
 from .part import Part
 
@@ -121,6 +121,7 @@ class Memory(Part):
         if is_ours(pipe.vae):  # diffusers' has no strips
             self._strips_before = pipe.vae.num_strips if pipe.vae.use_strips else None
             self._decode_in(plan.strips)
+        self._compute_in(plan.token_chunks)
         if offloader is not None:
             offloader.attach()
         self._offloader, self.plan, self._budget, self._automatic = offloader, plan, None, False
@@ -132,7 +133,15 @@ class Memory(Part):
         vae = self._pipe.vae
         if self.plan is not None and is_ours(vae) and not vae.use_tiling:  # tiling was enabled since
             self._decode_in(self._strips_before)
+        if self.plan is not None:
+            self._compute_in(1)
         self._offloader, self.plan, self._budget, self._automatic = None, None, None, False
+
+    def _compute_in(self, chunks: int) -> None:
+        """Let blocks compute the tokens in so many parts."""
+        for model in self._pipe.transformers:
+            if is_ours(model):
+                uncompiled(model).set_token_chunks(chunks)
 
     def _decode_in(self, strips: int | None) -> None:
         """Let videos be decoded in strips; None: in whole frames."""
