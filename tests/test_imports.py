@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "presets": set(),
     "assets": set(),
     "prompts": {"presets"},
-    "models": set(),
+    "models": {"private_apis"},
     "schedulers": set(),
     "checkpoints": {"private_apis", "presets", "models"},
     "video": set(),

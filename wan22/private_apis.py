@@ -69,6 +69,11 @@ def accelerate_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a forward that is not its class's. PyTorch has no public question."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile or Module.compile is at work in a model. PyTorch has no public question."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
@@ -210,3 +215,8 @@ def signature_keys(pipeline: type[Any]) -> tuple[list[str], list[str]]:
 def empty_wrapper(cls: type[Any], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """Return a tensor of a subclass on the CPU that has no memory. PyTorch has no public name for it."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+
+
+def is_mutating(function: Any) -> bool:
+    """Whether an operator of PyTorch writes to an argument. Operators tell it by private names alone."""
+    return function._schema.is_mutable

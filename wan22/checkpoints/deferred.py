@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import swap_tensors
 
 from ..host_memory import available_ram
-from ..private_apis import empty_wrapper, map_tree, own_tensors
+from ..private_apis import empty_wrapper, is_mutating, map_tree, own_tensors
 from .files.quantized import QuantizedTensor, expanded
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -71,7 +71,7 @@ class DeferredWeight(torch.Tensor):
         if to_meta or func in _SHAPES_ALONE:
             kwargs = {"device": "cpu"} | {name: v for name, v in kwargs.items() if v is not None}
             return func(*map_tree(_without_values, args), **kwargs)
-        if first is not None and func._schema.is_mutable:
+        if first is not None and is_mutating(func):
             first.source.write()
         result = func(*map_tree(_converted, args), **map_tree(_converted, kwargs))
         return first if first is not None and result is first.source.written else result

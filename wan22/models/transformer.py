@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from ..checks import check_positive_int, shown
+from ..private_apis import is_hooked
 from .attention import attention, check_backend
 from .embeddings import ConditionEmbedder
 from .layers import (
@@ -31,11 +32,6 @@ from .layers import (
 from .rope import rotary_tables, rotate
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor another forward than its class's."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class WanAttention(nn.Module):
@@ -98,7 +94,7 @@ class WanAttention(nn.Module):
     @property
     def attends_in_parts(self) -> bool:
         """Whether `attend` computes what `forward` does: nothing has been put around the layer."""
-        return is_plain(self)
+        return not is_hooked(self)
 
     def attend(
         self, parts: Iterable[tuple[slice, torch.Tensor]], tokens: int, rotary: RotaryTables
@@ -173,8 +169,8 @@ class WanTransformerBlock(nn.Module):
         if (
             self.token_chunks > 1
             and self.attn1.attends_in_parts
-            and is_plain(self.attn2)
-            and is_plain(self.ffn)
+            and not is_hooked(self.attn2)
+            and not is_hooked(self.ffn)
         ):
             return self._in_chunks(x, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image)
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)

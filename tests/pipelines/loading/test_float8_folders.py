@@ -56,5 +56,5 @@ def test_our_own_save_gives_the_same_video(cast, tmp_path):
 
 def test_the_outline_has_the_bytes_of_what_is_loaded(folder):
     pipe, outline = load_pipeline(folder), locate(str(folder), {}).outline(Wanted())
-    for name, model in outline.models.items():
+    for name, model in outline.items():
         assert bytes_of(model) == bytes_of(getattr(pipe, name)), name

@@ -197,7 +197,7 @@ class Task:
 
         def stream(caches: Caches) -> None:
             z = torch.empty(1, vae.config.z_dim, frames, h, w, device="meta", dtype=dtype)
-            chunks = vae.decode_stream(z, caches=caches) if is_ours(vae) else vae.decode(z)
+            chunks = vae.decode_stream(z, caches=caches) if is_ours(vae) else vae.decode(z, return_dict=False)
             for chunk in chunks:
                 chunk[0].float()
 

@@ -83,6 +83,7 @@ def fill(
             converted[name] = target
             continue
         value = cast(torch.Tensor, tensor)
+        advance(bytes_to_convert(tensor, dtype, dequantize))
         if dtype not in (None, target):
             value = value.clone()  # these few would keep the pages of the whole file in memory
         owner.register_parameter(attribute, nn.Parameter(value))

@@ -70,8 +70,9 @@ def load_encoders(
         if "quantization_config" not in config:
             names = names_of(TRANSFORMERS, wanted.others.get("use_safetensors"))
             weights = find_weights(place, wanted.others.get("variant"), names)
-            loaded[name] = read_model(weights, name, config).load(wanted.dtype_of(name))
-            loaded[name].name_or_path = str(place)
+            model = read_model(weights, name, config).load(wanted.dtype_of(name))
+            model.config.name_or_path = model.name_or_path = str(place)
+            loaded[name] = model
     return loaded
 
 

@@ -29,7 +29,7 @@ def wanted_in(form: str, wanted: Wanted, quantize: str | None) -> tuple[Wanted, 
     check_choice("prepare", form, FORMS)
     for name in PREPARED:
         if (dtype := wanted.dtype_of(name)) not in (None, torch.bfloat16):
-            rule = f"what prepare={form!r} writes is loaded in torch.bfloat16; leave dtype out for it"
+            rule = f"what prepare={shown(form)} writes is loaded in torch.bfloat16; leave dtype out for it"
             raise ValueError(f"dtype={dtype} for {name}: {rule}")
     if form == "fp8" and quantize not in (None, "fp8"):
         raise ValueError(
