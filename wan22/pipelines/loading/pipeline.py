@@ -42,7 +42,7 @@ class LoadablePipeline(DiffusionPipeline):
         cls: type[_Pipeline],
         pretrained_model_name_or_path: str | Path,
         *,
-        memory: str | float | None = None,
+        memory: str | float | Mapping[str, Any] | None = None,
         quantize: str | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
@@ -56,8 +56,10 @@ class LoadablePipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: folder, or repository such as "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
                 or "Wan-AI/Wan2.2-T2V-A14B".
-            memory: "auto", or what of a GPU's memory may be used, such as "12GB": the fastest way to make the
-                checkpoint's videos in it is found (`wan22.accel.plan`) and applied; anew for a larger video.
+            memory: "auto", or what of a GPU's memory may be used, such as "12GB", or a dict with arguments of
+                `fit`: "vram", "ram", and sizes. The first call finds the fastest way to make its video in it
+                (`wan22.accel.plan`) and applies it; a larger one finds another. With a size that is done at
+                once. Weights in another dtype are converted as they are used, and stay in their files.
             quantize: how to quantise the transformers, which changes the result; see `quantize`.
             parallel: "auto": under torchrun all ranks make one video together, each on its own GPU, in the
                 layout that moves the least, with divided weights where whole ones would not fit; started as
@@ -94,7 +96,7 @@ class LoadablePipeline(DiffusionPipeline):
         text_encoder: Any = None,
         tokenizer: Any = None,
         image_encoder: Any = None,
-        memory: str | float | None = None,
+        memory: str | float | Mapping[str, Any] | None = None,
         quantize: str | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
