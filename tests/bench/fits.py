@@ -92,32 +92,36 @@ def plan_for(task: Task, device: float, host: float) -> Plan | None:
 
 
 def described(plan: Plan | None) -> str:
-    """Return a cell: seconds of a step, blocks of a transformer that stay, strips."""
+    """Return a cell: blocks of a transformer that stay, strips S of the VAE, parts P of the tokens."""
     if plan is None:
         return "–"
-    placement, steps = plan.placements["transformer"], plan.step_seconds
-    where = {"resident": "all", "on_demand": "one by one"}.get(
-        placement.kind, f"{placement.resident_blocks} stay"
-    )
-    strips = "" if plan.strips is None else f", VAE/{plan.strips}"
-    return f"{steps:.0f} s, {where}{strips}"
+    placement = plan.placements["transformer"]
+    whole = {"resident": "all", "on_demand": "one model"}
+    strips = "" if plan.strips is None else f" S{plan.strips}"
+    parts = "" if plan.token_chunks == 1 else f" P{plan.token_chunks}"
+    return whole.get(placement.kind, str(placement.resident_blocks)) + strips + parts
 
 
 def main() -> None:
-    """Print a table for each case and way of storing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print a row for each case, way of storing, and host that makes a difference."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--only", nargs="+", default=STORED, choices=STORED)
     options = parser.parse_args()
-    print("| | stored as | host |" + "".join(f" {d} GB |" for d in DEVICES))
-    print("|---|---|---|" + "---|" * len(DEVICES))
+    print("| | stored as | host | a step |" + "".join(f" {d} GB |" for d in DEVICES))
+    print("|---|---|---|---|" + "---|" * len(DEVICES))
     for case in CASES:
         for stored in options.only:
             task = task_of(case, stored)
+            rows: dict[str, list[str]] = {}  # hosts with the same cells share a row
             for host in HOSTS:
-                cells = [described(plan_for(task, device * GB, host * GB)) for device in DEVICES]
-                print(f"| {case.name} | {stored} | {host} GB | " + " | ".join(cells) + " |", flush=True)
+                plans = [plan_for(task, device * GB, host * GB) for device in DEVICES]
+                seconds = [plan.step_seconds or 0 for plan in plans if plan is not None]
+                times = dict.fromkeys(f"{edge(seconds):.0f}" for edge in (min, max))
+                cells = " | ".join([f"{' to '.join(times)} s", *map(described, plans)])
+                rows.setdefault(cells, []).append(str(host))
+            for cells, hosts in rows.items():
+                print(f"| {case.name} | {stored} | {', '.join(hosts)} GB | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

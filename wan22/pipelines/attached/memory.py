@@ -234,7 +234,8 @@ class Memory(Part):
         """
         models = self._models.values()
         moved = any(accelerate_hook(model) is not None or is_group_offloaded(model) for model in models)
-        if moved or self._pipe.parallel is not None:
+        elsewhere = any(not weight.is_cpu for model in models for weight in model.parameters())
+        if moved or elsewhere or self._pipe.parallel is not None:
             return False
         copied = [
             weight.nbytes
