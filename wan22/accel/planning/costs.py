@@ -76,7 +76,7 @@ class Task:
         """Bytes in files of a model's weights, as they are stored there."""
         return self.stored.get(name, self.bytes_of(name) - self.held(name))
 
-    def at_home(self, name: str) -> int:
+    def host_bytes(self, name: str) -> int:
         """Bytes of host memory of a model that runs there unmoved: its weights but those in aligned files."""
         in_files = self.bytes_of(name) - self.held(name)
         return self.held(name) + min(self.copied.get(name, in_files), in_files)

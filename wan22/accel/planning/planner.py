@@ -279,7 +279,7 @@ def _on_host(task: Task, machine: Machine, name: str, placement: Placement) -> i
         return task.held(name)
     if machine.has_device:
         return task.held(name) + task.scratch_bytes(name, placement)
-    return task.at_home(name)
+    return task.host_bytes(name)
 
 
 def _passing(task: Task, placements: Mapping[str, Placement], strips: int | None) -> int:
