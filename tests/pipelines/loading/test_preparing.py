@@ -231,7 +231,7 @@ def test_a_budget_counts_prepared_models_as_mapped(folder, cache, monkeypatch):
     monkeypatch.setattr(preparing, "find_all", lambda *a: seen.append(real(*a)) or seen[-1])
     load_pipeline(folder, prepare="bf16", memory="auto")
     pipe = load_pipeline(folder, dtype=DTYPES, memory="auto")
-    assert pipe.memory.plan is not None and all(seen[-2:]), "found for the outline and the load"
+    assert pipe.memory.has_plan and all(seen[-2:]), "found for the outline and the load"
     quantized = load_pipeline(folder, prepare="fp8", memory="auto")
     assert quantized.acceleration.changes()["quantized"] == ("transformer", "transformer_2")
-    assert load_pipeline(folder, dtype=DTYPES, quantize="fp8", memory="auto").memory.plan is not None
+    assert load_pipeline(folder, dtype=DTYPES, quantize="fp8", memory="auto").memory.has_plan
