@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import wan22
 from tests.builders import MODELS, SMALL, latents_of, load_pipeline, random_components, random_pipeline
@@ -216,6 +217,18 @@ def test_a_bf16_round_trip(saved_bf16, tmp_path):
     diffusers.WanPipeline.from_pretrained(saved_bf16, dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert torch.equal(latents_of(load_pipeline(tmp_path)), reference)
     assert reference.dtype == torch.float32
+
+
+def test_an_encoder_in_two_dtypes(saved_bf16, tmp_path):
+    """As some versions of transformers save umT5 in bf16: it gets the dtype of most of its weights."""
+    folder = shutil.copytree(saved_bf16, tmp_path / "copy")
+    reference = latents_of(load_pipeline(saved_bf16))
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = {n: t.float() if ".wo." in n else t.clone() for n, t in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    pipe = load_pipeline(folder)
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.bfloat16}
+    assert torch.equal(latents_of(pipe), reference)
 
 
 def test_variant(folder):

@@ -4,6 +4,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, names_of, weights_in
 from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.recognize import read_model
@@ -52,11 +54,16 @@ def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> 
 
 
 def load_encoders(
-    folder: Path, index: Mapping[str, Any], wanted: Wanted, loaded_already: Container[str] = ()
+    folder: Path,
+    index: Mapping[str, Any],
+    wanted: Wanted,
+    dtypes: Mapping[str, torch.dtype | None],
+    loaded_already: Container[str] = (),
 ) -> dict[str, Any]:
     """Load the encoders of a checked folder, mapped from their files, as transformers' own loader does not.
 
-    It is left to that loader where something is asked for that only it does, such as a `device_map`.
+    `dtypes` are those of the components and "default". Where something is asked for that only the other
+    loader does, such as a `device_map`, the encoders are left to it.
     """
     if wanted.others.keys() - {"variant", "use_safetensors"}:
         return {}
@@ -70,7 +77,7 @@ def load_encoders(
         if "quantization_config" not in config:
             names = names_of(TRANSFORMERS, wanted.others.get("use_safetensors"))
             weights = find_weights(place, wanted.others.get("variant"), names)
-            model = read_model(weights, name, config).load(wanted.dtype_of(name))
+            model = read_model(weights, name, config).load(dtypes.get(name, dtypes["default"]))
             model.config.name_or_path = model.name_or_path = str(place)
             loaded[name] = model
     return loaded

@@ -109,9 +109,10 @@ class DiffusersLayout:
                 model.config.name_or_path = model.name_or_path = str(folder / name)
             options[name] = model
         left = {name: stored for name, stored in models.items() if name not in prepared}
+        dtypes = dtypes_in(folder, wanted)
         with preparing.loading_bar(left, wanted):
-            options |= load_encoders(folder, self.index, wanted, prepared)
-            pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes_in(folder, wanted), **options)
+            options |= load_encoders(folder, self.index, wanted, dtypes, prepared)
+            pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes, **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
         pipe.provenance.record_source(self.source, {name: folder / name for name in loaded})
