@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from tests.checkpoints import writers
@@ -115,6 +116,20 @@ def test_it_is_saved_as_an_ordinary_weight(file, tmp_path, monkeypatch):
     saved = WanTransformer3DModel.from_pretrained(tmp_path / "saved")
     expected = WanTransformer3DModel.from_pretrained(file, dtype=torch.bfloat16)
     assert all(torch.equal(p, q) and p.dtype == q.dtype for (_, p), q in named(saved, expected))
+
+
+def test_accelerate_offloads_it(file, monkeypatch):
+    """Weight by weight, as enable_sequential_cpu_offload does."""
+    monkeypatch.setattr(fill, "DEFERRED_SIZE", 1)
+    plain = WanTransformer3DModel.from_pretrained(file, dtype=torch.bfloat16)
+    with deferring():
+        model = WanTransformer3DModel.from_pretrained(file, dtype=torch.bfloat16)
+    arguments = torch.randn(1, 16, 1, 4, 4), torch.tensor([3.0]), torch.randn(1, 512, 4096).bfloat16()
+    with torch.no_grad():
+        expected = plain(*arguments).sample
+        cpu_offload(model, torch.device("cpu"))
+        assert all(weight.is_meta for weight in model.parameters())
+        assert torch.equal(model(*arguments).sample, expected)
 
 
 def test_quantised_weights_are_expanded_when_they_are_used(file, tmp_path, monkeypatch):

@@ -53,8 +53,13 @@ class DeferredWeight(torch.Tensor):
     source: _Values
 
     @staticmethod
-    def __new__(cls, values: _Values) -> "DeferredWeight":
-        """Make one that shares values with others; `deferred` makes the first."""
+    def __new__(cls, values: Any, requires_grad: bool = True) -> Any:
+        """Make one that shares values with others; `deferred` makes the first.
+
+        Of a tensor it is an ordinary parameter: accelerate makes new ones of the old ones' class.
+        """
+        if isinstance(values, torch.Tensor):
+            return nn.Parameter(values, requires_grad)
         weight: DeferredWeight = empty_wrapper(cls, tuple(values.stored.shape), values.dtype)
         weight.source = values
         return weight
