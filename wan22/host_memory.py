@@ -5,12 +5,16 @@ import mmap
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
+
+# Share of the free host memory that is left to other programs, unless an amount is given.
+MARGIN = 0.1
 
 
 def available_ram() -> float:
@@ -90,6 +94,27 @@ class FileMappings:
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return self.find(tensor) is not None
+
+
+def anonymous_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of ordinary tensors on the host that are in no file."""
+    files = FileMappings()
+    plain = [t for t in tensors if t.device.type == "cpu" and type(t) in (nn.Parameter, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in plain if tensor not in files)
+
+
+def check_room(nbytes: float, what: str, instead: str) -> None:
+    """Refuse, with a MemoryError, what takes more of the host's memory than there is room for.
+
+    Args:
+        nbytes: bytes that it takes for good.
+        what: what is done, such as "quantizing".
+        instead: what to do instead.
+    """
+    room = (1 - MARGIN) * available_ram()
+    if nbytes > room:
+        taken = f"{what} takes {nbytes / 1e9:.2f} GB of the host's memory"
+        raise MemoryError(f"{taken}, and there is room for {room / 1e9:.2f} GB; {instead}")
 
 
 def read_ahead(tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ Relative errors of a layer with normally distributed weights and 5,120 or 13,824
 Shapes: l tokens, o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from ..checkpoints.loading.models import is_ours
 from ..checkpoints.lora.injecting import lora_layers
 from ..checkpoints.quantized_linear import QuantizedLinear
 from ..checks import shown
+from ..host_memory import anonymous_bytes, check_room
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from ..progress import advance
 from .offload.layout import blocks_of, bytes_of
@@ -54,9 +55,11 @@ def quantize(model: Model, method: Any, block: int | None = None) -> Model:
     Raises:
         ValueError: the method is unknown or does not fit a layer, or the model is quantised already, has
             LoRAs, or is offloaded piece by piece.
+        MemoryError: the host has no room for the quantised weights, which are in no file.
         ImportError: torchao is not installed, and the configuration is not one of the names.
     """
     layers = check(model, method, block)
+    check_memory([layers])
     inner = uncompiled(model)
     if isinstance(method, str):
         for name in list(layers):
@@ -78,6 +81,14 @@ def check(model: nn.Module, method: Any, block: int | None = None) -> dict[str, 
     elif block is not None:
         raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     return layers
+
+
+def check_memory(models: Iterable[Mapping[str, nn.Linear]]) -> None:
+    """Refuse, with a MemoryError, to quantise layers of models, by name, if the host has no room for that."""
+    weights = [layer.weight for layers in models for layer in layers.values()]
+    taken = sum(weight.numel() for weight in weights if weight.device.type == "cpu")
+    advice = "load weights that are quantised already, such as `wan22 prepare --dtype fp8` writes"
+    check_room(taken - anonymous_bytes(weights), "quantizing", advice)
 
 
 def dequantize(model: Model) -> Model:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import swap_tensors
 
-from ..host_memory import available_ram
+from ..host_memory import available_ram, check_room
 from ..private_apis import empty_wrapper, is_mutating, map_tree, own_tensors
 from .files.quantized import QuantizedTensor, expanded
 
@@ -158,7 +158,12 @@ def deferred_weights(module: nn.Module) -> Iterator[DeferredWeight]:
 
 
 def settle(module: nn.Module) -> None:
-    """Convert the deferred weights of a module, and of those in it, one by one and for good."""
+    """Convert the deferred weights of a module, and of those in it, one by one and for good.
+
+    A MemoryError says if the host has no room for them.
+    """
+    if nbytes := sum(weight.nbytes for weight in deferred_weights(module)):
+        check_room(nbytes, "converting all weights", "memory={'ram': …} converts them as they are used")
     for each in module.modules():
         for weight in own_tensors(each)[0].values():
             if isinstance(weight, DeferredWeight):

@@ -10,6 +10,7 @@ a float64 model), the large linear layers and attention in the dtype of `encoder
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -214,6 +215,17 @@ class WanTransformerBlock(nn.Module):
         return result
 
 
+@dataclass
+class TokenStream:
+    """Video tokens on their way through the blocks, and what blocks and head are given beside them."""
+
+    x: torch.Tensor  # "b l d"
+    text: torch.Tensor  # "b s d"
+    image: torch.Tensor | None  # "b s d"
+    temb: torch.Tensor  # "b k d"
+    modulation: torch.Tensor  # "b k 6 d"
+
+
 class WanTransformer3DModel(nn.Module):
     """Predicts the flow velocity of noisy video latents.
 
@@ -234,6 +246,7 @@ class WanTransformer3DModel(nn.Module):
     """
 
     attention_class = WanAttention
+    samples_in_turn = False  # see set_samples_in_turn
 
     def __init__(
         self,
@@ -299,20 +312,37 @@ class WanTransformer3DModel(nn.Module):
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
-        compute_dtype = at_least_float32(encoder_hidden_states.dtype)
-        rotary = self.rotary(hidden_states, grid, compute_dtype)
-        x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
-        x = rearrange(x, "b d t h w -> b (t h w) d").to(compute_dtype).contiguous()
-
-        temb, modulation = self.condition_embedder.embed_time(timestep, compute_dtype)
-        text, image = self.condition_embedder.text_embedder(encoder_hidden_states), None
-        if encoder_hidden_states_image is not None:
-            image = self.condition_embedder.embed_image(encoder_hidden_states_image)
+        given = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
+        samples = [given]
+        if self.samples_in_turn and len(hidden_states) > 1:
+            parts = ([None] * len(hidden_states) if e is None else e.chunk(len(hidden_states)) for e in given)
+            samples = list(zip(*parts, strict=True))
+        rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
+        streams = [self._embed(*sample) for sample in samples]
         for block in self.blocks:
-            x = self.run_block(block, x, text, modulation, rotary, image)
+            for stream in streams:
+                arguments = stream.text, stream.modulation, rotary, stream.image
+                stream.x = self.run_block(block, stream.x, *arguments)
+        velocities = [self._velocity(stream, grid) for stream in streams]
+        return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
 
+    def _embed(
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
+    ) -> TokenStream:
+        """Embed what `forward` is given."""
+        dtype = at_least_float32(text.dtype)
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        x = rearrange(x, "b d t h w -> b (t h w) d").to(dtype).contiguous()
+        temb, modulation = self.condition_embedder.embed_time(timestep, dtype)
+        text = self.condition_embedder.text_embedder(text)
+        image = None if image is None else self.condition_embedder.embed_image(image)
+        return TokenStream(x, text, image, temb, modulation)
+
+    def _velocity(self, stream: TokenStream, grid: tuple[int, int, int]) -> torch.Tensor:
+        """Return the velocity that the last block's tokens stand for."""
+        x = stream.x
         # With the blocks spread over devices, the stream ends on another one than it started on.
-        shift, scale = (e.to(x.device) for e in (self.scale_shift_table + temb[:, :, None]).unbind(2))
+        shift, scale = (e.to(x.device) for e in (self.scale_shift_table + stream.temb[:, :, None]).unbind(2))
         x = self.proj_out(modulate(self.norm_out(x), scale, shift))
         (t, h, w), (pt, ph, pw) = grid, self.patch_size
         return rearrange(
@@ -338,6 +368,14 @@ class WanTransformer3DModel(nn.Module):
         chunks = check_positive_int("chunks", chunks)
         for block in self.blocks:
             block.token_chunks = chunks  # type: ignore[assignment]
+
+    def set_samples_in_turn(self, enabled: bool = True) -> None:
+        """Let each block compute the samples of a batch one after the other, not together.
+
+        Each sample's result is, to the bit, that of a call of its own; weights that pass through buffers as
+        blocks need them come once for all samples.
+        """
+        self.samples_in_turn = enabled
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose all layers' attention kernel: "native" or a name registered by `wan22.accel.attention`."""

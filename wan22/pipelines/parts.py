@@ -270,7 +270,8 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them."""
-        self.memory.check_movable(*args, kwargs.get("device"))
+        asked = (kwargs.get(name) for name in ("device", "dtype", "torch_dtype"))
+        self.memory.check_movable(*args, *(value for value in asked if value is not None))
         return super().to(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

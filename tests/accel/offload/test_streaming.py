@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 from safetensors.torch import load_file, save_file
 
 from tests.accel.offload.offloaders import (
@@ -33,6 +34,7 @@ from wan22.accel.offload import streaming
 from wan22.accel.offload.layout import PackedBlock, Placement, device_bytes
 from wan22.accel.offload.offloader import ModelOffloader
 from wan22.checkpoints.loading.alignment import align_weights
+from wan22.checkpoints.loading.diffusers_attention import WanAttnProcessor
 from wan22.checkpoints.naming.keys import TRANSFORMER
 
 SOURCES = ("mmap", "pinned")
@@ -100,6 +102,54 @@ def test_each_block_travels_once_a_pass():
     order = order[len(order) - order[::-1].index(("arrive", "transformer.3")) :]
     assert ("copy", "transformer.0") in order[: order.index(("arrive", "transformer.4"))]
     offloader.detach()
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("form", ["t2v", "i2v", "i2v-2.1", "ti2v"])
+def test_passes_in_turn_share_the_weights(form, kind):
+    """Two passes of two videos: a block's weights come once a step, and no bit of the videos changes."""
+    several = {"num_videos_per_prompt": 2, "num_inference_steps": 3}
+    pipe, device = make_pipe(form), make_device(kind)
+    expected = video(pipe.to("cpu" if kind == "recording" else "cuda"), **several).cpu()
+    pipe.to("cpu")
+    offload(pipe, device, transformer=streamed(1, 2), transformer_2=streamed(1, 2))
+    apart = video(pipe, **several).cpu()
+    assert torch.equal(apart, expected)
+    sent = device.copied("transformer") if kind == "recording" else 0
+    for model in pipe.transformers:
+        model.set_samples_in_turn()
+    assert torch.equal(video(pipe, **several).cpu(), expected)
+    if kind == "recording":
+        # What stays on the device, and what is on its way when a model ends, comes as often as before.
+        assert device.copied("transformer") - sent < sent / 2
+
+
+@torch.no_grad()
+def test_a_step_cache_gets_pass_by_pass():
+    """It keeps what it skips by pass; so does attention that a caller has put in place."""
+    pipe = make_pipe()
+    expected = video(pipe)
+    order = []
+    for model in pipe.transformers:
+        model.set_samples_in_turn()
+        model.register_forward_pre_hook(
+            lambda m, a, k: order.append(len(k["hidden_states"])), with_kwargs=True
+        )
+    assert torch.equal(video(pipe), expected)
+    assert set(order) == {2}
+    for model in pipe.transformers:
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    order.clear()
+    video(pipe)
+    assert set(order) == {1}
+    for model in pipe.transformers:
+        model.disable_cache()
+        model.blocks[1].attn1.set_processor(
+            lambda attn, *args, **kwargs: WanAttnProcessor()(attn, *args, **kwargs)
+        )
+    order.clear()
+    assert torch.equal(video(pipe), expected)
+    assert set(order) == {1}
 
 
 @pytest.mark.gpu
@@ -306,8 +356,10 @@ def test_blocks_left_out_and_called_again():
         model.blocks[1]()
     assert any(map(device.holds, model.blocks[1].parameters()))
     model.blocks[3](*args, **kwargs)
-    assert not any(map(device.holds, model.blocks.parameters()))
+    held = [any(map(device.holds, block.parameters())) for block in model.blocks]
+    assert held == [False, False, False, True, False]
     assert torch.equal(velocity(model), velocity(other))
+    assert not any(map(device.holds, model.blocks.parameters()))
 
 
 def test_gradients_are_refused():

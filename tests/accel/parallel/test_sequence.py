@@ -45,6 +45,12 @@ def cases():
     }
 
 
+def several(given):
+    """Two samples that differ in all they have."""
+    other = {name: 0.5 * value.flip(-1) for name, value in given.items()}
+    return {name: torch.cat((value, other[name])) for name, value in given.items()}
+
+
 def run(model, given):
     with torch.no_grad():
         return model(**given, return_dict=False)[0]
@@ -67,6 +73,11 @@ def differences(rank, layouts):
         for ring, ulysses in layouts:
             parallel = parallelize(Pipe(model), ring=ring, ulysses=ulysses, vae=False)
             found[ring, ulysses, name] = (run(model, given) - plain).abs().max().item()
+            model.set_samples_in_turn()
+            batch = several(given)
+            one = torch.cat([run(model, {n: v[i : i + 1] for n, v in batch.items()}) for i in range(2)])
+            found[ring, ulysses, name, "in turn"] = (run(model, batch) - one).abs().max().item()
+            model.set_samples_in_turn(False)
             parallel.detach()
             found[ring, ulysses, name, "detached"] = 0.0 if torch.equal(run(model, given), plain) else 1.0
     return found
@@ -77,7 +88,7 @@ def test_a_transformer(count):
     for rank, found in enumerate(on_ranks(count, differences, LAYOUTS[count])):
         off = {case: value for case, value in found.items() if not value <= BOUND}
         assert not off, (rank, off)
-        assert len(found) == len(LAYOUTS[count]) * 2 * len(cases())
+        assert len(found) == len(LAYOUTS[count]) * 3 * len(cases())
 
 
 class Sent(TorchDispatchMode):

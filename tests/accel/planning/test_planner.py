@@ -27,7 +27,7 @@ from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task
 from wan22.accel.planning.machine import CONTEXT, Machine
 from wan22.accel.planning.meta_models import meta_copies, released_models
-from wan22.accel.planning.planner import HOST_WORKSPACE, _held, _planned
+from wan22.accel.planning.planner import HOST_WORKSPACE, Computing, _held, _planned, _step_seconds
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 SLOTS = ("transformer", "transformer_2")
@@ -104,6 +104,24 @@ def test_what_is_planned_is_what_happens(kind):
     pipe.release()
     assert pipe.memory_plan is None
     assert torch.equal(latents_of(pipe, output_type="pt"), plain)
+
+
+def test_passes_read_streamed_weights_once_where_there_is_room():
+    pipe = deeper(8)
+    plans = [p for p in plans_of(pipe) if p.placements["transformer"].kind == "streamed"]
+    assert plans[0].in_turn
+    assert "each block for all passes at once, exact" in str(plans[0])
+    first = plans[0].placements["transformer"]
+    assert not plan_in(pipe, plans[0].device_peak + CONTEXT, guided=False).in_turn, "one pass has no turns"
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True, videos=2)
+    slow_link = Machine(torch.device("cuda"), 1e12, 1e12, flops=1e18, bandwidth=1.0)
+    seconds = [_step_seconds(task, slow_link, {"transformer": first}, turns) for turns in (True, False)]
+    assert seconds[0] * 4 == pytest.approx(seconds[1])
+    assert task.denoise(in_turn=True) > task.denoise()
+    pipe.apply(plans[0], RecordingDevice())
+    assert pipe.transformer.samples_in_turn
+    pipe.release()
+    assert not pipe.transformer.samples_in_turn
 
 
 def plans_of(pipe, **size):
@@ -267,7 +285,7 @@ def test_free_gives_everything_back():
 
 def host_of(task, placements, **amounts):
     machine = Machine(torch.device("cuda"), 1e12, 1e12)
-    found = _planned(replace(task, _known={}, **amounts), machine, placements, None)
+    found = _planned(replace(task, _known={}, **amounts), machine, placements, None, Computing())
     return found.host, found.mapped
 
 

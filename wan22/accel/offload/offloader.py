@@ -155,6 +155,12 @@ class OffloadHook(ModelHook):
         device = self.execution_device or torch.device("cpu")
         return send_to_device(args, device), send_to_device(kwargs, device)
 
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """See ModelHook."""
+        if self.streamer is not None:
+            self.streamer.end()
+        return output
+
     def prepare_edit(self) -> None:
         """Bring all models to the host before the weights of one are edited."""
         self.offloader.offload_all()

@@ -70,9 +70,10 @@ class BlockBufferPool:
             self._end += 1
 
     def acquire(self, index: int) -> None:
-        """Bind a block to its buffer before it is called."""
-        if self._current is not None:  # the block before raised an exception
-            self.release()
+        """Bind a block to its buffer before it is called; called again at once, it is still there."""
+        if self._current is self.blocks[index]:
+            return
+        self.release()
         ahead = (index - self._next) % len(self.blocks)
         if ahead:  # a pass ended early, or skipped blocks
             for position in range(self._next, min(self._next + ahead, self._end)):
@@ -86,7 +87,7 @@ class BlockBufferPool:
         buffer.bind(self._current)
 
     def release(self) -> None:
-        """Give the buffer of the block that was called to the next block without one."""
+        """Give the buffer of the block that was called last to the next block without one."""
         if self._current is not None:
             self._current.point_to_host()
             self._current = None
@@ -134,9 +135,7 @@ class ModelStreamer:
     def attach(self) -> None:
         """Put hooks on the blocks."""
         for i, block in enumerate(blocks_of(self.model), start=1):
-            before, after = self._hooks(i)
-            self._handles.append(block.register_forward_pre_hook(before))
-            self._handles.append(block.register_forward_hook(after))
+            self._handles.append(block.register_forward_pre_hook(self._hook(i)))
 
     def detach(self) -> None:
         """Remove the hooks; weights that were mapped before they were pinned are mapped again."""
@@ -176,6 +175,11 @@ class ModelStreamer:
             if trained:
                 raise ValueError(f"{self.name} is streamed, without gradients; call it under torch.no_grad()")
         self._await(0)
+
+    def end(self) -> None:
+        """Let the buffer of the block that was called last go on to the next call's blocks."""
+        if self._pool:
+            self._pool.release()
 
     def offload(self) -> None:
         """Use the weights on the host, where they never changed, and release what is on the device."""
@@ -240,18 +244,15 @@ class ModelStreamer:
             self.device.wait(self._resident[index].queued())
             self._pending.remove(index)
 
-    def _hooks(self, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hook(self, index: int) -> Callable[..., None]:
 
-        # Compiled along with a block, they would run only once, when it is traced.
+        # Compiled along with a block, it would run only once, when it is traced.
         @torch.compiler.disable
         def before(block: nn.Module, args: Any) -> None:
             self._await(index)
             if self._pool and index in self._index_in_pool:
                 self._pool.acquire(self._index_in_pool[index])
-
-        @torch.compiler.disable
-        def after(block: nn.Module, args: Any, output: Any) -> None:
-            if self._pool and index in self._index_in_pool:
+            elif self._pool:
                 self._pool.release()
 
-        return before, after
+        return before

@@ -1,6 +1,6 @@
 """Lets a pipeline's ranks make its videos together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -133,11 +133,16 @@ class Parallel:
         dist.all_reduce(asked, dist.ReduceOp.MAX, self.groups.all)
         return tuple(asked.bool().tolist())
 
-    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    def run_passes(
+        self,
+        passes: Mapping[str, torch.Tensor],
+        predict: Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         """Run the passes of a step; of two, run one and get the other from the ranks that ran it."""
         if len(passes) == 1 or self.layout.cfg == 1:
-            return [run() for run in passes]
-        own = passes[dist.get_rank(self.groups.guidance)]()
+            return predict(passes)
+        name = list(passes)[dist.get_rank(self.groups.guidance)]
+        (own,) = predict({name: passes[name]})
         return gathered(own, self.groups.guidance)
 
     def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:

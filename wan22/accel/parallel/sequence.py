@@ -62,9 +62,11 @@ class SequenceParallel:
         self.rank, self.ranks = groups.rank, dist.get_world_size(groups.sequence)
         self.name = f"sequence parallel {next(_numbers)}"
         self.tokens = 0  # of the video that is being computed
-        self._shared: tuple[Any, ...] = ()  # modulation and rotary tables of this rank's tokens
+        # Modulation and rotary tables of this rank's tokens, by the identity of the modulation of all tokens:
+        # several samples may be on their way through the blocks.
+        self._shared: dict[int, tuple[Any, ...]] = {}
         chains: list[list[Any]] = [blocks_of(model) for model in models]
-        self._firsts = [chain[0] for chain in chains]
+        self._firsts, self._lasts = ([chain[i] for chain in chains] for i in (0, -1))
         self._attentions: list[Any] = [block.attn1 for chain in chains for block in chain]
         # One kernel for all of them, so that compiled blocks are compiled once.
         self._compute_by(self._attentions[0].backend)
@@ -102,12 +104,14 @@ class SequenceParallel:
             self._compute_by(block.attn1.backend)
         if any(block is first for first in self._firsts):
             self.tokens = x.shape[1]
-            self._shared = self._times(time), tuple(map(self._part, rotary))
+            self._shared[id(time)] = self._times(time), tuple(map(self._part, rotary))
             x = self._part(x)
-        return (x, text, *self._shared, *rest)
+        shared = self._shared[id(time)]
+        if any(block is last for last in self._lasts):
+            del self._shared[id(time)]
+        return (x, text, *shared, *rest)
 
     def _after(self, block: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        self._shared = ()
         return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
     @property

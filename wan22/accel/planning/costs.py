@@ -125,11 +125,14 @@ class Task:
         """Activation bytes of these encoders, for the longest prompt or an image."""
         return max((self._once(name, partial(_encode, self.models[name])) for name in names), default=0)
 
-    def denoise(self, chunks: int = 1) -> int:
-        """Activation bytes of a step whose blocks compute the tokens in so many parts."""
+    def denoise(self, chunks: int = 1, in_turn: bool = False) -> int:
+        """Activation bytes of a step whose blocks compute the tokens in so many parts.
+
+        `in_turn`: each block computes all passes of all videos, before the next one does.
+        """
         latent = self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
         return self.videos * LATENT_COPIES * latent + self._once(
-            ("denoise", chunks), lambda: self._step(chunks)
+            ("denoise", chunks, in_turn), lambda: self._step(chunks, in_turn)
         )
 
     def decode(self, strips: int | None, on_device: bool = False) -> Peak:
@@ -150,39 +153,46 @@ class Task:
             return self.size[2]
         return int(config.in_channels == TI2V_5B.in_channels)
 
+    @property
+    def passes(self) -> int:
+        """Passes of a step, of all videos."""
+        return (1 + self.guided) * self.videos
+
     def step_flops(self) -> float:
         """Floating-point operations of a step."""
-        return (1 + self.guided) * forward_flops(self.models[self.experts[0]].config, self.tokens)
+        return self.passes * forward_flops(self.models[self.experts[0]].config, self.tokens)
 
     def _once(self, key: Any, measure: Callable[[], Any]) -> Any:
         if key not in self._known:
             self._known[key] = measure()
         return self._known[key]
 
-    def _step(self, chunks: int) -> int:
+    def _step(self, chunks: int, in_turn: bool) -> int:
         """Measure two and three blocks: every further block keeps as much as the third does."""
         model = self.models[self.experts[0]]
         fewer = [meta_copy(model, blocks=n) for n in (2, 3)]
         for copy in fewer if is_ours(model) else ():
             copy.set_token_chunks(chunks)
-        two, three = (peak_bytes(self._passes, copy) for copy in fewer)
+            copy.set_samples_in_turn(in_turn)
+        two, three = (peak_bytes(self._passes, copy, in_turn) for copy in fewer)
         return two + (len(blocks_of(model)) - 2) * (three - two)
 
-    def _passes(self, model: Any) -> list[torch.Tensor]:
-        """Run a step's passes, whose results live until the last one ends."""
+    def _passes(self, model: Any, in_turn: bool) -> list[torch.Tensor]:
+        """Run a step's passes, of one video or in turn of all; results live until the last one ends."""
         config, outputs = model.config, []
         dtype = model.condition_embedder.text_embedder.linear_1.bias.dtype
         empty = partial(torch.empty, device="meta", dtype=dtype)
-        latents = torch.empty(1, config.in_channels, *self.latent_shape, device="meta")
+        samples = self.passes if in_turn else 1
+        latents = torch.empty(samples, config.in_channels, *self.latent_shape, device="meta")
         if not is_ours(model):
             latents = latents.to(dtype)
             use_native_attention(model)
-        timestep = torch.empty(1, device="meta")
+        timestep = torch.empty(samples, device="meta")
         image = None
         if config.image_dim is not None:
-            image = empty(1, config.pos_embed_seq_len or 257, config.image_dim)
-        for _ in range(1 + self.guided):
-            text = empty(1, MAX_TEXT_TOKENS, config.text_dim)
+            image = empty(samples, config.pos_embed_seq_len or 257, config.image_dim)
+        for _ in range(1 if in_turn else 1 + self.guided):
+            text = empty(samples, MAX_TEXT_TOKENS, config.text_dim)
             outputs += model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)
         return outputs
 

@@ -3,8 +3,9 @@
 Times are the slower one of arithmetic and copies, at rates measured on the machine.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +32,13 @@ CHUNKS_OF_TOKENS = 16
 # Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
 # oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
 WORKSPACE, HOST_WORKSPACE = 64 * 2**20, 160 * 2**20
+
+
+class Computing(NamedTuple):
+    """How blocks compute; the arguments of `Task.denoise`."""
+
+    chunks: int = 1  # parts of the tokens, one after the other
+    in_turn: bool = False  # all passes of all videos, before the next block's weights come
 
 
 def plan(
@@ -154,10 +162,10 @@ def _candidates(task: Task, machine: Machine, leanest: bool = False) -> Iterator
     if is_ours(task.models["vae"]):
         # Fewest strips first: each takes a little longer than the one before.
         ways_to_decode = STRIPS[-1:] if leanest else (None, *STRIPS)
-    for placements, chunks in _placements(task, machine):
+    for placements, computing in _placements(task, machine):
         for strips in ways_to_decode:
             ways = [
-                _planned(task, machine, placements | encoders, strips, chunks)
+                _planned(task, machine, placements | encoders, strips, computing)
                 for encoders in _encoder_placements(task, machine, placements)
             ]
             yield from ways
@@ -165,16 +173,17 @@ def _candidates(task: Task, machine: Machine, leanest: bool = False) -> Iterator
                 break
 
 
-def _placements(task: Task, machine: Machine) -> Iterator[tuple[dict[str, Placement], int]]:
-    """Yield placements of all models, and in how many parts blocks compute the tokens; the fastest first."""
+def _placements(task: Task, machine: Machine) -> Iterator[tuple[dict[str, Placement], Computing]]:
+    """Yield placements of all models, and how blocks compute; the fastest first."""
     stays, on_demand = Placement("resident" if machine.has_device else "host"), Placement("on_demand")
     moved = dict.fromkeys(task.models, on_demand)
-    yield dict.fromkeys(task.models, stays), 1
-    yield moved | dict.fromkeys(task.experts, stays), 1
-    yield moved, 1
-    for chunks in (1, CHUNKS_OF_TOKENS) if is_ours(task.models[task.experts[0]]) else (1,):
-        for experts in _streamed_experts(task, machine, chunks):
-            yield moved | experts, chunks
+    yield dict.fromkeys(task.models, stays), Computing()
+    yield moved | dict.fromkeys(task.experts, stays), Computing()
+    yield moved, Computing()
+    ours = is_ours(task.models[task.experts[0]])
+    for chunks in (1, CHUNKS_OF_TOKENS) if ours else (1,):
+        for experts, in_turn in _streamed_experts(task, machine, chunks, ours and task.passes > 1):
+            yield moved | experts, Computing(chunks, in_turn)
 
 
 def _encoder_placements(
@@ -192,19 +201,25 @@ def _encoder_placements(
             yield dict.fromkeys(task.encoders, Placement("host"))
 
 
-def _streamed_experts(task: Task, machine: Machine, chunks: int) -> Iterator[dict[str, Placement]]:
-    """Yield the placement of the transformers with the most resident blocks that fit; faster source first."""
+def _streamed_experts(
+    task: Task, machine: Machine, chunks: int, several: bool
+) -> Iterator[tuple[dict[str, Placement], bool]]:
+    """Yield the placement of the transformers with the most resident blocks that fit, and whether in turn.
+
+    The faster source is first; of each, all passes in turn, if there are `several`.
+    """
     first = task.experts[0]
     bytes_of = task.device_bytes if machine.has_device else task.scratch_bytes
-    room = machine.vram - task.denoise(chunks) - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
+    room = machine.vram - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
     if not machine.has_device:
         room -= sum(map(task.held, task.models))
     sources: tuple[Source, ...] = ("pinned", "mmap") if machine.has_device else ("mmap",)
-    for source in sources:
+    for source, in_turn in itertools.product(sources, (True, False) if several else (False,)):
+        left = room - task.denoise(chunks, in_turn)
         for resident in range(len(blocks_of(task.models[first])), -1, -1):
             placement = Placement("streamed", resident_blocks=resident, source=source)
-            if bytes_of(first, placement) <= room or not resident:
-                yield dict.fromkeys(task.experts, placement)
+            if bytes_of(first, placement) <= left or not resident:
+                yield dict.fromkeys(task.experts, placement), in_turn
                 break
 
 
@@ -212,9 +227,13 @@ def _streamed_experts(task: Task, machine: Machine, chunks: int) -> Iterator[dic
 
 
 def _planned(
-    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None, chunks: int = 1
+    task: Task,
+    machine: Machine,
+    placements: Mapping[str, Placement],
+    strips: int | None,
+    computing: Computing,
 ) -> Plan:
-    phases, prefetch = _phases(task, machine, placements, strips, chunks)
+    phases, prefetch = _phases(task, machine, placements, strips, computing)
     held = sum(_on_host(task, machine, name, placement) for name, placement in placements.items())
     pinned = sum(task.bytes_of(name) for name, p in placements.items() if p.source == "pinned")
     staged = machine.has_device and any(p.kind != "host" and p.source == "mmap" for p in placements.values())
@@ -226,7 +245,8 @@ def _planned(
         machine=machine,
         placements=placements,
         strips=strips,
-        token_chunks=chunks,
+        token_chunks=computing.chunks,
+        in_turn=computing.in_turn,
         prefetch=prefetch,
         quantize=task.quantize,
         phases=phases,
@@ -235,13 +255,17 @@ def _planned(
         else max(p.total for p in phases),
         pinned=pinned,
         mapped=sum(map(task.in_files, in_files)),
-        step_seconds=_step_seconds(task, machine, placements),
+        step_seconds=_step_seconds(task, machine, placements, computing.in_turn),
         videos=task.videos,
     )
 
 
 def _phases(
-    task: Task, machine: Machine, placements: Mapping[str, Placement], strips: int | None, chunks: int
+    task: Task,
+    machine: Machine,
+    placements: Mapping[str, Placement],
+    strips: int | None,
+    computing: Computing,
 ) -> tuple[tuple[Phase, ...], bool]:
     """Return a call's phases where its models run, and whether the second expert can be prefetched."""
     here = machine.has_device
@@ -257,7 +281,7 @@ def _phases(
 
     workspace = WORKSPACE if here else HOST_WORKSPACE
     text = task.text(name for name in task.encoders if not here or placements[name].kind != "host")
-    one, step = weights(task.experts), task.denoise(chunks) + workspace
+    one, step = weights(task.experts), task.denoise(*computing) + workspace
     both = stay + sum(moved[name] for name in task.experts if placements[name].kind == "on_demand")
     prefetch = here and one < both and both + step <= machine.vram
     pixels, vae = 0 if here else task.pixels, weights(["vae"])
@@ -293,7 +317,9 @@ def _passing(task: Task, placements: Mapping[str, Placement], strips: int | None
     return max(2 * task.pixels, task.pixels + task.decode(strips, True).host, image, text)
 
 
-def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placement]) -> float | None:
+def _step_seconds(
+    task: Task, machine: Machine, placements: Mapping[str, Placement], in_turn: bool
+) -> float | None:
     """Return the longest of: computing, copying to the device, reading what the host has no room for."""
     if machine.flops is None:
         return None
@@ -301,7 +327,7 @@ def _step_seconds(task: Task, machine: Machine, placements: Mapping[str, Placeme
     placement, in_files = placements[name], task.in_files(name)
     if placement.kind == "streamed":
         share = 1 - placement.resident_blocks / len(blocks_of(task.models[name]))
-        passed = (1 + task.guided) * share
+        passed = share * (1 if in_turn else task.passes)
         if machine.bandwidth is not None:
             seconds = max(seconds, passed * task.bytes_of(name) / machine.bandwidth)
         if placement.source == "mmap" and machine.disk is not None and in_files > machine.ram:

@@ -35,6 +35,7 @@ class Plan:
         placements: placements of the models, by component name.
         strips: number of strips that the VAE encodes and decodes in; None: whole frames.
         token_chunks: number of parts of the tokens that blocks compute one after the other.
+        in_turn: whether each block computes all passes of all videos, before the next one's weights come.
         prefetch: whether the second expert is loaded while the first one still runs.
         quantize: how the transformers are quantised.
         phases: those of a call, in order; "encode" only where an image conditions the video.
@@ -42,7 +43,7 @@ class Plan:
             videos or what decoding in strips keeps there.
         pinned: bytes of these that are pinned, for copies to the device.
         mapped: bytes of weights in files, whose pages the system can drop.
-        step_seconds: time of one step, both guidance passes; None: rates are unknown.
+        step_seconds: time of one step, all passes of all videos; None: rates are unknown.
         videos: number of videos of a call.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     placements: Mapping[str, Placement]
     strips: int | None
     token_chunks: int
+    in_turn: bool
     prefetch: bool
     quantize: str | None
     phases: tuple[Phase, ...]
@@ -91,8 +93,10 @@ class Plan:
         lines += [f"  {name:14} {_described(p, on_cpu)}" for name, p in self.placements.items()]
         decoding = "whole frames" if self.strips is None else f"{self.strips} strips, exact"
         lines += [f"  {'decoding':14} {decoding}"]
-        if self.token_chunks > 1:
-            lines += [f"  {'denoising':14} tokens in {self.token_chunks} parts, exact"]
+        ways = ["each block for all passes at once"] if self.in_turn else []
+        ways += [f"tokens in {self.token_chunks} parts"] if self.token_chunks > 1 else []
+        if ways:
+            lines += [f"  {'denoising':14} {', '.join(ways)}, exact"]
         if self.quantize:
             lines += [f"  {'quantised':14} {self.quantize}, which changes the result"]
         lines += ["", f"  {'phase':14} {'weights':>10} {'the rest':>10} {'in all':>10}"]

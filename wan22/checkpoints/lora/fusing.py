@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...host_memory import check_room
 from ...private_apis import layerwise_casting, own_tensors
 from ..deferred import settle
 from ..quantized_linear import QuantizedLinear
@@ -28,9 +29,13 @@ class Fused:
         Raises:
             ValueError: layers are quantised, or cast from a narrower dtype, and dequantize is False; or
                 `safe`, and a merged weight is not finite. Nothing is merged then.
+            MemoryError: the host has no room for the merged weights, which are in no file.
         """
         self._forget_unmerged()
         matrices = [layer for layer in chosen if not isinstance(layer, Differences)]
+        weights = [weight for layer in chosen for weight in layer.get_base_layer().parameters(recurse=False)]
+        nbytes = sum(weight.nbytes for weight in weights if weight.device.type == "cpu")
+        check_room(nbytes, "fusing", "a LoRA that is loaded needs not be fused")
         for layer in chosen:
             settle(layer)
         _refuse_narrow([layer.get_base_layer() for layer in matrices], dequantize)

@@ -6,7 +6,7 @@ from ...accel import attention
 from ...accel import vae as vae_acceleration
 from ...accel.compile import Compiled
 from ...accel.planning.meta_models import MODELS
-from ...accel.quantize import check, check_method, is_quantized, quantize
+from ...accel.quantize import check, check_memory, check_method, is_quantized, quantize
 from ...checkpoints.loading.attention_names import our_name
 from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
@@ -106,12 +106,14 @@ class Acceleration(Part):
 
         Raises:
             ValueError: the method is unknown, no transformer is loaded, or one cannot be quantised as it is.
+            MemoryError: the host has no room for the quantised weights. Nothing is quantised then.
         """
         check_method(method)
         models = [model for model in self._transformers() if not is_quantized(model)]
+        self._pipe.memory.offload_all()
+        check_memory(check(model, method) for model in models)
         # No list of the layers: it would keep the weights that are replaced.
         nbytes = sum(sum(layer.weight.nbytes for layer in check(m, method).values()) for m in models)
-        self._pipe.memory.offload_all()
         with bytes_bar(nbytes, "quantizing", **getattr(self._pipe, "_progress_bar_config", {})):
             for model in models:
                 quantize(model, method)

@@ -186,14 +186,21 @@ class Loras(Part):
 
         Raises:
             ValueError: there is no such component or adapter; layers are quantised or cast and dequantize is
-                False; or weights are not finite and safe_fusing is True.
+                False; or weights are not finite and safe_fusing is True. Nothing is fused then.
+            MemoryError: the host has no room for the fused weights beside those before. Nothing is fused.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_names(names or [])
         chosen = self._components(components)
         self._pipe.memory.offload_all()
-        for adapters in chosen:
-            adapters.fuse(names, lora_scale, safe_fusing, dequantize)
+        done: list[tuple[Adapters, list[Any]]] = []
+        try:
+            for adapters in chosen:
+                done.append((adapters, adapters.fuse(names, lora_scale, safe_fusing, dequantize)))
+        except (ValueError, MemoryError):
+            for adapters, layers in done:
+                adapters.unfuse(layers)
+            raise
 
     def unfuse_lora(self, components: str | Sequence[str] | None = None) -> None:
         """Give transformers, all by default, the weights that they had before `fuse_lora`, to the bit."""

@@ -14,7 +14,7 @@ from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import shown
-from ...host_memory import available_ram
+from ...host_memory import anonymous_bytes, available_ram, check_room
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from ..call.experts import Expert
 from .part import Part
@@ -121,7 +121,7 @@ class Memory(Part):
         if is_ours(pipe.vae):  # diffusers' has no strips
             self._strips_before = pipe.vae.num_strips if pipe.vae.use_strips else None
             self._decode_in(plan.strips)
-        self._compute_in(plan.token_chunks)
+        self._compute_in(plan.token_chunks, plan.in_turn)
         if offloader is not None:
             offloader.attach()
         self._offloader, self.plan, self._budget, self._automatic = offloader, plan, None, False
@@ -134,14 +134,15 @@ class Memory(Part):
         if self.plan is not None and is_ours(vae) and not vae.use_tiling:  # tiling was enabled since
             self._decode_in(self._strips_before)
         if self.plan is not None:
-            self._compute_in(1)
+            self._compute_in(1, False)
         self._offloader, self.plan, self._budget, self._automatic = None, None, None, False
 
-    def _compute_in(self, chunks: int) -> None:
-        """Let blocks compute the tokens in so many parts."""
+    def _compute_in(self, chunks: int, in_turn: bool) -> None:
+        """Let blocks compute the tokens in so many parts, and all passes in turn."""
         for model in self._pipe.transformers:
             if is_ours(model):
                 uncompiled(model).set_token_chunks(chunks)
+                uncompiled(model).set_samples_in_turn(in_turn)
 
     def _decode_in(self, strips: int | None) -> None:
         """Let videos be decoded in strips; None: in whole frames."""
@@ -162,13 +163,22 @@ class Memory(Part):
             self._offloader.offload_transient()
 
     def check_movable(self, *destinations: Any) -> None:
-        """Refuse to move models while a plan moves them, or to change weights that ranks have divided."""
+        """Refuse to move models while a plan moves them, or to change weights that ranks have divided.
+
+        A MemoryError says if the host has no room for weights in another dtype.
+        """
         devices = [d for d in destinations if not isinstance(d, torch.dtype | None)]
         if self._automatic and devices:
             self.release()
         if (self.moves_models or self._budget is not None) and devices:
             raise ValueError(f"to({shown(devices[0])}): the plan moves the models; call pipe.release() first")
         self.offload_all()
+        here = all(str(device) == "cpu" for device in devices)
+        for dtype in (d for d in destinations if here and isinstance(d, torch.dtype)):
+            weights = [weight for model in self._models.values() for weight in model.parameters()]
+            cast = [weight for weight in weights if weight.is_cpu and weight.dtype != dtype]
+            nbytes = sum(weight.numel() for weight in cast) * dtype.itemsize
+            check_room(nbytes - anonymous_bytes(cast), f"to({shown(dtype)})", "load with dtype= and memory=")
 
     def host_weights(self, name: str) -> list[torch.Tensor]:
         """Return a model's weights on the host while it is on the device."""

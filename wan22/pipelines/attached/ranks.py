@@ -1,9 +1,11 @@
 """What a pipeline asks of the processes that make its videos together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from ..call.denoiser import Predict
 
 Value = TypeVar("Value")
 Frame = TypeVar("Frame")
@@ -23,7 +25,7 @@ class Ranks(Protocol):
         """Return of each flag whether it is set on any rank."""
         ...
 
-    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    def run_passes(self, passes: Mapping[str, torch.Tensor], predict: Predict) -> list[torch.Tensor]:
         """Run the passes of a step, one or two, and return what each predicts."""
         ...
 
@@ -50,9 +52,9 @@ class OneRank:
         """Return the flags."""
         return flags
 
-    def run_passes(self, passes: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-        """Run one pass after the other."""
-        return [run() for run in passes]
+    def run_passes(self, passes: Mapping[str, torch.Tensor], predict: Predict) -> list[torch.Tensor]:
+        """Run all passes."""
+        return predict(passes)
 
     def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:
         """Return all frames."""
