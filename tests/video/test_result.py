@@ -3,6 +3,7 @@
 import base64
 import errno
 import logging
+import os
 import re
 import stat
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from wan22 import WanVideo, read_recipe
+from wan22.video import writers
 from wan22.video.recipe import Recipe
 from wan22.video.result import WanStream
 from wan22.video.writers import write_mp4
@@ -439,7 +441,35 @@ def test_a_full_disk(ending, tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_files_can_be_read_by_others(tmp_path):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webp", "png", "npy"])
+def test_a_file_that_appears_meanwhile_is_kept(ending, links, tmp_path, monkeypatch):
+    """Another program's, or another run's of the same name; some file systems have no links."""
+    name = "clip-0002.png" if ending == "png" else f"clip.{ending}"
+
+    def frames():
+        for i, frame in enumerate(video().as_uint8()[0]):
+            if i == 1:
+                (tmp_path / name).write_text("mine")
+            yield frame
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(
+        FileExistsError, match=rf"{name} exists: it appeared meanwhile; save under another name"
+    ):
+        writers.write(frames(), tmp_path / f"clip.{ending}", 8, replace=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+    writers.write(frames(), tmp_path / f"clip.{ending}", 8)
+    assert (tmp_path / name).read_bytes() != b"mine"
+
+
+def test_files_can_be_read_by_others(tmp_path, monkeypatch):
+    """As the process's umask says, which is not touched: another thread may make a file."""
+    monkeypatch.setattr(os, "umask", None)
     (path,) = video().save(tmp_path / "clip.mp4")
     (tmp_path / "made").touch()
     assert path.stat().st_mode == (tmp_path / "made").stat().st_mode

@@ -42,6 +42,7 @@ def make(
     A wrong ending or quality and a file that exists are refused before the run.
     """
     from ..video import writers
+    from ..video.whole_files import whole_file
 
     writers.check_ending(path)
     writers.check_quality(path, saving.quality, saving.crf)
@@ -56,7 +57,8 @@ def make(
     made = time.perf_counter()
     files = video.save(path, overwrite, quality=saving.quality, crf=saving.crf)
     if saving.contact_sheet and is_first():
-        video.contact_sheet().save(sheet)
+        with whole_file(sheet, overwrite) as partial:
+            video.contact_sheet().save(partial)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
     return Result([str(file) for file in files], video.recipe, seconds)

@@ -77,7 +77,8 @@ class WanVideo(BaseOutput):
         with progress_bar(total=sum(map(len, videos)), desc="saving", unit="frame", leave=False) as bar:
             for i, (video, target) in enumerate(zip(videos, paths, strict=True)):
                 text = self.recipe.of(i).to_json()
-                count = writers.write(_counted(video, bar), target, self.fps, text, quality, crf)
+                frames = _counted(video, bar)
+                count = writers.write(frames, target, self.fps, text, quality, crf, overwrite)
                 files += writers.written_files(target, count)
         return files
 
@@ -160,7 +161,8 @@ class WanStream:
             deque(self._frames, maxlen=0)  # decodes this rank's part
             return []
         (target,) = writers.numbered(path, 1, overwrite)
-        count = writers.write(self._frames, target, self.fps, self.recipe.to_json(), quality, crf)
+        text = self.recipe.to_json()
+        count = writers.write(self._frames, target, self.fps, text, quality, crf, overwrite)
         return writers.written_files(target, count)
 
 

@@ -5,11 +5,9 @@ Shapes: t frames, h rows, w columns.
 
 import itertools
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from ..checks import check_positive_int, cut, shown
 from .metadata import EXIF_DESCRIPTION, PNG_KEY
+from .whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +33,23 @@ def write(
     recipe: str | None = None,
     quality: int | None = None,
     crf: int | None = None,
+    replace: bool = True,
 ) -> int:
     """Write frames in the format of the file's ending, and return their number.
 
     Args:
         frames: uint8 "h w 3", one at a time; for .npy any dtype.
-        path: file, replaced if it exists; a .png gets the frame's number before its ending.
+        path: file; a .png gets the frame's number before its ending.
         fps: frames per second.
         recipe: text for the metadata.
         quality, crf: as in `WanVideo.save`.
-    Raises: ValueError: the ending or the quality is wrong, or there are no frames. OSError: writing fails.
+        replace: whether a file of this name is replaced, one that appears meanwhile, too.
+    Raises: ValueError: the ending or the quality is wrong, or there are no frames. OSError: writing fails;
+        a FileExistsError: there is a file, and `replace` is False.
     """
     ending = check_ending(path)
     quality, crf = check_quality(path, quality, crf)
-    return WRITERS[ending](frames, path, fps, recipe, quality, crf)
+    return WRITERS[ending](frames, path, fps, recipe, quality, crf, replace=replace)
 
 
 def check_ending(path: Path) -> str:
@@ -119,6 +121,8 @@ def write_mp4(
     recipe: str | None = None,
     quality: int | None = None,
     crf: int | None = None,
+    *,
+    replace: bool = True,
 ) -> int:
     """Write H.264, yuv420p, with the index in front so that it plays while it loads; see `write`.
 
@@ -140,7 +144,7 @@ def write_mp4(
     elif recipe is not None:
         logger.warning("the recipe has %d bytes, too many for an MP4 file; it is left out", len(recipe))
     count = 0
-    with _whole_file(path) as partial:
+    with whole_file(path, replace) as partial:
         writer = imageio_ffmpeg.write_frames(
             f"file:{partial}",
             (w + w % 2, h + h % 2),
@@ -172,15 +176,24 @@ def write_mp4(
     return count
 
 
-def write_gif(frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any) -> int:
+def write_gif(
+    frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any, replace: bool = True
+) -> int:
     """Write an animated GIF of 256 colours a frame, at the average rate of `fps`; see `write`."""
     # GIF counts in hundredths of a second: durations alternate so that the whole has the right length.
     comment = {} if recipe is None else {"comment": recipe.encode()}
-    return _write_animation(frames, path, lambda i: round(100 * i / fps) * 10, format="GIF", **comment)
+    start = lambda i: round(100 * i / fps) * 10  # noqa: E731
+    return _write_animation(frames, path, replace, start, format="GIF", **comment)
 
 
 def write_webp(
-    frames: Frames, path: Path, fps: int, recipe: str | None = None, quality: int | None = None, *_: Any
+    frames: Frames,
+    path: Path,
+    fps: int,
+    recipe: str | None = None,
+    quality: int | None = None,
+    *_: Any,
+    replace: bool = True,
 ) -> int:
     """Write an animated WebP; see `write`."""
     from PIL import Image
@@ -188,13 +201,19 @@ def write_webp(
     exif = Image.Exif()
     if recipe is not None:
         exif[EXIF_DESCRIPTION] = recipe
+    start = lambda i: round(1000 * i / fps)  # noqa: E731
     return _write_animation(
-        frames, path, lambda i: round(1000 * i / fps), format="WEBP", quality=quality or QUALITY, exif=exif
+        frames, path, replace, start, format="WEBP", quality=quality or QUALITY, exif=exif
     )
 
 
-def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any) -> int:
-    """Write one PNG per frame, clip-0001.png, clip-0002.png, …, each with the recipe; see `write`."""
+def write_png(
+    frames: Frames, path: Path, fps: int, recipe: str | None = None, *_: Any, replace: bool = True
+) -> int:
+    """Write one PNG per frame, clip-0001.png, clip-0002.png, …, each with the recipe; see `write`.
+
+    If one cannot be written, those that this call has added go, too.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -202,19 +221,26 @@ def write_png(frames: Frames, path: Path, fps: int, recipe: str | None = None, *
     if recipe is not None:
         text.add_text(PNG_KEY, recipe)
     count = 0
-    for count, frame in enumerate(_first(frames)[1], start=1):
-        with _whole_file(_frame_name(path, count - 1)) as partial:
-            Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
+    added: list[Path] = []
+    try:
+        for count, frame in enumerate(_first(frames)[1], start=1):
+            name = _frame_name(path, count - 1)
+            with whole_file(name, replace, added) as partial:
+                Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
+    except BaseException:
+        for name in added:
+            name.unlink(missing_ok=True)
+        raise
     if longer := sorted(set(existing_files(path)).difference(written_files(path, count))):
         # Not removed: they may be the user's pictures.
         logger.warning("%s and what follows it is not of this video, which has %d frames", longer[0], count)
     return count
 
 
-def write_npy(frames: Frames, path: Path, *_: Any) -> int:
+def write_npy(frames: Frames, path: Path, *_: Any, replace: bool = True) -> int:
     """Write one NumPy array "t h w 3" with the values unchanged; see `write`."""
     array = np.stack(list(_first(frames)[1]))
-    with _whole_file(path) as partial, partial.open("wb") as file:
+    with whole_file(path, replace) as partial, partial.open("wb") as file:
         try:
             np.save(file, array)
         except OSError as error:  # NumPy's message names an element, not the reason
@@ -231,13 +257,15 @@ WRITERS: dict[str, Callable[..., int]] = {
 }
 
 
-def _write_animation(frames: Frames, path: Path, start: Callable[[int], int], **options: Any) -> int:
+def _write_animation(
+    frames: Frames, path: Path, replace: bool, start: Callable[[int], int], **options: Any
+) -> int:
     """Write an animation with Pillow; `start` gives the millisecond at which a frame begins."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in _first(frames)[1]]
     durations = [start(i + 1) - start(i) for i in range(len(images))]
-    with _whole_file(path) as partial:
+    with whole_file(path, replace) as partial:
         images[0].save(
             partial, save_all=True, append_images=images[1:], duration=durations, loop=0, **options
         )
@@ -261,25 +289,3 @@ def _even(frame: np.ndarray) -> np.ndarray:
 
 def _frame_name(path: Path, index: int) -> Path:
     return path.with_stem(f"{path.stem}-{index + 1:04d}")
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to; a complete file is renamed to `path`, an incomplete one removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A short name, as path.name may be the longest that the system allows.
-    handle, name = tempfile.mkstemp(prefix=".wan22-", suffix=path.suffix.lower(), dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's files are private
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -20,6 +20,7 @@ from ...checks import as_path, check_positive_int, cut, shown
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
 from ...progress import in_notebook
+from ...video.whole_files import whole_file
 from .autoencoders import temporal_stride
 
 logger = logging.getLogger(__name__)
@@ -186,18 +187,13 @@ class Display:
 
 def write(preview: Preview, path: Path) -> None:
     """Replace a file by a preview at once: its middle frame in a .png, all frames in a .gif or .webp."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(path) as partial:
             if path.suffix.lower() == ".png":
                 preview.image.save(partial)
             else:
                 first, *rest = preview.images
                 milliseconds = round(1000 / preview.fps)
                 first.save(partial, save_all=True, append_images=rest, duration=milliseconds, loop=0)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except (OSError, KeyError) as error:  # KeyError: a Pillow that was built without WebP
         raise NotWrittenError(f"the preview {cut(path)} cannot be written: {cut(error)}") from error
