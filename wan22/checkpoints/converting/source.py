@@ -1,11 +1,13 @@
 """What is to be converted: the models in a file or folder, and what a repository has beside them."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...checks import shown
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.weights import SUFFIXES, read_json, shards_of
 from ..loading.recognize import kinds_in, read_model
@@ -66,11 +68,14 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
     for name, entry in index.items():
         if not isinstance(entry, list) or not entry[0]:
             continue
+        if not name.isidentifier():  # it could lead out of the folder
+            rule = "the name of a component must be an identifier, such as transformer_2"
+            raise ValueError(f"{path / 'model_index.json'} lists {shown(name)}; {rule}")
         folder = path / name
         if not folder.is_dir():
             raise FileNotFoundError(f"{path} has no {name}, which its model_index.json lists")
         if name not in MODELS:
-            folders[name] = folder
+            folders[name] = _without_strangers(folder, path)
             continue
         models[name] = _read(folder, read_json(folder / "config.json"), head_dim)
         if models[name].kind != MODELS[name]:
@@ -78,6 +83,22 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
     if not models:
         raise ValueError(f"{path / 'model_index.json'} names no models, such as transformer")
     return Source(path, models, True, folders.pop("tokenizer", None), index, folders)
+
+
+def _without_strangers(folder: Path, source: Path) -> Path:
+    """Return a folder that is copied as it is; refuse links in it that lead out of the source.
+
+    With them a stranger's archive could have a private file copied into the result. In the hub's cache, files
+    are links to blobs.
+    """
+    root = source.resolve()
+    roots = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    inside = (Path(place, name) for place, *names in os.walk(folder) for name in (*names[0], *names[1]))
+    for path in (folder, *inside):
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in roots):
+            raise ValueError(f"{path} is a link to {target}, outside of {source}; put the file itself there")
+    return folder
 
 
 def _folder(path: Path, head_dim: int | None) -> Source:
@@ -89,6 +110,8 @@ def _folder(path: Path, head_dim: int | None) -> Source:
             f"that end in {', '.join(SUFFIXES)}"
         )
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_dir()), None)
+    if tokenizer is not None:
+        _without_strangers(tokenizer, path)
     if len(found) == 1 and tokenizer is None:
         (model,) = found.values()
         return Source(path, {model.kind: model})
