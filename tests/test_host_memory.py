@@ -80,7 +80,7 @@ def test_fusing(folder, room, tmp_path):
     host_memory_left = lambda: next(left)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_memory, "available_ram", host_memory_left)
-        with pytest.raises(MemoryError, match=r"fusing takes 0\.00 GB .* needs not be fused"):
+        with pytest.raises(MemoryError, match=r"fusing takes 0\.00 GB .* need not be fused"):
             pipe.fuse_lora()
     assert not pipe.loras.fused_names()
     assert torch.equal(latents_of(pipe), with_lora)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..checks import check_positive_int, cut, shown
 from .metadata import EXIF_DESCRIPTION, PNG_KEY
-from .whole_files import whole_file
+from .whole_files import whole_file, whole_series
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def write_png(
 ) -> int:
     """Write one PNG per frame, clip-0001.png, clip-0002.png, …, each with the recipe; see `write`.
 
-    If one cannot be written, those that this call has added go, too.
+    They get their names together, when all are written.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -221,16 +221,10 @@ def write_png(
     if recipe is not None:
         text.add_text(PNG_KEY, recipe)
     count = 0
-    added: list[Path] = []
-    try:
+    with whole_series(replace) as temporary:
         for count, frame in enumerate(_first(frames)[1], start=1):
-            name = _frame_name(path, count - 1)
-            with whole_file(name, replace, added) as partial:
-                Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
-    except BaseException:
-        for name in added:
-            name.unlink(missing_ok=True)
-        raise
+            partial = temporary(_frame_name(path, count - 1))
+            Image.fromarray(frame).save(partial, format="PNG", pnginfo=text)
     if longer := sorted(set(existing_files(path)).difference(written_files(path, count))):
         # Not removed: they may be the user's pictures.
         logger.warning("%s and what follows it is not of this video, which has %d frames", longer[0], count)

@@ -35,7 +35,7 @@ class Fused:
         matrices = [layer for layer in chosen if not isinstance(layer, Differences)]
         weights = [weight for layer in chosen for weight in layer.get_base_layer().parameters(recurse=False)]
         nbytes = sum(weight.nbytes for weight in weights if weight.device.type == "cpu")
-        check_room(nbytes, "fusing", "a LoRA that is loaded needs not be fused")
+        check_room(nbytes, "fusing", "a loaded LoRA need not be fused")
         for layer in chosen:
             settle(layer)
         _refuse_narrow([layer.get_base_layer() for layer in matrices], dequantize)
