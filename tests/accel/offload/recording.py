@@ -49,6 +49,7 @@ class RecordingDevice(Device):
         self.records: list[Record] = []
         self.resident = 0  # bytes allocated now
         self.peak = 0  # most bytes allocated at a time
+        self.pinned = 0  # bytes of host memory that were ever pinned
         self._lock = threading.RLock()
         self._queue: deque[tuple[_Point, torch.Tensor, torch.Tensor, str]] = deque()
         self._count = 0
@@ -96,6 +97,7 @@ class RecordingDevice(Device):
 
     def allocate_host(self, nbytes: int) -> torch.Tensor:
         """See Device."""
+        self.pinned += nbytes
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def release(self, buffer: torch.Tensor) -> Mark:

@@ -2,7 +2,8 @@
 
     python -m tests.accel.planning.real_memory FOLDER FORM RAM
 
-Prints what was planned and what the process took of anonymous memory. The weights are zeros.
+Prints what was planned, and what the process took, of anonymous memory and of mapped files. The weights are
+zeros.
 """
 
 import json
@@ -82,7 +83,8 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_pth(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    torch.save({name: torch.zeros(t.shape, dtype=torch.bfloat16) for name, t in tensors.items()}, path)
+    """In float32: PyTorch's zeros take no memory until they are written to."""
+    torch.save({name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}, path)
 
 
 # By form: the file's name, its blocks, so that it has at least 3 GB, and what writes it.
@@ -99,9 +101,10 @@ FORMS: dict[str, tuple[str, int, Any]] = {
 }
 
 
-def anonymous() -> int:
+def taken() -> dict[str, int]:
+    """Bytes that this process takes of memory, by kind."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
 
 
 def main(folder: str, form: str, ram: str) -> dict[str, Any]:
@@ -117,18 +120,18 @@ def main(folder: str, form: str, ram: str) -> dict[str, Any]:
     for parameter in vae.parameters():
         parameter.data.zero_()
     free()
-    before = anonymous() - sum(parameter.nbytes for parameter in vae.parameters())
+    before = taken()
+    before["RssAnon"] -= sum(parameter.nbytes for parameter in vae.parameters())
     with deferring():
         model = WanTransformer3DModel.from_single_file(path, dtype=torch.bfloat16)
     pipe = WanT2VPipeline(None, None, vae, FlowMatchUniPCScheduler(), model)
     pipe.set_progress_bar_config(disable=True)
     plan = pipe.fit(ram=float(ram), device="cpu", **SIZE)
-    peak, running = 0, True
+    peaks, running = dict(before), True
 
     def watch() -> None:
-        nonlocal peak
         while running:
-            peak = max(peak, anonymous())
+            peaks.update({kind: max(peaks[kind], nbytes) for kind, nbytes in taken().items()})
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -137,8 +140,15 @@ def main(folder: str, form: str, ram: str) -> dict[str, Any]:
     pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, **SIZE, num_inference_steps=1, seed=0)
     running = False
     thread.join()
-    kind = plan.placements["transformer"].kind
-    return {"planned": plan.host, "measured": peak - before, "kind": kind, "all": bytes_of(model)}
+    return {
+        "kind": plan.placements["transformer"].kind,
+        "all": bytes_of(model),
+        "planned": {"anonymous": plan.host, "mapped": plan.mapped},
+        "measured": {
+            "anonymous": peaks["RssAnon"] - before["RssAnon"],
+            "mapped": peaks["RssFile"] - before["RssFile"],
+        },
+    }
 
 
 if __name__ == "__main__":

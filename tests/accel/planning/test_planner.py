@@ -106,6 +106,23 @@ def test_what_is_planned_is_what_happens(kind):
     assert torch.equal(latents_of(pipe, output_type="pt"), plain)
 
 
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_pinned_memory_is_as_planned(kind):
+    """To the byte, but for parts of the staging buffer that no weight was large enough for."""
+    pipe = deeper(8)
+    plan = next(p for p in plans_of(pipe) if p.placements["transformer"].kind == kind)
+    sources = {"text_encoder": "mmap", "vae": "mmap"} | dict.fromkeys(SLOTS, "pinned")
+    placements = {n: replace(plan.placements[n], source=source) for n, source in sources.items()}
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True)
+    plan = _planned(task, plan.machine, placements, plan.strips, Computing(plan.token_chunks, plan.in_turn))
+    device = RecordingDevice()
+    pipe.apply(plan, device)
+    latents_of(pipe, output_type="pt")
+    weights = plan.pinned - CHUNKS * CHUNK_BYTES
+    assert weights >= sum(bytes_of(getattr(pipe, slot)) for slot in SLOTS)
+    assert weights < device.pinned <= plan.pinned
+
+
 def test_passes_read_streamed_weights_once_where_there_is_room():
     pipe = deeper(8)
     plans = [p for p in plans_of(pipe) if p.placements["transformer"].kind == "streamed"]
@@ -300,7 +317,8 @@ def test_what_the_host_holds(pipe):
     in_memory = staging + videos + 5000, sum(sizes.values()) - 5000
     assert host_of(task, on_demand, anonymous={"vae": 5000}) == in_memory
     pinned = on_demand | {"transformer": Placement("on_demand", source="pinned")}
-    expected = in_memory[0] + sizes["transformer"], in_memory[1] - sizes["transformer"]
+    packed = {name: task.device_bytes(name, Placement("on_demand")) for name in MODELS}
+    expected = in_memory[0] + packed["transformer"], in_memory[1] - sizes["transformer"]
     assert host_of(task, pinned, anonymous={"vae": 5000, "transformer": 10**9}) == expected
     encoding = task.text(["text_encoder"]) + HOST_WORKSPACE
     there = on_demand | {"text_encoder": Placement("host")}
@@ -310,7 +328,7 @@ def test_what_the_host_holds(pipe):
     assert 0 < scratch < sizes["text_encoder"]
     assert host_of(task, there)[0] == staging + scratch + encoding
     everywhere = dict.fromkeys(MODELS, Placement("resident", source="pinned"))
-    assert host_of(task, everywhere) == (sum(sizes.values()) + videos, 0)
+    assert host_of(task, everywhere) == (sum(packed.values()) + videos, 0)
 
 
 def test_what_is_in_memory_and_in_no_file(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-MOST_PASS, SOME_PASS, ALL_STAY = 1.4e9, 3e9, 8e9
+MOST_PASS, SOME_PASS, ALL_STAY = 2e9, 3e9, 8e9
 
 
 @pytest.mark.slow
@@ -19,13 +19,13 @@ MOST_PASS, SOME_PASS, ALL_STAY = 1.4e9, 3e9, 8e9
         ("pth", MOST_PASS),
     ],
 )
-def test_anonymous_memory_is_as_planned(form, ram, tmp_path):
-    """Within 10 %, whatever form the file has; the CPU can use weights where they lie in .pth alone."""
+def test_memory_is_as_planned(form, ram, tmp_path):
+    """Anonymous and mapped, within 10 %, in whatever form the weights are stored."""
     command = [sys.executable, "-m", "tests.accel.planning.real_memory", str(tmp_path), form, str(ram)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["all"] > 3e9
-    assert found["kind"] == ("host" if ram == ALL_STAY or form == "pth" else "streamed")
-    assert found["planned"] <= ram
+    assert found["kind"] == ("host" if ram == ALL_STAY else "streamed")
+    assert found["planned"]["anonymous"] <= ram
     assert found["measured"] == pytest.approx(found["planned"], rel=0.1)

@@ -235,10 +235,11 @@ def _planned(
 ) -> Plan:
     phases, prefetch = _phases(task, machine, placements, strips, computing)
     held = sum(_on_host(task, machine, name, placement) for name, placement in placements.items())
-    pinned = sum(task.bytes_of(name) for name, p in placements.items() if p.source == "pinned")
+    packed = [name for name, placement in placements.items() if placement.source == "pinned"]
+    pinned = sum(task.device_bytes(name, Placement("on_demand")) for name in packed)
     staged = machine.has_device and any(p.kind != "host" and p.source == "mmap" for p in placements.values())
     pinned += staged * CHUNKS * CHUNK_BYTES
-    in_files = [name for name, placement in placements.items() if placement.source != "pinned"]
+    in_files = placements.keys() - packed
     return Plan(
         name=task.name,
         size=task.size,
