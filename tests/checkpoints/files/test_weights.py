@@ -203,8 +203,20 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "c": "b.safetensors"}}))
     with pytest.raises(ValueError, match=r"names c, which is not in b\.safetensors"):
         read_weights(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    save_file({"b": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"has a twice, in a\.safetensors and in b\.safetensors"):
+        read_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_weights(tmp_path / "nothing.safetensors")
+
+
+def test_errors_do_not_tell_what_a_file_holds(tmp_path):
+    """A link in a stranger's archive may lead to a private one."""
+    (tmp_path / "model.safetensors").write_text("root:secret:0:0")
+    with pytest.raises(ValueError, match="neither safetensors, a PyTorch file, nor GGUF") as error:
+        read_weights(tmp_path)
+    assert "root" not in str(error.value).replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "BF16"])

@@ -5,7 +5,7 @@ checkpoint costs no memory before its weights are used.
 """
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,7 @@ def read_weights(path: Path) -> WeightFile:
     for sign, what in _MISTAKEN.items():
         if start.lstrip().lower().startswith(sign):
             raise ValueError(f"{path} holds no weights: it is {what}")
-    raise ValueError(
-        f"{path} is neither safetensors, a PyTorch file, nor GGUF; it starts with {start[:16]!r}"
-    )
+    raise ValueError(f"{path} is neither safetensors, a PyTorch file, nor GGUF")
 
 
 def weights_of(table: Mapping[str, Any]) -> WeightFile:
@@ -115,9 +113,15 @@ def shards_of(index: Path) -> dict[str, str]:
     return places
 
 
-def check_places(index: Path, places: Mapping[str, str], held: Mapping[str, Container[str]]) -> None:
-    """Refuse an index that names a tensor which its shard does not hold."""
-    if lost := sorted(key for key, name in places.items() if key not in held[name]):
+def check_places(index: Path, places: Mapping[str, str], held: Mapping[str, Iterable[str]]) -> None:
+    """Refuse an index that names a tensor which its shard does not hold, and a tensor in two shards."""
+    found: dict[str, str] = {}
+    for name, keys in held.items():
+        for key in keys:
+            if key in found:
+                raise ValueError(f"{index.parent} has {key} twice, in {found[key]} and in {name}")
+            found[key] = name
+    if lost := sorted(key for key, name in places.items() if found.get(key) != name):
         raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
 
 
