@@ -26,6 +26,7 @@ from .attached.provenance import Provenance
 from .attached.ranks import OneRank, Ranks
 from .call.autoencoders import spatial_stride, temporal_stride
 from .call.request import Request
+from .call.text import check_tokenizer
 from .diffusers_names import DiffusersNames
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
 
     def check_models(self) -> None:
         """Refuse models that belong together under no settings."""
+        check_tokenizer(self.tokenizer, self.text_encoder)
         if self.vae is None:
             return
         kinds = {kind.__name__ for kind in type(uncompiled(self.vae)).__mro__}  # diffusers' has the name, too

@@ -207,6 +207,13 @@ def test_quantised_transformers_are_planned_and_made():
 
 
 @pytest.mark.slow
+def test_quantised_weights_that_the_host_has_no_room_for():
+    with pytest.raises(
+        ValueError, match="weights in files, as prepare= leaves them, need not stay in memory"
+    ):
+        plan_in(own_pipeline(), 1e9, quantize="int8", ram="100KB")
+
+
 def test_quantised_weights_are_in_no_file():
     """So the host's memory holds them; 1.4 billion parameters."""
     options = {"height": 480, "width": 832, "vram": "24GB", "ram": "64GB"}

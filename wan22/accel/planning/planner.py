@@ -355,10 +355,10 @@ def _what_would_fit(task: Task, machine: Machine) -> str:
     fitting = [size for size in _smaller_sizes(task) if _fits(task.resized(size), machine)]
     if fitting:
         return message + "; " + " or ".join(f"{w}x{h} with {f} frames" for w, h, f in fitting) + " would fit"
-    if worst.weights > machine.vram:  # of models that are in no file, such as quantised ones
-        return (
-            message + "; weights that are in files, as prepare= leaves them, would not have to stay in memory"
-        )
+    if (
+        sum(map(task.held, task.models)) > machine.ram
+    ):  # of models that are in no file, such as quantised ones
+        return f"{message}; weights in files, as prepare= leaves them, need not stay in memory"
     helps = task.quantize is None and worst.name == "denoise"
     return message + ('; quantize="fp8" takes less' if helps else "; a smaller size takes less")
 

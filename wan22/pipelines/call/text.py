@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from ...checks import shown
+from ...checks import cut, shown
 from ...presets import MAX_TEXT_TOKENS
 from .checks import as_prompts, check_embeds
 from .request import Request
@@ -56,6 +56,31 @@ def check_text_encoder(pipe: Any, request: Request, guided: bool) -> None:
                     f"pipe.{component} is None; load it, or give {name}_embeds instead of {name}"
                 )
         pipe.check_width("text_encoder", "text_dim")
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """Refuse a tokenizer that knows no words, or more tokens than the text encoder.
+
+    transformers makes one of a folder without a vocabulary, to which every word is unknown. A class of the
+    caller's own passes.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    place = cut(tokenizer.name_or_path or "in memory")
+    try:
+        with _TOKENIZING:
+            ids = tokenizer("a cat", add_special_tokens=False).input_ids
+    except Exception as error:  # the class that tokenizers raises
+        raise ValueError(f"the tokenizer, {place}, cannot be used: {cut(error)}") from error
+    if set(ids) <= {tokenizer.unk_token_id}:
+        raise ValueError(f"the tokenizer, {place}, knows no words: its vocabulary is not there")
+    known, rows = len(tokenizer), getattr(getattr(text_encoder, "config", None), "vocab_size", None)
+    if rows is not None and known > rows:
+        raise ValueError(
+            f"the tokenizer has {known} tokens, the text encoder {rows}; they are of different checkpoints"
+        )
 
 
 def clean_prompt(text: str) -> str:
