@@ -33,7 +33,9 @@ class Fused:
         """
         self._forget_unmerged()
         matrices = [layer for layer in chosen if not isinstance(layer, Differences)]
-        weights = [weight for layer in chosen for weight in layer.get_base_layer().parameters(recurse=False)]
+        weights = [
+            weight for layer in matrices for weight in layer.get_base_layer().parameters(recurse=False)
+        ]
         nbytes = sum(weight.nbytes for weight in weights if weight.device.type == "cpu")
         check_room(nbytes, "fusing", "a loaded LoRA need not be fused")
         for layer in chosen:
