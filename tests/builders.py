@@ -121,11 +121,14 @@ def random_text_encoder(seed: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of umT5's form, with one token per byte: padding 0, end 1, unknown 2."""
+def byte_tokenizer(tokens: int = 259) -> PreTrainedTokenizerFast:
+    """A tokenizer of umT5's form, with one token per byte: padding 0, end 1, unknown 2.
+
+    With fewer ``tokens`` the last bytes, which are not of ASCII, are unknown.
+    """
     special = ["<pad>", "</s>", "<unk>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    vocabulary = {token: i for i, token in enumerate((special + alphabet)[:tokens])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -137,6 +140,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=512,
     )
+
+
+def golden_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for golden_text_encoder."""
+    return byte_tokenizer(golden("t5").info["config"]["vocab"])
 
 
 @functools.cache

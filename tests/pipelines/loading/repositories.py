@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from tests.builders import byte_tokenizer
+from tests.builders import golden_tokenizer
 from tests.golden_data import FOLDER, golden, relative_error
 from wan22 import WanI2VPipeline, WanT2VPipeline
 
@@ -40,7 +40,7 @@ def write_official(folder, transformers, vae):
             write_transformer(name, folder / place)
     torch.save(golden(vae).weights, folder / ("Wan2.2_VAE.pth" if vae == "vae22" else "Wan2.1_VAE.pth"))
     torch.save(golden("t5").weights, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    byte_tokenizer().save_pretrained(folder / "google/umt5-xxl")
+    golden_tokenizer().save_pretrained(folder / "google/umt5-xxl")
     (folder / "README.md").write_text("a file that nobody needs")
     return folder
 

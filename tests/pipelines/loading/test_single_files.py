@@ -5,9 +5,7 @@ import torch
 from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig
 from safetensors.torch import load_file, save_file
 
-from tests.builders import (
-    byte_tokenizer,
-)
+from tests.builders import golden_tokenizer
 from tests.checkpoints import writers
 from tests.golden_data import golden, relative_error
 from tests.pipelines.loading.repositories import golden_latents, quiet
@@ -36,7 +34,7 @@ def test_each_file_may_be_of_another_format(tmp_path):
             str(tmp_path / "low.pth"),
             vae=tmp_path / "vae.pth",
             text_encoder=tmp_path / "t5.safetensors",
-            tokenizer=byte_tokenizer(),
+            tokenizer=golden_tokenizer(),
             dtype=torch.float32,
             attention_head_dim=24,
         )
