@@ -220,3 +220,8 @@ def empty_wrapper(cls: type[Any], shape: tuple[int, ...], dtype: torch.dtype) ->
 def is_mutating(function: Any) -> bool:
     """Whether an operator of PyTorch writes to an argument. Operators tell it by private names alone."""
     return function._schema.is_mutable
+
+
+def is_view(function: Any) -> bool:
+    """Whether an operator of PyTorch returns another view of an argument's memory."""
+    return any(value.alias_info and not value.alias_info.is_write for value in function._schema.returns)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import gguf
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -10,8 +11,10 @@ from torch import nn
 
 from tests.checkpoints import writers
 from wan22 import WanTransformer3DModel
+from wan22.accel.offload.layout import packed_blocks
 from wan22.checkpoints import deferred as module
 from wan22.checkpoints.deferred import DeferredWeight, deferred, deferred_weights, deferring, settle
+from wan22.checkpoints.files.quantized import GgufBlocks, QuantizedTensor, scaled_float8
 from wan22.checkpoints.files.weights import read_weights
 from wan22.checkpoints.loading import fill
 
@@ -144,3 +147,37 @@ def test_quantised_weights_are_expanded_when_they_are_used(file, tmp_path, monke
     assert isinstance(model.blocks[0].ffn.net[2].weight, DeferredWeight)
     assert all(torch.equal(p, q) for (_, p), q in named(model, expected))
     assert read_weights(path).tensors  # the file is as it was
+
+
+def stored_forms():
+    """Matrices of 40 rows as files have them."""
+    torch.manual_seed(0)
+    values = torch.randn(40, 64)
+    data = (values * 100).to(torch.float8_e4m3fn)
+    blocks = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    yield values
+    yield scaled_float8(data, torch.tensor(0.01))
+    yield scaled_float8(data, torch.rand(40))
+    yield scaled_float8(data, torch.rand(40, 4, 1))
+    yield QuantizedTensor((40, 64), GgufBlocks("Q8_0", (40, 64)), {"data": torch.from_numpy(blocks)})
+
+
+@pytest.mark.parametrize("stored", stored_forms(), ids=["plain", "one", "rows", "groups", "blocks"])
+@pytest.mark.parametrize("indices", [[[3, 0, 39], [3, 3, 1]], [[]], [7]], ids=str)
+def test_an_embedding_converts_the_rows_that_it_looks_up(stored, indices, monkeypatch):
+    indices = torch.tensor(indices, dtype=torch.long)
+    lazy = nn.Embedding(40, 64, device="meta")
+    lazy.weight = nn.Parameter(deferred(stored, torch.bfloat16))
+    expected = nn.functional.embedding(indices, lazy.weight.dequantize())
+    monkeypatch.setattr(module._Values, "converted", None)
+    assert torch.equal(lazy(indices), expected)
+    assert packed_blocks(nn.Sequential(lazy), host=True)[0].nbytes == 0
+
+
+def test_an_embedding_looks_up_what_was_written():
+    """Through a view of its weight, too."""
+    lazy = nn.Embedding(40, 64, device="meta")
+    lazy.weight = nn.Parameter(deferred(torch.randn(40, 64), torch.bfloat16))
+    with torch.no_grad():
+        lazy.weight[3] = 1
+    assert torch.equal(lazy(torch.tensor([3])), torch.ones(1, 64).bfloat16())

@@ -1,7 +1,8 @@
 """Weights that are converted when they are used, where converted ones would not fit into memory.
 
 A deferred weight has the dtype that was asked for, its values lie in the file in another one. Each use
-converts it anew, to the same bits that conversion at loading gives; writing to it keeps it converted.
+converts it anew, an embedding the rows that it looks up, to the same bits that conversion at loading gives;
+writing to it keeps it converted.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils import swap_tensors
 
 from ..host_memory import available_ram, check_room
-from ..private_apis import empty_wrapper, is_mutating, map_tree, own_tensors
+from ..private_apis import empty_wrapper, is_mutating, is_view, map_tree, own_tensors
 from .files.quantized import QuantizedTensor, expanded
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -24,7 +25,11 @@ _SHAPES_ALONE = (
     *(torch.ops.aten.new_empty.default, torch.ops.aten.new_zeros.default, torch.ops.aten.rand_like.default),
     torch.ops.aten.randn_like.default,
 )
-
+# Views that products take of their weights, which are not written to; through others a part may be.
+_OF_PRODUCTS = (
+    *(torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default),
+    torch.ops.aten.expand.default,
+)
 
 _deferring = ContextVar("deferring", default=False)
 
@@ -39,6 +44,13 @@ class _Values:
 
     def converted(self) -> torch.Tensor:
         return expanded(self.stored).to(self.dtype) if self.written is None else self.written
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return rows "… i" of a converted matrix, of indices "…"; no others are read."""
+        stored = self.stored if self.written is None else self.written
+        each = indices.flatten()
+        found = stored.rows(each) if isinstance(stored, QuantizedTensor) else stored[each]
+        return expanded(found).to(self.dtype).unflatten(0, indices.shape)
 
     def write(self) -> None:
         """Keep the converted tensor from now on, which is about to be written to."""
@@ -76,7 +88,9 @@ class DeferredWeight(torch.Tensor):
         if to_meta or func in _SHAPES_ALONE:
             kwargs = {"device": "cpu"} | {name: v for name, v in kwargs.items() if v is not None}
             return func(*map_tree(_without_values, args), **kwargs)
-        if first is not None and is_mutating(func):
+        if func is torch.ops.aten.embedding.default and first is not None:
+            return first.source.rows(args[1])
+        if first is not None and (is_mutating(func) or (is_view(func) and func not in _OF_PRODUCTS)):
             first.source.write()
         result = func(*map_tree(_converted, args), **map_tree(_converted, kwargs))
         return first if first is not None and result is first.source.written else result

@@ -71,6 +71,7 @@ def test_the_video_is_that_of_copied_weights(dtype, placement, folder, monkeypat
     for _ in range(2):
         assert torch.equal(latents_of(pipe, output_type="pt"), expected)
         offloader.offload_transient()
+        assert all(weight.stored_bytes for weight in deferred_weights(pipe.transformer))
     offloader.detach()
     assert before == {name: weight.data_ptr() for name, weight in pipe.transformer.named_parameters()}
 

@@ -233,8 +233,10 @@ def packed_blocks(model: nn.Module, name: str = "model", host: bool = False) -> 
 
 def _stays(module: nn.Module, tensor: torch.Tensor) -> bool:
     """Whether the CPU computes with a weight where it lies; the copy of one on meta knows of the original."""
+    if isinstance(module, nn.Embedding):  # it looks up rows, wherever they lie and in whatever dtype
+        return True
     if tensor.is_meta:
-        return isinstance(module, nn.Embedding) or getattr(tensor, _LIES_WELL, False)
+        return getattr(tensor, _LIES_WELL, False)
     return not isinstance(tensor, DeferredWeight) and is_aligned(module, tensor)
 
 

@@ -39,8 +39,14 @@ class ScaledNumbers:
         if self.groups is None:
             values.mul_(scale.reshape(1))
         else:
-            values.view(len(values), self.groups, -1).mul_(scale)
+            values.view(len(values), self.groups, math.prod(values.shape[1:]) // self.groups).mul_(scale)
         return values.to(dtype)
+
+    def rows(self, parts: Parts, indices: torch.Tensor) -> "QuantizedTensor":
+        """Return some rows of a matrix."""
+        data, scale = parts["data"][indices], parts["scale"]
+        chosen = scale if self.groups is None else scale[indices]
+        return QuantizedTensor(tuple(data.shape), self, {"data": data, "scale": chosen})
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,12 @@ class GgufBlocks:
         block, size, function = self._reader
         values = function(parts["data"].reshape(-1, size), block, size, dtype=torch.float32)
         return values.reshape(self.shape).to(dtype)
+
+    def rows(self, parts: Parts, indices: torch.Tensor) -> "QuantizedTensor":
+        """Return some rows of a matrix; blocks do not reach from one into the next."""
+        shape = (len(indices), *self.shape[1:])
+        data = parts["data"].reshape(self.shape[0], -1)[indices]
+        return QuantizedTensor(shape, replace(self, shape=shape), {"data": data})
 
     @cached_property
     def _reader(self) -> tuple[int, int, Callable[..., torch.Tensor]]:
@@ -88,6 +100,10 @@ class QuantizedTensor:
     def is_meta(self) -> bool:
         """Whether it has no values."""
         return any(part.is_meta for part in self.parts.values())
+
+    def rows(self, indices: torch.Tensor) -> "QuantizedTensor":
+        """Return the rows "n …" with these indices "n"."""
+        return self.format.rows(self.parts, indices)
 
 
 def scaled_numbers(
