@@ -96,11 +96,12 @@ class FileMappings:
         return self.find(tensor) is not None
 
 
-def anonymous_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of ordinary tensors on the host that are in no file."""
-    files = FileMappings()
+def anonymous_bytes(tensors: Iterable[torch.Tensor], files: FileMappings | None = None) -> int:
+    """Return the bytes of ordinary tensors on the host that are in no file; tied ones count once."""
+    files = FileMappings() if files is None else files
     plain = [t for t in tensors if t.device.type == "cpu" and type(t) in (nn.Parameter, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in plain if tensor not in files)
+    each = {tensor.data_ptr(): tensor for tensor in plain if tensor not in files}
+    return sum(tensor.nbytes for tensor in each.values())
 
 
 def check_room(nbytes: float, what: str, instead: str) -> None:

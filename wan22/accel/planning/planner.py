@@ -14,7 +14,7 @@ from ...checkpoints.deferred import DeferredWeight, deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checks import as_number, check_num_frames, check_positive_int, check_size
-from ...host_memory import FileMappings
+from ...host_memory import FileMappings, anonymous_bytes
 from ...models.autoencoder import strides_of
 from ...models.autoencoder_memory import STRIPS
 from ...presets import Preset
@@ -32,6 +32,9 @@ CHUNKS_OF_TOKENS = 16
 # Memory of the libraries underneath: on a device cuBLAS's workspaces; on the host the buffers of BLAS and
 # oneDNN, and what the allocator does not give back (0.15 to 0.2 GB, measured).
 WORKSPACE, HOST_WORKSPACE = 64 * 2**20, 160 * 2**20
+
+
+_HOST = ("cpu", "meta")
 
 
 class Computing(NamedTuple):
@@ -110,16 +113,14 @@ def plan(
 
 def _held(pipe: Any, models: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     """Return the bytes of each model's weights in host memory and no file, and of all weights on devices."""
-    files, held, on_device = FileMappings(), dict.fromkeys(models, 0), 0
+    files, held, on_device = FileMappings(), {}, 0
     for name in models:
         model = getattr(pipe, name)
         weights = [*model.parameters(), *model.buffers(), *pipe.memory.host_weights(name)]
-        plain = [weight for weight in weights if type(weight) in (nn.Parameter, torch.Tensor)]
-        for weight in {weight.data_ptr(): weight for weight in plain if not weight.is_meta}.values():
-            if weight.device.type != "cpu":
-                on_device += weight.nbytes
-            elif files.files and weight not in files:  # none: the system does not list mappings
-                held[name] += weight.nbytes
+        # Where the system does not list mappings, weights are taken to be in files.
+        held[name] = anonymous_bytes(weights, files) if files.files else 0
+        moved = [w for w in weights if type(w) in (nn.Parameter, torch.Tensor) and w.device.type not in _HOST]
+        on_device += sum({weight.data_ptr(): weight.nbytes for weight in moved}.values())
     return held, on_device
 
 
