@@ -34,7 +34,7 @@ def prepare_model(model: str, dtype: str, revision: str | None, yes: bool, as_js
         need, place = sum(part.nbytes_left for part in missing), cache_folder()
         _check_room(place, need)
         _confirm(f"write {need / 1e9:.3g} GB to {place}?", yes)
-        prepare(missing, progress=True)
+    prepare(work, progress=True)
     if as_json:
         found = [{"component": p.name, "form": p.form, "folder": str(p.folder)} for p in work]
         print(json.dumps({"prepared": found}))

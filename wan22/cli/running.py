@@ -42,7 +42,7 @@ def make(
     A wrong ending or quality and a file that exists are refused before the run.
     """
     from ..video import writers
-    from ..video.whole_files import whole_file
+    from ..whole_files import whole_file
 
     writers.check_ending(path)
     writers.check_quality(path, saving.quality, saving.crf)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_positive_int, cut, shown
+from ..whole_files import whole_file, whole_series
 from .metadata import EXIF_DESCRIPTION, PNG_KEY
-from .whole_files import whole_file, whole_series
 
 logger = logging.getLogger(__name__)
 

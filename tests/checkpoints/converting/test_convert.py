@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import runpy
 import shutil
@@ -552,6 +553,62 @@ def test_another_conversion_is_not_continued(t2v, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="of another source;"):
         convert(source, tmp_path / "out", "diffusers", "bf16")
     assert sorted((tmp_path / "out.partial").rglob("*")) == before
+
+
+@pytest.mark.parametrize("to", ["diffusers", "official", "single-file"])
+def test_a_source_that_changes_meanwhile(to, tmp_path, monkeypatch):
+    source = Path(shutil.copy("tests/golden/t5.weights.safetensors", tmp_path / "w.safetensors"))
+    out = tmp_path / ("out.safetensors" if to == "single-file" else "out")
+    write = writing.write_safetensors
+
+    def change(path, entries):
+        write(path, entries)
+        data = bytearray(source.read_bytes())
+        data[-1] ^= 1
+        source.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_safetensors", change)
+        with pytest.raises(ValueError, match=r"w\.safetensors changed while it was converted; convert again"):
+            convert(source, out, to)
+    assert untouched(tmp_path)
+    convert(source, out, to, verify=True)
+
+
+def test_other_files_may_appear_in_the_source_meanwhile(t2v, tmp_path, monkeypatch):
+    source, write = shutil.copytree(t2v, tmp_path / "source"), writing.write_safetensors
+
+    def add(path, entries):
+        write(path, entries)
+        (source / "NOTES.md").write_text("new")
+
+    monkeypatch.setattr(writing, "write_safetensors", add)
+    convert(source, tmp_path / "out", "single-file")
+
+
+def test_another_source_of_the_same_size_and_time_is_not_continued(tmp_path, monkeypatch):
+    source = Path(shutil.copy("tests/golden/vae21.weights.safetensors", tmp_path / "w.safetensors"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", "diffusers", shard_size="100KB")
+    times = source.stat()
+    save_file({name: tensor + 1 for name, tensor in load_file(source).items()}, source)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(FileExistsError, match="one of another source;"):
+        convert(source, tmp_path / "out", "diffusers", shard_size="100KB")
+
+
+def test_a_second_call_finds_what_a_first_has_placed(t2v, tmp_path, monkeypatch):
+    """It was killed between giving the result its name and removing the journal."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Unfinished, "_remove_journal", lambda self: None)
+        convert(t2v, tmp_path / "out", "diffusers")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert convert(t2v, tmp_path / "out", "diffusers") == tmp_path / "out"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError, match="out is there already"):
+        convert(t2v, tmp_path / "out", "diffusers")
 
 
 def test_a_folder_that_somebody_else_made_is_left_alone(t2v, tmp_path):

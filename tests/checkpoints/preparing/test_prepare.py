@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel as DiffusersTransformer
-from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -227,13 +226,13 @@ def test_an_interrupted_call_goes_on(form, source, cache, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare([part])
     assert not part.folder.exists() and find_prepared(read_model(source), form) is None
-    kept = {p.name: p.stat().st_ino for p in part.partial.glob("*.safetensors")}
+    kept = {p.name: p.stat().st_ino for p in part.unfinished.folder.glob("*.safetensors")}
     assert len(kept) == count - 2
     again = part_of(source, form)
     assert again.nbytes_left < part.plan.nbytes
     prepare([again])
     assert {name: (part.folder / name).stat().st_ino for name in kept} == kept, "nothing is written twice"
-    assert not part.partial.exists()
+    assert [path.name for path in cache.iterdir()] == [part.folder.name]
     plain = read_model(source).load(BF16)
     assert_equal(
         find_prepared(read_model(source), form).load(BF16), quantize(plain, "fp8") if form == "fp8" else plain
@@ -279,15 +278,14 @@ def test_two_processes_at_once(source, cache):
 
 def test_who_waits_says_so(source, cache, caplog):
     part = part_of(source)
-    lock = cache / ".locks" / f"{part.folder.name}.lock"
-    lock.parent.mkdir(parents=True)
-    with WeakFileLock(lock):
+    with part.unfinished:
         waiting = threading.Thread(target=prepare, args=([part],))
         waiting.start()
         waiting.join(1.5)
         assert waiting.is_alive() and not part.done
     waiting.join()
-    assert part.done and caplog.messages[0] == "another process is preparing transformer; waiting for it"
+    assert part.done
+    assert re.fullmatch(rf"{part.folder} is being written by .*; waiting for it", caplog.messages[0])
 
 
 def test_a_text_encoder_of_zeros_is_refused(tmp_path, cache):
@@ -297,6 +295,16 @@ def test_a_text_encoder_of_zeros_is_refused(tmp_path, cache):
     with pytest.raises(ValueError, match="is all zero"):
         prepared(tmp_path / "t5")
     assert not list(cache.glob("text*"))
+
+
+def test_a_call_that_was_killed_at_its_very_end(source, cache, monkeypatch):
+    part = part_of(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Unfinished, "_remove_journal", lambda self: None)
+        prepare([part])
+    assert part.done and len(list(cache.iterdir())) == 2
+    prepare([part_of(source)])
+    assert [path.name for path in cache.iterdir()] == [part.folder.name]
 
 
 def test_room_is_asked_for_before_anything_is_written(source, cache, monkeypatch):

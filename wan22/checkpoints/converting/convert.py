@@ -4,26 +4,26 @@ The names of the tensors come from the loader's tables. Memory holds one tensor 
 memory-mapped, and files are written tensor by tensor.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 
+from ... import __version__
 from ...checks import as_path, check_choice, parse_bytes
+from ..files.fingerprint import fingerprint
 from ..files.hub import is_repository_name
 from ..files.safetensors import as_bytes
 from ..files.weights import SUFFIXES
 from ..loading.dtypes import read_dtype
 from .plan import LAYOUTS, Plan, make_plan
 from .source import Source, read_source
+from .unfinished import Unfinished, check_absent, journal_of
 from .writing import write_plan
 
 SHARD_SIZE = "5GB"
 _NOT_CONVERTED = ["*.md", "*.py", "*.mp4", "*.png", "*.jpg", "*.gif", "assets/*", "examples/*"]
-_RECORD = "conversion.json"  # in the unfinished folder: what it is to become
 
 
 def plan(
@@ -50,8 +50,9 @@ def convert(
 ) -> Path:
     """Write a checkpoint, or one model of it, in another layout, dtype or size of shards.
 
-    The result is built in a folder beside the destination, whose name ends in ".partial", and takes its place
-    when it is complete. After an interruption, the same call goes on with the file at which it stopped.
+    The result is built in a folder beside the destination, whose name ends in ".partial", and gets its name
+    when it is complete. A journal beside it lets the same call go on with the file at which another was
+    interrupted or killed, and no second process write to the same destination.
 
     Args:
         source: repository, of the hub or a folder, in the Diffusers or the official layout; folder of single
@@ -67,32 +68,29 @@ def convert(
         progress: whether to show a bar.
 
     Raises:
-        FileExistsError: the destination is there, or beside it a different conversion's unfinished folder.
+        FileExistsError: the destination is there, or another process writes it, or beside it is a different
+            conversion's unfinished folder.
         FileNotFoundError: the source or a part of it is missing.
         OSError: the disk has not enough room.
-        ValueError: an argument has a wrong value, the source holds what has no place, or (verify) a tensor
-            is not as it should be.
+        ValueError: an argument has a wrong value, the source holds what has no place or changes meanwhile,
+            or (verify) a tensor is not as it should be.
     """
     found, work, request = _prepare(source, destination, to, dtype, shard_size, attention_head_dim)
     target = as_path(destination)
-    partial = target.with_name(f"{target.name}.partial")
-    _open_partial(partial, request)
-    for path, folder in work.copies.items():
-        shutil.copytree(folder, partial / path, dirs_exist_ok=True)
-    try:
-        write_plan(work, partial, target.name, disable=not progress, delay=0)
-        if verify:
-            _verify(found, work, partial)
-    except ValueError:
-        shutil.rmtree(partial)  # to go on would not help
-        raise
-    _check_absent(target)
-    if found.whole or to != "single-file":
-        partial.rename(target)
-        (target / _RECORD).unlink()
-    else:
-        (partial / target.name).rename(target)
-        shutil.rmtree(partial)
+    single = to == "single-file" and not found.whole
+    with Unfinished(target, request, single) as unfinished:
+        if unfinished.placed:  # by a call that ended before it could say so
+            unfinished.clear()
+            return target
+        try:
+            write_plan(work, unfinished, target.name, disable=not progress, delay=0)
+            if verify:
+                _verify(found, work, unfinished.folder)
+            _check_unchanged(found, request["source"])
+        except ValueError:
+            unfinished.discard()  # to go on would not help
+            raise
+        unfinished.place()
     return target
 
 
@@ -109,7 +107,8 @@ def _prepare(
     dtype = read_dtype(dtype)
     size = parse_bytes(shard_size, "shard_size")
     target = as_path(destination)
-    _check_absent(target)
+    if not journal_of(target).exists():
+        check_absent(target)
     origin = as_path(source)
     if not origin.exists() and is_repository_name(str(source)):  # downloaded first
         origin = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
@@ -122,39 +121,31 @@ def _prepare(
     if one and target.suffix != ".safetensors":
         rule = "is to be one file; its name must end in .safetensors"
         raise ValueError(f"{target} {rule}, as {target.name}.safetensors does")
-    request = {"source": _stamp(origin), "to": to, "dtype": str(dtype), "shard_size": size}
-    request["attention_head_dim"] = attention_head_dim
+    request = {"source": _stamp(found), "to": to, "dtype": str(dtype), "shard_size": size}
+    request |= {"attention_head_dim": attention_head_dim, "version of wan22": __version__}
     return found, make_plan(found, to, target.name, dtype, size), request
 
 
-def _check_absent(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target} is there already; choose another name, or delete it")
-
-
-# ---- the unfinished folder ----
-
-
-def _stamp(path: Path) -> dict[str, Any]:
+def _stamp(source: Source) -> dict[str, Any]:
     """Return what changes when a source does."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stats = {str(file.relative_to(path)): file.stat() for file in files}
-    return {"path": str(path.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
+    paths = {path.resolve() for model in source.models.values() for path in model.paths}
+    root = source.path
+    weights, others = {}, {}
+    for file in [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file()):
+        place, found = file.relative_to(root), file.stat()
+        if file.resolve() in paths:
+            weights[place.as_posix()] = [found.st_size, found.st_mtime_ns, fingerprint(file)]
+        elif not any(part.startswith(".") for part in place.parts):  # as Git's, and downloads' own
+            others[place.as_posix()] = [found.st_size, found.st_mtime_ns]
+    return {"path": str(root.resolve()), "weights": weights, "others": others}
 
 
-def _open_partial(partial: Path, request: dict[str, Any]) -> None:
-    """Begin, or go on with what the same request began."""
-    if not partial.exists():
-        partial.mkdir(parents=True)
-        (partial / _RECORD).write_text(json.dumps(request, indent=2))
-        return
-    record = partial / _RECORD
-    begun = json.loads(record.read_text()) if record.is_file() else {}
-    if different := [name for name, value in request.items() if begun.get(name) != value]:
-        raise FileExistsError(
-            f"{partial} is what another conversion left, one of another {' and '.join(different)}; "
-            "finish it by its own command, or delete it"
-        )
+def _check_unchanged(source: Source, stamp: dict[str, Any]) -> None:
+    """Refuse weights that somebody has changed while they were read."""
+    now = _stamp(source)["weights"]
+    if changed := [name for name, values in stamp["weights"].items() if now.get(name) != values]:
+        rule = "changed while it was converted; convert again when nobody writes to it"
+        raise ValueError(f"{source.path / changed[0]} {rule}")
 
 
 def _verify(source: Source, work: Plan, folder: Path) -> None:

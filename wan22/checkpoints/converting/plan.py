@@ -4,10 +4,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from ...checks import cut
 from ...presets import release_of
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.quantized import QuantizedTensor, expanded
@@ -23,6 +25,7 @@ from .settings import (
     scheduler_config,
 )
 from .source import Source
+from .unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +117,29 @@ class Plan:
         """Bytes of all weights."""
         return sum(file.nbytes for file in self.files)
 
-    def missing(self, folder: Path) -> list[OutputFile]:
-        """Return the weight files that are not in a folder yet."""
-        return [file for file in self.files if not (folder / file.path).exists()]
+    @cached_property
+    def copied(self) -> dict[str, Path]:
+        """Each file that is copied, by path inside the destination."""
+        return {
+            str(Path(path, file.relative_to(folder))): file
+            for path, folder in self.copies.items()
+            for file in _files_in(folder)
+        }
+
+    @property
+    def paths(self) -> set[str]:
+        """Where everything is written, inside the destination."""
+        return {*self.texts, *self.copied, *(file.path for file in self.files)}
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes of what is written beside the weights."""
+        copied = sum(path.stat().st_size for path in self.copied.values())
+        return copied + sum(len(text.encode()) for text in self.texts.values())
+
+    def missing(self, unfinished: Unfinished) -> list[OutputFile]:
+        """Return the weight files that are not finished yet."""
+        return [file for file in self.files if not unfinished.has(file.path)]
 
     def describe(self) -> Iterable[str]:
         """Yield a line for each tensor, file and folder, and one for the sum."""
@@ -189,6 +212,18 @@ def _path_of(component: str, model: StoredModel, to: str, source: Source, name: 
     folder = component if to == "diffusers" else expert or ""
     file = "model" if model.kind == "text_encoder" else "diffusion_pytorch_model"
     return str(Path(folder if source.whole else "", f"{file}.safetensors"))
+
+
+def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield all files in a folder, following links; a ValueError names one that leads round in a circle."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() in above:
+            raise ValueError(f"{cut(path)} is a link to a folder that it lies in; remove the link")
+        else:
+            yield from _files_in(path, above)
 
 
 def _shards(path: str, tensors: Sequence[OutputTensor], limit: int | None) -> Iterable[OutputFile]:

@@ -9,20 +9,20 @@ Shapes: o outputs, i inputs.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import WeakFileLock
 from torch import nn
 
 from ...checks import check_choice
+from ...whole_files import whole_file
 from ..converting.plan import OutputTensor, Plan
 from ..converting.settings import diffusers_config
-from ..converting.writing import bytes_to_write, check_room, sync_folder, write_plan
+from ..converting.unfinished import Unfinished
+from ..converting.writing import bytes_to_write, check_room, write_plan
 from ..files.quantized import ROWS, QuantizedTensor, scaled_numbers
 from ..files.weights import as_json
 from ..loading.stored import StoredModel
@@ -61,14 +61,14 @@ class Preparation:
         return plan
 
     @property
-    def partial(self) -> Path:
-        """The folder that it is built in."""
-        return self.folder.with_name(f"{self.folder.name}.partial")
+    def unfinished(self) -> Unfinished:
+        """What it is written in. Other processes, such as the ranks of one run, wait, and find it made."""
+        return Unfinished(self.folder, {"model": self.folder.name}, waits=True)
 
     @property
     def nbytes_left(self) -> int:
         """Bytes that are not on the disk yet."""
-        return 0 if self.done else bytes_to_write(self.plan.missing(self.partial))
+        return 0 if self.done else bytes_to_write(self.plan.missing(self.unfinished))
 
 
 def preparations(models: Mapping[str, StoredModel], form: str) -> list[Preparation]:
@@ -102,40 +102,27 @@ def prepare(work: Sequence[Preparation], progress: bool | None = None) -> None:
     need = sum(part.nbytes_left for part in work)
     check_room(cache_folder(), need, ELSEWHERE)
     for part in work:
-        _prepare_one(part, {} if progress is None else {"disable": not progress})
+        if not part.done or part.unfinished.journal.exists():
+            _prepare_one(part, {} if progress is None else {"disable": not progress})
 
 
 def _prepare_one(part: Preparation, options: Mapping[str, Any]) -> None:
-    locks = part.folder.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with _alone(locks / f"{part.folder.name}.lock", part.name):
+    with part.unfinished as unfinished:
         if part.done:
+            if unfinished.placed:  # by a call that ended before it could say so
+                unfinished.clear()
             return
         if part.folder.exists():
             raise FileExistsError(f"{part.folder} is damaged; delete it, and prepare again")
         part.stored.check()
-        part.partial.mkdir(exist_ok=True)
-        write_plan(part.plan, part.partial, f"preparing {part.name}", **options)
-        sizes = {path.name: path.stat().st_size for path in sorted(part.partial.glob("*.*"))}
+        write_plan(part.plan, unfinished, f"preparing {part.name}", beside=[RECORD], **options)
+        folder = unfinished.folder
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.*")) if path.name != RECORD}
         record = {"source": [str(path) for path in part.stored.paths], "form": part.form}
-        sizes.pop(RECORD, None)
-        (part.partial / RECORD).write_text(as_json({**record, "files": sizes}))
-        sync_folder(part.partial)
-        part.partial.rename(part.folder)
-        sync_folder(part.folder.parent)
+        with whole_file(folder / RECORD) as temporary:
+            temporary.write_text(as_json({**record, "files": sizes}))
+        unfinished.place()
     logger.info("%s is prepared in %s", part.name, part.folder)
-
-
-@contextmanager
-def _alone(lock: Path, name: str) -> Iterator[None]:
-    """Let other processes, such as the ranks of one run, wait for this one and find what it has made."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(WeakFileLock(lock, timeout=1))
-        except TimeoutError:
-            logger.warning("another process is preparing %s; waiting for it", name)
-            stack.enter_context(WeakFileLock(lock))
-        yield
 
 
 # ---- tensors ----

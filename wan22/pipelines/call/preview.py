@@ -20,7 +20,7 @@ from ...checks import as_path, check_positive_int, cut, shown
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
 from ...progress import in_notebook
-from ...video.whole_files import whole_file
+from ...whole_files import whole_file
 from .autoencoders import temporal_stride
 
 logger = logging.getLogger(__name__)
