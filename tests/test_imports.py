@@ -22,11 +22,12 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-FREE = {"checks", "host_memory", "progress"}
+FREE = {"checks", "host_memory", "progress", "web"}
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
     "progress": set(),
+    "web": set(),
     "private_apis": set(),
     "host_memory": set(),
     "presets": set(),
