@@ -22,12 +22,13 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-FREE = {"checks", "host_memory", "progress", "web"}
+FREE = {"checks", "host_memory", "pictures", "progress", "web"}
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
     "progress": set(),
     "web": set(),
+    "pictures": set(),
     "private_apis": set(),
     "host_memory": set(),
     "presets": set(),

@@ -1,7 +1,7 @@
 """Answers of servers: which redirects are followed, what is read, how addresses are told."""
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -13,18 +13,28 @@ LIMITS = {"silence": 1, "total": 3, "most": 1000}
 
 @contextmanager
 def site(pages):
-    """Yield a server's address; `pages` are (status, headers, body) by path."""
+    """Yield a server's address and a list of what was asked.
+
+    `pages` are (status, headers, body) by path, or functions that answer, given the handler.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            if callable(pages[self.path]):
+                pages[self.path](self)
+                return
             status, headers, body = pages[self.path]
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+
+        def handle(self):
+            with suppress(ConnectionError):  # a client that has seen enough
+                super().handle()
 
         def log_message(self, *args):
             pass

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import quote, urljoin, urlsplit
@@ -178,8 +179,8 @@ class _Timed(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """An answer that is read within limits of time, from its first line on."""
 
-    def __init__(self, sock: socket.socket, silence: float, end: float, **options: Any) -> None:
-        super().__init__(sock, **options)
+    def __init__(self, sock: socket.socket, *given: Any, silence: float, end: float, **options: Any) -> None:
+        super().__init__(sock, *given, **options)
         raw: Any = self.fp.detach()
         self.fp = io.BufferedReader(_Timed(raw, sock, silence, end))
 
@@ -205,7 +206,7 @@ class _Https(HTTPSHandler):
 def _timed(kind: Callable[..., Any], silence: float, end: float) -> Any:
     def connection(host: str, **options: Any) -> Any:
         made = kind(host, **options)
-        made.response_class = lambda sock, **given: _Response(sock, silence, end, **given)
+        made.response_class = partial(_Response, silence=silence, end=end)
         return made
 
     return connection

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..checks import check_choice, shown
+from ..pictures import read_picture, upright_rgb
 from .chat import ChatError, ChatModel, Message, plain_text
 from .formulas import Prompt
 from .vocabulary import VOCABULARY
@@ -98,13 +99,13 @@ def extend_prompt(
         task: "t2v" text to video, "i2v" image to video, "flf2v" first and last frame; by default, chosen by
             the number of images. Without images, the instructions say that none can be seen.
         language: language of the new prompt, such as "English"; None keeps the prompt's.
-        image: first frame, a file or a PIL image, for a chat model that sees images.
-        last_image: last frame, a file or a PIL image.
+        image: first frame, a file, a URL or a PIL image, for a chat model that sees images.
+        last_image: last frame, in the same forms.
         seed: chooses another answer to the same prompt.
 
     Raises:
-        ValueError: an empty prompt, or a task that the images do not suit.
-        OSError: an image file cannot be read.
+        ValueError: an empty prompt, a task that the images do not suit, or an image that cannot be read.
+        FileNotFoundError: there is no such image file.
         ChatError: the chat model fails, or answers with nothing or with far too much.
     """
     text = str(prompt).strip()
@@ -216,11 +217,10 @@ def _images(image: Any, last_image: Any) -> "tuple[Image, ...]":
 
 
 def _opened(picture: Any) -> "Image":
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    if not isinstance(picture, (str, Path, Image.Image)):
+    if isinstance(picture, (str, Path)):
+        return read_picture("image", picture)
+    if not isinstance(picture, Image.Image):
         raise ValueError(f"an image must be a file or a PIL image, not {type(picture).__name__}")
-    if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    with Image.open(picture) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
+    return upright_rgb(picture)
