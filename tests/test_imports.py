@@ -22,12 +22,14 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-FREE = {"checks", "host_memory", "progress", "whole_files"}
+FREE = {"checks", "host_memory", "pictures", "progress", "web", "whole_files"}
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
     "progress": set(),
     "whole_files": set(),
+    "web": set(),
+    "pictures": set(),
     "private_apis": set(),
     "host_memory": set(),
     "presets": set(),

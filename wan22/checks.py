@@ -19,6 +19,7 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 LONGEST = 300  # characters that a message shows of one value
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255
 _MOST_BITS = 1024  # of a whole number that is written out; Python refuses to write very large ones
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = _REPR.maxdeque = 8
@@ -41,6 +42,19 @@ def cut(text: Any) -> str:
     text = str(text)
     half = LONGEST // 2 - 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text from outside as a terminal may show it, on one line.
+
+    Control characters but those in `keep`, line separators, marks that turn the direction of writing, and
+    lone surrogates become escapes.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def as_path(path: Any) -> Path:

@@ -11,9 +11,12 @@ from wan22.cli.app import app
 QUICK = ["--steps", "2", "--frames", "5"]
 
 
-def run(*arguments, code=0):
-    """Run a command; return what it wrote to stdout, and to stderr as one line without frames."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+def run(*arguments, code=0, answer=None):
+    """Run a command; return what it wrote to stdout, and to stderr as one line without frames.
+
+    `answer` is what a person types.
+    """
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=answer)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output

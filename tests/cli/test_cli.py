@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.checkpoints.lora_writers import save_one_layer
 from tests.cli.commands import QUICK, picture, run
+from tests.video.test_recipe import KNOWN, carried
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
 from wan22.cli.loading import split_strength
@@ -130,8 +131,75 @@ def test_made_again(here):
     assert np.array_equal(read("b.mp4")[1], read("b-again.mp4")[1]), "by the same kernel"
     assert (here / "b-again-sheet.png").exists()
     run("t2v", "a", *single_files(), *QUICK, "--seed", 7, "-o", "c.mp4", "-q")
-    run("reproduce", "c.mp4", "-q")
+    _, err = run("reproduce", "c.mp4", "-q", code=1)
+    assert f"give --model {single_files()[1]} --low {single_files()[3]} --vae" in err, "it may be anybody's"
+    run("reproduce", "c.mp4", *single_files(), "-q")
     assert np.array_equal(read("c.mp4")[1], read("c-again.mp4")[1]), "from the same files"
+
+
+# ---- recipes that anybody may have written ----
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Fails where the hub is asked."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a server was asked"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "options"),
+    [
+        ({"origin": {"place": "evil/repository"}}, "--model evil/repository, or --allow-download"),
+        ({"checkpoint": "Wan2.2-T2V-A14B"}, "--model Wan2.2-T2V-A14B, or --allow-download"),
+        ({"origin": {"place": "/etc/a folder"}}, "--model '/etc/a folder'"),
+        ({"origin": {"place": "a, b, c, d"}}, "--model a --vae b --text-encoder c --tokenizer d"),
+        ({"loras": [("evil/lora", {})]}, "--lora evil/lora, or --allow-download"),
+        ({"loras": [("~/a.safetensors, b", {})]}, "--lora-high '~/a.safetensors' --lora-low b"),
+        (
+            {"call": {"image": ["/etc/a.png"], "last_image": ["http://u:p@a/b"]}},
+            "--image /etc/a.png --last-image",
+        ),
+        ({"call": {"image": ["a.png"] * 20}}, "--image a.png " * 8 + "and 12 more"),
+        ({"origin": {"place": "evil/\x1b[31m"}}, r"--model 'evil/\x1b[31m'"),
+    ],
+)
+def test_what_a_recipe_names_is_not_loaded_unasked(entries, options, here, offline):
+    call = KNOWN["call"] | entries.pop("call", {})
+    loras = [{"name": "a", "source": place, "strengths": s} for place, s in entries.pop("loras", ())]
+    file = carried({**KNOWN, "call": call, "loras": loras, **entries}, here)
+    _, err = run("reproduce", file.name, code=1)
+    assert f"error: {file.name} names what is not loaded unasked; give {options}" in err
+    assert "u:p" not in err and "\x1b" not in err
+
+
+def test_on_a_terminal_a_person_is_asked(here, monkeypatch):
+    image = picture("a.png")
+    run("i2v", image, "b", *QUICK, "--max-area", 32 * 32, "--seed", 7, "-o", "a.mp4", "-q")
+    _, err = run("reproduce", "a.mp4", "-q", code=1)
+    assert "give --image a.png" in err
+    run("reproduce", "a.mp4", "-q", "--image", "a.png", "-o", "b.mp4")
+    monkeypatch.setattr("wan22.cli.reproduce.at_a_terminal", lambda: True)
+    _, err = run("reproduce", "a.mp4", "-q", "-o", "c.mp4", answer="n\n", code=1)
+    assert "the recipe in a.mp4 names: --image a.png load them from there?" in err
+    run("reproduce", "a.mp4", "-q", "-o", "c.mp4", answer="y\n")
+    frames = [read(f"{name}.mp4")[1] for name in "abc"]
+    assert np.array_equal(frames[0], frames[1]) and np.array_equal(frames[0], frames[2])
+
+
+def test_loras_that_are_given_have_the_recipes_strengths(here):
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
+    pipe.load_lora_weights(save_one_layer(pipe, here / "a.safetensors"), strength=(0.3, 0.2))
+    pipe("a", seed=1, height=32, width=32, num_frames=5, num_inference_steps=2).save("a.mp4")
+    _, err = run("reproduce", "a.mp4", "-q", code=1)
+    assert f"give --lora {here / 'a.safetensors'}" in err
+    run("reproduce", "a.mp4", "-q", "--lora", here / "a.safetensors")
+    assert np.array_equal(read("a.mp4")[1], read("a-again.mp4")[1])
+
+
+@pytest.mark.parametrize("name", ["save", "__loader__", "_dynamo", "a b", ""])
+def test_a_dtype_that_is_none_is_refused(name, here):
+    file = carried({**KNOWN, "dtypes": {"transformer": name}}, here)
+    assert "which is none of torch; give --dtype bf16" in run("reproduce", file.name, code=1)[1]
 
 
 def test_json_is_all_that_scripts_read(here):

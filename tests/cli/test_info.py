@@ -1,12 +1,17 @@
 """What a video, a checkpoint and a name stand for, and converting."""
 
 import json
+import logging
 import re
 
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.commands import QUICK, run
+from tests.video.test_recipe import KNOWN, carried
 from wan22 import tiny_checkpoint
+from wan22.cli.reporting import PlainFormatter
 
 
 def test_the_recipe_of_a_video(here):
@@ -32,6 +37,41 @@ def test_what_a_checkpoint_is(here):
     save_file(broken, here / "broken.safetensors")
     _, err = run("info", "broken.safetensors", code=1)
     assert "mystery.weight" in err
+
+
+ODD = "\x1b]0;pwned\x07 [/x] \\[/red] \x9b31m \u202e \ud800"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_a_strangers_recipe_says_is_shown_and_not_obeyed(options, here):
+    recipe = {**KNOWN, "checkpoint": ODD, "versions": {ODD: ODD}, "call": {**KNOWN["call"], "prompt": [ODD]}}
+    recipe["changes"] = {"many": list(range(10**5))}
+    recipe["call"]["sigmas"] = [1.0] * 10**5
+    out, _ = run("info", carried(recipe, here), *options)
+    assert not set(out) & {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"}
+    assert "[/x]" in out
+    if options:
+        assert json.loads(out)["checkpoint"] == ODD and len(json.loads(out)["call"]["sigmas"]) == 10**5
+    else:
+        assert len(out) < 20_000 and "… and 99800 more" in out
+
+
+def test_what_files_names_and_tensors_say_is_shown_and_not_obeyed(here):
+    name = "a\x1b]0;pwned\x07[/x]\\[/x]"
+    save_file({name: torch.zeros(1)}, here / "w.safetensors")
+    for arguments in (
+        ["info", "w.safetensors"],
+        ["info", name],
+        ["reproduce", name],
+        ["t2v", "a", "-m", name],
+    ):
+        _, err = run(*arguments, code=1)
+        assert "[/x]" in err and "\\x1b]0;" in err and not set(err) & {"\x1b", "\x07"}
+
+
+def test_log_messages_are_not_obeyed():
+    record = logging.LogRecord("a", logging.WARNING, "", 1, "%s\nb", ("\x1b[31m",), None)
+    assert PlainFormatter("%(message)s").format(record) == "\\x1b[31m\nb"
 
 
 def test_names(here):

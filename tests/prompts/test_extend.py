@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -209,6 +210,18 @@ def test_an_endless_answer():
     with pytest.raises(ChatError, match=r"answer has 3001 characters, a prompt at most 3000 .*: 'xx"):
         clean_answer("x" * (LONGEST + 1))
     assert clean_answer(f"<think>{'x ' * LONGEST}</think>A fox.") == "A fox."
+
+
+@pytest.mark.parametrize("text", ["<think>" * 100_000, "a</think>" * 100_000, "the prompt " * 100_000 + ":"])
+def test_a_long_answer_is_cleaned_or_refused_at_once(text):
+    start = time.monotonic()
+    with pytest.raises(ChatError, match=r"holds no prompt|characters, a prompt at most"):
+        clean_answer(text)
+    assert time.monotonic() - start < 2
+
+
+def test_control_characters_are_no_part_of_a_prompt():
+    assert clean_answer("A\x00 \x1b[31mred\x1b[0m fox\x07.\x1b") == "A red fox."
 
 
 def test_importing_loads_nothing():

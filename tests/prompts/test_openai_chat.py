@@ -4,6 +4,8 @@ import base64
 import json
 import socket
 import threading
+import time
+from functools import partial
 from io import BytesIO
 
 import pytest
@@ -184,9 +186,101 @@ def test_a_server_that_breaks_off():
             ask(url)
 
 
+# ---- servers that misbehave ----
+
+
+def dripping(handler):
+    """Sends a byte of the answer before each silence is over."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def dripping_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for i in range(200):
+        handler.wfile.write(b"X-%d: a\r\n" % (i % 50))
+        time.sleep(0.05)
+
+
+def endless(handler, status=200):
+    """Sends 200 MB, which nobody asked for."""
+    handler.send_response(status)
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(bytes(10**6))
+
+
+@pytest.mark.parametrize("respond", [dripping, dripping_headers])
+def test_the_timeout_is_for_the_whole_answer(respond):
+    start = time.monotonic()
+    with serving(respond=respond) as (url, _), pytest.raises(ChatError, match=r"not answer within 0\.3 s"):
+        ask(url, timeout=0.3)
+    assert time.monotonic() - start < 2
+
+
+def test_what_is_read_of_an_answer_is_bounded(monkeypatch):
+    with serving(respond=endless) as (url, _), pytest.raises(ChatError, match="more than 16777216 bytes"):
+        ask(url)
+    announced = [("Content-Length", str(10**14))]
+    with serving("{}", 200, announced) as (url, _), pytest.raises(ChatError, match="100000000000000 bytes"):
+        ask(url)
+    with (
+        serving(respond=partial(endless, status=500)) as (url, _),
+        pytest.raises(ChatError, match="500") as e,
+    ):
+        ask(url)
+    assert len(str(e.value)) < 3000
+
+
+def test_deep_json_is_refused():
+    for status, said in ((200, "something that is not JSON"), (418, "answered 418")):
+        with serving("[" * 100_000, status) as (url, _), pytest.raises(ChatError, match=said):
+            ask(url)
+
+
+@pytest.mark.parametrize("status", [401, 200])
+def test_a_key_that_comes_back_is_not_told(status):
+    said = json.dumps({"error": {"message": "x" * 140 + "Bearer sk-secret-0123456789 is wrong \x1b[31m"}})
+    with serving(said, status) as (url, _), pytest.raises(ChatError) as caught:
+        ask(url, api_key="sk-secret-0123456789")
+    assert "***" in str(caught.value)
+    assert "sk-secret" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_plain_http_with_a_key_goes_past_a_proxy(monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    with serving(completion("seen")) as (proxy, seen):
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
+        assert ask("http://chat.invalid/v1") == "seen"
+        with pytest.raises(ChatError, match="could not be reached"):
+            ask("http://chat.invalid/v1", api_key="sk-secret")
+        with pytest.raises(ChatError, match="nothing listens"):
+            ask("http://127.0.0.1:1/v1")
+    assert len(seen) == 1
+
+
+def test_an_answer_has_no_control_characters():
+    text = "a\x00\x1b[31mb\x07\tfox\r\nruns\x9b \ud800"
+    with serving(completion(text)) as (url, _):
+        assert ask(url) == "ab\tfox\nruns ?"
+
+
+# ---- settings ----
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"base_url": "http://user:secret@a/v1"}, r"'http://\*\*\*@a/v1' must be .*, without a user's name"),
+        ({"base_url": "ftp://user:secret@a/v1"}, r"'ftp://\*\*\*@a/v1' must begin"),
+        ({"base_url": "http://a b/v1"}, "without spaces"),
+        ({"base_url": "http://a:99999/v1"}, "with a valid host and port"),
+        ({"base_url": "http://"}, "with a host on http or https"),
+        ({"base_url": "http://a/v1?version=2"}, "must have no query; give 'http://a/v1'"),
         (
             {"base_url": "localhost:1/v1"},
             "base_url='localhost:1/v1' must begin .* give 'http://localhost:1/v1'",

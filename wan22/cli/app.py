@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from .options import CallOptions, Loading, Saving, Target, expanded
-from .reporting import report_errors
+from .reporting import print_lines, report_errors
 
 app = typer.Typer(
     help="Make videos with Wan 2.1 and 2.2.",
@@ -96,14 +96,21 @@ def reproduce(
     loading: Loading,
     target: Target,
     saving: Saving,
+    allow_download: Annotated[
+        bool, Option("--allow-download", help="Load what the recipe names on the hub and on the web.")
+    ] = False,
 ) -> None:
     """Make a video again from the recipe in its file.
 
     wan22 reproduce cats.mp4 -o again.mp4
+
+    Anybody may have written the file. What it names outside of wan22 is loaded if you agree when asked,
+
+    or give it yourself: wan22 reproduce cats.mp4 --model Wan2.2-T2V-A14B --lora style.safetensors
     """
     from .reproduce import reproduce_file
 
-    reproduce_file(file, replaced, loading, target, saving)
+    reproduce_file(file, replaced, loading, target, saving, allow_download)
 
 
 @command
@@ -128,10 +135,10 @@ def convert(
     arguments["attention_head_dim"] = attention_head_dim
     if dry_run:
         lines = list(conversion.plan(source, destination, **arguments).describe())
-        print(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
+        print_lines(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
         return
     done = conversion.convert(source, destination, **arguments, verify=verify, progress=True)
-    print(json.dumps({"destination": str(destination), "report": str(done)}) if as_json else done)
+    print_lines(json.dumps({"destination": str(destination), "report": str(done)}) if as_json else done)
 
 
 @command

@@ -12,10 +12,11 @@ import typer
 
 from ..accel.parallel.environment import is_first, launched
 from ..checks import shown
+from ..pictures import is_url
 from .loading import load
 from .options import RENAMED, Loading, Saving
-from .reporting import INTERRUPTED, Result, fail, line_of, say
-from .running import free_name, is_url, make
+from .reporting import INTERRUPTED, Result, fail, line_of, print_lines, say
+from .running import free_name, make
 from .signatures import PIPELINES, call_arguments
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run_batch(file: Path, folder: Path, ending: str, loading: Loading, saving: S
             say(f"failed: {record['error']}")
         record["seconds"] = round(time.perf_counter() - start, 2)
         if is_first():
-            with (folder / RECORD).open("a") as records:
+            with (folder / RECORD).open("a", encoding="utf-8", errors="backslashreplace") as records:
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
         if fatal:
             fail(f"item {number} of {len(todo)}: {record['error']}", saving.as_json, 1)
@@ -72,7 +73,7 @@ def run_batch(file: Path, folder: Path, ending: str, loading: Loading, saving: S
     if is_first():
         done = len(items) - failed
         summary = {"done": done, "failed": failed, "results": str(folder / RECORD)}
-        print(json.dumps(summary) if saving.as_json else f"{done} done, {failed} failed: {folder}")
+        print_lines(json.dumps(summary) if saving.as_json else f"{done} done, {failed} failed: {folder}")
     if failed:
         raise typer.Exit(1)
 

@@ -1,18 +1,22 @@
 """`wan22 info` and `wan22 models`: what a file, a folder or a known name is."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..checks import cut, shown
 from ..presets import PRESETS, Preset, release_of
-from .reporting import escaped
+from .reporting import plain
 
 out = Console(highlight=False, soft_wrap=True)
 VIDEOS = (".mp4", ".gif", ".webp", ".png")
 LICENCE = "Apache-2.0"
+# Entries of a list, and characters of a text, that a table shows; --json prints all.
+MOST_SHOWN, LONGEST = 200, 4000
 
 
 def describe(name: str, as_json: bool) -> None:
@@ -117,22 +121,31 @@ def _loader(path: Path, source: Any, transformers: list[Any]) -> str:
 
 def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(values, ensure_ascii=False))
+        print(json.dumps(values))  # in ASCII: a terminal finds nothing to obey
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         if value not in (None, (), ("",), (None,), {}):
-            table.add_row(name.replace("_", " "), escaped(_text(value)))
+            table.add_row(plain(cut(name).replace("_", " ")), plain(_text(value)))
     out.print(table)
 
 
 def _text(value: Any, inner: bool = False) -> str:
-    """Return a value in words: an entry a line, and what is inside of an entry on its line."""
+    """Return a value in words, an entry a line, what is inside of an entry on its line; much is cut short."""
+    if isinstance(value, tuple | list) and inner:
+        return shown(value)
     if isinstance(value, dict):
-        entries = [f"{name}{'' if inner else ':'} {_text(entry, True)}" for name, entry in value.items()]
-        return (", " if inner else "\n").join(entries)
-    if isinstance(value, tuple | list) and not inner:
-        return "\n".join(_text(entry, True) for entry in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        some = [(cut(name), _text(entry, True)) for name, entry in islice(value.items(), MOST_SHOWN)]
+        lines = [f"{name}{'' if inner else ':'} {entry}" for name, entry in some]
+    elif isinstance(value, tuple | list):
+        lines = [_text(entry, True) for entry in islice(value, MOST_SHOWN)]
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        return (
+            text if len(text) <= LONGEST else f"{text[:LONGEST]} … and {len(text) - LONGEST} characters more"
+        )
+    if len(value) > MOST_SHOWN:
+        lines.append(f"… and {len(value) - MOST_SHOWN} more")
+    return (", " if inner else "\n").join(lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..accel.parallel.environment import launched
+from ..checks import shown
 from ..presets import PRESETS
 from .options import Loading, flags_of
 from .reporting import say
@@ -132,7 +133,7 @@ def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) ->
     import torch
 
     if options.dtype is None and recorded is not None:
-        return {component: getattr(torch, name) for component, name in recorded.items()}
+        return {component: _recorded_dtype(name) for component, name in recorded.items()}
     if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
         exact = options.model is None and device == "cpu" and options.prepare is None
         return torch.float32 if exact else None
@@ -140,6 +141,16 @@ def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) ->
     dtype = names[options.dtype]
     # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
+
+
+def _recorded_dtype(name: str) -> Any:
+    """Return the dtype that a recipe names."""
+    import torch
+
+    dtype = getattr(torch, name, None) if name.isidentifier() and name[0] != "_" else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the recipe's dtype is {shown(name)}, which is none of torch; give --dtype bf16")
+    return dtype
 
 
 def split_strength(text: str) -> tuple[str, float]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
+from ..checks import printable
 from .loading import find_model
-from .reporting import err, say
+from .reporting import err, plain, print_lines, say
 from .signatures import PIPELINES
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def prepare_model(model: str, dtype: str, revision: str | None, yes: bool, as_js
         found = [{"component": p.name, "form": p.form, "folder": str(p.folder)} for p in work]
         print(json.dumps({"prepared": found}))
     elif work:
-        print(*(part.folder for part in work), sep="\n")
+        print_lines(*(part.folder for part in work))
 
 
 def _located(model: str, revision: str | None) -> "Checkpoint":
@@ -98,7 +99,7 @@ def _confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise ValueError(f"{question.removesuffix('?')}: nobody can be asked here; --yes agrees")
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(printable(question), err=True):
         raise typer.Exit(1)
 
 
@@ -111,5 +112,6 @@ def _show(work: "list[Preparation]", source: str) -> None:
     for part in work:
         stored = ", ".join(f"{size / 1e9:.3g} GB {dtype}" for dtype, size in part.stored.sizes.most_common())
         state = "there already" if part.done else ""
-        table.add_row(part.name, stored, f"{part.plan.nbytes / 1e9:.3g} GB {part.form}", state)
+        size = f"{part.plan.nbytes / 1e9:.3g} GB {part.form}"
+        table.add_row(plain(part.name), plain(stored), plain(size), state)
     err.print(table)

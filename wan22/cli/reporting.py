@@ -12,8 +12,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ..accel.parallel.environment import is_first, launched, rank
+from ..checks import printable
 from ..video.recipe import Recipe
 
 # Results go to stdout, everything else to stderr, so that a script reads nothing but results.
@@ -44,7 +46,7 @@ def report(result: Result, as_json: bool) -> None:
     if is_first() and as_json:
         print(json.dumps({**vars(result), "recipe": recipe.to_dict(), "stopped": result.stopped}))
     elif is_first():
-        print(*result.files, sep="\n")
+        print_lines(*result.files)
         spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
         say(f"seed {', '.join(map(str, recipe.seeds))}; {spent}")
     if result.stopped:
@@ -58,7 +60,9 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        handler = logging.StreamHandler()
+        handler.setFormatter(PlainFormatter("%(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.WARNING)
         try:
             command(**values)
         except KeyboardInterrupt:
@@ -84,7 +88,8 @@ def fail(message: str, as_json: bool, code: int) -> None:
         time.sleep(GRACE_SECONDS)
     if as_json and is_first():
         print(json.dumps({"error": message}))
-    err.print(f"[red]error{'' if is_first() else f' of rank {rank()}'}:[/red] {escaped(message)}")
+    start = Text(f"error{'' if is_first() else f' of rank {rank()}'}:", "red")
+    err.print(start, plain(message))
     if launched():
         sys.stdout.flush()
         os._exit(code)
@@ -94,9 +99,22 @@ def fail(message: str, as_json: bool, code: int) -> None:
 def say(message: str, quiet: bool = False) -> None:
     """Print to stderr on the first rank."""
     if not quiet and is_first():
-        err.print(escaped(message))
+        err.print(plain(message))
 
 
-def escaped(text: str) -> str:
-    """Return text in which Rich finds no markup."""
-    return text.replace("[", "\\[")
+def print_lines(*lines: Any) -> None:
+    """Print results to stdout, a line each; what a terminal would obey, in a file's name, say, is escaped."""
+    print(*(printable(str(line), keep="\n") for line in lines), sep="\n")
+
+
+def plain(text: str) -> Text:
+    """Return text for Rich, which finds no markup in it, and a terminal nothing to obey."""
+    return Text(printable(text, keep="\n"))
+
+
+class PlainFormatter(logging.Formatter):
+    """Log messages without what a terminal would obey: they name files and tensors of anybody's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message as one line or more, escaped."""
+        return printable(super().format(record), keep="\n")

@@ -1,62 +1,173 @@
-"""`wan22 reproduce`: make a video again from the recipe in its file."""
+"""`wan22 reproduce`: make a video again from the recipe in its file, which anybody may have written."""
 
+import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..video.recipe import Recipe
-from .loading import BESIDE_A_FILE, load
-from .options import Loading, Saving, Target
+import typer
+
+from ..accel.parallel.environment import launched
+from ..pictures import is_url
+from ..presets import PRESETS
+from ..video.recipe import Recipe, UsedLora
+from ..web import masked
+from .loading import BESIDE_A_FILE, load, split_strength
+from .options import Loading, Saving, Target, flags_of
 from .reporting import report, say
 from .running import free_name, make
 from .signatures import PIPELINES
 
+IMAGES = ("image", "last_image")
+_MOST_SHOWN = 8  # places in a message
+_ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")  # org/name, org/name/file
+
+
+class Named(NamedTuple):
+    """A place outside of the file that a recipe names, and the option that gives it."""
+
+    option: str
+    place: str
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether it is on the hub or on the web, and nothing of this machine."""
+        if is_url(self.place) or self.option in map(_flag, IMAGES):
+            return is_url(self.place)
+        known = self.place.lower() in {preset.name.lower() for preset in PRESETS}
+        return known or (_ON_THE_HUB.fullmatch(self.place) is not None and not Path(self.place).exists())
+
 
 def reproduce_file(
-    file: Path, replaced: Mapping[str, Any], loading: Loading, target: Target, saving: Saving
+    file: Path,
+    replaced: Mapping[str, Any],
+    loading: Loading,
+    target: Target,
+    saving: Saving,
+    allow_download: bool = False,
 ) -> None:
     """Load what a recipe names, set it up as it was, make the video, save it.
 
-    `replaced` are arguments of the call, and `loading` options, in place of the recipe's.
+    `replaced` are arguments of the call, and `loading` options, in place of the recipe's. What it names
+    outside of its file and they do not give is used if `allow_download` covers it, or the person at the
+    terminal agrees.
     """
     from ..video.metadata import read_recipe
 
     recipe = read_recipe(file)
+    _ask(file, _named(recipe, replaced, loading), allow_download)
     task = next((task for task, name in PIPELINES.items() if name == recipe.pipeline), "t2v")
-    pipe = load(task, _recorded(recipe, loading), saving.quiet, _loras(recipe, loading), recipe.dtypes)
+    loras = _loras(recipe, loading)
+    others = replace(loading, lora=None, lora_high=None, lora_low=None) if loras else loading
+    pipe = load(task, _recorded(recipe, others), saving.quiet, loras, recipe.dtypes)
     path = target.output or free_name(f"{file.stem} again")
     say(f"{recipe}, to {path}", saving.quiet)
-    run = partial(pipe.reproduce, recipe, **replaced)
+    run = partial(pipe.reproduce, replace(recipe, outside=False), **replaced)
     report(make(pipe, run, path, target.overwrite, saving), saving.as_json)
+
+
+# ---- what a recipe names ----
+
+
+def _named(recipe: Recipe, replaced: Mapping[str, Any], given: Loading) -> list[Named]:
+    """Return what a recipe names and the options do not give; the miniatures are inside wan22."""
+    named = []
+    inside = {preset.name.lower() for preset in PRESETS if not preset.repo}
+    if given.model is None and (place := _place(recipe)).lower() not in inside:
+        places = place.split(", ")
+        files = len(places) in (4, 5)  # of one transformer or two
+        options = ("model", *BESIDE_A_FILE[1 - len(places) :]) if files else ("model",)
+        named += [Named(_flag(o), p) for o, p in zip(options, places if files else [place], strict=True)]
+    if not _given_loras(given):
+        for lora in recipe.loras:
+            places = _lora_places(lora)
+            options = ("lora_high", "lora_low") if len(places) == 2 else ("lora",) * len(places)
+            named += [Named(_flag(o), p) for o, p in zip(options, places, strict=True)]
+    for name in IMAGES:
+        images = None if name in replaced else recipe.call.get(name)
+        listed = images if isinstance(images, list) else [images]
+        named += [Named(_flag(name), str(image)) for image in listed if image is not None]
+    return named
+
+
+def _ask(file: Path, named: list[Named], allow_download: bool) -> None:
+    """Ask at a terminal whether what a recipe names is used; elsewhere, a ValueError names the options."""
+    asked = [entry for entry in named if not (allow_download and entry.downloaded)]
+    if not asked:
+        return
+    told = [f"{entry.option} {shlex.quote(masked(entry.place))}" for entry in asked]
+    options = " ".join(told[:_MOST_SHOWN])
+    if len(asked) > _MOST_SHOWN:
+        options += f" and {len(asked) - _MOST_SHOWN} more"
+    if at_a_terminal():
+        say(f"the recipe in {file} names: {options}")
+        if not typer.confirm("load them from there?", err=True):
+            raise typer.Exit(1)
+        return
+    rest = ", or --allow-download for what is not on this machine" if any(e.downloaded for e in asked) else ""
+    raise ValueError(f"{file} names what is not loaded unasked; give {options}{rest}")
+
+
+def at_a_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin.isatty() and not launched()
+
+
+def _place(recipe: Recipe) -> str:
+    return recipe.checkpoint if recipe.origin is None else recipe.origin.place
+
+
+def _lora_places(lora: UsedLora) -> list[str]:
+    if lora.source is None:
+        raise ValueError("the recipe's LoRA was in memory; use pipe.reproduce")
+    return lora.source.split(", ")
+
+
+def _given_loras(given: Loading) -> set[str]:
+    """Return the LoRAs of the options, without strengths."""
+    loras = {split_strength(text)[0] for text in given.lora or ()}
+    return loras | {text for text in (given.lora_high, given.lora_low) if text is not None}
+
+
+def _flag(name: str) -> str:
+    return flags_of(name)[0]
+
+
+# ---- how it was set up ----
 
 
 def _recorded(recipe: Recipe, given: Loading) -> Loading:
     """Return the given options, completed with those that set a pipeline up as a recipe tells."""
     origin, changes = recipe.origin, recipe.changes
-    kernels = changes.get("attention", ())
-    known: dict[str, Any] = {"attention": kernels[0] if len(kernels) == 1 else None}
+    kernels = changes.get("attention")
+    kernel = kernels[0] if isinstance(kernels, tuple) and len(kernels) == 1 else None
+    known: dict[str, Any] = {"attention": kernel if isinstance(kernel, str) else None}
     known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
     known["tiling"] = "tiled" in changes
-    places = [recipe.checkpoint] if origin is None else origin.place.split(", ")
+    places = _place(recipe).split(", ")
     if given.model is None and len(places) in (4, 5):  # single files, of one transformer or two
         known |= zip(("model", *BESIDE_A_FILE[1 - len(places) :]), places, strict=True)
-    elif given.model is None:
-        known["model"] = recipe.checkpoint if origin is None else origin.place
+    elif given.model in (None, _place(recipe)):
+        known["model"] = _place(recipe)
         known["revision"] = origin.revision if origin is not None and "/" in origin.place else None
     return replace(given, **{name: value for name, value in known.items() if not getattr(given, name)})
 
 
 def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:
-    """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given."""
-    if given.lora or given.lora_high or given.lora_low:
+    """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given.
+
+    Those that the options give, at the same places, have the recipe's strengths.
+    """
+    places = {place for lora in recipe.loras for place in _lora_places(lora)} if recipe.loras else set()
+    if (options := _given_loras(given)) and options != places:
         return []
     loras = []
     for lora in recipe.loras:
-        if lora.source is None:
-            raise ValueError("the recipe's LoRA was in memory; use pipe.reproduce")
-        places = lora.source.split(", ")
-        keys = ("high", "low") if len(places) == 2 else ("pretrained_model_name_or_path_or_dict",)
-        loras.append({**dict(zip(keys, places, strict=True)), "strength": dict(lora.strengths)})
+        own = _lora_places(lora)
+        keys = ("high", "low") if len(own) == 2 else ("pretrained_model_name_or_path_or_dict",)
+        loras.append({**dict(zip(keys, own, strict=True)), "strength": dict(lora.strengths)})
     return loras

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..accel.parallel.environment import is_first, launched
+from ..pictures import is_url
 from .loading import load
 from .options import Loading, Saving, Target, flags_of
 from .reporting import Result, report, say
@@ -93,8 +94,3 @@ def free_name(prompt: str, folder: Path = Path(), ending: str = ".mp4") -> Path:
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60].strip("-") or "video"
     names = (folder / f"{words}{'' if i == 1 else f'-{i}'}{ending}" for i in itertools.count(1))
     return next(path for path in names if not any(map(existing_files, (path, numbered_name(path, 0)))))
-
-
-def is_url(image: str) -> bool:
-    """Return whether an image is on the web."""
-    return image.startswith(("http://", "https://"))

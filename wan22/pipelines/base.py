@@ -27,7 +27,7 @@ from .call.denoiser import CFGDenoiser, Denoiser, TextEmbeds
 from .call.noise import draw
 from .call.prepare import prepare
 from .call.preview import Previewer
-from .call.request import Prompt, Request
+from .call.request import Prompt, Request, check_recorded
 from .call.schedule import take_step
 from .call.text import encode_prompt, pad_tokens
 from .parts import PipelineParts
@@ -76,21 +76,22 @@ class WanPipeline(PipelineParts):
 
         Args:
             source: file that `WanVideo.save` wrote, or a recipe.
-            **changes: arguments of the call in place of the recipe's: another prompt or seed, say; `image`
-                and `last_image` where the recipe's were in memory.
+            **changes: arguments of the call in place of the recipe's: another prompt or seed, say. A recipe
+                that was read may be anybody's: images that it names are not opened, give `image` and
+                `last_image`; and so where the recipe's were in memory.
 
         Returns: the video.
 
         Raises:
             FileNotFoundError: there is no such file, or an image is not where it was.
             ValueError: the file carries no recipe, the recipe is of another checkpoint, other LoRAs or other
-                settings of the pipeline than are loaded, or the video cannot be made again from it.
+                settings of the pipeline than are loaded, an image must be given, or the video cannot be made
+                again from it.
         """
         recipe = source if isinstance(source, Recipe) else read_recipe(source)
         self.provenance.check(recipe)
+        check_recorded(recipe, self.__call__, changes)
         arguments = {**recipe.call, **changes}
-        if missing := [name for name in ("image", "last_image") if arguments.get(name) == [None]]:
-            raise ValueError(f"the recipe's {missing[0]} was in memory; give {missing[0]}=")
         with self.calls.using(scheduler_of(recipe, self.scheduler)):
             return self(**arguments)
 

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from ..checks import check_real, shown
+from ..checks import check_real, cut, printable, shown
+from ..web import Answer, check_url, fetch, masked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Pixels of an image's longer side. Chat models see about this much, and servers limit the size of requests.
 MAX_SIDE = 1024
+# Bytes that are read of an answer: a thousand times a long prompt, its thinking included.
+MOST_BYTES = 2**24
 
 
 class ChatError(RuntimeError):
@@ -52,8 +53,8 @@ class OpenAIChat:
     Args:
         base_url: the server's address without the endpoint, such as "http://localhost:11434/v1".
         model: the server's name of the model.
-        api_key: bearer token, sent to this server only.
-        timeout: seconds to wait for an answer.
+        api_key: bearer token, sent to this server only; over plain http, not through a proxy, either.
+        timeout: seconds in which the whole answer must have come.
         options: further fields of the request, such as {"temperature": 0.7}.
     """
 
@@ -64,11 +65,15 @@ class OpenAIChat:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
+        if not self.base_url.lower().startswith(("http://", "https://")):
             raise ValueError(
-                f"base_url={shown(self.base_url)} must begin with http:// or https://; "
-                f"give 'http://{self.base_url.rpartition('://')[2]}', for example"
+                f"base_url='{masked(self.base_url)}' must begin with http:// or https://; "
+                f"give 'http://{masked('//' + self.base_url.rpartition('://')[2])[2:]}', for example"
             )
+        check_url("base_url", self.base_url)
+        if "?" in self.base_url or "#" in self.base_url:
+            nearest = re.split(r"[?#]", self.base_url)[0]
+            raise ValueError(f"base_url={shown(self.base_url)} must have no query; give {shown(nearest)}")
         if self.base_url.rstrip("/").endswith("/chat/completions"):
             nearest = self.base_url.rstrip("/").removesuffix("/chat/completions")
             raise ValueError(
@@ -82,8 +87,9 @@ class OpenAIChat:
         object.__setattr__(self, "timeout", timeout)
 
     def __call__(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
-        """Return the model's answer. Images are sent as JPEG data URLs; the server may ignore the seed.
+        """Return the model's answer, without control characters but line breaks and tabs.
 
+        Images are sent as JPEG data URLs; the server may ignore the seed.
         Raises: ChatError: no connection, no answer in time, an HTTP error, or an answer of another form.
         """
         request: dict[str, Any] = {"model": self.model, "messages": [_openai_message(m) for m in messages]}
@@ -92,7 +98,7 @@ class OpenAIChat:
         try:
             choice = json.loads(raw)["choices"][0]
             answer, reason = choice["message"]["content"], choice.get("finish_reason")
-        except ValueError:
+        except (ValueError, RecursionError):
             message = f"{self._url} answered with something that is not JSON: {_excerpt(raw)}"
             raise ChatError(message) from None
         except (LookupError, TypeError, AttributeError):
@@ -102,10 +108,10 @@ class OpenAIChat:
             raise ChatError(f"{self._url} answered without a text: {_excerpt(raw)}")
         if reason == "length":
             raise ChatError(
-                f"{self.model} was cut off before its answer's end: {shown(answer[-80:])}; "
+                f"{cut(self.model)} was cut off before its answer's end: {shown(answer[-80:])}; "
                 "options={'max_tokens': 1024} lets it write more"
             )
-        return answer
+        return plain_text(answer)
 
     @property
     def _url(self) -> str:
@@ -115,25 +121,28 @@ class OpenAIChat:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        # Over plain http, a proxy would read the key. No redirect is followed: the key is for this server.
+        direct = bool(self.api_key) and not self._url.lower().startswith("https")
+        limits: dict[str, Any] = {"silence": self.timeout, "total": self.timeout, "most": MOST_BYTES}
         try:
-            request = Request(self._url, body, headers)
-            with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
-                return response.read()
-        except HTTPError as error:
-            with error:
-                said = _server_message(error.read())
-            moved = f" (moved to {error.headers['Location']})" if "Location" in error.headers else ""
-            raise ChatError(f"{self._url} answered {error.code} {error.reason}{moved}: {said}") from None
-        except (OSError, http.client.HTTPException) as error:
-            cause = error.reason if isinstance(error, URLError) else error
-            message = f"{self._url} could not be reached: {cause}"
-            if isinstance(cause, TimeoutError):
-                message = (
-                    f"{self._url} did not answer within {self.timeout:g} s; a larger timeout waits longer"
-                )
-            elif isinstance(cause, ConnectionRefusedError):
-                message = f"nothing listens at {self._url} (connection refused); is the server up?"
+            answer = fetch(self._url, body=body, headers=headers, redirects=0, direct=direct, **limits)
+        except TimeoutError as error:
+            message = f"{self._url} did not answer within {self.timeout:g} s; a larger timeout waits longer"
             raise ChatError(message) from error
+        except ConnectionRefusedError as error:
+            message = f"nothing listens at {self._url} (connection refused); is the server up?"
+            raise ChatError(message) from error
+        except (OSError, http.client.HTTPException) as error:
+            message = f"{self._url} could not be reached: {printable(cut(self._without_key(str(error))))}"
+            raise ChatError(message) from error
+        raw = self._without_key(answer.body.decode("latin-1")).encode("latin-1")
+        if not 200 <= answer.status < 300:
+            raise ChatError(self._without_key(f"{self._url} answered {_refusal(answer, raw)}"))
+        return raw
+
+    def _without_key(self, text: str) -> str:
+        """Return a text without the key, which some servers and proxies send back."""
+        return text.replace(self.api_key, "***") if self.api_key else text
 
 
 class TransformersChat:
@@ -206,7 +215,7 @@ class TransformersChat:
                 torch.manual_seed(seed)
             ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **sampling)
         ids = ids[0, inputs["input_ids"].shape[1] :]
-        answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+        answer = plain_text(self.tokenizer.decode(ids, skip_special_tokens=True))
         if len(ids) >= self.max_new_tokens and int(ids[-1]) not in self._ends():
             raise ChatError(
                 f"{self.name} was cut off after {self.max_new_tokens} tokens: {shown(answer[-80:])}; "
@@ -229,11 +238,10 @@ class TransformersChat:
         return {ends} if isinstance(ends, int) else set(ends or ())
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """Follow no redirects: they would send the key to another server, and a POST as a GET."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+def plain_text(answer: str) -> str:
+    """Return an answer without control characters, but with its line breaks and tabs."""
+    text = answer.encode("utf-8", "replace").decode()  # lone surrogates are no text
+    return re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
@@ -256,14 +264,21 @@ def _data_url(image: "Image") -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def _refusal(answer: Answer, body: bytes) -> str:
+    """Return an error's code, where it leads, and what the server says of it in its body."""
+    target = answer.headers.get("location")
+    moved = "" if target is None else f" (moved to {masked(target)})"
+    return f"{answer.status} {printable(cut(answer.reason))}{moved}: {_server_message(body)}"
+
+
 def _server_message(body: bytes) -> str:
     """Return OpenAI's error.message if there is one, otherwise the start of the body."""
     try:
         error = json.loads(body)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, LookupError, TypeError):
+        return printable(cut(error["message"] if isinstance(error, dict) else error))
+    except (ValueError, LookupError, TypeError, RecursionError):
         return _excerpt(body)
 
 
 def _excerpt(body: bytes) -> str:
-    return repr(body.decode(errors="replace")[:300])
+    return repr(body[:1200].decode(errors="replace")[:300])

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..checks import check_choice, shown
-from .chat import ChatError, ChatModel, Message
+from ..pictures import read_picture, upright_rgb
+from .chat import ChatError, ChatModel, Message, plain_text
 from .formulas import Prompt
 from .vocabulary import VOCABULARY
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Task = Literal["t2v", "i2v", "flf2v"]
 # Characters; more than the text encoder's 512 tokens hold, in English and in Chinese.
 LONGEST = 3000
+_MOST_AROUND = 4  # times LONGEST: an answer with what is stripped from around it
 
 _RULES = """\
 Rules:
@@ -97,13 +99,13 @@ def extend_prompt(
         task: "t2v" text to video, "i2v" image to video, "flf2v" first and last frame; by default, chosen by
             the number of images. Without images, the instructions say that none can be seen.
         language: language of the new prompt, such as "English"; None keeps the prompt's.
-        image: first frame, a file or a PIL image, for a chat model that sees images.
-        last_image: last frame, a file or a PIL image.
+        image: first frame, a file, a URL or a PIL image, for a chat model that sees images.
+        last_image: last frame, in the same forms.
         seed: chooses another answer to the same prompt.
 
     Raises:
-        ValueError: an empty prompt, or a task that the images do not suit.
-        OSError: an image file cannot be read.
+        ValueError: an empty prompt, a task that the images do not suit, or an image that cannot be read.
+        FileNotFoundError: there is no such image file.
         ChatError: the chat model fails, or answers with nothing or with far too much.
     """
     text = str(prompt).strip()
@@ -131,10 +133,9 @@ def clean_answer(answer: str) -> str:
 
     Thinking, an introduction, a "Prompt:" label, code fences, bold type and quotation marks are stripped.
     """
-    text = re.sub(r"<(think|thinking)>.*?</\1>", "", answer, flags=re.DOTALL | re.IGNORECASE)
-    # Some templates open the thinking themselves; some models run out of tokens before they close it.
-    text = re.split(r"</think(?:ing)?>", text, flags=re.IGNORECASE)[-1]
-    text = re.split(r"<think(?:ing)?>", text, flags=re.IGNORECASE)[0].strip()
+    text = _without_thinking(plain_text(answer)).strip()
+    if len(text) > _MOST_AROUND * LONGEST:
+        raise _too_long(text)
     before = None
     while text != before:  # wrappings come in any order
         before = text
@@ -144,11 +145,32 @@ def clean_answer(answer: str) -> str:
     if not any(char.isalnum() for char in text):
         raise ChatError(f"the chat model's answer holds no prompt: {shown(answer[:300])}")
     if len(text) > LONGEST:
-        raise ChatError(
-            f"the chat model's answer has {len(text)} characters, a prompt at most {LONGEST} "
-            f"(about 120 words were asked for): {shown(text[:300])}…"
-        )
+        raise _too_long(text)
     return text
+
+
+def _without_thinking(answer: str) -> str:
+    """Return an answer without its thinking, in time proportional to its length."""
+    kept: list[str] = []
+    thinking = False
+    for i, part in enumerate(re.split(r"(</?think(?:ing)?>)", answer, flags=re.IGNORECASE)):
+        is_tag = i % 2 == 1
+        if is_tag and part[1] != "/":
+            thinking = True  # and to the end, if the model runs out of tokens before it closes it
+        elif is_tag:
+            if not thinking:  # some templates open the thinking themselves
+                kept.clear()
+            thinking = False
+        elif not thinking:
+            kept.append(part)
+    return "".join(kept)
+
+
+def _too_long(text: str) -> ChatError:
+    return ChatError(
+        f"the chat model's answer has {len(text)} characters, a prompt at most {LONGEST} "
+        f"(about 120 words were asked for): {shown(text[:300])}…"
+    )
 
 
 _LABEL = r"(?:(?:here is|here['’]s|the|an?|your|extended|rewritten|enhanced|final|new|video) )*prompt"
@@ -195,11 +217,10 @@ def _images(image: Any, last_image: Any) -> "tuple[Image, ...]":
 
 
 def _opened(picture: Any) -> "Image":
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    if not isinstance(picture, (str, Path, Image.Image)):
+    if isinstance(picture, (str, Path)):
+        return read_picture("image", picture)
+    if not isinstance(picture, Image.Image):
         raise ValueError(f"an image must be a file or a PIL image, not {type(picture).__name__}")
-    if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    with Image.open(picture) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
+    return upright_rgb(picture)

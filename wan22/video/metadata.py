@@ -2,13 +2,16 @@
 
 import re
 import subprocess
+import threading
 from pathlib import Path
 
-from ..checks import as_path
+from ..checks import as_path, cut, printable
 from .recipe import Recipe
+from .schema import MOST_TEXT
 
 PNG_KEY = "wan22"
 EXIF_DESCRIPTION = 0x010E
+MOST_SECONDS = 30  # for ffmpeg, which reads an MP4's header in a tenth of one
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -18,36 +21,52 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = as_path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {printable(cut(path))}")
     with path.open("rb") as file:
         start = file.read(12)
     is_mp4 = start[4:8] == b"ftyp"
     text = _read_mp4(path) if is_mp4 else _read_image(path)
+    nothing = f"{printable(cut(path))} carries no recipe of wan22"
+    if not text:
+        raise ValueError(f"{nothing}: its metadata was removed, or another program wrote it")
     try:
-        return Recipe.from_json(text or "")
+        return Recipe.from_json(text)
     except ValueError as error:
-        why = "its metadata was removed, or another program wrote it"
-        raise ValueError(f"{path} carries no recipe of wan22: {why}") from error
+        raise ValueError(f"{nothing}: {cut(error.__cause__ or error)}") from error
 
 
 def _read_mp4(path: Path) -> str | None:
     """Return an MP4's comment, which ffmpeg prints with escapes."""
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
-    output = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout.decode()
+    # Of this one format: others name further files and servers, which ffmpeg would open.
+    form = ["-f", "mov", "-protocol_whitelist", "file", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *form]
+    nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(command, stdin=nowhere, stdout=pipe, stderr=nowhere) as process:
+        alarm = threading.Timer(MOST_SECONDS, process.kill)
+        alarm.start()
+        try:
+            assert process.stdout is not None
+            printed = process.stdout.read(4 * MOST_TEXT)
+        finally:
+            alarm.cancel()
+            process.kill()
+    output = printed.decode(errors="replace")
     found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", output, re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", found[1]) if found else None
 
 
 def _read_image(path: Path) -> str | None:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            exif = image.getexif().get(EXIF_DESCRIPTION)
+        with Image.open(path, formats=("PNG", "GIF", "WEBP")) as image:
+            # Of a PNG, the EXIF may come after the pixels, which are decoded then.
+            own = image.info.get(PNG_KEY)
+            text = own or image.getexif().get(EXIF_DESCRIPTION) or image.info.get(PNG_KEY)
             comment = image.info.get("comment", b"")
-            text = image.info.get(PNG_KEY) or exif
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except Exception:  # Pillow's readers raise whatever a broken file leads them to
         return None
-    return text or (comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
+    text = text or (comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
+    return text if isinstance(text, str) else None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..checks import cut, shown
+from .schema import check_recipe, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Recipe:
         versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
         not_reproducible_because: why the call alone does not give the video again; None if it does.
+        outside: whether it was read, and anybody may have written it; what it names is not opened unasked.
     """
 
     checkpoint: str
@@ -73,6 +75,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     steps_done: int | None = None
     not_reproducible_because: str | None = None
+    outside: bool = field(default=False, compare=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         if name != "call" and name in self.call:  # "call" itself is missing while a copy is unpickled
@@ -93,7 +96,7 @@ class Recipe:
     def __str__(self) -> str:
         call = self.call
         scales = f"{call['guidance_scale']:g}"
-        if call.get("guidance_scale_2") is not None:
+        if call.get("guidance_scale_2") is not None and self.boundary_ratio is not None:
             scales += f"/{call['guidance_scale_2']:g} (high/low noise, boundary {self.boundary_ratio:g})"
         shift = call.get("flow_shift")
         size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
@@ -115,7 +118,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["outside"]
+        return values
 
     def to_json(self) -> str:
         """Return the settings as one line of ASCII, for a file's metadata."""
@@ -125,26 +130,29 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Read what `to_json` wrote, in this version or an earlier one.
 
-        Raises: ValueError: it is something else.
+        Raises: ValueError: it is something else, or an entry is not of its kind.
         """
         try:
-            values = json.loads(text)
-            version = values.pop(_KEY)
-            if version > FORMAT:
-                logger.info("the recipe was written by a newer wan22; what is new in it is left out")
+            values = parsed(text)
+            version = values.pop(_KEY, None)
+            if not isinstance(version, int) or version < 1:
+                raise ValueError(
+                    f"{_KEY}={shown(version)} must be the number of the format, such as {FORMAT}"
+                )
             values = _upgraded(values) if version == 1 else values
-            known = {f.name for f in fields(cls)}
-            values = {name: value for name, value in values.items() if name in known}
-            if values.get("origin") is not None:
-                values["origin"] = Origin(**frozen(values["origin"]))
-            values["loras"] = tuple(UsedLora(**lora) for lora in values.get("loras", ()))
-            for name in ("scheduler_config", "changes"):
-                values[name] = frozen(values.get(name, {}))
-            recipe = cls(**values)
-            str(recipe)  # a call without seeds or scales is no recipe
-            return recipe
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError("this is no recipe of wan22") from error
+            check_recipe(values)
+        except ValueError as error:
+            raise ValueError(f"this is no recipe of wan22: {cut(error)}") from error
+        if version > FORMAT:
+            logger.info("the recipe was written by a newer wan22; what is new in it is left out")
+        known = {f.name for f in fields(cls)} - {"outside"}
+        values = {name: value for name, value in values.items() if name in known}
+        if (origin := values.get("origin")) is not None:
+            values["origin"] = Origin(**_known(Origin, frozen(origin)))
+        values["loras"] = tuple(UsedLora(**_known(UsedLora, lora)) for lora in values.get("loras", ()))
+        for name in ("scheduler_config", "changes"):
+            values[name] = frozen(values.get(name, {}))
+        return cls(**values, outside=True)
 
 
 def stopped_after(step: int, recipe: Recipe) -> Recipe:
@@ -152,12 +160,18 @@ def stopped_after(step: int, recipe: Recipe) -> Recipe:
     return replace(recipe, steps_done=step, not_reproducible_because=f"it was stopped after step {step}")
 
 
+def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a table's entries that are fields of a class."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+
 def _upgraded(old: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe of format 1, which held the settings of each video, in the present format."""
+    negative = old.get("negative_prompts")
     call: dict[str, Any] = {
-        "prompt": old["prompts"],
-        "negative_prompt": [text or "" for text in old["negative_prompts"]],
-        "seed": old["seeds"],
+        "prompt": old.get("prompts"),
+        "negative_prompt": [t or "" for t in negative] if isinstance(negative, list) else negative,
+        "seed": old.get("seeds"),
         "num_videos_per_prompt": 1,
         "distilled": old.get("few_steps"),
         "image": old.get("images") or None,

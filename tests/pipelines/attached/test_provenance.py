@@ -141,7 +141,10 @@ def test_from_an_image_file(fit, tmp_path):
     picture.save(tmp_path / "a.png")
     few = {"num_frames": 5, "num_inference_steps": 2, "fit": fit, "max_area": 48 * 48, "seed": 1}
     video = pipe(tmp_path / "a.png", "b", **few)
-    assert np.array_equal(made_again(pipe, video, tmp_path), video.frames)
+    assert np.array_equal(pipe.reproduce(video.recipe).frames, video.frames), "the caller gave the file"
+    with pytest.raises(ValueError, match=r"names image .*a\.png, which is not opened unasked; give image="):
+        made_again(pipe, video, tmp_path)
+    assert np.array_equal(made_again(pipe, video, tmp_path, image=tmp_path / "a.png"), video.frames)
     from_memory = pipe(picture, "b", **few)
     assert np.array_equal(from_memory.frames, video.frames)
     with pytest.raises(ValueError, match=r"the recipe's image was in memory; give image="):
@@ -239,6 +242,51 @@ def test_another_dtype_task_or_change_is_refused(pipe):
         pipe.vae.disable_tiling()
 
 
+# ---- recipes that anybody may have written ----
+
+
+def changed(recipe, call=(), **entries):
+    """Return a recipe as it is read from a file in which somebody has changed entries."""
+    values = json.loads(recipe.to_json())
+    values |= {**entries, "call": values["call"] | dict(call)}
+    return Recipe.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("call", "entries", "message"),
+    [
+        ({"preview": "/tmp/x.png"}, {}, "'preview' is no argument that this pipeline takes"),
+        ({"output_type": "latent"}, {}, "'output_type' is no argument"),
+        ({"image": ["/etc/passwd"]}, {}, "'image' is no argument"),
+        ({"self": 1}, {}, "'self' is no argument"),
+        ({"num_inference_steps": 10**9}, {}, "asks for 1000000000 num_inference_steps, more than 10000"),
+        ({"num_frames": 4 * 10**9 + 1}, {}, "pixels, more than 100000000000; give num_frames="),
+        ({"height": 16 * 10**8, "width": 16 * 10**8}, {}, "pixels, more than 100000000000"),
+        ({"prompt": ["a"] * 10**5, "seed": [1] * 10**5}, {}, "asks for 100000 videos, more than 1000"),
+        ({"sigmas": [1.0] * 10**5}, {}, "asks for 100000 sigmas, more than 10000"),
+        ({}, {"scheduler": "importlib"}, "scheduler is 'importlib'; set pipe.scheduler"),
+        ({}, {"scheduler": "FlowMatchScheduler"}, "scheduler is 'FlowMatchScheduler'; set"),
+        ({}, {"scheduler": "DiffusionPipeline"}, "scheduler is 'DiffusionPipeline'; set"),
+        (
+            {},
+            {"scheduler": "DDIMScheduler", "scheduler_config": {"beta_schedule": [1]}},
+            "'DDIMScheduler' cannot be built",
+        ),
+        ({}, {"scheduler_config": {"num_train_timesteps": 10**12}}, "num_train_timesteps, more than 10000"),
+    ],
+)
+def test_what_a_recipe_may_not_bring_about(call, entries, message, pipe):
+    recipe = changed(pipe("a", seed=1, **{**QUICK, "num_inference_steps": 1}).recipe, call, **entries)
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe.reproduce(recipe)
+    assert type(caught.value) is ValueError
+
+
+def test_what_a_recipe_asks_too_much_of_may_be_given(pipe):
+    recipe = changed(pipe("a", seed=1, **QUICK).recipe, {"num_inference_steps": 10**9})
+    assert pipe.reproduce(recipe, num_inference_steps=1).recipe.num_inference_steps == 1
+
+
 def test_another_machine_is_told(pipe, caplog):
     recipe = pipe("a", seed=1, **QUICK).recipe
     other = Recipe.from_json(json.dumps({**json.loads(recipe.to_json()), "device": "abacus"}))
@@ -291,7 +339,7 @@ def test_an_image_of_the_first_format(tmp_path, monkeypatch):
     Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((70, 50)).save("a.png")
     few = {"num_frames": 5, "num_inference_steps": 2, "max_area": 48 * 48, "seed": 1}
     expected = pipe("a.png", "b", **few).frames
-    assert np.array_equal(pipe.reproduce(Recipe.from_json(json.dumps(old))).frames, expected)
+    assert np.array_equal(pipe.reproduce(Recipe.from_json(json.dumps(old)), image="a.png").frames, expected)
 
 
 def test_fingerprints(tmp_path):

@@ -254,9 +254,18 @@ def test_urls(site):
     refused([RGB, f"{site}/page.png"], "image[1]", f"{site}/page.png", "not an image")
 
 
-@pytest.mark.parametrize("end", ["/cut.png", "/not there.png", "/图.png", "x/a.png", "@[/a.png"])
+@pytest.mark.parametrize("end", ["/cut.png", "/not there.png", "/图.png", "x/a.png"])
 def test_every_error_of_a_url_is_a_value_error_that_names_it(site, end):
     refused(site + end, site + end)
+
+
+@pytest.mark.parametrize("end", ["@[/a.png", ":secret@127.0.0.1/a.png"])
+def test_a_user_and_a_password_are_not_told(site, end):
+    place = f"http://***{end[end.index('@') :]}"
+    refused(site + end, place, "without a user" if "secret" in end else "valid host")
+    with pytest.raises(ValueError, match=r"\*\*\*") as caught:
+        read(site + end)
+    assert site not in str(caught.value) and "secret" not in str(caught.value)
 
 
 FILES = {"text.png": b"hello", "none.png": b"", "bad.ppm": b"P6 9x9 255\n"}

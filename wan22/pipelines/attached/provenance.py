@@ -19,7 +19,7 @@ from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
 from ...checkpoints.lora.sources import lora_fingerprint
-from ...checks import as_number, cut
+from ...checks import as_number, cut, printable, shown
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
 from ..call.request import plain
 from .part import Part
@@ -117,14 +117,16 @@ class Provenance(Part):
         """Refuse, with the reason, a recipe that the pipeline as it stands would make another video from."""
         if recipe.not_reproducible_because is not None:
             why = recipe.not_reproducible_because
-            raise ValueError(f"the video cannot be made again from its recipe: {why}")
+            raise ValueError(f"the video cannot be made again from its recipe: {printable(cut(why))}")
         now = self.run_metadata()
         if recipe.pipeline != now["pipeline"]:
-            raise ValueError(f"the recipe is one of {recipe.pipeline}, this is a {now['pipeline']}")
+            theirs = printable(cut(recipe.pipeline))
+            raise ValueError(f"the recipe is one of {theirs}, this is a {now['pipeline']}")
         self._check_weights(recipe, now)
         for what in ("dtypes", "changes"):
             if (had := dict(getattr(recipe, what))) != now[what]:
-                raise ValueError(f"the recipe was made with {what} {had}; this pipeline has {now[what]}")
+                told = f"{what} {printable(cut(had))}"
+                raise ValueError(f"the recipe was made with {told}; this pipeline has {cut(now[what])}")
         ratio = now["boundary_ratio"]
         if recipe.boundary_ratio != ratio:
             raise ValueError(f"the recipe's boundary_ratio is {recipe.boundary_ratio}, this one's {ratio}")
@@ -140,18 +142,21 @@ class Provenance(Part):
                 k for k in then.files.keys() | here.files if then.files.get(k) != here.files.get(k)
             )
             if other:
-                raise ValueError(
-                    f"the recipe is of {then.place}, this is {here.place}: {other[0]} is another file"
-                )
+                theirs = f"{printable(cut(then.place))}, this is {here.place}"
+                raise ValueError(f"the recipe is of {theirs}: {printable(cut(other[0]))} is another file")
         elif recipe.checkpoint != now["checkpoint"]:
-            raise ValueError(f"the recipe is of {recipe.checkpoint}, this is {now['checkpoint']}")
+            theirs = printable(cut(recipe.checkpoint))
+            raise ValueError(f"the recipe is of {theirs}, this is {now['checkpoint']}")
         if _loras(recipe.loras) != _loras(now["loras"]):
-            wanted = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in recipe.loras)
-            loaded = ", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in now["loras"])
+            wanted, loaded = (
+                printable(cut(", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in loras)))
+                for loras in (recipe.loras, now["loras"])
+            )
             raise ValueError(f"the recipe has LoRAs: {wanted or 'none'}; loaded are: {loaded or 'none'}")
         if unknown := [lora.name for lora in recipe.loras if lora.strengths.keys() - lora.files.keys()]:
             logger.warning(
-                "the LoRA %s was in memory: whether it is the same now cannot be told", ", ".join(unknown)
+                "the LoRA %s was in memory: whether it is the same now cannot be told",
+                printable(cut(", ".join(unknown))),
             )
 
 
@@ -181,16 +186,24 @@ def scheduler_of(recipe: Recipe, mine: Any) -> Any:
     ):
         return mine
     name = recipe.scheduler
-    found = [getattr(place, name, None) for place in (schedulers, diffusers)]
-    known = [type(mine)] if type(mine).__name__ == name else found
+    known: list[Any] = [type(mine)] if type(mine).__name__ == name else []
+    known += [
+        getattr(place, name, None) for place in (schedulers, diffusers.schedulers) if name in dir(place)
+    ]
     cls: Any = next((cls for cls in known if isinstance(cls, type) and issubclass(cls, SchedulerMixin)), None)
-    if cls is None:
-        raise ValueError(f"the recipe's scheduler is {cut(name)}; set pipe.scheduler to one first")
+    if cls is None or cls is schedulers.FlowMatchScheduler:
+        raise ValueError(f"the recipe's scheduler is {shown(name)}; set pipe.scheduler to one first")
     # Without what the config has kept of other classes, and diffusers would warn of.
-    parameters = inspect.signature(cls).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return cls.from_config(dict(recipe.scheduler_config))
-    return cls.from_config({n: v for n, v in recipe.scheduler_config.items() if n in parameters})
+    parameters, config = inspect.signature(cls).parameters, dict(recipe.scheduler_config)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        config = {n: v for n, v in config.items() if n in parameters}
+    try:
+        return cls.from_config(config)
+    except (
+        Exception
+    ) as error:  # schedulers of diffusers raise whatever a setting of a wrong type leads them to
+        reason = f"{type(error).__name__}: {cut(error)}"
+        raise ValueError(f"the recipe's {shown(name)} cannot be built from its config: {reason}") from error
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:

@@ -8,20 +8,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.error import URLError
-from urllib.parse import urlsplit
-from urllib.request import Request as WebRequest
-from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from ...checks import as_path, cut, shown
+from ...checks import cut
+from ...pictures import TIMEOUT, read_picture, upright_rgb
 from .checks import describe
 
 logger = logging.getLogger(__name__)
@@ -34,18 +30,6 @@ MIN_SIDE = 16  # pixels: one token's width; less has nothing to show
 MAX_ASPECT = 8  # long over short side, where the size follows the image
 # Resampling and a slight overshoot of the values go together; other scales, such as 0 to 255, are far off.
 OVERSHOOT = 0.25  # of what is 1 wide
-TIMEOUT = 30  # seconds without an answer from a web server
-_Turn = Image.Transpose
-# What brings an image upright, by its EXIF orientation.
-_TURNS: dict[Any, Image.Transpose] = {
-    2: _Turn.FLIP_LEFT_RIGHT,
-    3: _Turn.ROTATE_180,
-    4: _Turn.FLIP_TOP_BOTTOM,
-    5: _Turn.TRANSPOSE,
-    6: _Turn.ROTATE_270,
-    7: _Turn.TRANSVERSE,
-    8: _Turn.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Picture:
 
     def to_pil(self) -> Image.Image:
         """Return the image in 8 bits; exactly the original of one that came in 8 bits."""
-        values = ((self.pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        values = self.pixels.add(1).mul_(127.5).round_().clamp_(0, 255).byte()
         return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -107,14 +91,12 @@ def load_picture(name: str, image: Any, signed: bool = False) -> Picture:
     """Read one image; see `load_pictures`. `signed`: floating values are in [-1, 1]."""
     source = None
     if isinstance(image, (str, Path)):
-        source = str(image)
-        image = _open(name, source)
+        source, image = str(image), np.asarray(read_picture(name, image, TIMEOUT))
     if isinstance(image, Image.Image):
         try:
             image = np.asarray(upright_rgb(image))
         except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-            where = f"{name}: {cut(source)}" if source else name
-            raise ValueError(f"{where} cannot be read: {cut(error)}") from error
+            raise ValueError(f"{name} cannot be read: {cut(error)}") from error
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         array = (image.float() if image.is_floating_point() else image).numpy()
@@ -135,68 +117,29 @@ def load_picture(name: str, image: Any, signed: bool = False) -> Picture:
     return picture
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says, and into 8-bit RGB, transparency on white."""
-    # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    image = image if turn is None else image.transpose(turn)
-    mode = image.mode
-    if mode in ("I", "F") or mode.startswith("I;16"):
-        # 16 bits per pixel; "I" is how some of Pillow's readers hold them. "F" is 0 to 1, as in arrays.
-        values, top = np.asarray(image).astype(np.float64), 1.0 if mode == "F" else 65535.0
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
-            span = f"{values.min():g} to {values.max():g}"
-            raise ValueError(f"an image of mode {shown(mode)} must have values from 0 to {top:g}, not {span}")
-        return Image.fromarray((values / top * 255).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        # Premultiplied modes have one way out.
-        straight = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
-        image = image.convert(straight).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _open(name: str, source: str) -> Image.Image:
-    """Open a path or URL, decoded to its last pixel."""
-    try:
-        url = urlsplit(source)
-        if url.scheme in ("http", "https"):
-            with urlopen(WebRequest(source, headers={"User-Agent": "wan22"}), timeout=TIMEOUT) as answer:
-                data = answer.read()
-        else:
-            path = url2pathname(url.path) if url.scheme == "file" else source
-            data = as_path(path).read_bytes()
-        image = Image.open(BytesIO(data))
-        image.load()
-        return image
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: there is no file {cut(source)}") from error
-    except URLError as error:
-        raise ValueError(f"{name}: {cut(source)} cannot be fetched: {cut(error.reason)}") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: {cut(source)} is not an image that Pillow reads") from error
-    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-        raise ValueError(f"{name}: {cut(source)} cannot be read: {cut(error)}") from error
-
-
 def _to_pixels(name: str, array: np.ndarray, signed: bool = False) -> torch.Tensor:
     """Turn an array "h w c", uint8 or floating in [0, 1] or [-1, 1], into RGB "3 h w" in [-1, 1]."""
+    # In place: a large image takes 12 bytes a pixel here.
     if array.dtype == np.uint8:
-        values = array.astype(np.float32) / np.float32(255)
+        values = array.astype(np.float32)
+        values /= np.float32(255)
     elif array.dtype.kind == "f":
         values = array.astype(np.float32)
-        values = (values + 1) / 2 if signed else values
+        if signed:
+            values += 1
+            values /= 2
     else:
         raise ValueError(f"{name} is {array.dtype}; it must be uint8, or floating in [0, 1]")
     x = torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
     # "not within" instead of "outside": NaN is not within either.
-    if not ((x >= -OVERSHOOT) & (x <= 1 + OVERSHOOT)).all():
+    if array.dtype != np.uint8 and not ((x >= -OVERSHOOT) & (x <= 1 + OVERSHOOT)).all():
         span = f"{array.min().item():g} to {array.max().item():g}"
         rule = "floating images must be in [0, 1], or in [-1, 1] with negative values; uint8 in 0 to 255"
         raise ValueError(f"{name} has values from {span}; {rule}")
     if x.shape[0] == 4:
         x = x[:3] * x[3:] + (1 - x[3:])  # on white
-    return x.expand(3, -1, -1).sub(0.5).div(0.5)
+    x = x.sub_(0.5) if x.shape[0] == 3 else x.expand(3, -1, -1).sub(0.5)
+    return x.div_(0.5)
 
 
 # ---- sizes ----

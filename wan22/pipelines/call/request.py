@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import shown, with_plain_numbers
+from ...checks import cut, printable, shown, with_plain_numbers
+from ...video.recipe import Recipe
+from ...video.schema import check_extent
+from ...web import masked
 from .images import Picture
 
 Prompt = str | Sequence[str] | None
@@ -20,6 +23,8 @@ NOT_RECORDED = {
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
     *("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds"),
 }
+# Arguments that name files or URLs.
+IMAGES = ("image", "last_image")
 
 
 class Request:
@@ -55,6 +60,26 @@ class Request:
         return [
             name for name in self.arguments if name in NOT_RECORDED and torch.is_tensor(getattr(self, name))
         ]
+
+
+def check_recorded(recipe: Recipe, call: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse a recipe's arguments that a call cannot take from it, unless others are given in their place.
+
+    Raises: ValueError: an argument is none that recipes hold, an image was in memory, or is named by a recipe
+        that was read, or the call would grow without end.
+    """
+    allowed = inspect.signature(call).parameters.keys() - NOT_RECORDED
+    if unknown := sorted(recipe.call.keys() - allowed):
+        raise ValueError(f"the recipe's {shown(unknown[0])} is no argument that this pipeline takes")
+    for name in IMAGES:
+        images = None if name in given else recipe.call.get(name)
+        listed = images if isinstance(images, list | tuple) else [images]
+        if images is not None and None in listed:
+            raise ValueError(f"the recipe's {name} was in memory; give {name}=")
+        if images is not None and recipe.outside:
+            named = printable(cut(", ".join(masked(str(image)) for image in listed)))
+            raise ValueError(f"the recipe names {name} {named}, which is not opened unasked; give {name}=")
+    check_extent(recipe, given)
 
 
 def plain(value: Any) -> Any:
