@@ -1,6 +1,5 @@
 """Unfinished results: the same bytes after any interruption, one writer, nothing of others is touched."""
 
-import errno
 import json
 import os
 import shutil
@@ -11,83 +10,17 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.checkpoints.converting.small_results import EVENTS, FORMS, REQUEST, target_of, tree, write
 from wan22 import whole_files
 from wan22.checkpoints.converting import unfinished as module
 from wan22.checkpoints.converting import writing
-from wan22.checkpoints.converting.plan import OutputTensor, Plan
 from wan22.checkpoints.converting.unfinished import Unfinished
 from wan22.checkpoints.converting.writing import write_plan
-
-REQUEST = {"source": {"path": "somewhere"}, "to": "diffusers", "shard_size": 4000}
-FORMS = ("folder", "single")
-
-
-def tensors(count):
-    values = [torch.arange(1000.0) + i for i in range(count)]
-    return [OutputTensor("vae", f"t{i}", f"t{i}", f"t{i}", t, t.dtype) for i, t in enumerate(values)]
-
-
-@pytest.fixture
-def work(tmp_path):
-    """Plans of a folder with shards, a .pth, texts and copies, and of one file; and the place for them."""
-    copied = tmp_path / "tokenizer"
-    (copied / "more").mkdir(parents=True)
-    (copied / "tokenizer.json").write_text("{}" * 100)
-    (copied / "more/notes.txt").write_text("notes")
-    folder, single = Plan(), Plan()
-    folder.add("vae/model.safetensors", tensors(3), 4000)
-    folder.add("t5.pth", tensors(2), None)
-    folder.texts["config.json"] = '{"a": 1}'
-    folder.copies["tokenizer"] = copied
-    single.add("out.safetensors", tensors(2), None)
-    (tmp_path / "place").mkdir()
-    return {"folder": folder, "single": single}, tmp_path / "place"
-
-
-def target_of(form, place):
-    return place / ("out" if form == "folder" else "out.safetensors")
-
-
-def write(work, form, request=REQUEST):
-    """What convert does."""
-    plans, place = work
-    with Unfinished(target_of(form, place), request, single=form == "single") as unfinished:
-        if unfinished.placed:
-            unfinished.clear()
-            return
-        write_plan(plans[form], unfinished, "")
-        unfinished.place()
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if not p.is_dir()}
-
-
-@pytest.fixture
-def expected(work):
-    """What is there in the end, by form."""
-    plans, place = work
-    found = {}
-    for form in FORMS:
-        write((plans, place), form)
-        found[form] = tree(place)
-        shutil.rmtree(place)
-        place.mkdir()
-    return found
 
 
 class Killed(BaseException):
     pass
-
-
-# What is done to files, each of which a kill may precede.
-EVENTS = [
-    (os, n) for n in ("open", "write", "fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
-]
-EVENTS += [(os, "ftruncate"), (writing, "write_safetensors"), (torch, "save"), (shutil, "copyfile")]
-EVENTS += [(Path, "write_text")]
 
 
 def kill_at(monkeypatch, number):
@@ -136,7 +69,7 @@ KILLS = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from tests.checkpoints.converting.test_unfinished import tree
+from tests.checkpoints.converting.small_results import tree
 from wan22.checkpoints.converting.convert import convert
 torch.set_num_threads(1)
 source, folder = sys.argv[1], Path(sys.argv[2])
@@ -333,6 +266,17 @@ def test_a_kill_after_the_result_has_its_name(form, work, expected, monkeypatch)
     assert tree(work[1]) == expected[form]
 
 
+def test_a_journal_whose_last_line_is_half_written_goes_on_as_one(work, expected):
+    """A kill in the next call finds what that call has recorded."""
+    _, journal = interrupted(work)
+    journal.write_bytes(journal.read_bytes()[:-7])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unfinished, "_remove_journal", lambda self: None)
+        write(work, "folder")
+    write(work, "folder")
+    assert tree(work[1]) == expected["folder"]
+
+
 # ---- one writer ----
 
 HOLDER = """
@@ -418,70 +362,18 @@ def test_without_locks_one_waits_for_the_other(work, monkeypatch):
     assert done == [True] and [path.name for path in work[1].iterdir()] == ["out"]
 
 
-# ---- room ----
+def test_a_journal_that_another_process_has_just_removed(work, monkeypatch):
+    """It has finished between our opening the journal and locking it."""
+    opened = []
 
+    def finish(handle, wait):
+        opened.append(handle)
+        if len(opened) == 1:
+            (work[1] / "out.partial.journal").unlink()
+        return whole_files.lock(handle, wait)
 
-@pytest.mark.parametrize("form", FORMS)
-def test_room_is_asked_for_before_anything_is_there(form, work, monkeypatch):
-    usage = shutil.disk_usage("/")
-    plans, place = work
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    need = {"folder": 5 * 4000 + 8000 + 8 + 200 + 5, "single": 8000}[form]
-    index = sum(len(text) for name, text in plans[form].texts.items() if "index" in name)
-    with pytest.raises(
-        OSError, match=rf"needs {(need + index) / 1e9:.3g} GB more, but its disk has 1e-07 GB left"
-    ):
-        write((plans, place / "deep/er"), form)
-    assert not list(place.iterdir())
-
-
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG"])
-@pytest.mark.parametrize("event", ["write_text", "copyfile", "write_safetensors", "save", "write", "mkdir"])
-def test_the_disk_fills_up(event, code, work, expected, monkeypatch):
-    owner, number = next((o, getattr(errno, code)) for o, n in EVENTS if n == event)
-    names = {
-        "write_text": "vae/model.safetensors.index.json",
-        "copyfile": "tokenizer/more/notes.txt",
-        "save": "t5.pth",
-    }
-    names |= {"write_safetensors": "vae/model-00001-of-00003.safetensors", "write": ".journal"}
-
-    def full(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, event, full)
-        with pytest.raises(
-            OSError, match=r"out\.partial: .*, (2\.8|1\.6)e-05 GB are not written yet; "
-        ) as error:
+    monkeypatch.setattr(module, "lock", finish)
+    with Unfinished(work[1] / "out", REQUEST) as unfinished:
+        assert len(opened) == 2 and unfinished.journal.exists()
+        with pytest.raises(FileExistsError, match="is being written"):
             write(work, "folder")
-    assert error.value.errno == number and "make room, and the same command goes on with" in str(error.value)
-    assert names.get(event, "out.partial") in str(error.value) and "\n" not in str(error.value)
-    if event in ("write", "mkdir"):
-        assert not list(work[1].iterdir())
-    write(work, "folder")
-    assert tree(work[1]) == expected["folder"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full")
-def test_what_pytorch_does_not_say(tmp_path, monkeypatch):
-    """Its error of a full disk is a RuntimeError."""
-    (tmp_path / "t5.pth").symlink_to("/dev/full")
-    with pytest.raises(OSError) as error:
-        writing._write_pth(tmp_path / "t5.pth", tuple(tensors(2)))
-    assert error.value.errno == errno.ENOSPC
-    assert [path.name for path in tmp_path.iterdir()] == ["t5.pth"]
-
-
-def test_a_pth_does_not_depend_on_the_name_it_is_written_under(tmp_path):
-    for name in ("a.pth", ".wan22-0123456789abcdef.pth"):
-        writing._write_pth(tmp_path / name, tuple(tensors(2)))
-    one, other = (path.read_bytes() for path in tmp_path.iterdir())
-    assert one == other
-
-
-def test_a_link_round_in_a_circle(work):
-    (work[0]["folder"].copies["tokenizer"] / "more/round").symlink_to("..")
-    with pytest.raises(ValueError, match="more/round is a link to a folder that it lies in; remove the link"):
-        write(work, "folder")
-    assert not list(work[1].iterdir())
