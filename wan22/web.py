@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.error import URLError
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, UnknownHandler
 
 from .checks import cut, printable
@@ -140,9 +140,8 @@ def _ascii(url: str) -> str:
     parts = urlsplit(url)
     host = parts.netloc.encode("idna").decode() if not parts.netloc.isascii() else parts.netloc
     reserved = "%/:=&?~#+!$,;'@()*[]"
-    return parts._replace(
-        netloc=host, path=quote(parts.path, reserved), query=quote(parts.query, reserved), fragment=""
-    ).geturl()
+    path, query = quote(parts.path, reserved), quote(parts.query, reserved)
+    return urlunsplit((parts.scheme, host, path, query, ""))
 
 
 def _is_local(host: str) -> bool:

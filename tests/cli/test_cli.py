@@ -16,6 +16,7 @@ from tests.cli.commands import QUICK, picture, run
 from tests.video.test_recipe import KNOWN, carried
 from tests.video.test_result import read
 from wan22 import WanT2VPipeline, read_recipe, tiny_checkpoint
+from wan22.cli import reproduce
 from wan22.cli.loading import split_strength
 from wan22.cli.running import free_name
 from wan22.pipelines.call.preview import Previewer
@@ -170,6 +171,17 @@ def test_what_a_recipe_names_is_not_loaded_unasked(entries, options, here, offli
     _, err = run("reproduce", file.name, code=1)
     assert f"error: {file.name} names what is not loaded unasked; give {options}" in err
     assert "u:p" not in err and "\x1b" not in err
+
+
+def test_allow_download_is_for_nothing_on_this_machine(here):
+    for place in ("a/b", "a/b/c.safetensors", "https://huggingface.co/a/b", "wan2.2-t2v-a14b"):
+        reproduce.ask(here / "a.mp4", [reproduce.Named("--model", place)], allow_download=True)
+    (here / "a" / "b").mkdir(parents=True)
+    local = [("--model", place) for place in ("a/b", "/a/b", "../b", "~/b", "c", "file:///a/b", "\\\\a/b")]
+    for entry in (*local, ("--image", "c/d.png"), ("--image", "file:///a.png")):
+        with pytest.raises(ValueError, match=r"a.mp4 names what is not loaded unasked") as caught:
+            reproduce.ask(here / "a.mp4", [reproduce.Named(*entry)], allow_download=True)
+        assert "--allow-download" not in str(caught.value)
 
 
 def test_on_a_terminal_a_person_is_asked(here, monkeypatch):

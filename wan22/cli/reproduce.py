@@ -59,7 +59,7 @@ def reproduce_file(
     from ..video.metadata import read_recipe
 
     recipe = read_recipe(file)
-    _ask(file, _named(recipe, replaced, loading), allow_download)
+    ask(file, _named(recipe, replaced, loading), allow_download)
     task = next((task for task, name in PIPELINES.items() if name == recipe.pipeline), "t2v")
     loras = _loras(recipe, loading)
     others = replace(loading, lora=None, lora_high=None, lora_low=None) if loras else loading
@@ -94,7 +94,7 @@ def _named(recipe: Recipe, replaced: Mapping[str, Any], given: Loading) -> list[
     return named
 
 
-def _ask(file: Path, named: list[Named], allow_download: bool) -> None:
+def ask(file: Path, named: list[Named], allow_download: bool) -> None:
     """Ask at a terminal whether what a recipe names is used; elsewhere, a ValueError names the options."""
     asked = [entry for entry in named if not (allow_download and entry.downloaded)]
     if not asked:
