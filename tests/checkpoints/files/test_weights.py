@@ -51,6 +51,10 @@ def test_the_weights_are_not_read(tmp_path):
         ((4).to_bytes(8, "little") + b"abcd", "its header is not JSON"),
         ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "its header is not JSON"),
         ((2).to_bytes(8, "little") + b"[]", "its header is not a table"),
+        (
+            (500_001).to_bytes(8, "little") + b'{"a":' * 100_000 + b"1",
+            "its header is not JSON",
+        ),
         ((10).to_bytes(8, "little") + b'{"a":null}', "its header says nothing of use of 'a'"),
         ((18).to_bytes(8, "little") + b'{"a":{"dtype":"F"}}'[:18], "its header is not JSON"),
         (

@@ -1,5 +1,8 @@
 """GGUF has room for four axes: converters merge the patch embedding's, or write down its own shape."""
 
+import struct
+import time
+
 import gguf
 import pytest
 import torch
@@ -9,6 +12,7 @@ from tests.checkpoints.loading.test_models import assert_same, official, plain  
 from wan22 import WanTransformer3DModel
 from wan22.checkpoints import convert
 from wan22.checkpoints.files.quantized import unflattened
+from wan22.checkpoints.files.weights import read_weights
 
 PATCH, DIM = "patch_embedding.weight", 256
 
@@ -123,4 +127,61 @@ def test_tensors_that_overlap_are_refused(tmp_path):
     (tmp_path / "w.gguf").write_bytes(data)
     message = r"w\.gguf is damaged: (first overlaps second|second overlaps first)"
     with pytest.raises(ValueError, match=message):
+        WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")
+
+
+def field(name, kind, content):
+    """An entry of the metadata, as the file has it."""
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + content
+
+
+def with_fields(path, weights, *fields):
+    """Put entries in front of those of a file."""
+    write(weights, path)
+    data = path.read_bytes()
+    tensors, entries = struct.unpack_from("<QQ", data, 8)
+    reader = gguf.GGUFReader(path)
+    end = max(t.field.offset + sum(p.nbytes for p in t.field.parts) for t in reader.tensors)
+    head = data[:8] + struct.pack("<QQ", tensors, entries + len(fields)) + b"".join(fields) + data[24:end]
+    path.write_bytes(head + bytes(-len(head) % 32) + data[reader.data_offset :])
+
+
+ARRAY, U8, TEXT = 9, 0, 8
+# What a header may claim: the file does not have it, or nobody needs it.
+CLAIMS = {
+    "2**60 numbers": field("x", ARRAY, struct.pack("<IQ", U8, 2**60)),
+    "2**40 texts": field("x", ARRAY, struct.pack("<IQ", TEXT, 2**40)),
+    "arrays in an array": field("x", ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000),
+    "a text of 2**62 bytes": field("x", TEXT, struct.pack("<Q", 2**62)),
+    "a kind of the future": field("x", 99, b""),
+    "an alignment of 3": field("general.alignment", 4, struct.pack("<I", 3)),
+    "an alignment that is a text": field("general.alignment", TEXT, struct.pack("<Q", 1) + b"8"),
+}
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_a_header_that_claims_too_much_is_refused_at_once(what, tmp_path):
+    with_fields(tmp_path / "w.gguf", {"a": torch.ones(4, 64)}, CLAIMS[what])
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"w\.gguf is cut off or damaged: ") as error:
+        read_weights(tmp_path / "w.gguf")
+    assert time.monotonic() - started < 1 and "\n" not in str(error.value)
+
+
+def test_long_arrays_are_passed_over(tmp_path):
+    numbers = field("x", ARRAY, struct.pack("<IQ", U8, 10**7) + bytes(10**7))
+    words = field("y", ARRAY, struct.pack("<IQ", TEXT, 10**4) + (struct.pack("<Q", 1) + b"a") * 10**4)
+    weights = {"a": torch.arange(256.0).view(4, 64)}
+    with_fields(tmp_path / "w.gguf", weights, numbers, words, field("z", TEXT, struct.pack("<Q", 1) + b"b"))
+    started = time.monotonic()
+    file = read_weights(tmp_path / "w.gguf")
+    assert time.monotonic() - started < 1
+    assert torch.equal(file.tensors["a"], weights["a"])
+    assert file.metadata.get("z") == "b" and file.metadata.keys().isdisjoint("xy")
+
+
+def test_the_axes_of_a_matrix_are_not_merged(official, tmp_path):  # noqa: F811
+    name = "blocks.0.self_attn.q.weight"
+    write(official, tmp_path / "w.gguf", {name: (DIM * DIM,)})
+    with pytest.raises(ValueError, match=r"attn1\.to_q\.weight is \(65536,\), it must be \(256, 256\)"):
         WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")

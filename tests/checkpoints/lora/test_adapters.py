@@ -106,6 +106,17 @@ def test_a_block_is_not_another_whose_number_begins_alike(caplog):
     assert _lookup({"blocks.1": 0.5, "blocks.1.ffn": 0.2}, "blocks.1.ffn") == ("blocks.1.ffn", 0.2)
 
 
+def test_one_that_changes_nothing_is_told(model, table, caplog):
+    plain = run(model)
+    with caplog.at_level(logging.WARNING, "wan22"):
+        load(model, table)
+        assert "changes nothing" not in caplog.text
+        adapters_of(model).unload()
+        load(model, {key: (a, torch.zeros_like(b), *rest) for key, (a, b, *rest) in table.items()})
+    assert "the LoRA a changes nothing: its matrices' products are all zero" in caplog.text
+    close(run(model), plain)
+
+
 def test_names_of_modules_that_are_not_there(model, table, caplog):
     load(model, table)
     with caplog.at_level(logging.WARNING, "wan22"):

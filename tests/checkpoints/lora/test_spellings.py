@@ -216,6 +216,10 @@ BAD = {
         layer(torch.ones(4, SIZE), torch.ones(SIZE, 4), lokr_w1=torch.ones(1, 1)),
         "lokr_w1, lora_A, lora_B are of different kinds",
     ),
+    "three axes": (
+        layer(torch.ones(4, SIZE, 1), torch.ones(SIZE, 4)),
+        r"lora_A has shape \(4, 48, 1\) and is no matrix",
+    ),
     "LoHa's ranks": (
         {
             f"{MODULE}.hada_w{n}_{s}": torch.ones(z)

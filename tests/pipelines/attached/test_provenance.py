@@ -1,6 +1,7 @@
 """Videos are made again from their recipes, to the bit, and never from other weights than theirs."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -213,6 +214,22 @@ def test_other_weights_are_refused(pipe, tmp_path):
         other.reproduce(video.recipe)
     same = WanT2VPipeline.from_pretrained(shutil.copytree(tiny_checkpoint(), tmp_path / "copy"))
     assert np.array_equal(same.reproduce(video.recipe).frames, video.frames)
+
+
+def test_files_that_change_after_loading_are_not_those_of_the_video(tmp_path):
+    """The weights in memory are the former ones, which the files do not tell any more."""
+    folder = shutil.copytree(tiny_checkpoint(), tmp_path / "checkpoint")
+    pipe = WanT2VPipeline.from_pretrained(folder)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, tmp_path / "new")
+    os.replace(tmp_path / "new", file)
+    assert pipe.provenance.origin().replaced == ("transformer",)
+    video = pipe("a", seed=1, **QUICK)
+    with pytest.raises(ValueError, match=r"transformer/diffusion_pytorch_model\.safetensors is another"):
+        WanT2VPipeline.from_pretrained(folder).reproduce(video.recipe)
+    shutil.rmtree(folder)
+    assert np.array_equal(pipe("a", seed=1, **QUICK).frames, video.frames)
+    assert pipe.provenance.origin().files == {}
 
 
 def test_a_model_put_in_later_is_not_taken_for_the_files(tmp_path):

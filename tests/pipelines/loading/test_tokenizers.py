@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.builders import byte_tokenizer, load_pipeline, random_components, random_pipeline
+from wan22.pipelines.loading.single_files import load_tokenizer
 
 
 @pytest.fixture
@@ -33,3 +34,9 @@ def test_of_another_text_encoder(folder):
     tokenizer.add_tokens([f"<{i}>" for i in range(rows)])
     with pytest.raises(ValueError, match=rf"has \d+ tokens, the text encoder {rows}; they are of different"):
         load_pipeline(folder, tokenizer=tokenizer)
+
+
+def test_a_folder_without_a_vocabulary_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has no vocabulary; it must hold tokenizer\.json or spiece"):
+        load_tokenizer(tmp_path)

@@ -11,6 +11,7 @@ from ..files.weights import read_json
 from ..loading.stored import StoredModel
 from ..naming.configs import HEAD_DIM
 from ..naming.names import shapes_of
+from ..naming.schemas import SCHEDULER, read_config
 from .source import Source
 
 # What an official config.json leaves out unless it is another value. Source: Wan2.2 wan/modules/model.py.
@@ -100,7 +101,7 @@ def lost_schedule(source: Source, release: Preset) -> Iterator[tuple[str, Any, A
     """Yield name, value and the release's value of what a Diffusers repository says of its schedule."""
     if source.index is None:
         return
-    config = read_json(source.path / "scheduler" / "scheduler_config.json")
+    config = read_config(source.path / "scheduler" / "scheduler_config.json", SCHEDULER)
     chosen = {"boundary_ratio": source.index.get("boundary_ratio"), "flow_shift": config.get("flow_shift")}
     for name, value in chosen.items():
         if value not in (None, official := getattr(release, name)):

@@ -13,6 +13,7 @@ from ..files.weights import SUFFIXES, read_json, shards_of
 from ..loading.recognize import kinds_in, read_model
 from ..loading.stored import StoredModel
 from ..naming.names import listed
+from ..naming.schemas import read_config
 
 # Components of a pipeline, and their kinds.
 MODELS = {
@@ -77,7 +78,7 @@ def _diffusers_repository(path: Path, head_dim: int | None) -> Source:
         if name not in MODELS:
             folders[name] = _without_strangers(folder, path)
             continue
-        models[name] = _read(folder, read_json(folder / "config.json"), head_dim)
+        models[name] = _read(folder, read_config(folder / "config.json"), head_dim)
         if models[name].kind != MODELS[name]:
             raise ValueError(f"{folder} holds a {models[name].kind}, not a {MODELS[name]}")
     if not models:
@@ -127,7 +128,7 @@ def _weights_in(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the weight files, and folders of shards, in a folder and the folders in it, with config.json."""
     found = []
     for place in (path, *sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))):
-        config = read_json(place / "config.json")
+        config = read_config(place / "config.json")
         indices = place.glob("*.safetensors.index.json")
         shards = {name for index in indices for name in shards_of(index).values()}
         found += [(place, config)] if shards else []

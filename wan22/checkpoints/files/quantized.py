@@ -162,10 +162,13 @@ def unflattened(
 ) -> torch.Tensor | QuantizedTensor:
     """Return a tensor of GGUF in its shape, if its own comes from merging neighbouring axes of that one.
 
-    Axes with one entry are left out in such files, too. Anything else is returned as it is.
+    Axes with one entry are left out in such files, too. Anything else is returned as it is, also what
+    would be a matrix: its two axes are within what GGUF has room for.
     """
     own = tuple(tensor.shape)
     if shape in (None, own) or math.prod(own) != math.prod(shape):
+        return tensor
+    if len(own) > len(shape) or (len(shape) == 2 and 1 not in shape):
         return tensor
     if not set(accumulate(own, operator.mul)) <= {1, *accumulate(shape, operator.mul)}:
         return tensor

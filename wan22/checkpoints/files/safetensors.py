@@ -39,7 +39,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a table")
@@ -81,16 +81,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         with safe_open(path, "np"):  # which checks the header against the file
             pass
     except SafetensorError as error:
-        needed = max(entry["data_offsets"][1] for entry in header.values())
+        needed = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         raise ValueError(f"{path} is cut off or damaged: {error}; its tensors take {needed} bytes") from error
     except OSError as error:
         raise _not_mapped(path, error) from error
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        try:
-            mapped = mapping(file)
-        except OSError as error:
-            raise _not_mapped(path, error) from error
+    mapped = mapped_file(path)
+    start = 8 + int.from_bytes(mapped[:8], "little")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -100,6 +96,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else None
         tensors[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(entry["shape"])
     return tensors, metadata
+
+
+def mapped_file(path: Path) -> mmap.mmap:
+    """Map a whole file as `mapping` does; an OSError names the file."""
+    with path.open("rb") as file:
+        try:
+            return mapping(file)
+        except OSError as error:
+            raise _not_mapped(path, error) from error
 
 
 def _not_mapped(path: Path, error: OSError) -> OSError:

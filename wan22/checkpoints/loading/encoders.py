@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..files.quantized import expanded
+from ..naming import schemas
 from ..naming.configs import Shapes, image_encoder_config, text_encoder_config
 from ..naming.dialects import Tensors
 from ..naming.keys import IMAGE_ENCODER, TEXT_ENCODER, TEXT_ENCODER_GGUF, KeyTable
@@ -43,6 +44,7 @@ class _TransformersFormat(ModelFormat):
 class _TextEncoderFormat(_TransformersFormat):
     kind = "text_encoder"
     noun = "umT5"
+    schema = schemas.TEXT_ENCODER
     classes = ("UMT5Config", "UMT5EncoderModel")
     # Parts of the whole umT5 that encoding does not need, and what ComfyUI has beside it.
     unused = ("decoder.", "lm_head.", "dec.", "output.", TOKENIZER, "logit_scale")
@@ -86,6 +88,7 @@ class _TextEncoderFormat(_TransformersFormat):
 class _ImageEncoderFormat(_TransformersFormat):
     kind = "image_encoder"
     noun = "CLIP's image encoder"
+    schema = schemas.IMAGE_ENCODER
     classes = ("CLIPVisionConfig", "CLIPVisionModel")
     # The text half of CLIP, what follows the layer whose output Wan takes, and numbers from 0 on.
     unused = (

@@ -17,10 +17,11 @@ from ...checks import as_path, shown
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
+from ..files.damage import errors_named
 from ..files.folders import DIFFUSERS, Names, candidates, names_of, weights_in
 from ..files.safetensors import stored_dtype
-from ..files.weights import read_json
 from ..lora.plain import plain_state
+from ..naming import schemas
 from ..naming.configs import (
     Shapes,
     autoencoder_config,
@@ -79,6 +80,7 @@ class _DiffusersFormat(ModelFormat):
 
 class _TransformerFormat(_DiffusersFormat):
     kind = "transformer"
+    schema = schemas.TRANSFORMER
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
         return (TRANSFORMER,)
@@ -88,7 +90,9 @@ class _TransformerFormat(_DiffusersFormat):
         return super().names(source, names)
 
     def official_config(self, source: str, shapes: Shapes, given: Config, known: Config) -> Config:
-        if {"dim", "num_heads"} <= given.keys():  # which the shapes do not determine
+        if missing := schemas.needed(given) - given.keys():
+            raise ValueError(f"{source}: the config.json beside it has no entry {min(missing)}")
+        if {"dim", "num_heads", "eps"} <= given.keys():  # which the shapes do not determine
             head_dim = given["dim"] // given["num_heads"]
             known = {"attention_head_dim": head_dim, "eps": given["eps"]} | known
         return transformer_config(source, shapes, known.get("attention_head_dim")) | known
@@ -96,6 +100,7 @@ class _TransformerFormat(_DiffusersFormat):
 
 class _AutoencoderFormat(_DiffusersFormat):
     kind = "vae"
+    schema = schemas.AUTOENCODER
 
     def tables(self, names: Iterable[str]) -> Sequence[KeyTable]:
         layout = autoencoder_layout(names)
@@ -187,7 +192,7 @@ class FromFiles:
             except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
                 return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         place = root / subfolder
-        config, known = read_json(place / "config.json"), {}
+        config, known = schemas.read_config(place / "config.json"), {}
         in_diffusers_layout = config.get("_class_name") == cls.__name__
         if in_diffusers_layout:
             variant, asked_of_diffusers = kwargs.get("variant"), needs_diffusers(kwargs)
@@ -220,7 +225,8 @@ class FromFiles:
         if kwargs["dtype"] is None and place.is_dir():  # diffusers would take float32
             kwargs["dtype"] = stored_dtype(place, kwargs.get("variant"))
         kwargs = {name: value for name, value in kwargs.items() if name not in STEERING | {"dequantize"}}
-        model, info = load(source, output_loading_info=True, **kwargs)
+        with errors_named(source):
+            model, info = load(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # those have tensors beside the parameters
             account(source, info["missing_keys"], info["unexpected_keys"])
         return (model, info) if output_loading_info else model

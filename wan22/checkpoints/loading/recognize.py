@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ..files.weights import WeightFile, read_json, read_weights
+from ..files.weights import WeightFile, read_weights
 from ..naming.dialects import parts_of, stripped
 from ..naming.names import count_known, listed
+from ..naming.schemas import read_config
 from .encoders import IMAGE_ENCODER_FORMAT, TEXT_ENCODER_FORMAT
 from .models import AUTOENCODER_FORMAT, TRANSFORMER_FORMAT
 from .stored import StoredModel, read_as
@@ -30,7 +31,7 @@ def read_model(
     """
     file = read_weights(path)
     if config is None:
-        config = read_json(path / "config.json")
+        config = read_config(path / "config.json")
     kind = kind or _recognize(file)
     known = {"attention_head_dim": head_dim} if head_dim and kind == "transformer" else {}
     return read_as(FORMATS[kind], file, config, known)

@@ -12,7 +12,8 @@ from huggingface_hub import hf_hub_download
 
 from ...checks import as_path
 from ..files import hub
-from ..files.weights import WeightFile, read_json, read_weights, weights_of
+from ..files.weights import WeightFile, read_weights, weights_of
+from ..naming.schemas import check_config, read_config
 from .dtypes import read_dtype
 from .stored import Config, StoredModel
 
@@ -167,16 +168,17 @@ def _reference(
     if config is None:
         return NO_REFERENCE
     if isinstance(config, Mapping):
+        check_config("config={…}", config)
         return Reference("{…}", dict(config))
     cache = access.get("cache_dir")
     root, places = as_path(config), [subfolder or "", kind]
     if root.is_file():
-        return Reference(str(root), read_json(root))
+        return Reference(str(root), read_config(root))
     if root.is_dir():
         found = [path for place in places if (path := root / place / "config.json").is_file()]
         if not found:
             raise FileNotFoundError(f"config={config}: there is no file {root / places[0] / 'config.json'}")
-        return Reference(str(found[0]), read_json(found[0]))
+        return Reference(str(found[0]), read_config(found[0]))
     hub.check_repository_name(str(config), "folder config=")
     for place in places:
         name = str(Path(place, "config.json"))
@@ -184,7 +186,7 @@ def _reference(
             here = hf_hub_download(config, name, revision=revision, cache_dir=cache, local_files_only=True)
         except (OSError, ValueError):  # not here
             continue
-        return Reference(f"{config}/{name}", read_json(Path(here)))
+        return Reference(f"{config}/{name}", read_config(Path(here)))
     logger.info("config=%s is not on this machine; the sizes are those of the tensors", config)
     return NO_REFERENCE
 

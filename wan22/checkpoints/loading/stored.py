@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files.damage import errors_named
 from ..files.quantized import QuantizedTensor, on_meta, unflattened
 from ..files.weights import WeightFile, read_weights
 from ..naming.configs import Shapes
 from ..naming.dialects import Tensors, normalize, part_of, stripped
 from ..naming.keys import KeyTable
 from ..naming.names import own_names, shapes_of
+from ..naming.schemas import Schema
 from .fill import bytes_to_convert, fill
+from .values import check_samples
 
 Config = dict[str, Any]
 
@@ -27,6 +30,7 @@ class ModelFormat(ABC):
 
     kind: str  # "transformer", "vae", "text_encoder" or "image_encoder"
     noun = "this model"  # in errors
+    schema: Schema  # what a configuration of it may say
     unused: tuple[str, ...] = ()  # how names begin that files hold and the model has no parameter for
 
     @abstractmethod
@@ -135,10 +139,12 @@ class StoredModel:
 
     def check(self) -> None:
         """Refuse values that cannot be meant, by a ValueError; weights are read for it."""
+        check_samples(self.source, self.tensors)
         self.format.check(self.source, self.tensors)
 
     def _filled(self, tensors: Tensors, dtype: torch.dtype | None, dequantize: bool) -> nn.Module:
-        model = self.format.build(self.config)
+        with errors_named(self.source):
+            model = self.format.build(self.config)
         in_float32 = self.format.in_float32(model, dtype)
         fill(self.format.body(model), self.source, tensors, dtype, dequantize, in_float32)
         return self.format.finished(model).eval()
@@ -160,6 +166,7 @@ def read_as(
     own = {name: tensors[theirs] for name, theirs in names.items()}
     origins = {name: keys.get(theirs, theirs) for name, theirs in names.items()}
     config = format.config(file.source, shapes_of(own), given or {}, known or {})
+    format.schema.check(file.source, config)
     if file.flat:
         shapes = shapes_of(format.body(format.build(config)).state_dict())
         own = {name: unflattened(tensor, shapes.get(name)) for name, tensor in own.items()}

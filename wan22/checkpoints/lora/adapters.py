@@ -122,6 +122,8 @@ class Adapters:
                 f"the LoRA has whole differences of {listed(quantized)}, which are quantised; load the "
                 "model with dequantize=True, or call wan22.accel.quantize.dequantize"
             )
+        if lora.changes_nothing:
+            logger.warning("the LoRA %s changes nothing: its matrices' products are all zero", name)
         disabled = self._disabled
         self.unfuse_at_strengths(f"{name} counts beside it")
         active = self.active

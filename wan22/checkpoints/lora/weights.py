@@ -56,6 +56,11 @@ class AdapterWeights:
         """The alpha that PEFT takes."""
         return self.rank if self.alpha is None else self.alpha
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the factor or one of the matrices of a product is zero."""
+        return not self.scale_alpha or (self.kind == "lora" and not all(p.any() for p in self.parts.values()))
+
     def shape(self) -> tuple[int, int]:
         """Return the number of outputs and inputs of the layer."""
         if self.kind in ("lora", "dora"):
@@ -73,7 +78,8 @@ class AdapterWeights:
         if len({name[:5] for name in self.parts}) > 1:
             raise ValueError(f"{', '.join(sorted(self.parts))} are of different kinds of adapters")
         for name, part in self.parts.items():
-            if name != MAGNITUDE and (part.ndim < 2 or 0 in part.shape):
+            # Three axes are neither a linear layer's nor those of a convolution in rows, columns and frames.
+            if name != MAGNITUDE and (part.ndim in (0, 1, 3) or 0 in part.shape):
                 raise ValueError(f"{name} has shape {tuple(part.shape)} and is no matrix")
         pairs = [("lora_B", "lora_A"), *((f"{w}_a", f"{w}_b") for w in _FACTORED)]
         for left, right in pairs:
@@ -105,3 +111,9 @@ class Lora:
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.deltas)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no weight is another one with it."""
+        nil = all(weights.changes_nothing for weights in self.layers.values())
+        return nil and not any(delta.any() for delta in self.deltas.values())

@@ -36,7 +36,8 @@ class Provenance(Part):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._place: str | None = None
-        self._files_of: Mapping[str, tuple[Any, Path]] = {}
+        # The model, its file or folder, and the state of each file when it was loaded.
+        self._files_of: Mapping[str, tuple[Any, Path, dict[Path, tuple[int, ...]]]] = {}
 
     def record_source(self, place: Any, parts: Mapping[str, Path]) -> None:
         """Remember the models' source as the caller gave it, and the file or folder of each component."""
@@ -45,7 +46,7 @@ class Provenance(Part):
         self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
         # By the model itself: one that replaces it later has other files.
         self._files_of = {
-            name: (weakref.ref(getattr(self._pipe, name)), path)
+            name: (weakref.ref(getattr(self._pipe, name)), path, _states(path))
             for name, path in parts.items()
             if name in MODELS and getattr(self._pipe, name, None) is not None
         }
@@ -62,14 +63,15 @@ class Provenance(Part):
         replaced, revisions = [], set()
         for name in MODELS:
             model = getattr(self._pipe, name, None)
-            known, path = self._files_of.get(name, (lambda: None, Path()))
-            if model is not None and known() is not model:
+            known, path, states = self._files_of.get(name, (lambda: None, Path(), {}))
+            # Files that were written or removed since are not those that the model has.
+            if model is not None and (known() is not model or _states(path) != states):
                 replaced.append(name)
             elif model is not None:
                 parts = path.parts
                 if "snapshots" in parts[:-1]:
                     revisions.add(parts[parts.index("snapshots") + 1])
-                files |= {f"{name}/{file.name}": fingerprint(file) for file in weight_files(path)}
+                files |= {f"{name}/{file.name}": fingerprint(file) for file in states}
         revision = revisions.pop() if len(revisions) == 1 else None
         return Origin(self._place, revision, files, tuple(replaced))
 
@@ -165,6 +167,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.machine() if device.type == "cpu" else str(device)
+
+
+def _states(path: Path) -> dict[Path, tuple[int, ...]]:
+    """Return size, time and place of each weight file that a path names; {} if they are gone."""
+    try:
+        stats = {file: file.stat() for file in weight_files(path)}
+    except OSError:
+        return {}
+    return {file: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()}
 
 
 def _version(package: str) -> str:

@@ -9,13 +9,15 @@ import torch
 from ...checkpoints.files.folders import DIFFUSERS, TRANSFORMERS, Names, names_of, weights_in
 from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.recognize import read_model
+from ...checkpoints.naming.schemas import SCHEDULER, read_config
 from .checkpoint import Wanted
+from .index import is_component, refuse_mark
+from .single_files import VOCABULARIES
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What must be in a component's folder: one of these files, and weights with these names.
 _SETTINGS = {
     "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer.json", "spiece.model"),
+    "tokenizer": VOCABULARIES,
     "image_processor": ("preprocessor_config.json",),
 }
 OURS = ("transformer", "transformer_2", "vae")  # loaded by our own classes
@@ -27,20 +29,13 @@ _OUR_ENCODERS = ("UMT5EncoderModel", "CLIPVisionModel")
 _ENCODERS = (*_OUR_ENCODERS, "CLIPVisionModelWithProjection")
 
 
-def check_index(path: Path) -> None:
-    """Refuse a model_index.json that cannot be read, or names no components."""
-    _refuse_mark(path)
-    if not any(_is_component(entry) for entry in read_json(path).values()):
-        raise ValueError(f"{path} names no components, such as transformer; it is not that of a pipeline")
-
-
 def check_components(folder: Path, index: Mapping[str, Any], wanted: Wanted) -> None:
     """Refuse a folder that lacks what its model_index.json lists; what is given need not be there.
 
     A FileNotFoundError names the file or folder, a ValueError one that is not JSON.
     """
     for name in _SETTINGS.keys() | WEIGHTS.keys():
-        if name in wanted.given or not _is_component(index.get(name)):
+        if name in wanted.given or not is_component(index.get(name)):
             continue
         place = folder / name
         if not place.is_dir():
@@ -70,10 +65,10 @@ def load_encoders(
     loaded = {}
     for name in ("text_encoder", "image_encoder"):
         place = folder / name
-        known = _is_component(index.get(name)) and index[name][1] in _OUR_ENCODERS
+        known = is_component(index.get(name)) and index[name][1] in _OUR_ENCODERS
         if not known or name in wanted.given or name in loaded_already:
             continue
-        config = read_json(place / "config.json")
+        config = read_config(place / "config.json")
         if "quantization_config" not in config:
             names = names_of(TRANSFORMERS, wanted.others.get("use_safetensors"))
             weights = find_weights(place, wanted.others.get("variant"), names)
@@ -89,26 +84,16 @@ def _check_settings(place: Path, names: tuple[str, ...], ours: bool) -> None:
     if not found:
         raise FileNotFoundError(f"{place} has no {names[0]}")
     for path in found:
-        if path.suffix == ".json" and path.name != "tokenizer.json" and not read_json(path):
-            raise ValueError(f"{path} is an empty table")
+        if path.suffix == ".json" and path.name != "tokenizer.json":
+            read_config(path, SCHEDULER if place.name == "scheduler" else None)
         if not ours:
-            _refuse_mark(path)
-
-
-def _refuse_mark(path: Path) -> None:
-    """Refuse a byte-order mark where diffusers or transformers read the file, which cannot."""
-    with path.open("rb") as file:
-        if file.read(3) == _BYTE_ORDER_MARK:
-            raise ValueError(f"{path} begins with a byte-order mark; save it as UTF-8 without one")
-
-
-def _is_component(entry: Any) -> bool:
-    return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+            refuse_mark(path)
+    read_json(place / "tokenizer_config.json")
 
 
 def _account(weights: Path, kind: str) -> None:
     """Refuse weights that lack some, or have others: transformers would draw the missing ones at random."""
-    config = read_json(weights.with_name("config.json"))
+    config = read_config(weights.with_name("config.json"))
     if "quantization_config" not in config:  # such weights have tensors beside the parameters
         read_model(weights, kind, config).meta_model()
 

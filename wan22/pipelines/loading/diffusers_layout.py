@@ -10,19 +10,22 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...accel.planning.meta_models import store_as
+from ...checkpoints.files.damage import errors_named
 from ...checkpoints.files.folders import names_of
 from ...checkpoints.files.safetensors import stored_dtype
 from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.models import WanTransformer3DModel, needs_diffusers
 from ...checkpoints.loading.recognize import FORMATS, read_model
 from ...checkpoints.loading.stored import StoredModel
+from ...checkpoints.naming.schemas import read_config
 from ...presets import CONVERTED_FLOW_SHIFT
 from ...schedulers import FlowMatchUniPCScheduler
 from ..call.schedule import reshifted, scheduler_shift
 from . import preparing
 from .checkpoint import KINDS, PREPARED, TRANSFORMERS, Outline, Wanted, is_folder
-from .components import OURS, WEIGHTS, check_components, check_index, find_weights, load_encoders
+from .components import OURS, WEIGHTS, check_components, find_weights, load_encoders
 from .hub_classes import load_own_scheduler
+from .index import check_classes, check_index
 from .single_files import SingleFiles
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class DiffusersLayout:
         # Without a folder, diffusers tries once more, and says what is wrong.
         index = DiffusionPipeline.load_config(folder or source, **hub)
         self.folder, self.index = folder or Path(), index
+        self.path = (folder or Path(source)) / "model_index.json"  # for errors
         self.kind = index.get("_class_name")
         if index.get("expand_timesteps") and self.kind in _PIPELINES:
             self.kind = "ti2v"  # which serves both tasks, under whichever name it was saved
@@ -65,7 +69,8 @@ class DiffusersLayout:
                 outline[name] = prepared[name].meta_model()
                 continue
             if (folder / "config.json").is_file() and name not in wanted.given:
-                model: Any = FORMATS[KINDS[name]].build(read_json(folder / "config.json"))
+                format = FORMATS[KINDS[name]]
+                model: Any = format.build(read_config(folder / "config.json", format.schema))
                 stored = stored_dtype(folder, variant)
                 if stored is None and list(folder.glob("*.safetensors")):  # float8, which stays so
                     outline.update(SingleFiles({name: folder}).outline(wanted))
@@ -87,6 +92,7 @@ class DiffusersLayout:
     def load(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> Any:
         """Load a pipeline as diffusers does, with all of its options; a repository is downloaded first."""
         options = {**self.hub, **wanted.given, **wanted.others}
+        check_classes(self.path, self.index, pipeline, wanted.given)
         folder = self._download(pipeline, wanted)  # so that the dtypes are known before anything is loaded
         if wanted.dequantize:  # which diffusers' loader cannot ask for
             for name in TRANSFORMERS:
@@ -112,7 +118,8 @@ class DiffusersLayout:
         dtypes = dtypes_in(folder, wanted)
         with preparing.loading_bar(left, wanted):
             options |= load_encoders(folder, self.index, wanted, dtypes, prepared)
-            pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes, **options)
+            with errors_named(folder):
+                pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes, **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
         pipe.provenance.record_source(self.source, {name: folder / name for name in loaded})
@@ -136,7 +143,7 @@ class DiffusersLayout:
             known = bool(entry) and entry[1] in _READ and name not in wanted.given
             if not known or (wanted.later or wanted.dtype_of(name)) is None:
                 continue
-            config = read_json(place / "config.json")
+            config = read_config(place / "config.json")
             if not config or "quantization_config" in config:
                 continue
             names = names_of(WEIGHTS[name], wanted.others.get("use_safetensors"))

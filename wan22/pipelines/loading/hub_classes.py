@@ -5,8 +5,8 @@ diffusers imports the module that model_index.json names for each component and 
 """
 
 import logging
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def saved_scheduler(scheduler: Any) -> tuple[list[str] | None, list[str] | None]
 def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
     """Load a scheduler by the caller's own class; None, with a warning, where the class is not here.
 
-    As diffusers does with each component, it imports the module that the folder names; what is no scheduler
-    there is refused by a ValueError.
+    It is taken from the modules that are imported already; what is no scheduler there is refused by a
+    ValueError.
     """
     if not (isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
         raise ValueError(
@@ -93,10 +93,10 @@ def load_own_scheduler(entry: Sequence[str], folder: Path) -> Any:
         )
     module, name = entry
     try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        message = "the scheduler was a %s of %s, which is not here (%s); the class that it derives from runs"
-        logger.warning(message, cut(name), cut(module), cut(error))
+        cls = getattr(sys.modules[module], name)  # nothing is imported because a file names it
+    except (KeyError, AttributeError):
+        message = "the scheduler was a %s of %s, which is not here; import it first, or another one runs: %s"
+        logger.warning(message, cut(name), cut(module), "the class that it derives from")
         return None
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         where = f"{cut(folder.parent)} names {cut(module)}.{cut(name)} as the scheduler's class"

@@ -10,8 +10,8 @@ from huggingface_hub import snapshot_download
 
 from ...accel.planning.meta_models import released_models, store_as
 from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
-from ...checkpoints.files.weights import read_json
 from ...checkpoints.loading.stored import StoredModel
+from ...checkpoints.naming.schemas import read_config
 from ...presets import Preset, find_preset
 from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
 from .single_files import SingleFiles, check_options
@@ -33,7 +33,7 @@ class OfficialLayout:
     def __init__(self, source: str, folder: Path, hub: Mapping[str, Any]) -> None:
         self.source, self.folder, self.hub = source, folder, hub
         self.downloads = list(FILES)
-        self.configs = [read_json(path) for path in config_files(folder)]
+        self.configs = [read_config(path) for path in config_files(folder)]
         self.kind = next((config.get("model_type") for config in self.configs), None)
 
     def outline(self, wanted: Wanted) -> Outline:

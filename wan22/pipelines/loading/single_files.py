@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ...checkpoints.files.damage import errors_named
 from ...checkpoints.files.hub import local_file
 from ...checkpoints.files.weights import read_weights
 from ...checkpoints.loading.encoders import TOKENIZER, load_image_processor
@@ -22,6 +23,7 @@ from ...schedulers import FlowMatchUniPCScheduler
 from . import preparing
 from .checkpoint import KINDS, PREPARED, TRANSFORMERS, Outline, Wanted
 
+VOCABULARIES = ("tokenizer.json", "spiece.model")  # files of which a tokenizer's folder has one
 _HEAD_DIM = "attention_head_dim"  # which no file says; a caller may
 
 
@@ -129,7 +131,10 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer, T5Tokenizer
 
     if not path.is_file():
-        return AutoTokenizer.from_pretrained(str(path))
+        if path.is_dir() and not any((path / name).is_file() for name in VOCABULARIES):
+            raise FileNotFoundError(f"{path} has no vocabulary; it must hold {' or '.join(VOCABULARIES)}")
+        with errors_named(path):
+            return AutoTokenizer.from_pretrained(str(path))
     model = tokenizer_in(path)
     if model is None:
         raise ValueError(f"{path} holds no tokenizer; give its folder, or google/umt5-xxl")

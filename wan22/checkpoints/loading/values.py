@@ -1,0 +1,39 @@
+"""Values that no trained model has, told from a sample of its weights."""
+
+import logging
+
+import torch
+
+from ...checks import cut
+from ..files.quantized import QuantizedTensor, ScaledNumbers
+from ..naming.dialects import Tensors
+
+logger = logging.getLogger(__name__)
+
+# Values of a weight that are read: all of norms, biases and modulation; of a matrix, one page of its file.
+_SAMPLE, _WHOLE = 256, 2**14
+
+
+def check_samples(source: str, tensors: Tensors) -> None:
+    """Refuse weights whose first values are not all finite; warn of a model whose matrices are zero."""
+    samples = {name: sample for name, tensor in tensors.items() if (sample := _sample(tensor)) is not None}
+    if not samples:
+        return
+    if not torch.cat(list(samples.values())).isfinite().all():
+        wrong = next(name for name, sample in samples.items() if not sample.isfinite().all())
+        raise ValueError(f"{source}: {cut(wrong)} has values that are not finite")
+    matrices = [sample for name, sample in samples.items() if len(tensors[name].shape) > 1]
+    if len(matrices) > 1 and not torch.cat(matrices).any():
+        logger.warning("%s: all of its matrices begin with zeros; these are no trained weights", source)
+
+
+def _sample(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | None:
+    """Return the first values of a weight in memory or in a file, in float32."""
+    if isinstance(tensor, QuantizedTensor):
+        if not isinstance(tensor.format, ScaledNumbers) or tensor.is_meta:
+            return None  # blocks of GGUF are only read as a whole
+        tensor = tensor.parts["data"].view(tensor.format.kind)
+    if type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.is_contiguous():
+        return None
+    flat = tensor.view(-1)
+    return flat[: len(flat) if len(flat) <= _WHOLE else _SAMPLE].float()
