@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints.converting.small_results import EVENTS, FORMS, tensors, tree, write
-from wan22.checkpoints.converting import writing
+from wan22.checkpoints.converting import unfinished, writing
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -49,6 +49,19 @@ def test_the_disk_fills_up(event, code, work, expected, monkeypatch):
     assert names.get(event, "out.partial") in str(error.value) and "\n" not in str(error.value)
     if event in ("write", "mkdir"):
         assert not list(work[1].iterdir())
+    write(work, "folder")
+    assert tree(work[1]) == expected["folder"]
+
+
+def test_the_disk_fills_up_at_the_last_line_of_the_journal(work, expected, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "sync_tree", lambda folder: patch.setattr(os, "write", full))
+        with pytest.raises(OSError, match=r"No space left on device: '.*out\.partial\.journal'"):
+            write(work, "folder")
+    assert not (work[1] / "out").exists()
     write(work, "folder")
     assert tree(work[1]) == expected["folder"]
 

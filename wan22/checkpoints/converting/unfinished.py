@@ -178,7 +178,10 @@ class Unfinished:
     # ---- the journal ----
 
     def _append(self, **entry: Any) -> None:
-        _write(self._handle, json.dumps(entry).encode() + b"\n")
+        try:
+            _write(self._handle, json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.journal)) from error
 
     def _remove_journal(self) -> None:
         if os.name == "nt":  # where an open file cannot be removed
