@@ -1,6 +1,8 @@
 """Videos are made again from their recipes, to the bit, and never from other weights than theirs."""
 
+import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.builders import SMALL, random_i2v_pipeline, random_pipeline
-from tests.checkpoints.lora_writers import save_one_layer
+from tests.builders import SMALL, load_pipeline, random_i2v_pipeline, random_pipeline
+from tests.checkpoints.lora_writers import DIALECTS, make_lora, save_one_layer
 from wan22 import (
     FlowMatchDPMSolverScheduler,
     FlowMatchEulerScheduler,
@@ -23,6 +25,7 @@ from wan22 import (
     tiny_checkpoint,
 )
 from wan22.checkpoints.files.fingerprint import fingerprint
+from wan22.host_memory import FileMappings
 from wan22.video.recipe import Recipe
 
 QUICK = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}
@@ -330,6 +333,47 @@ def test_the_miniatures_are_told_by_their_names():
 def test_from_pipe_keeps_the_origin():
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
     assert WanT2VPipeline.from_pipe(pipe).provenance.origin() == pipe.provenance.origin()
+
+
+def test_files_are_those_that_were_loaded(saved_bf16, tmp_path):
+    """Replaced since, they are not taken for them; deleted, they are not missed."""
+    folder = shutil.copytree(saved_bf16, tmp_path / "here")
+    pipe = load_pipeline(folder)
+    lora, other_lora = tmp_path / "lora.safetensors", tmp_path / "other.safetensors"
+    for seed, path in enumerate((lora, other_lora)):
+        save_file(DIALECTS["diffusers"](make_lora(pipe.transformer, seed)), path)
+    pipe.load_lora_weights(lora)
+    before = pipe("a", seed=1, **QUICK)
+    other_lora.replace(lora)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    other = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    other.replace(weights)
+    replaced = pipe("a", seed=1, **QUICK)
+    shutil.rmtree(folder)
+    lora.unlink()
+    deleted = pipe("a", seed=1, **QUICK)
+    for after in (replaced, deleted):
+        assert after.recipe == before.recipe
+        assert np.array_equal(after.frames, before.frames)
+    assert np.array_equal(pipe.reproduce(before.recipe).frames, before.frames)
+
+
+def test_a_file_that_is_cut_off_under_mapped_weights_is_told(saved_bf16, tmp_path):
+    folder = shutil.copytree(saved_bf16, tmp_path / "here")
+    pipe = load_pipeline(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    files = FileMappings()
+    if not any(weight in files for weight in pipe.transformer.parameters()):
+        pytest.skip("the weights are not mapped here")
+    os.truncate(weights, 100)
+    with pytest.raises(
+        OSError, match=r"transformer/diffusion_pytorch_model\.safetensors was cut off"
+    ) as error:
+        pipe("a", seed=1, **QUICK)
+    assert "\n" not in str(error.value)
+    pipe.transformer = None  # nothing reads it any more
+    gc.collect()
+    pipe("a", seed=1, **{**QUICK, "timesteps": [500.0], "num_inference_steps": None, "flow_shift": None})
 
 
 # ---- streams, stopping ----
