@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def _refusal(error: BaseException, name: str) -> Outcome:
     seen = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {message[:300]}"
     if not isinstance(error, ValueError | OSError | ChatError):
         return Outcome("bare", seen)
-    if name not in message or not message.isprintable() or len(message) > LONGEST:
+    controls = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in message)
+    if name not in message or controls or len(message) > LONGEST:
         return Outcome("unclear", seen)
     return Outcome("right")

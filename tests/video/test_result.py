@@ -7,13 +7,16 @@ import os
 import re
 import stat
 import subprocess
+from functools import partial
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
+from tests.waiting import until
 from wan22 import WanVideo, read_recipe
 from wan22.video import writers
 from wan22.video.recipe import Recipe
@@ -229,7 +232,7 @@ def test_a_failed_write_leaves_no_file(script, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)  # the script also gets "-" as a file name
-        patch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, script))
+        patch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, script))
         with pytest.raises(OSError):
             result.save(out / "clip.mp4")
         assert not list(out.iterdir())
@@ -238,9 +241,51 @@ def test_a_failed_write_leaves_no_file(script, tmp_path, monkeypatch):
     assert len(read(out / "clip.mp4")[1]) == T, "the frames are still there to be saved"
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (
+            "head -c 9 > /dev/null; echo oh >&2; echo No space left >&2; exit 1",
+            "ended with status 1, after: oh; No",
+        ),
+        ("head -c 9 > /dev/null; kill -9 $$", r"was killed by signal 9; is the disk full\?$"),
+        ("cat > /dev/null; yes x | head -n 100000 >&2; exit 69", "ended with status 69, after: x; x; x$"),
+    ],
+)
+def test_what_ffmpeg_said_is_told_in_one_line(script, told, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, script))
+    with pytest.raises(OSError, match=rf"clip\.mp4 could not be written whole: ffmpeg {told}") as caught:
+        video().save(tmp_path / "clip.mp4")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def _has_ended(process):
+    return process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_encoder_that_is_killed_is_told(tmp_path):
+    """While it encodes: the frames come from a stream that takes its time."""
+
+    def frames():
+        for i, frame in enumerate(video().as_uint8()[0]):
+            if i == 3:
+                (child,) = [c for c in psutil.Process().children() if "ffmpeg" in c.name()]
+                child.kill()
+                until(partial(_has_ended, child))
+            yield np.repeat(frame, 20, 0)
+
+    with pytest.raises(OSError, match=r"clip\.mp4 could not be written whole: ffmpeg was killed by signal 9"):
+        write_mp4(frames(), tmp_path / "clip.mp4", FPS)
+    assert not list(tmp_path.iterdir())
+    assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+
+
 def test_a_failed_write_keeps_the_file_it_would_have_replaced(tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_text("mine")
-    monkeypatch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, "exit 1"))
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: broken_ffmpeg(tmp_path, "exit 1"))
     with pytest.raises(OSError):
         video().save(tmp_path / "clip.mp4", overwrite=True)
     assert (tmp_path / "clip.mp4").read_text() == "mine"

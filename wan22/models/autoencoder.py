@@ -186,33 +186,32 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
 
     def _encode_clip(self, x: Tensor, chunk_latents: int | None) -> Tensor:
         if chunk_latents is None or x.shape[2] <= self._chunk_frames(chunk_latents)[0]:
-            return self.quant_conv(self._encode_frames(x))
-        cache, settled = TemporalCache(), SettledPrefix()
+            return self.quant_conv(self._encode_frames(x, self._strips()))
+        cache, settled, strips = TemporalCache(), SettledPrefix(), self._strips()
         groups = regroup_frames([x], *self._chunk_frames(chunk_latents))
-        return self.quant_conv(torch.cat([self._encode_next(x, cache, settled) for x in groups], dim=2))
+        chunks = [self._encode_next(x, strips, cache, settled) for x in groups]
+        return self.quant_conv(torch.cat(chunks, dim=2))
 
-    def _encode_next(self, x: Tensor, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
+    def _encode_next(self, x: Tensor, strips: int, cache: TemporalCache, settled: SettledPrefix) -> Tensor:
         """Encode a clip's next chunk; without gradients, layers that would repeat their result do not run."""
         repeats = not torch.is_grad_enabled() and settled.repeats(x)
-        return self._encode_frames(x, cache, settled if repeats else None)
+        return self._encode_frames(x, strips, cache, settled if repeats else None)
 
     def _encode_frames(
-        self, x: Tensor, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
+        self, x: Tensor, strips: int, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
     ) -> Tensor:
-        strips = self._strips()
         if settled is None and strips == 1:
             return self.encode_chunk(x, cache)
         return self.encoder(patchify(x, self.patch_size), cache, settled, strips)
 
     def _decode_clip(self, z: Tensor, chunk_latents: int | None) -> Tensor:
-        z = self.post_quant_conv(z)
+        z, strips = self.post_quant_conv(z), self._strips()
         if chunk_latents is None or z.shape[2] <= chunk_latents:
-            return self._decode_next(z, None)
-        cache = TemporalCache()
-        return torch.cat([self._decode_next(part, cache) for part in z.split(chunk_latents, dim=2)], dim=2)
+            return self._decode_next(z, strips, None)
+        cache, parts = TemporalCache(), z.split(chunk_latents, dim=2)
+        return torch.cat([self._decode_next(part, strips, cache) for part in parts], dim=2)
 
-    def _decode_next(self, z: Tensor, cache: TemporalCache | None) -> Tensor:
-        strips = self._strips()
+    def _decode_next(self, z: Tensor, strips: int, cache: TemporalCache | None) -> Tensor:
         if strips == 1:
             return self.decode_chunk(z, cache)
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)
@@ -221,7 +220,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     def _encode_stream(
         self, frames: Iterable[Tensor], chunk_latents: int, caches: Caches
     ) -> Iterator[Tensor]:
-        s, seen = self.spatial_stride, 0
+        s, seen, strips = self.spatial_stride, 0, self._strips()
         states: dict[Tile, tuple[TemporalCache, SettledPrefix]] = {}
         try:
             for x in regroup_frames(frames, *self._chunk_frames(chunk_latents)):
@@ -230,22 +229,24 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
                 self._check_frame_count(seen)
                 tiles = self._tiles(x.shape[0], x.shape[3] // s, x.shape[4] // s)
                 states = states or {tile: (caches(), SettledPrefix()) for tile in tiles}
-                parts = (self.quant_conv(self._encode_next(tile.cut(x, s), *states[tile])) for tile in tiles)
-                yield blend_tiles(parts, tiles)
+                parts = (self._encode_next(tile.cut(x, s), strips, *states[tile]) for tile in tiles)
+                yield blend_tiles((self.quant_conv(part) for part in parts), tiles)
         finally:
             for cache, _ in states.values():
                 cache.close()
 
     @torch.no_grad()
     def _decode_stream(self, z: Tensor, chunk_latents: int, caches: Caches) -> Iterator[Tensor]:
-        tiles = self._tiles(z.shape[0], z.shape[3], z.shape[4])
+        # Once for the clip, which another thread may not know of that enables strips.
+        tiles, strips = self._tiles(z.shape[0], z.shape[3], z.shape[4]), self._strips()
         states = {tile: caches() for tile in tiles}
         chunks = zip(
             *(self.post_quant_conv(tile.cut(z)).split(chunk_latents, dim=2) for tile in tiles), strict=True
         )
         try:
             for chunk in chunks:
-                parts = (self._decode_next(x, states[tile]) for x, tile in zip(chunk, tiles, strict=True))
+                pieces = zip(chunk, tiles, strict=True)
+                parts = (self._decode_next(x, strips, states[tile]) for x, tile in pieces)
                 yield blend_tiles(parts, tiles, self.spatial_stride).clamp(-1, 1)
         finally:
             for cache in states.values():

@@ -6,7 +6,7 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text 
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from ..presets import MAX_TEXT_TOKENS
 from ..video.metadata import read_recipe
 from ..video.recipe import Recipe, stopped_after
 from ..video.result import WanStream, WanVideo
+from .attached.calls import in_turn
 from .attached.provenance import scheduler_of
 from .call import checks, decoding
 from .call.call import Call
 from .call.conditions import Condition
 from .call.denoiser import CFGDenoiser, Denoiser, TextEmbeds
 from .call.noise import draw
+from .call.phases import phase
 from .call.prepare import prepare
 from .call.preview import Previewer
 from .call.request import Prompt, Request, check_recorded
@@ -51,23 +53,34 @@ class WanPipeline(PipelineParts):
     @torch.no_grad()
     def run(self, request: Request) -> Any:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
-        with self.calls.begin(request.attention_kwargs) as state:
-            call = prepare(self, request, state)
-            previewer = self.make_previewer(call)
-            self.calls.started(state)
-            logger.info("%s", call.recipe)
-            with self.running():
-                embeds = self.encode(call)
-                condition = self.make_condition(call)
-                latents = self.draw_latents(call)
-                latents = self.denoise(call, latents, embeds, condition, previewer)
-                return self.finish(call, latents)
+        with self.calls.begin(request.attention_kwargs) as begun:  # stop() is heard from here on
+            request = self.with_inputs(request)
+            with self.calls.in_turn(begun):
+                self.provenance.check_files()
+                call = prepare(self, request, begun.state)
+                previewer = self.make_previewer(call)
+                self.calls.started(begun.state)
+                logger.info("%s", call.recipe)
+                with self.running():
+                    with phase(self, "encoding the prompt", call.size):
+                        embeds = self.encode(call)
+                    with phase(self, "encoding the image", call.size):
+                        condition = self.make_condition(call)
+                    latents = self.draw_latents(call)
+                    latents = self.denoise(call, latents, embeds, condition, previewer)
+                    return self.finish(call, latents)
+
+    def with_inputs(self, request: Request) -> Request:
+        """Return a request whose files, such as images, are read."""
+        return request
 
     def stream(self, *args: Any, **kwargs: Any) -> WanStream:
         """Make one video whose frames are decoded as they are asked for, so that a long one needs no memory.
 
         It takes the arguments of the call, without output_type. Sampling is done when it returns; decoding
-        starts with the first frame.
+        starts with the first frame. The models are in use while a frame is computed, not while the caller has
+        it: a stream that is read in part holds up no other call, unless ranks share the pipeline's work. Any
+        thread may read it, one at a time. A frame after the VAE was moved or cast is a RuntimeError.
         """
         return self(*args, **kwargs, output_type="stream")
 
@@ -104,6 +117,7 @@ class WanPipeline(PipelineParts):
         for state in self.calls.addressed:
             state.stop = True
 
+    @in_turn
     def encode_prompt(
         self,
         prompt: Prompt = None,
@@ -214,7 +228,9 @@ class WanPipeline(PipelineParts):
                 self.memory.prefetch_next(step.next_expert)
                 place = previewer.place if previewer is not None else ""
                 bar.set_postfix_str(", ".join(filter(None, (step.expert.label, place))))
-                velocity = denoiser(latents, step)
+                where = ", ".join(filter(None, (f"step {step.number} of {step.count}", step.expert.label)))
+                with phase(self, f"denoising, {where}", call.size):
+                    velocity = denoiser(latents, step)
                 clean = condition.overwrite_known_frames(latents - step.sigma * velocity)
                 latents = take_step(call.state, velocity, step.timestep, latents, call.generators)
                 latents = condition.overwrite_known_frames(latents)
@@ -246,7 +262,8 @@ class WanPipeline(PipelineParts):
         if request.output_type == "stream":
             result = WanStream(self.frames(latents), recipe.fps, recipe)
         else:
-            frames = self.decode(latents, request.output_type)
+            with phase(self, "decoding", call.size):
+                frames = self.decode(latents, request.output_type)
             if not request.return_dict:
                 return (frames,)
             result = WanVideo(frames=frames, fps=recipe.fps, recipe=recipe)
@@ -256,10 +273,29 @@ class WanPipeline(PipelineParts):
     def frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for."""
         self.check_vae("decoding")
-        with self.calls.using_models(), self.running():
-            frames = decoding.stream_frames(self.vae, latents, self.progress_bar, not self.ranks.shares_rows)
-            yield from self.ranks.frames_here(frames, self.vae)
+        # Ranks would have to agree on what comes between two frames.
+        whole = self.calls.using_models if self.parallel is not None else nullcontext
+        retry = not self.ranks.shares_rows
+        t, rows, columns = latents.shape[2:]
+        size = {
+            "height": rows * self.vae_scale_factor_spatial,
+            "width": columns * self.vae_scale_factor_spatial,
+            "num_frames": 1 + (t - 1) * self.vae_scale_factor_temporal,
+        }
 
+        @contextmanager
+        def computing() -> Iterator[None]:
+            with self.calls.using_models(), phase(self, "decoding", size):
+                yield
+
+        try:
+            with whole():
+                frames = decoding.stream_frames(self.vae, latents, self.progress_bar, retry, computing)
+                yield from self.ranks.frames_here(frames, self.vae)
+        finally:
+            self.calls.when_idle(self.maybe_free_model_hooks)
+
+    @in_turn
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np") -> Any:
         """Decode normalised latents, video by video and chunk by chunk.

@@ -11,6 +11,7 @@ from ..checkpoints.loading.alignment import align_weights
 from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
+from .attached.calls import in_turn
 from .base import WanPipeline
 from .call import autoencoders
 from .call.call import Call
@@ -159,9 +160,7 @@ class WanI2VPipeline(WanPipeline):
 
         Source: Wan2.2 wan/image2video.py, WanI2V.generate; wan/textimage2video.py, WanTI2V.i2v.
         """
-        request = Request(locals())
-        self.check_components()
-        return self.run(self._with_images(request))
+        return self.run(Request(locals()))
 
     # ---- checks and sizes ----
 
@@ -208,8 +207,9 @@ class WanI2VPipeline(WanPipeline):
         """Return the pixels that height times width may have."""
         return self.preset.height * self.preset.width if request.max_area is None else request.max_area
 
-    def _with_images(self, request: Request) -> Request:
-        """Return a request whose images are loaded and checked."""
+    def with_inputs(self, request: Request) -> Request:
+        """Return a request whose images are loaded and checked, before any work and any wait."""
+        self.check_components()
         images = {name: load_pictures(name, getattr(request, name)) for name in ("image", "last_image")}
         request = request.changed(**images)
         self._check_images(request)
@@ -306,6 +306,7 @@ class WanI2VPipeline(WanPipeline):
             mask[:, -1, -1] = 1
         return torch.cat((mask, latents), dim=1)
 
+    @in_turn
     def encode_clip(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """Encode a clip given in pieces "1 3 t h w" into normalised latents "1 c t h w", float32."""
         return autoencoders.encode(self.vae, pieces).to(self._execution_device)
@@ -337,6 +338,7 @@ class WanI2VPipeline(WanPipeline):
             )
         return list(embeds.to(self._execution_device, model.dtype).split(per_video))
 
+    @in_turn
     @torch.no_grad()
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
         """Return the image encoder's tokens of one PIL image or a list, "b l d" (Wan 2.1)."""
@@ -366,7 +368,7 @@ class WanI2VPipeline(WanPipeline):
         request = Request.of(self.__call__, locals())
         if self.any_transformer.config.pos_embed_seq_len is not None:
             request = request.changed(last_image=image)  # which those loops do not hand over here
-        check(self, self._with_images(request))
+        check(self, self.with_inputs(request))
 
     def prepare_latents(
         self,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -36,13 +37,17 @@ Result = TypeVar("Result")
 
 
 def delegate(
-    part: str, method: Callable[Concatenate[Any, P], Result]
+    part: str, method: Callable[Concatenate[Any, P], Result], changing: bool = True
 ) -> Callable[Concatenate[Any, P], Result]:
-    """Return a method that calls one of a part that the pipeline holds, with its signature and docstring."""
+    """Return a method that calls one of a part that the pipeline holds, with its signature and docstring.
+
+    Where it is `changing` the models, the calls of other threads end before, or begin after it.
+    """
 
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return method(getattr(self, part), *args, **kwargs)
+        with self.calls.using_models(changing=True) if changing else nullcontext():
+            return method(getattr(self, part), *args, **kwargs)
 
     return call
 
@@ -273,22 +278,25 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them."""
         asked = (kwargs.get(name) for name in ("device", "dtype", "torch_dtype"))
-        self.memory.check_movable(*args, *(value for value in asked if value is not None))
-        return super().to(*args, **kwargs)
+        with self.calls.using_models(changing=True):
+            self.memory.check_movable(*args, *(value for value in asked if value is not None))
+            return super().to(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save all components, as diffusers does; quantised weights are expanded, divided ones refused."""
         self.ranks.check_whole()
-        super().save_pretrained(*args, **kwargs)
+        with self.calls.using_models(changing=True):  # expanding, and back
+            super().save_pretrained(*args, **kwargs)
 
     def free(self) -> None:
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
-        if self.parallel is not None:
-            self.parallel.detach()
-        self.release()
-        self.uncompile()
-        self.decelerate()
-        self.memory.free()
+        with self.calls.using_models(changing=True):
+            if self.parallel is not None:
+                self.parallel.detach()
+            self.release()
+            self.uncompile()
+            self.decelerate()
+            self.memory.free()
 
     def maybe_free_model_hooks(self) -> None:
         """Leave the device as it is to be between calls."""
@@ -317,8 +325,8 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
     load_lora_weights = delegate("loras", Loras.load_lora_weights)
     unload_lora_weights = delegate("loras", Loras.unload_lora_weights)
     set_adapters = delegate("loras", Loras.set_adapters)
-    get_list_adapters = delegate("loras", Loras.get_list_adapters)
-    get_active_adapters = delegate("loras", Loras.get_active_adapters)
+    get_list_adapters = delegate("loras", Loras.get_list_adapters, changing=False)
+    get_active_adapters = delegate("loras", Loras.get_active_adapters, changing=False)
     delete_adapters = delegate("loras", Loras.delete_adapters)
     disable_lora = delegate("loras", Loras.disable_lora)
     enable_lora = delegate("loras", Loras.enable_lora)

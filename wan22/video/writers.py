@@ -15,6 +15,7 @@ import numpy as np
 
 from ..checks import check_positive_int, cut, shown
 from ..whole_files import whole_file, whole_series
+from .ffmpeg import encoding
 from .metadata import EXIF_DESCRIPTION, PNG_KEY
 
 logger = logging.getLogger(__name__)
@@ -145,28 +146,11 @@ def write_mp4(
         logger.warning("the recipe has %d bytes, too many for an MP4 file; it is left out", len(recipe))
     count = 0
     with whole_file(path, replace) as partial:
-        writer = imageio_ffmpeg.write_frames(
-            f"file:{partial}",
-            (w + w % 2, h + h % 2),
-            fps=fps,
-            codec="libx264",
-            pix_fmt_out="yuv420p",
-            quality=None,
-            macro_block_size=1,
-            output_params=options,
-        )
-        try:
-            writer.send(None)
+        with encoding(partial, path, (w + w % 2, h + h % 2), fps, options) as send:
             for frame in frames:
-                array = np.ascontiguousarray(_even(frame))
-                try:
-                    writer.send(array)
-                except OSError as error:  # its message is all of ffmpeg's log
-                    raise OSError(f"{path} could not be written whole; is the disk full?") from error
+                send(_even(frame))
                 count += 1
-        finally:
-            writer.close()
-        # imageio does not report whether ffmpeg wrote to the end.
+        # What ffmpeg returns does not always tell whether it wrote to the end.
         found = 0
         with suppress(RuntimeError):
             if partial.stat().st_size:

@@ -426,3 +426,27 @@ def test_memory_goes_back_to_the_system():
     assert torch.equal(video(pipe), plain("t2v"))
     free(models_of(pipe).values())
     assert all(p.is_meta for name in NAMES if hasattr(pipe, name) for p in getattr(pipe, name).parameters())
+
+
+@pytest.mark.parametrize("source", ["mmap", "pinned"])
+@pytest.mark.parametrize("kind", ["resident", "on_demand", "streamed"])
+def test_a_copy_that_fails_is_made_anew_by_the_next_call(kind, source):
+    class Failing(RecordingDevice):
+        left = -1
+
+        def copy(self, buffer, source, after):
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+            return super().copy(buffer, source, after)
+
+    pipe, device = make_pipe(), Failing()
+    offloader = offload(pipe, device, transformer=Placement(kind, source=source))
+    for left in (3, 30):
+        device.left = left
+        with pytest.raises(
+            RuntimeError, match=r"^the weights \w+\.\w+ could not be copied: CUDA error: un.*ure$"
+        ):
+            video(pipe)
+        assert torch.equal(video(pipe), plain("t2v"))
+        offloader.offload_all()

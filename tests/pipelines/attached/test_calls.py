@@ -10,7 +10,7 @@ import torch
 
 from tests.accel.offload.recording import RecordingDevice
 from tests.accel.planning.test_planner import plan_in
-from tests.builders import SMALL, latents_of, random_pipeline
+from tests.builders import latents_of, random_pipeline
 from tests.checkpoints.lora_writers import DIALECTS, make_lora
 from tests.waiting import HANG, until
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline
@@ -239,20 +239,6 @@ def test_models_that_keep_something_serve_one_call_after_the_other(change, caplo
     assert order == [0] * 3 + [1] * 4
     assert all(map(torch.equal, threads.results, expected))
     assert f"waiting for another call to end: {why}" in caplog.text
-
-
-def test_a_stream_is_decoded_in_turn(caplog):
-    """Its VAE is hooked; a call in another thread waits until the stream's frames are there."""
-    pipe = copy.deepcopy(random_pipeline())
-    fitted(pipe)
-    expected = latents_of(pipe)
-    frames = iter(pipe.stream("a", seed=1, **SMALL))
-    next(frames)
-    with caplog.at_level(logging.INFO), Threads(lambda: latents_of(pipe)) as threads:
-        until(lambda: "waiting for another call to end" in caplog.text or threads.results != [None])
-        assert threads.results == [None]
-        assert len(list(frames)) == 4
-    assert torch.equal(threads.results[0], expected)
 
 
 def test_ranks_refuse_a_second_call(pipe, monkeypatch):

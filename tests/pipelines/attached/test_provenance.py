@@ -1,5 +1,6 @@
 """Videos are made again from their recipes, to the bit, and never from other weights than theirs."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.builders import SMALL, random_i2v_pipeline, random_pipeline
-from tests.checkpoints.lora_writers import save_one_layer
+from tests.builders import SMALL, load_pipeline, random_i2v_pipeline, random_pipeline
+from tests.checkpoints.lora_writers import DIALECTS, make_lora, save_one_layer
 from wan22 import (
     FlowMatchDPMSolverScheduler,
     FlowMatchEulerScheduler,
@@ -24,6 +25,7 @@ from wan22 import (
     tiny_checkpoint,
 )
 from wan22.checkpoints.files.fingerprint import fingerprint
+from wan22.host_memory import FileMappings
 from wan22.video.recipe import Recipe
 
 QUICK = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}
@@ -217,19 +219,23 @@ def test_other_weights_are_refused(pipe, tmp_path):
 
 
 def test_files_that_change_after_loading_are_not_those_of_the_video(tmp_path):
-    """The weights in memory are the former ones, which the files do not tell any more."""
+    """The weights in memory are the former ones, and the recipe has their fingerprints."""
     folder = shutil.copytree(tiny_checkpoint(), tmp_path / "checkpoint")
     pipe = WanT2VPipeline.from_pretrained(folder)
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
     save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, tmp_path / "new")
+    loaded = pipe.provenance.origin()
     os.replace(tmp_path / "new", file)
-    assert pipe.provenance.origin().replaced == ("transformer",)
+    assert (
+        pipe.provenance.origin() == loaded
+        and "transformer/diffusion_pytorch_model.safetensors" in loaded.files
+    )
     video = pipe("a", seed=1, **QUICK)
     with pytest.raises(ValueError, match=r"transformer/diffusion_pytorch_model\.safetensors is another"):
         WanT2VPipeline.from_pretrained(folder).reproduce(video.recipe)
     shutil.rmtree(folder)
     assert np.array_equal(pipe("a", seed=1, **QUICK).frames, video.frames)
-    assert pipe.provenance.origin().files == {}
+    assert pipe.provenance.origin() == loaded
 
 
 def test_a_model_put_in_later_is_not_taken_for_the_files(tmp_path):
@@ -395,6 +401,47 @@ def test_the_miniatures_are_told_by_their_names():
 def test_from_pipe_keeps_the_origin():
     pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
     assert WanT2VPipeline.from_pipe(pipe).provenance.origin() == pipe.provenance.origin()
+
+
+def test_files_are_those_that_were_loaded(saved_bf16, tmp_path):
+    """Replaced since, they are not taken for them; deleted, they are not missed."""
+    folder = shutil.copytree(saved_bf16, tmp_path / "here")
+    pipe = load_pipeline(folder)
+    lora, other_lora = tmp_path / "lora.safetensors", tmp_path / "other.safetensors"
+    for seed, path in enumerate((lora, other_lora)):
+        save_file(DIALECTS["diffusers"](make_lora(pipe.transformer, seed)), path)
+    pipe.load_lora_weights(lora)
+    before = pipe("a", seed=1, **QUICK)
+    other_lora.replace(lora)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    other = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    other.replace(weights)
+    replaced = pipe("a", seed=1, **QUICK)
+    shutil.rmtree(folder)
+    lora.unlink()
+    deleted = pipe("a", seed=1, **QUICK)
+    for after in (replaced, deleted):
+        assert after.recipe == before.recipe
+        assert np.array_equal(after.frames, before.frames)
+    assert np.array_equal(pipe.reproduce(before.recipe).frames, before.frames)
+
+
+def test_a_file_that_is_cut_off_under_mapped_weights_is_told(saved_bf16, tmp_path):
+    folder = shutil.copytree(saved_bf16, tmp_path / "here")
+    pipe = load_pipeline(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    files = FileMappings()
+    if not any(weight in files for weight in pipe.transformer.parameters()):
+        pytest.skip("the weights are not mapped here")
+    os.truncate(weights, 100)
+    with pytest.raises(
+        OSError, match=r"transformer/diffusion_pytorch_model\.safetensors was cut off"
+    ) as error:
+        pipe("a", seed=1, **QUICK)
+    assert "\n" not in str(error.value)
+    pipe.transformer = None  # nothing reads it any more
+    gc.collect()
+    pipe("a", seed=1, **{**QUICK, "timesteps": [500.0], "num_inference_steps": None, "flow_shift": None})
 
 
 # ---- streams, stopping ----

@@ -88,6 +88,8 @@ class ModelOffloader:
         streamer = self._streamers.get(name)
         if streamer is None:
             return
+        if streamer.failed:
+            streamer.offload()
         if self._active != name or not streamer.on_device:
             self._offload(other for other in self._streamers if other != name)
             self._active = name

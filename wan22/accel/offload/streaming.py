@@ -128,6 +128,12 @@ class ModelStreamer:
         return self._pool is not None
 
     @property
+    def failed(self) -> bool:
+        """Whether a copy to the device has failed, so that the model is to be loaded anew."""
+        buffers = [*self._resident.values(), *(self._pool.buffers if self._pool else ())]
+        return any(buffer.transfer is not None and buffer.transfer.failed for buffer in buffers)
+
+    @property
     def host_weights(self) -> list[torch.Tensor]:
         """The weights on the host, as far as they have been loaded."""
         return [tensor.host for block in self._blocks for tensor in block.tensors]

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from ...checkpoints.deferred import DeferredWeight
+from ...checks import cut
 from ...host_memory import FileMappings
 from .devices import Device, Mark
 from .layout import PackedBlock, Source
@@ -27,8 +28,20 @@ class Transfer:
         self.queued: Future[Mark] = Future()
 
     def mark(self) -> Mark:
-        """Return the copy's mark, once it is queued."""
-        return self.queued.result()
+        """Return the copy's mark, once it is queued; a RuntimeError names the weights of one that failed."""
+        try:
+            return self.queued.result()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = cut(next(iter(str(error).splitlines()), ""))
+            raise RuntimeError(f"the weights {self.block.name} could not be copied: {first}") from error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the copy could not be queued."""
+        done = self.queued.done() and not self.queued.cancelled()
+        return done and self.queued.exception() is not None
 
     def drop(self, device: Device) -> None:
         """Release the buffer and the host's memory, once nothing is copied between them."""

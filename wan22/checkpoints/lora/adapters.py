@@ -36,12 +36,13 @@ class Adapters:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # The files of adapters, and PEFT's configurations that were made for them: another one is another's.
-        self._sources: dict[str, tuple[str, Any]] = {}
+        # The files of adapters with their fingerprints, and PEFT's configurations that were made for them:
+        # another one is another's.
+        self._sources: dict[str, tuple[tuple[str, str], Any]] = {}
         self._into_both: set[str] = set()  # adapters that a call which named no expert loaded into both
         self._fused = Fused()
-        # Name, file and strength of what was fused and unloaded since.
-        self._fused_for_good: list[tuple[str, str | None, Strength]] = []
+        # Name, file with its fingerprint, and strength of what was fused and unloaded since.
+        self._fused_for_good: list[tuple[str, tuple[str | None, str], Strength]] = []
 
     # ---- what there is ----
 
@@ -93,16 +94,15 @@ class Adapters:
 
         The file is "" for tensors in memory, None if PEFT or diffusers has made the adapter.
         """
-        found: dict[str, tuple[str | None, Strength]] = {}
-        loaded = [(name, self._source(name), strength) for name, strength in self._counted().items()]
-        for name, source, strength in (*self._fused_for_good, *loaded):
-            numbered = (f"{name} ({i})" for i in range(2, len(found) + 3))
-            found[next(key for key in (name, *numbered) if key not in found)] = source, strength
-        return found
+        return {name: (source, strength) for name, ((source, _), strength) in self._used().items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints that the files of `used` adapters had when they were read, if known."""
+        return {name: mark for name, ((_, mark), _) in self._used().items() if mark}
 
     def foreign(self, name: str) -> bool:
         """Whether PEFT or diffusers has made an adapter."""
-        return self._source(name) is None
+        return self._source(name)[0] is None
 
     # ---- what changes it ----
 
@@ -132,7 +132,7 @@ class Adapters:
             logger.warning("%s is not active beside %s; set_adapters makes both so", ", ".join(others), name)
         edit_on_host(self.model)
         inject(self.model, lora, to_peft(name))
-        self._remember(name, lora.source)
+        self._remember(name, lora)
         if into_both:
             self._into_both.add(name)
         self._choose([*(other for other in active if other not in others), name])
@@ -161,7 +161,7 @@ class Adapters:
             )
         edit_on_host(self.model)
         replace(self.model, lora, to_peft(name))
-        self._remember(name, lora.source)
+        self._remember(name, lora)
         self._scale(name, strength)
 
     def set(self, strengths: Mapping[str, Strength]) -> None:
@@ -345,13 +345,23 @@ class Adapters:
         now = [(name, strength) for name, strength in self._counted().items() if name in names]
         self._fused_for_good += [(name, self._source(name), strength) for name, strength in now]
 
-    def _remember(self, name: str, source: str) -> None:
-        self._sources[name] = source, self.model.peft_config[to_peft(name)]
+    def _remember(self, name: str, lora: Lora) -> None:
+        self._sources[name] = (lora.source, lora.fingerprint), self.model.peft_config[to_peft(name)]
 
-    def _source(self, name: str) -> str | None:
-        source, config = self._sources.get(name, (None, None))
+    def _source(self, name: str) -> tuple[str | None, str]:
+        """Return an adapter's file and its fingerprint."""
+        source, config = self._sources.get(name, ((None, ""), None))
         known = getattr(self.model, "peft_config", {}).get(to_peft(name))
-        return source if config is known else None
+        return source if config is known else (None, "")
+
+    def _used(self) -> dict[str, tuple[tuple[str | None, str], Strength]]:
+        """Return file, fingerprint and strength of the adapters that change the result; see `used`."""
+        found: dict[str, tuple[tuple[str | None, str], Strength]] = {}
+        loaded = [(name, self._source(name), strength) for name, strength in self._counted().items()]
+        for name, source, strength in (*self._fused_for_good, *loaded):
+            numbered = (f"{name} ({i})" for i in range(2, len(found) + 3))
+            found[next(key for key in (name, *numbered) if key not in found)] = source, strength
+        return found
 
     def _enable(self, enabled: bool) -> None:
         for layer in self._layers.values():

@@ -108,6 +108,7 @@ class Lora:
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)  # whole differences, by parameter
     unmatched: list[str] = field(default_factory=list)  # keys that fit nothing in the transformer
     source: str = ""  # the file; "" for a table of tensors
+    fingerprint: str = ""  # the file's when it was read
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.deltas)

@@ -45,6 +45,11 @@ def _flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}={shown(value)} must be true or false")
 
 
+def _off(name: str, value: Any) -> None:
+    if value:
+        raise ValueError(f"{name}={shown(value)} must be false: Wan's shift is one number for all sizes")
+
+
 def _text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{name}={shown(value)} must be a text")
@@ -225,6 +230,7 @@ SCHEDULER = Schema(
         "solver_order": _count(8),
         "prediction_type": _choice("flow_prediction", "epsilon", "sample", "v_prediction"),
         "use_flow_sigmas": _optional(_flag),
+        "use_dynamic_shifting": _off,
         "solver_type": _choice("bh1", "bh2", "midpoint", "heun", "logrho"),
     }
 )

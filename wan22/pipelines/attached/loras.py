@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...checkpoints.files.hub import OPTIONS
@@ -10,7 +11,14 @@ from ...checkpoints.lora.adapters import Adapters, adapters_of
 from ...checkpoints.lora.adapters import Strength as OneStrength
 from ...checkpoints.lora.dialects import read_lora, section_for, sections_of
 from ...checkpoints.lora.scales import check_strength
-from ...checkpoints.lora.sources import TABLE, LoraSource, pair_in, read_source, warn_if_swapped
+from ...checkpoints.lora.sources import (
+    TABLE,
+    LoraSource,
+    lora_fingerprint,
+    pair_in,
+    read_source,
+    warn_if_swapped,
+)
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
 from ...checkpoints.naming.names import listed
@@ -272,6 +280,7 @@ class Loras(Part):
                 + (f"there are {listed(lora.unmatched)}" if lora.unmatched else "there is none for it")
             )
         lora.source = "" if file.source == TABLE else file.source
+        lora.fingerprint = lora_fingerprint(Path(lora.source)) if lora.source else ""
         if lora.unmatched:
             logger.warning("%s: %s fit nothing in %s", file.source, listed(lora.unmatched), slot)
         return lora

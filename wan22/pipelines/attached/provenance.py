@@ -5,6 +5,7 @@ import logging
 import platform
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
-from ...checkpoints.lora.sources import lora_fingerprint
 from ...checks import as_number, cut, printable, shown
+from ...host_memory import FileMappings
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
 from ..call.request import plain
 from .part import Part
@@ -30,64 +31,101 @@ PACKAGES = ("torch", "diffusers", "transformers")
 ASSETS = Path(__file__).parents[2].absolute() / "assets"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model's files as they were when it was loaded; they may be replaced or deleted since."""
+
+    model: "weakref.ref[Any]"
+    revision: str | None  # commit of a repository's snapshot
+    fingerprints: Mapping[str, str]  # by file name
+    sizes: Mapping[Path, int]
+
+    @classmethod
+    def of(cls, model: Any, path: Path) -> "Loaded":
+        """Look at a model's file, or at those in its folder."""
+        files, parts = weight_files(path), path.parts
+        revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+        fingerprints = {file.name: fingerprint(file) for file in files}
+        # By the model itself: one that replaces it later has other files.
+        return cls(weakref.ref(model), revision, fingerprints, {f.resolve(): f.stat().st_size for f in files})
+
+    def check(self) -> None:
+        """Raise OSError if a file that weights are read from was cut off: reading on ends the process."""
+        for path, size in self.sizes.items():
+            try:
+                shrunk = path.stat().st_size < size
+            except OSError:  # deleted: what is mapped stays as it is
+                continue
+            if shrunk:
+                for file in FileMappings().files:
+                    if file.path == str(path):
+                        file.check()
+
+
 class Provenance(Part):
     """Knows the files behind a pipeline's models, and holds recipes against the pipeline as it stands."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._place: str | None = None
-        # The model, its file or folder, and the state of each file when it was loaded.
-        self._files_of: Mapping[str, tuple[Any, Path, dict[Path, tuple[int, ...]]]] = {}
+        self._loaded: Mapping[str, Loaded] = {}
 
     def record_source(self, place: Any, parts: Mapping[str, Path]) -> None:
         """Remember the models' source as the caller gave it, and the file or folder of each component."""
         folder = Path(str(place)).absolute()
         # The miniatures' folder differs from machine to machine; their name does not.
         self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
-        # By the model itself: one that replaces it later has other files.
-        self._files_of = {
-            name: (weakref.ref(getattr(self._pipe, name)), path, _states(path))
+        self._loaded = {
+            name: Loaded.of(getattr(self._pipe, name), path)
             for name, path in parts.items()
             if name in MODELS and getattr(self._pipe, name, None) is not None
         }
 
     def copy_from(self, other: "Provenance") -> None:
         """Take over what another pipeline knows of the models that both share."""
-        self._place, self._files_of = other._place, other._files_of
+        self._place, self._loaded = other._place, other._loaded
+
+    def check_files(self) -> None:
+        """Raise OSError if weights are read from a file that was cut off since they were loaded."""
+        for loaded in self._loaded.values():
+            loaded.check()
 
     def origin(self) -> Origin | None:
         """Return the files behind the models; None for a pipeline that was not loaded as a whole."""
         if self._place is None:
             return None
         files: dict[str, str] = {}
-        replaced, revisions = [], set()
+        replaced: list[str] = []
+        revisions: set[str | None] = set()
         for name in MODELS:
             model = getattr(self._pipe, name, None)
-            known, path, states = self._files_of.get(name, (lambda: None, Path(), {}))
-            # Files that were written or removed since are not those that the model has.
-            if model is not None and (known() is not model or _states(path) != states):
+            loaded = self._loaded.get(name)
+            if model is not None and (loaded is None or loaded.model() is not model):
                 replaced.append(name)
-            elif model is not None:
-                parts = path.parts
-                if "snapshots" in parts[:-1]:
-                    revisions.add(parts[parts.index("snapshots") + 1])
-                files |= {f"{name}/{file.name}": fingerprint(file) for file in states}
+            elif model is not None and loaded is not None:
+                revisions.add(loaded.revision)
+                files |= {f"{name}/{file}": mark for file, mark in loaded.fingerprints.items()}
+        revisions.discard(None)
         revision = revisions.pop() if len(revisions) == 1 else None
         return Origin(self._place, revision, files, tuple(replaced))
 
     def used_loras(self) -> tuple[UsedLora, ...]:
         """Return the LoRAs that change the result: active or fused, unloaded since or not."""
         found: dict[str, dict[str, tuple[str, Any]]] = {}
+        marks: dict[str, dict[str, str]] = {}
         for slot in ("transformer", "transformer_2"):
             if (model := getattr(self._pipe, slot)) is not None:
-                for name, (source, strength) in adapters_of(model).used().items():
+                adapters = adapters_of(model)
+                for name, (source, strength) in adapters.used().items():
                     found.setdefault(name, {})[slot] = source or "", strength
+                for name, mark in adapters.fingerprints().items():
+                    marks.setdefault(name, {})[slot] = mark
         return tuple(
             UsedLora(
                 name,
                 ", ".join(sorted({source for source, _ in slots.values() if source})) or None,
                 {slot: strength for slot, (_, strength) in slots.items()},
-                {slot: lora_fingerprint(Path(s)) for slot, (s, _) in slots.items() if Path(s).is_file()},
+                marks.get(name, {}),
             )
             for name, slots in found.items()
         )
@@ -167,15 +205,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.machine() if device.type == "cpu" else str(device)
-
-
-def _states(path: Path) -> dict[Path, tuple[int, ...]]:
-    """Return size, time and place of each weight file that a path names; {} if they are gone."""
-    try:
-        stats = {file: file.stat() for file in weight_files(path)}
-    except OSError:
-        return {}
-    return {file: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()}
 
 
 def _version(package: str) -> str:

@@ -19,6 +19,7 @@ from ...checkpoints.loading.models import is_ours
 from ...models.autoencoder import Caches, denormalized, normalized, strides_of
 from ...models.autoencoder_memory import STRIPS
 from ...models.temporal_cache import TemporalCache
+from ...private_apis import accelerate_hook
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,12 @@ def encode(vae: Any, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
 def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
     """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
 
-    wan22's goes on in strips where memory runs out, if `retry`. A FloatingPointError says if frames are not
-    finite.
+    wan22's goes on in strips where memory runs out, if `retry`. Between two chunks other calls may use the
+    VAE, and hooks may have moved it away.
+
+    Raises:
+        FloatingPointError: frames are not finite.
+        RuntimeError: between two chunks the VAE was moved, or cast to another dtype.
     """
     align_weights(vae)
     z = denormalized(z, vae.config.latents_mean, vae.config.latents_std)
@@ -67,16 +72,33 @@ def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
         chunks = _in_more_strips(vae, z) if retry else vae.decode_stream(z, caches=_caches(vae, z.device))
     else:
         chunks = iter(vae.decode(z, return_dict=False)[0].split(temporal_stride(vae), dim=2))
-    for pixels in chunks:
+    left = 1 + (z.shape[2] - 1) * temporal_stride(vae)
+    while left and (pixels := next(chunks, None)) is not None:
         chunk = pixels[0].float().cpu().div(2).add_(0.5).clamp_(0, 1)
         if not torch.isfinite(chunk).all():
             raise FloatingPointError(f"the VAE's frames are not finite in {vae.dtype}; load it in float32")
         yield chunk
+        left -= chunk.shape[1]
+        if left and is_ours(vae):  # diffusers' has decoded all
+            _bring_back(vae, z)
+
+
+def _bring_back(vae: Any, z: torch.Tensor) -> None:
+    """Bring the VAE to where a clip's latents are, if hooks move it."""
+    hook = accelerate_hook(vae)
+    if hook is not None:
+        hook.pre_forward(vae)
+    device, dtype = z.new_empty(0, device=get_module_execution_device(vae)).device, vae.dtype
+    if (device, dtype) != (z.device, z.dtype):
+        raise RuntimeError(
+            f"the rest of the video cannot be decoded: the VAE is on {device} in {dtype} now, and was on "
+            f"{z.device} in {z.dtype} for the first frames; make the video again"
+        )
 
 
 def _in_more_strips(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
     """Decode raw latents "1 c t h w" to "1 3 t h w" in [-1, 1], in more strips once memory runs out."""
-    done = 0
+    done, before = 0, vae.num_strips if vae.use_strips else None
     while True:
         try:
             for chunk in islice(vae.decode_stream(z, caches=_caches(vae, z.device)), done, None):
@@ -85,7 +107,10 @@ def _in_more_strips(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
             return
         except torch.OutOfMemoryError:
             strips = 2 * (vae.num_strips if vae.use_strips else 1)
-            if vae.use_tiling or strips > STRIPS[-1]:
+            if vae.use_tiling:
+                raise
+            if strips > STRIPS[-1]:  # which do not help either
+                vae.disable_strips() if before is None else vae.enable_strips(before)
                 raise
         # Outside of the handler, which keeps what ran out alive.
         logger.warning("memory ran out while decoding; from now on it is done in %d strips", strips)

@@ -27,3 +27,10 @@ class Call:
     guidance: Guidance
     guided: bool  # whether any step needs the negative prompt
     callback: StepCallback | None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height, width and num_frames of the videos, and their number, as a plan takes them."""
+        recipe = self.recipe
+        size = {"height": recipe.height, "width": recipe.width, "num_frames": recipe.num_frames}
+        return {**size, "videos": len(self.generators)}

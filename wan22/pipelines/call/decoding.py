@@ -4,6 +4,7 @@ Shapes: b videos, c channels, t h w frames, rows, columns, of latents or pixels.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,18 @@ def decode(vae: Any, latents: torch.Tensor, output_type: str, bar: Bar, retry: b
     return arrays if output_type == "np" else [[Image.fromarray(f) for f in v] for v in to_uint8(arrays)]
 
 
-def stream_frames(vae: Any, latents: torch.Tensor, bar: Bar, retry: bool) -> Iterator[np.ndarray]:
-    """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for."""
+def stream_frames(
+    vae: Any, latents: torch.Tensor, bar: Bar, retry: bool, using: Callable[[], AbstractContextManager[None]]
+) -> Iterator[np.ndarray]:
+    """Decode one video's latents "1 c t h w" to frames "h w 3" in uint8, as they are asked for.
+
+    Within `using()` the VAE computes; the caller has the frames outside of it.
+    """
     chunks = autoencoders.decode(vae, latents, retry)
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     with bar(total=frames, desc="decoding", unit="frame") as progress:
         while True:
-            with torch.no_grad():  # not while the caller has the frame
+            with using(), torch.no_grad():
                 chunk = next(chunks, None)
             if chunk is None:
                 return

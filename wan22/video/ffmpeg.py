@@ -1,0 +1,80 @@
+"""ffmpeg as a process that frames are sent to.
+
+Shapes: h rows, w columns.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..checks import cut
+
+_LAST_LINES = 3  # of what ffmpeg said; the last one alone is often "Conversion failed!"
+
+
+@contextmanager
+def encoding(
+    partial: Path, path: Path, size: tuple[int, int], fps: int, options: Sequence[str]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield what sends a frame "h w 3" in uint8 to ffmpeg, which writes H.264 in yuv420p.
+
+    Args:
+        partial: the file that is written.
+        path: the file's name in errors.
+        size: w and h.
+        fps: frames per second.
+        options: further arguments of the command.
+    Raises: OSError: ffmpeg cannot be run or has not written to the end; the message has what it said.
+    """
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo"]
+    command += ["-s", "{}x{}".format(*size), "-pix_fmt", "rgb24", "-r", str(fps), "-i", "-", "-an"]
+    command += ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-v", "warning", *options, f"file:{partial}"]
+    with tempfile.TemporaryFile() as log:
+        # In a session of its own: Ctrl-C in a terminal is this process's to handle.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+        frames = process.stdin
+        assert frames is not None, "stdin is a pipe"
+
+        def send(frame: np.ndarray) -> None:
+            try:
+                frames.write(np.ascontiguousarray(frame).data)
+            except OSError as error:
+                raise _failure(process, log, path) from error
+
+        try:
+            yield send
+            try:
+                frames.close()
+            except OSError as error:
+                raise _failure(process, log, path) from error
+            if process.wait():
+                raise _failure(process, log, path)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            with suppress(OSError):  # what is left of the frames
+                frames.close()
+            process.wait()
+
+
+def _failure(process: "subprocess.Popen[bytes]", log: IO[bytes], path: Path) -> OSError:
+    """Return the error of a process that has ended, or closed its end of the pipe."""
+    try:
+        code = process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    said = f", after: {cut('; '.join(lines[-_LAST_LINES:]))}" if lines else "; is the disk full?"
+    return OSError(f"{cut(path)} could not be written whole: ffmpeg {how}{said}")
