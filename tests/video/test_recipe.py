@@ -63,6 +63,7 @@ def test_the_schema_has_the_fields_of_the_classes():
         ("checkpoint", 5, "checkpoint=5 must be a text"),
         ("checkpoint", "a" * 5000, "must be a text of at most 4096"),
         ("width", True, "width=True must be a whole number from 1"),
+        ("dtypes", {"a\x1b[31m": 5}, r"dtypes\.a\\x1b\[31m=5 must be a text"),
         ("width", 1.5, "width=1.5 must be a whole number"),
         ("fps", 10**30, "must be a whole number from 1 to 9223372036854775807"),
         ("num_frames", None, "num_frames=None must be"),

@@ -65,6 +65,7 @@ def test_a_value_out_of_its_range_is_named(config, name, values):
         (SCHEDULER, "solver_order", [0, 10**9, "2"]),
         (SCHEDULER, "num_train_timesteps", [0, 10**9]),
         (SCHEDULER, "solver_type", ["abc", None]),
+        (SCHEDULER, "use_dynamic_shifting", [True, "no"]),
         (SCHEDULER, "_class_name", [None, ["os", "system"]]),
     ],
 )
