@@ -114,11 +114,14 @@ def check_real(
     hint: str = "",
     above: bool = False,
 ) -> float:
-    """Return a finite number from `least` to `most`, or above `least`; `hint` says more of the rule."""
+    """Return a finite number from `least` to `most`, or above `least`; `hint` says more of the rule.
+
+    A whole number of more than 64 bits, which torch does not take, becomes a float.
+    """
     value = as_number(value)
     finite = _is_finite(value) and abs(value) <= sys.float_info.max
     if finite and least <= value <= most and not (above and value == least):
-        return value
+        return value if abs(value) < 2**63 else float(value)
     rules = ["a finite number" if _is_real(value) and not finite else "a number"]
     if least > -math.inf:
         rules.append(f"above {least:g}" if above else f"{least:g} or more")

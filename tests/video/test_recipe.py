@@ -100,6 +100,7 @@ def test_an_entry_of_another_kind_is_named(entry, value, rule, tmp_path):
         ("seed", [-1], r"call.seed.0.=-1 must be a whole number from 0"),
         ("seed", [1, 2], "call.seed has 2 values for 1 videos"),
         ("num_videos_per_prompt", 10**9, "call.seed has 1 values for 1000000000 videos"),
+        ("max_sequence_length", None, "call.max_sequence_length=None must be a whole number from 1"),
         ("sigmas", 5, "call.sigmas=5 must be a list"),
         ("guidance_scale", float("inf"), "call.guidance_scale=inf must be a finite number"),
         ("attention_kwargs", "x", "call.attention_kwargs='x' must be a table"),

@@ -147,7 +147,8 @@ _CALL = _record(
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),
         **dict.fromkeys(("num_frames", "height", "width", "max_area"), _sizes),
-        **dict.fromkeys(("num_inference_steps", "max_sequence_length"), _sizes),
+        "num_inference_steps": _sizes,
+        "max_sequence_length": _whole(),
     },
     rest=_any,
 )

@@ -310,6 +310,14 @@ def test_what_a_recipe_asks_too_much_of_may_be_given(pipe):
     assert pipe.reproduce(recipe, num_inference_steps=1).recipe.num_inference_steps == 1
 
 
+def test_a_scale_of_more_than_64_bits_is_a_number(pipe):
+    """Recipes and callers may give it; torch takes no such int."""
+    few = {**QUICK, "num_inference_steps": 1, "output_type": "latent"}
+    video = pipe("a", seed=1, guidance_scale=10**30, **few)
+    assert torch.isfinite(video.frames).all() and video.recipe.guidance_scale == 1e30
+    assert torch.equal(pipe.reproduce(changed(video.recipe), output_type="latent").frames, video.frames)
+
+
 def test_another_machine_is_told(pipe, caplog):
     recipe = pipe("a", seed=1, **QUICK).recipe
     other = Recipe.from_json(json.dumps({**json.loads(recipe.to_json()), "device": "abacus"}))

@@ -10,9 +10,9 @@ from ...presets import MAX_TEXT_TOKENS
 from .experts import Step
 
 
-def check_guidance(name: str, value: float) -> None:
-    """Refuse a guidance scale below 1, where libraries disagree about the meaning."""
-    check_real(name, value, 1, hint="1 turns guidance off")
+def check_guidance(name: str, value: float) -> float:
+    """Return a guidance scale; refuse one below 1, where libraries disagree about the meaning."""
+    return check_real(name, value, 1, hint="1 turns guidance off")
 
 
 def as_prompts(name: str, prompt: str | Sequence[str] | None, count: int | None = None) -> list[str]:

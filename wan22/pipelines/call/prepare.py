@@ -133,9 +133,9 @@ def _guidance(pipe: PipelineParts, request: Request) -> ClassifierFreeGuidance:
     if first is None:
         first = pipe.preset.guidance_scale
     second = first if second is None else second
-    check_guidance("guidance_scale", first)
-    check_guidance("guidance_scale_2", second)
-    return ClassifierFreeGuidance(first, second)
+    return ClassifierFreeGuidance(
+        check_guidance("guidance_scale", first), check_guidance("guidance_scale_2", second)
+    )
 
 
 def _callback(request: Request, allowed: Sequence[str]) -> StepCallback | None:
