@@ -248,10 +248,11 @@ def test_what_files_hold_is_told_from_their_tensors(tmp_path):
 def test_settings_of_a_diffusers_repository_stay(form, tmp_path):
     """They are somebody's choice, where only the dtype changes."""
     folder = shutil.copytree(form[0] / "diffusers", tmp_path / "source")
+    channels = read_json(folder / "vae/config.json")["z_dim"]
     for file, changes in (
         ("model_index.json", {"boundary_ratio": 0.7, "_wan22_version": "1"}),
         ("scheduler/scheduler_config.json", {"flow_shift": 7.5}),
-        ("vae/config.json", {"latents_mean": [0.5] * 16}),
+        ("vae/config.json", {"latents_mean": [0.5] * channels}),
     ):
         (folder / file).write_text(json.dumps(read_json(folder / file) | changes))
     convert(folder, tmp_path / "out", "diffusers", "bf16")
