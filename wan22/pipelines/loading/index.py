@@ -21,7 +21,10 @@ _CLASSES = {
     "vae": ("diffusers", ("AutoencoderKLWan",)),
     "text_encoder": ("transformers", ("UMT5EncoderModel",)),
     "image_encoder": ("transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection")),
-    "image_processor": ("transformers", ("CLIPImageProcessor", "CLIPImageProcessorFast")),
+    "image_processor": (
+        "transformers",
+        ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+    ),
 }
 # Of these, any class that derives from one.
 _BASES = {
