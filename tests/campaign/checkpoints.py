@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,6 +40,16 @@ def split_safetensors(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def safetensors_of(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
+
+
+def warnings_of(name: str) -> list[str]:
+    """Return a list to which a logger's warnings are appended from now on."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable(logging.NOTSET)
+    logging.getLogger(name).addHandler(handler)
+    return told
 
 
 class WeightFiles:
@@ -131,7 +142,7 @@ class Folders:
 
 
 class Loras:
-    """A LoRA with changed names, ranks, shapes or values: refused, or it changes the video."""
+    """A LoRA with changed names, ranks, shapes or values: refused, or it changes the video, or says not."""
 
     name = "LoRAs"
 
@@ -169,11 +180,13 @@ class Loras:
                 name, change = case
                 tensors = {**self.tensors, name: change(self.tensors[name])}
                 save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, path)
+            told = warnings_of("wan22")
             self.pipe.load_lora_weights(path)
             try:
                 found = self.latents()
             except FloatingPointError:  # finite weights that are too large: the call says so
                 return None
-            return "no effect" if torch.equal(found, self.before) else None
+            nil = torch.equal(found, self.before) and not any("changes nothing" in text for text in told)
+            return "no effect" if nil else None
 
         return Trial(run, path.name)
