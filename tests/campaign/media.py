@@ -18,6 +18,7 @@ from tests.builders import random_pipeline
 from tests.campaign.isolation import Trial
 from tests.campaign.mutations import damages, documents
 from wan22 import read_recipe
+from wan22.pictures import read_picture
 from wan22.pipelines.call.images import load_picture
 from wan22.prompts import OpenAIChat
 from wan22.video.metadata import PNG_KEY
@@ -175,7 +176,7 @@ class ImageServers:
 
     def trial(self, case: tuple[Mapping[str, Any], bytes], folder: Path) -> Trial:
         def run() -> str | None:
-            found = load_picture("image", f"{Server(*case).url}/a.png")
+            found = read_picture("image", f"{Server(*case).url}/a.png", timeout=3)
             return None if found.size == (48, 32) else f"a picture of size {found.size}"
 
         return Trial(run, "127.0.0.1")
