@@ -69,7 +69,7 @@ def tensors_in(state: Any, source: str) -> dict[str, torch.Tensor]:
 
 
 def _table_in(state: Any, source: str, kind: type[Any]) -> Mapping[str, Any]:
-    """Return the table of tensors, all of a kind, that something is or has in it."""
+    """Return the table of tensors, all of one class, that something is or has in it."""
     for _ in range(_NESTED):
         if isinstance(state, Mapping) and len(state) == 1 and isinstance(next(iter(state.values())), Mapping):
             (state,) = state.values()  # {"state_dict": …}
