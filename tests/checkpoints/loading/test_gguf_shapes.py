@@ -185,3 +185,12 @@ def test_the_axes_of_a_matrix_are_not_merged(official, tmp_path):  # noqa: F811
     write(official, tmp_path / "w.gguf", {name: (DIM * DIM,)})
     with pytest.raises(ValueError, match=r"attn1\.to_q\.weight is \(65536,\), it must be \(256, 256\)"):
         WanTransformer3DModel.from_single_file(tmp_path / "w.gguf")
+
+
+def test_names_in_errors_are_escaped(tmp_path):
+    """A terminal finds nothing to obey in what a stranger has called an entry."""
+    name = b"ge\x1b[31m"
+    head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(name)) + name
+    (tmp_path / "w.gguf").write_bytes(head + struct.pack("<IQ", 8, 2**60) + bytes(64))
+    with pytest.raises(ValueError, match=r"w\.gguf is cut off or damaged: its entry ge\\x1b\[31m: a text"):
+        read_weights(tmp_path / "w.gguf")
