@@ -107,7 +107,7 @@ def fetch(
 def _ask(request: Request, url: str, silence: float, end: float, most: int, direct: bool) -> Answer:
     opener = OpenerDirector()  # of these handlers alone: none for files or ftp, none that follows redirects
     proxies = ProxyHandler({}) if direct or _is_local(urlsplit(url).hostname or "") else ProxyHandler()
-    for handler in (proxies, UnknownHandler(), _Http(silence, end), _Https(silence, end)):
+    for handler in (proxies, UnknownHandler(), _Web(silence, end)):
         opener.add_handler(handler)
     try:
         response: Any = opener.open(request, timeout=min(silence, max(end - time.monotonic(), 0.001)))
@@ -184,19 +184,15 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Timed(raw, sock, silence, end))
 
 
-class _Http(HTTPHandler):
+class _Web(HTTPHandler, HTTPSHandler):
+    """Connects to servers, and reads their answers within limits of time."""
+
     def __init__(self, silence: float, end: float) -> None:
         super().__init__()
         self._limits = silence, end
 
     def http_open(self, request: Request) -> Any:
         return self.do_open(_timed(http.client.HTTPConnection, *self._limits), request)
-
-
-class _Https(HTTPSHandler):
-    def __init__(self, silence: float, end: float) -> None:
-        super().__init__()
-        self._limits = silence, end
 
     def https_open(self, request: Request) -> Any:
         return self.do_open(_timed(http.client.HTTPSConnection, *self._limits), request)
