@@ -38,10 +38,16 @@ def shown(value: Any) -> str:
 
 
 def cut(text: Any) -> str:
-    """Return a text, or what str() makes of a value, for a message: without its middle if it is long."""
-    text = str(text)
-    half = LONGEST // 2 - 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+    """Return a text, or what str() makes of a value, for a message: `printable`, without its middle if long."""
+    text, half = str(text), LONGEST // 2 - 2
+    return printable(text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}")
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Name the first few, in order, each in bounded length, and count the rest."""
+    first = [*map(cut, sorted(names))]
+    more = len(first) - most
+    return ", ".join(first[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from .checks import as_path, cut, printable, shown
+from .checks import as_path, cut, shown
 from .web import check_url, fetch, masked
 
 if TYPE_CHECKING:
@@ -188,4 +188,4 @@ def _fetched(url: str, timeout: float) -> bytes:
 
 
 def _reason(error: BaseException) -> str:
-    return printable(cut(error)) or type(error).__name__
+    return cut(error) or type(error).__name__

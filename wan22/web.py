@@ -14,7 +14,7 @@ from urllib.error import URLError
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, UnknownHandler
 
-from .checks import cut, printable
+from .checks import cut
 
 SCHEMES = ("http", "https")
 MOST_REDIRECTS = 5
@@ -41,7 +41,7 @@ class Answer:
 
 def masked(url: str) -> str:
     """Return an address for a message: short, without its user's name and password."""
-    return printable(cut(_USER.sub("***@", url)))
+    return cut(_USER.sub("***@", url))
 
 
 def check_url(name: str, url: str) -> None:

@@ -25,7 +25,7 @@ from ..checkpoints.loading.models import is_ours
 from ..checkpoints.lora.injecting import lora_layers
 from ..checkpoints.quantized_linear import QuantizedLinear
 from ..checks import shown
-from ..host_memory import anonymous_bytes, check_room
+from ..host_memory import anonymous_bytes, check_room, trim_heap
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from ..progress import advance
 from .offload.layout import blocks_of, bytes_of
@@ -68,6 +68,7 @@ def quantize(model: Model, method: Any, block: int | None = None) -> Model:
             _put(inner, name, _quantized(layers.pop(name), method, block))
     else:
         _quantize_by_torchao(inner, method, set(layers))
+    trim_heap()  # what a layer's rounding took does not stay the process's
     reapply_group_offloading(inner)  # so that the new layers are offloaded, too
     return model
 

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..checks import check_real, cut, printable, shown
+from ..checks import check_real, cut, shown
 from ..web import Answer, check_url, fetch, masked
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class OpenAIChat:
             message = f"nothing listens at {self._url} (connection refused); is the server up?"
             raise ChatError(message) from error
         except (OSError, http.client.HTTPException) as error:
-            message = f"{self._url} could not be reached: {printable(cut(self._without_key(str(error))))}"
+            message = f"{self._url} could not be reached: {cut(self._without_key(str(error)))}"
             raise ChatError(message) from error
         raw = self._without_key(answer.body.decode("latin-1")).encode("latin-1")
         if not 200 <= answer.status < 300:
@@ -268,14 +268,14 @@ def _refusal(answer: Answer, body: bytes) -> str:
     """Return an error's code, where it leads, and what the server says of it in its body."""
     target = answer.headers.get("location")
     moved = "" if target is None else f" (moved to {masked(target)})"
-    return f"{answer.status} {printable(cut(answer.reason))}{moved}: {_server_message(body)}"
+    return f"{answer.status} {cut(answer.reason)}{moved}: {_server_message(body)}"
 
 
 def _server_message(body: bytes) -> str:
     """Return OpenAI's error.message if there is one, otherwise the start of the body."""
     try:
         error = json.loads(body)["error"]
-        return printable(cut(error["message"] if isinstance(error, dict) else error))
+        return cut(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, TypeError, RecursionError):
         return _excerpt(body)
 

@@ -5,7 +5,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-from ..checks import as_path, cut, printable
+from ..checks import as_path, cut
 from .recipe import Recipe
 from .schema import MOST_TEXT
 
@@ -21,12 +21,12 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = as_path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {printable(cut(path))}")
+        raise FileNotFoundError(f"there is no file {cut(path)}")
     with path.open("rb") as file:
         start = file.read(12)
     is_mp4 = start[4:8] == b"ftyp"
     text = _read_mp4(path) if is_mp4 else _read_image(path)
-    nothing = f"{printable(cut(path))} carries no recipe of wan22"
+    nothing = f"{cut(path)} carries no recipe of wan22"
     if not text:
         raise ValueError(f"{nothing}: its metadata was removed, or another program wrote it")
     try:

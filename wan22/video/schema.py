@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..checks import cut, printable, shown
+from ..checks import cut, shown
 
 # Characters of a recipe's text. One video's has 2,000 and its prompts; what is far larger is no recipe.
 MOST_TEXT = 2**24
@@ -116,7 +116,7 @@ def _record(needed: Mapping[str, Check], others: Mapping[str, Check], rest: Chec
 
 
 def _wrong(entry: str, value: Any, rule: str) -> ValueError:
-    return ValueError(f"{printable(cut(entry))}={shown(value)} must be {rule}")
+    return ValueError(f"{cut(entry)}={shown(value)} must be {rule}")
 
 
 def _kind(value: Any) -> str:

@@ -315,6 +315,16 @@ def test_many_names_are_counted(official, tmp_path):
         WanTransformer3DModel.from_single_file(tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "pth"])
+@pytest.mark.parametrize("name", ["{}", "blocks.{}.comfy_quant", "{}.qweight", "{}.scale_weight"])
+def test_names_in_errors_are_escaped(official, name, save, tmp_path):
+    """A terminal finds nothing to obey in what a stranger has called a tensor."""
+    save(official | {name.format("a\x1b[31m\x9b\r"): torch.ones(3)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"a\\x1b\[31m\\x9b\\r") as error:
+        WanTransformer3DModel.from_single_file(tmp_path / "weights")
+    assert str(error.value).isprintable()
+
+
 def test_another_models_file(tmp_path):
     with pytest.raises(ValueError, match=r"no place for|no Wan model"):
         WanTransformer3DModel.from_single_file("tests/golden/vae21.weights.safetensors")

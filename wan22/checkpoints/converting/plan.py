@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ...checks import cut
+from ...checks import cut, listed
 from ...presets import release_of
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.quantized import QuantizedTensor, expanded
 from ..files.weights import as_json
 from ..loading.stored import StoredModel
-from ..naming.names import listed
 from .settings import (
     diffusers_config,
     lost_schedule,

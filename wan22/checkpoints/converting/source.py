@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...checks import shown
+from ...checks import listed, shown
 from ..files.hub import EXPERTS, TOKENIZERS
 from ..files.weights import SUFFIXES, read_json, shards_of
 from ..loading.recognize import kinds_in, read_model
 from ..loading.stored import StoredModel
-from ..naming.names import listed
 from ..naming.schemas import read_config
 
 # Components of a pipeline, and their kinds.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ...checks import listed
 from .safetensors import read_header
 from .weights import check_places, shards_of
 
@@ -45,14 +46,14 @@ def weights_in(place: Path, variant: str | None = None, names: Names = DIFFUSERS
     for path, shards in found:
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             count = f"{len(shards) - len(missing)} of {len(shards)} shards"
-            raise FileNotFoundError(f"{place} has {count}; missing: {', '.join(missing[:9])}")
+            raise FileNotFoundError(f"{place} has {count}; missing: {listed(missing, 9)}")
         if shards:
             _check_index(path)
         if path.is_file():
             return path
     others = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
     raise FileNotFoundError(
-        f"{place} has no weights: there is no {found[0][0].name}; found: {', '.join(others[:9]) or 'nothing'}"
+        f"{place} has no weights: there is no {found[0][0].name}; found: {listed(others, 9) or 'nothing'}"
     )
 
 

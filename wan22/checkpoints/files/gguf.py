@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...checks import cut, printable, shown
+from ...checks import cut, shown
 from .quantized import GgufBlocks, QuantizedTensor
 from .safetensors import mapped_file
 
@@ -56,7 +56,7 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
             stored = torch.frombuffer(data, dtype=torch.uint8, count=place.nbytes, offset=first)
             tensors[place.name] = gguf_tensor(stored.view(*place.shape[:-1], -1), place.kind, own)
         except ValueError as error:
-            raise ValueError(f"{path}: {printable(cut(place.name))}: {error}") from error
+            raise ValueError(f"{path}: {cut(place.name)}: {error}") from error
     return tensors, fields
 
 
@@ -95,12 +95,12 @@ class _Header:
         for _ in range(self._fields):
             name = self._text(_LONGEST_NAME)
             if name in fields:
-                raise ValueError(f"it has the entry {printable(cut(name))} twice")
+                raise ValueError(f"it has the entry {cut(name)} twice")
             (kind,) = self._numbers("I")
             try:
                 fields[name] = self._array() if kind == _ARRAY else self._value(kind)
             except ValueError as error:
-                raise ValueError(f"its entry {printable(cut(name))}: {error}") from error
+                raise ValueError(f"its entry {cut(name)}: {error}") from error
         return {name: value for name, value in fields.items() if value is not None}
 
     def place(self, sizes: dict[int, tuple[str, int, int]]) -> _Place:
@@ -108,15 +108,15 @@ class _Header:
         name = self._text(_LONGEST_NAME)
         (count,) = self._numbers("I")
         if count > _MOST_AXES:
-            raise ValueError(f"{printable(cut(name))} has {count} axes, at most {_MOST_AXES} are possible")
+            raise ValueError(f"{cut(name)} has {count} axes, at most {_MOST_AXES} are possible")
         shape = self._numbers("Q" * count)[::-1]
         kind, offset = self._numbers("IQ")
         if kind not in sizes:
-            raise ValueError(f"{printable(cut(name))} is of type {kind}, which is unknown")
+            raise ValueError(f"{cut(name)} is of type {kind}, which is unknown")
         type_name, values, nbytes = sizes[kind]
         if 0 in shape or (shape or (1,))[-1] % values:
             rule = f"rows of {type_name} have a multiple of {values} values, and at least one"
-            raise ValueError(f"{printable(cut(name))} has the shape {shape}; {rule}")
+            raise ValueError(f"{cut(name)} has the shape {shape}; {rule}")
         return _Place(name, type_name, shape, offset, math.prod(shape) // values * nbytes)
 
     def end_of_head(self, alignment: Any) -> int:
@@ -177,14 +177,10 @@ def _check_places(path: Path, places: list[_Place], start: int, size: int) -> No
     end, before = 0, "the header"
     for place in sorted(places, key=lambda place: place.offset):
         if place.name in names:
-            raise ValueError(f"{path} is damaged: it has {printable(cut(place.name))} twice")
+            raise ValueError(f"{path} is damaged: it has {cut(place.name)} twice")
         if place.offset < end:
-            raise ValueError(
-                f"{path} is damaged: {printable(cut(place.name))} overlaps {printable(cut(before))}"
-            )
+            raise ValueError(f"{path} is damaged: {cut(place.name)} overlaps {cut(before)}")
         end, before = place.offset + place.nbytes, place.name
         if start + end > size:
-            raise ValueError(
-                f"{path} is cut off: {printable(cut(place.name))} ends at byte {start + end} of {size}"
-            )
+            raise ValueError(f"{path} is cut off: {cut(place.name)} ends at byte {start + end} of {size}")
         names.add(place.name)

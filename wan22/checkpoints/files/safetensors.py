@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...checks import cut
 from ...progress import advance
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -90,7 +91,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name} is of dtype {entry['dtype']}, which cannot be read")
+            raise ValueError(f"{path}: {cut(name)} is of dtype {entry['dtype']}, which cannot be read")
         dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
         offset = start + entry["data_offsets"][0]
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else None

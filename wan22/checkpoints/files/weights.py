@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...checks import cut
 from .gguf import gguf_tensor, read_gguf
 from .pth import read_pth, tensors_in
 from .quantized import QuantizedTensor
@@ -119,10 +120,12 @@ def check_places(index: Path, places: Mapping[str, str], held: Mapping[str, Iter
     for name, keys in held.items():
         for key in keys:
             if key in found:
-                raise ValueError(f"{index.parent} has {key} twice, in {found[key]} and in {name}")
+                raise ValueError(
+                    f"{index.parent} has {cut(key)} twice, in {cut(found[key])} and in {cut(name)}"
+                )
             found[key] = name
     if lost := sorted(key for key, name in places.items() if found.get(key) != name):
-        raise ValueError(f"{index} names {lost[0]}, which is not in {places[lost[0]]}")
+        raise ValueError(f"{index} names {cut(lost[0])}, which is not in {cut(places[lost[0]])}")
 
 
 def _read_shards(index: Path) -> WeightFile:

@@ -9,12 +9,13 @@ import torch
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
+from ...checks import listed
 from ...private_apis import own_tensors
 from ...progress import advance
 from ..deferred import deferred, should_defer
 from ..files.quantized import QuantizedTensor, expanded
 from ..naming.dialects import Tensors
-from ..naming.names import listed, shapes_of
+from ..naming.names import shapes_of
 from ..quantized_linear import QuantizedLinear
 from .dtypes import dtype_for
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from ...checks import listed
 from ..files.weights import WeightFile, read_weights
 from ..naming.dialects import parts_of, stripped
-from ..naming.names import count_known, listed
+from ..naming.names import count_known
 from ..naming.schemas import read_config
 from .encoders import IMAGE_ENCODER_FORMAT, TEXT_ENCODER_FORMAT
 from .models import AUTOENCODER_FORMAT, TRANSFORMER_FORMAT

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import shown
+from ...checks import listed, shown
 from ...private_apis import own_tensors, uncompiled
-from ..naming.names import listed
 from ..quantized_linear import QuantizedLinear
 from .differences import edit_on_host
 from .fusing import Fused

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ...checks import cut, listed
 from ..files.quantized import QuantizedTensor
 from ..files.weights import WeightFile
 from ..naming.keys import TRANSFORMER
-from ..naming.names import listed
 from .scales import Scaling, stabilised_alpha, written_scaling
 from .spellings import BIAS, DELTAS, SLOTS, names_of, read_key
 from .weights import MAGNITUDE, AdapterWeights, Lora
@@ -113,7 +113,7 @@ class _Reader:
                 weights.check()
                 weights.alpha = self._alpha(name, weights, written)
             except ValueError as error:
-                raise ValueError(f"{self._file.source}: {name}: {error}") from error
+                raise ValueError(f"{self._file.source}: {cut(name)}: {error}") from error
         self._add_biases(shapes)
         _drop_misfits(self._lora, shapes)
         return self._lora

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...checks import listed
 from ...models.layers import Float32Linear, at_least_float32
 from ...private_apis import mark_peft_layers, reapply_group_offloading, take_hotswap_options
-from ..naming.names import listed
 from ..quantized_linear import QuantizedLinear
 from .casting import compute_dtype_of, computing, store_as_computed
 from .differences import Differences, differences_of

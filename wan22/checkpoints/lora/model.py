@@ -8,8 +8,7 @@ from typing import Any
 
 from diffusers.loaders import PeftAdapterMixin
 
-from ...checks import cut
-from ..naming.names import listed
+from ...checks import cut, listed
 from .adapters import Strength, adapters_of
 from .casting import computing, store_as_computed
 from .injecting import lora_layers, set_scaling

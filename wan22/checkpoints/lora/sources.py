@@ -11,11 +11,10 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
-from ...checks import LONGEST, cut
+from ...checks import LONGEST, cut, listed
 from ..files.fingerprint import fingerprint
 from ..files.hub import check_repository_name, hub_file
 from ..files.weights import SUFFIXES, WeightFile, read_weights, weight_files
-from ..naming.names import listed
 from .scales import CONFIG
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...checks import cut, listed
 from ..files.quantized import FLOAT8, QuantizedTensor, scaled_float8
 from ..files.weights import WeightFile
 
@@ -57,12 +58,12 @@ def normalize(file: WeightFile) -> Tensors:
     found: dict[str, torch.Tensor | QuantizedTensor] = {}
     for key, name in stripped(file.tensors).items():
         if name in found:
-            raise ValueError(f"{file.source} holds {name} twice, compiled and not")
+            raise ValueError(f"{file.source} holds {cut(name)} twice, compiled and not")
         found[name] = file.tensors[key]
     for suffix, kind in _OTHERS.items():
         if marks := [name for name in found if name.endswith(suffix)]:
             raise ValueError(
-                f"{file.source} is quantised as {kind} ({marks[0]}); scaled float8 and GGUF are read"
+                f"{file.source} is quantised as {kind} ({cut(marks[0])}); scaled float8 and GGUF are read"
             )
     marked = found.pop(_MARKER, None) is not None
     notes = _notes(file, found)
@@ -78,20 +79,20 @@ def normalize(file: WeightFile) -> Tensors:
         scale = next((scales.pop(layer + s) for s in _WEIGHT_SCALES if layer + s in scales), None)
         if isinstance(tensor, QuantizedTensor) or tensor.dtype in _PLAIN:
             if scale is not None:
-                raise ValueError(f"{file.source}: {name} is not float8, but has a scale")
+                raise ValueError(f"{file.source}: {cut(name)} is not float8, but has a scale")
             result[name] = tensor
         elif tensor.dtype in FLOAT8:
             if scale is None and (marked or layer in notes) and name.endswith(".weight") and tensor.ndim == 2:
-                raise ValueError(f"{file.source}: {name} is scaled float8, but its scale is missing")
+                raise ValueError(f"{file.source}: {cut(name)} is scaled float8, but its scale is missing")
             try:
                 result[name] = scaled_float8(tensor, None if scale is None else _number(scale))
             except ValueError as error:
-                raise ValueError(f"{file.source}: {name}: {error}") from error
+                raise ValueError(f"{file.source}: {cut(name)}: {error}") from error
         else:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{file.source}: {name} is {kind}; weights of this kind are not read")
+            raise ValueError(f"{file.source}: {cut(name)} is {kind}; weights of this kind are not read")
     if scales:
-        raise ValueError(f"{file.source}: there is no weight for {', '.join(sorted(scales)[:3])}")
+        raise ValueError(f"{file.source}: there is no weight for {listed(scales)}")
     return result
 
 
@@ -112,9 +113,7 @@ def part_of(file: WeightFile, kind: str) -> WeightFile:
     if not parts:
         return file
     if rest := file.tensors.keys() - {name for names in parts.values() for name in names}:
-        raise ValueError(
-            f"{file.source} holds {', '.join(sorted(rest)[:3])}, which belongs to no known model"
-        )
+        raise ValueError(f"{file.source} holds {listed(rest)}, which belongs to no known model")
     if kind not in parts:
         raise ValueError(f"{file.source} holds {' and '.join(parts)}, but no {kind}")
     metadata, notes = dict(file.metadata), _noted_layers(file)
@@ -141,7 +140,7 @@ def _notes(file: WeightFile, found: Tensors) -> dict[str, dict]:
     for name in [name for name in found if name.endswith(_NOTE)]:
         text = _number(found.pop(name))
         if text.dtype != torch.uint8 or text.ndim != 1:
-            raise ValueError(f"{file.source}: {name} is no text: {text.ndim} axes of {text.dtype}")
+            raise ValueError(f"{file.source}: {cut(name)} is no text: {text.ndim} axes of {text.dtype}")
         notes[name.removesuffix(_NOTE)] = _table(file.source, name, bytes(text.tolist()))
     for layer, note in _noted_layers(file).items():
         for prefix in _PREFIXES:
@@ -162,9 +161,9 @@ def _table(source: str, name: str, text: str | bytes) -> dict[str, Any]:
     try:
         table = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{source}: {name} is not JSON: {str(error)[:100]}") from error
+        raise ValueError(f"{source}: {cut(name)} is not JSON: {cut(error)}") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{source}: {name} holds a {type(table).__name__}, not a table")
+        raise ValueError(f"{source}: {cut(name)} holds a {type(table).__name__}, not a table")
     return table
 
 
@@ -173,13 +172,13 @@ def _check_note(source: str, layer: str, note: dict, tensors: Tensors) -> None:
     if not isinstance(kind, str) or kind not in _FLOAT8_NAMES:
         known = ", ".join(_FLOAT8_NAMES)
         raise ValueError(
-            f"{source}: {layer} is quantised as {str(kind)[:80]}; of such layers {known} are read"
+            f"{source}: {cut(layer)} is quantised as {cut(kind)}; of such layers {known} are read"
         )
     if weight is None:
-        raise ValueError(f"{source} describes {layer}, but has no {layer}.weight")
+        raise ValueError(f"{source} describes {cut(layer)}, but has no weight of it")
     if isinstance(weight, QuantizedTensor) or weight.dtype != _FLOAT8_NAMES[kind]:
         stored = "GGUF" if isinstance(weight, QuantizedTensor) else weight.dtype
-        raise ValueError(f"{source}: {layer} is said to be {kind}, but is {stored}")
+        raise ValueError(f"{source}: {cut(layer)} is said to be {kind}, but is {stored}")
 
 
 def _number(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:

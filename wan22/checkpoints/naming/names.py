@@ -1,8 +1,8 @@
-"""Tensors' names: a model's own for those of a file, and lists of them for errors."""
+"""Tensors' names: a model's own for those of a file."""
 
 from collections.abc import Collection, Iterable, Sequence
 
-from ...checks import cut
+from ...checks import listed
 from .dialects import Tensors
 from .keys import KeyTable
 
@@ -34,10 +34,3 @@ def own_names(
     if unknown := [name for name, other in own.items() if other is None]:
         raise ValueError(f"{source} holds {listed(unknown)}, which {noun} has no place for")
     return {other: name for name, other in own.items() if other is not None}
-
-
-def listed(names: Iterable[str]) -> str:
-    """Name the first few, in order, each in bounded length, and count the rest."""
-    first, *rest = map(cut, sorted(names))
-    rest, more = rest[:2], len(rest) - 2
-    return ", ".join([first, *rest]) + (f" and {more} more" if more > 0 else "")

@@ -21,8 +21,7 @@ from ...checkpoints.lora.sources import (
 )
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
-from ...checkpoints.naming.names import listed
-from ...checks import shown
+from ...checks import listed, shown
 from ...private_apis import uncompiled
 from .part import Part
 

@@ -19,7 +19,7 @@ from ...accel.planning.meta_models import MODELS
 from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
-from ...checks import as_number, cut, printable, shown
+from ...checks import as_number, cut, shown
 from ...host_memory import FileMappings
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
 from ..call.request import plain
@@ -157,15 +157,15 @@ class Provenance(Part):
         """Refuse, with the reason, a recipe that the pipeline as it stands would make another video from."""
         if recipe.not_reproducible_because is not None:
             why = recipe.not_reproducible_because
-            raise ValueError(f"the video cannot be made again from its recipe: {printable(cut(why))}")
+            raise ValueError(f"the video cannot be made again from its recipe: {cut(why)}")
         now = self.run_metadata()
         if recipe.pipeline != now["pipeline"]:
-            theirs = printable(cut(recipe.pipeline))
+            theirs = cut(recipe.pipeline)
             raise ValueError(f"the recipe is one of {theirs}, this is a {now['pipeline']}")
         self._check_weights(recipe, now)
         for what in ("dtypes", "changes"):
             if (had := dict(getattr(recipe, what))) != now[what]:
-                told = f"{what} {printable(cut(had))}"
+                told = f"{what} {cut(had)}"
                 raise ValueError(f"the recipe was made with {told}; this pipeline has {cut(now[what])}")
         ratio = now["boundary_ratio"]
         if recipe.boundary_ratio != ratio:
@@ -182,21 +182,21 @@ class Provenance(Part):
                 k for k in then.files.keys() | here.files if then.files.get(k) != here.files.get(k)
             )
             if other:
-                theirs = f"{printable(cut(then.place))}, this is {here.place}"
-                raise ValueError(f"the recipe is of {theirs}: {printable(cut(other[0]))} is another file")
+                theirs = f"{cut(then.place)}, this is {here.place}"
+                raise ValueError(f"the recipe is of {theirs}: {cut(other[0])} is another file")
         elif recipe.checkpoint != now["checkpoint"]:
-            theirs = printable(cut(recipe.checkpoint))
+            theirs = cut(recipe.checkpoint)
             raise ValueError(f"the recipe is of {theirs}, this is {now['checkpoint']}")
         if _loras(recipe.loras) != _loras(now["loras"]):
             wanted, loaded = (
-                printable(cut(", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in loras)))
+                cut(", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in loras))
                 for loras in (recipe.loras, now["loras"])
             )
             raise ValueError(f"the recipe has LoRAs: {wanted or 'none'}; loaded are: {loaded or 'none'}")
         if unknown := [lora.name for lora in recipe.loras if lora.strengths.keys() - lora.files.keys()]:
             logger.warning(
                 "the LoRA %s was in memory: whether it is the same now cannot be told",
-                printable(cut(", ".join(unknown))),
+                cut(", ".join(unknown)),
             )
 
 

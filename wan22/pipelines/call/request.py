@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import cut, printable, shown, with_plain_numbers
+from ...checks import cut, shown, with_plain_numbers
 from ...video.recipe import Recipe
 from ...video.schema import check_extent
 from ...web import masked
@@ -77,7 +77,7 @@ def check_recorded(recipe: Recipe, call: Callable[..., Any], given: Mapping[str,
         if images is not None and None in listed:
             raise ValueError(f"the recipe's {name} was in memory; give {name}=")
         if images is not None and recipe.outside:
-            named = printable(cut(", ".join(masked(str(image)) for image in listed)))
+            named = cut(", ".join(masked(str(image)) for image in listed))
             raise ValueError(f"the recipe names {name} {named}, which is not opened unasked; give {name}=")
     check_extent(recipe, given)
 
