@@ -38,7 +38,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: Any) -> str:
-    """Return a text, or what str() makes of a value, for a message: `printable`, without its middle if long."""
+    """Return a text, or what str() makes of a value, for a message: printable, without its middle if long."""
     text, half = str(text), LONGEST // 2 - 2
     return printable(text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}")
 
