@@ -71,7 +71,9 @@ def test_saving_without_a_component(saved, tmp_path):
     load_pipeline(saved, transformer_2=None, text_encoder=None).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer_2"] == index["text_encoder"] == [None, None]
-    pipe = load_pipeline(tmp_path)
+    with pytest.raises(ValueError, match="lists no text_encoder; give text_encoder=, or None"):
+        load_pipeline(tmp_path)
+    pipe = load_pipeline(tmp_path, text_encoder=None)
     assert pipe.transformer_2 is pipe.text_encoder is None
     assert pipe.config.boundary_ratio == 0.875
 
@@ -89,7 +91,7 @@ def test_pipelines_with_a_part_of_the_components(absent, pipe, saved, tmp_path):
     none = dict.fromkeys(absent)
     built = WanT2VPipeline(**pipe.components | none, boundary_ratio=0.875)
     built.save_pretrained(tmp_path)
-    for part in (built, load_pipeline(saved, **none), load_pipeline(tmp_path)):
+    for part in (built, load_pipeline(saved, **none), load_pipeline(tmp_path, **none)):
         assert {name for name, component in part.components.items() if component is None} == absent
         part.set_progress_bar_config(disable=True)
         assert part.to("cpu") is part

@@ -411,10 +411,13 @@ def test_a_scheduler_that_derives_from_ours(folder, tmp_path):
     assert type(plain) is diffusers.UniPCMultistepScheduler and plain.config.flow_shift == 5.0
 
 
-def test_a_diffusion_scheduler_is_refused_at_the_call(folder):
-    with_scheduler(folder, diffusers.UniPCMultistepScheduler(flow_shift=5.0))
+def test_a_diffusion_scheduler_is_refused(folder):
+    scheduler = diffusers.UniPCMultistepScheduler(flow_shift=5.0)
+    with_scheduler(folder, scheduler)
+    with pytest.raises(ValueError, match="prediction_type='epsilon' must be \"flow_prediction\""):
+        load_pipeline(folder)
     with pytest.raises(ValueError, match="UniPCMultistepScheduler is not set to flow matching"):
-        latents_of(load_pipeline(folder))
+        latents_of(load_pipeline(folder, scheduler=scheduler))
 
 
 def test_an_image_to_video_repository(tmp_path):

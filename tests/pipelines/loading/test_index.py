@@ -63,6 +63,21 @@ def test_a_given_component_may_be_of_any_class(path):
     check_classes(path, index, WanT2VPipeline, {"vae": None})
 
 
+@pytest.mark.parametrize("component", ["vae", "transformer", "tokenizer", "scheduler", "text_encoder"])
+@pytest.mark.parametrize("entry", [[None, None], ...], ids=["null", "not listed"])
+def test_a_component_that_is_needed(component, entry, path):
+    refused(path, rf"lists no {component}; give {component}=, or None", **{component: entry})
+    check_classes(path, edited(path, **{component: entry}), WanT2VPipeline, {component: None})
+
+
+def test_an_expert_alone(path):
+    index = edited(path, transformer=[None, None])
+    with pytest.raises(ValueError, match="lists no transformer"):
+        check_classes(path, index, WanT2VPipeline, {})
+    check_classes(path, index, WanT2VPipeline, {"boundary_ratio": 1})
+    check_classes(path, edited(path, boundary_ratio=1.0), WanT2VPipeline, {})
+
+
 @pytest.mark.parametrize("scheduler", ["FlowMatchHeunDiscreteScheduler", "DEISMultistepScheduler"])
 def test_every_scheduler_of_diffusers_and_tokenizer_of_transformers(scheduler, path):
     tokenizers = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
@@ -78,7 +93,6 @@ def test_settings_out_of_their_range(path):
     refused(path, "two transformers, and boundary_ratio must say", boundary_ratio=None)
     refused(path, "expand_timesteps='abc' must be true or false", boundary_ratio=0.9, expand_timesteps="abc")
     refused(path, "_class_name is None; it must be a pipeline's", expand_timesteps=False, _class_name=None)
-    refused(path, "does not list tokenizer", _class_name="WanPipeline", tokenizer=...)
 
 
 def test_files_that_other_libraries_read_are_named(tmp_path):

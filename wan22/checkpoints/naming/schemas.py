@@ -4,6 +4,7 @@ Limits are several times those of every release; beyond them, building a model t
 Entries that no schema names are left to the classes that read them.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,14 @@ def _flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}={shown(value)} must be true or false")
 
 
-def _off(name: str, value: Any) -> None:
-    if value:
-        raise ValueError(f"{name}={shown(value)} must be false: Wan's shift is one number for all sizes")
+def _fixed(value: bool | str, why: str) -> Entry:
+    """Return a check that an entry has the only value that Wan's models have."""
+
+    def check(name: str, found: Any) -> None:
+        if found != value or type(found) is not type(value):
+            raise ValueError(f"{name}={shown(found)} must be {json.dumps(value)}: {why}")
+
+    return check
 
 
 def _text(name: str, value: Any) -> None:
@@ -221,16 +227,17 @@ IMAGE_ENCODER = Schema(
         "quantization_config": _quantization,
     }
 )
+_FLOW = "Wan's models are trained by flow matching"
 SCHEDULER = Schema(
     {
         "_class_name": _text,
-        "flow_shift": _above(0, 1e12),
-        "shift": _above(0, 1e12),
+        "flow_shift": _above(0, 1000),
+        "shift": _above(0, 1000),
         "num_train_timesteps": _count(10**6, 2),
         "solver_order": _count(8),
-        "prediction_type": _choice("flow_prediction", "epsilon", "sample", "v_prediction"),
-        "use_flow_sigmas": _optional(_flag),
-        "use_dynamic_shifting": _off,
+        "prediction_type": _fixed("flow_prediction", _FLOW),
+        "use_flow_sigmas": _optional(_fixed(True, _FLOW)),
+        "use_dynamic_shifting": _optional(_fixed(False, "Wan's shift is one number for all sizes")),
         "solver_type": _choice("bh1", "bh2", "midpoint", "heun", "logrho"),
     }
 )

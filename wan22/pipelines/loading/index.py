@@ -33,7 +33,7 @@ _BASES = {
 }
 COMPONENTS = (*_CLASSES, *_BASES)
 _EXPERTS = ("transformer", "transformer_2")
-_NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # listed, if only as absent
+_NEEDED = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def is_component(entry: Any) -> bool:
@@ -63,15 +63,20 @@ def check_classes(
     path: Path, index: Mapping[str, Any], pipeline: type[DiffusionPipeline], given: Mapping[str, Any]
 ) -> None:
     """Refuse components of other classes than a pipeline's, or that are not listed; not those given."""
-    two = all(is_component(index.get(name)) and given.get(name, name) is not None for name in _EXPERTS)
-    if two and index.get("boundary_ratio") is None and given.get("boundary_ratio") is None:
+    listed = [
+        name for name in _EXPERTS if is_component(index.get(name)) and given.get(name, name) is not None
+    ]
+    boundary = given.get("boundary_ratio", index.get("boundary_ratio"))
+    if len(listed) == 2 and boundary is None:
         rule = "boundary_ratio must say where the second takes over; give boundary_ratio=, such as 0.875"
         raise ValueError(f"{path} lists two transformers, and {rule}")
+    alone = listed == ["transformer_2"] and boundary == 1  # the only expert's are all steps
     for name in signature_keys(pipeline)[0]:
         if name in given:
             continue
-        if name not in index and name in _NEEDED:
-            raise ValueError(f"{path} does not list {name}; give {name}=, or None to leave it out")
+        needed = name in _NEEDED or (name == "transformer" and not alone)
+        if needed and not is_component(index.get(name)):
+            raise ValueError(f"{path} lists no {name}; give {name}=, or None to leave it out")
         entry: Any = index.get(name)
         if is_component(entry) and not _is_known(name, *entry):
             rule = f"it must be {_example(name)}, or be given as {name}="
