@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files.quantized import LARGEST, ROWS, QuantizedTensor, ScaledNumbers, scaled_numbers
 from ..checkpoints.loading.models import is_ours
 from ..checkpoints.lora.injecting import lora_layers
 from ..checkpoints.quantized_linear import QuantizedLinear
-from ..checks import shown
+from ..checks import cut, shown
 from ..host_memory import anonymous_bytes, check_room, trim_heap
 from ..private_apis import accelerate_hook, reapply_group_offloading, scaled_mm, uncompiled
 from ..progress import advance
 from .offload.layout import blocks_of, bytes_of
+from .quantized_layers import formats_of, is_quantized, is_quantized_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,7 +100,7 @@ def dequantize(model: Model) -> Model:
     Raises: ValueError: no layer is quantised.
     """
     inner = uncompiled(model)
-    names = [name for name, module in inner.named_modules() if _is_quantized(module)]
+    names = [name for name, module in inner.named_modules() if is_quantized_layer(module)]
     if not names:
         raise ValueError(f"no layer of this {type(inner).__name__} is quantised")
     for name in names:
@@ -108,7 +108,9 @@ def dequantize(model: Model) -> Model:
         if isinstance(layer, QuantizedLinear):
             _put(inner, name, layer.expand())
         else:
+            before = f"{next(iter(formats_of(layer)))}, expanded"
             layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+            vars(layer)["expanded_from"] = before
     reapply_group_offloading(inner)
     return model
 
@@ -118,6 +120,8 @@ class DynamicFloat8Linear(QuantizedLinear):
 
     It computes as its base class does where the device has no such product, and for gradients.
     """
+
+    method = "fp8_dynamic"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map "… i" to "… o", in the input's dtype."""
@@ -194,7 +198,10 @@ def _quantized(linear: nn.Linear, method: str, block: int | None) -> QuantizedLi
     tensor = QuantizedTensor(shape, ScaledNumbers(kind, groups), {"data": data, "scale": scale})
     layer = DynamicFloat8Linear if method == "fp8_dynamic" else QuantizedLinear
     bias = None if linear.bias is None else linear.bias.detach()
-    return layer(tensor, bias, linear.weight.dtype).train(linear.training)
+    quantized = layer(tensor, bias, linear.weight.dtype).train(linear.training)
+    if (before := getattr(linear, "expanded_from", None)) is not None:
+        vars(quantized)["expanded_from"] = before
+    return quantized
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -217,20 +224,6 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
                     yield name, module
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a model has quantised layers, from a file or by `quantize`."""
-    return any(_is_quantized(module) for module in model.modules())
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a layer is one of ours, or its weight is a tensor subclass such as torchao's."""
-    if isinstance(module, QuantizedLinear):
-        return True
-    weight = module.weight if isinstance(module, nn.Linear) else None
-    # A weight divided among ranks is of a subclass, too, but not quantised.
-    return hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
-
-
 def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
     kind, layers = type(model).__name__, dict(_linears(model))
     if lora_layers(model):
@@ -238,8 +231,11 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
             f"this {kind} has LoRAs, whose strengths could not be changed later; call unload_lora_weights() "
             "first, and load them again afterwards"
         )
-    if any(_is_quantized(layer) for layer in layers.values()):
-        raise ValueError(f"this {kind} is quantised already; call dequantize first, or load it again")
+    if is_quantized(model):
+        raise ValueError(
+            f"this {kind} is quantised already ({cut(', '.join(formats_of(model)))}); load it again to quantise "
+            "it by another method, or call dequantize first, which keeps the rounded values"
+        )
     for name, layer in layers.items():
         if accelerate_hook(layer) and layer.weight.is_meta:
             raise ValueError(
@@ -335,7 +331,7 @@ def report(
     layers = {
         name: _relative(_values(others[name]), _values(layer))
         for name, layer in _linears(plain)
-        if _is_quantized(others[name])
+        if is_quantized_layer(others[name])
     }
     if not layers:
         raise ValueError(f"no layer of the second {type(quantized).__name__} is quantised")
@@ -350,7 +346,7 @@ def report(
 def _values(layer: nn.Linear) -> torch.Tensor:
     if isinstance(layer, QuantizedLinear):
         return layer.values()
-    return (layer.weight.dequantize() if _is_quantized(layer) else layer.weight).float()
+    return (layer.weight.dequantize() if is_quantized_layer(layer) else layer.weight).float()
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

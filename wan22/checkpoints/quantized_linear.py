@@ -37,6 +37,11 @@ class QuantizedLinear(nn.Linear):
         """The tensors that are stored for the weight."""
         return {name: getattr(self, name) for name in self._parts}
 
+    @property
+    def method(self) -> str:
+        """How the weight is quantised, in words: "fp8", "Q4_K"."""
+        return self.format.name
+
     def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the expanded weight, "o i" in a dtype, computed anew."""
         return self.format.expand(self.parts, dtype)
@@ -57,6 +62,8 @@ class QuantizedLinear(nn.Linear):
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(self.dtype), requires_grad=False)
+        # The values stay rounded, which recipes tell.
+        vars(linear)["expanded_from"] = f"{self.method}, expanded"
         return linear
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

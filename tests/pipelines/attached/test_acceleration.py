@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 
 from tests.builders import latents_of, random_components, random_pipeline
 from tests.golden_data import relative_error
 from wan22 import WanT2VPipeline
+from wan22.accel.quantize import quantize
 
 MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 
@@ -78,6 +80,29 @@ def test_quantising_both_experts():
     assert relative_error(latents_of(pipe), plain) == error
     with pytest.raises(ValueError, match="method 'int9' must be fp8, fp8_dynamic, int8 or"):
         pipe.quantize("int9")
+    with pytest.raises(ValueError, match=r"quantised already \(int8\), and fp8 would round it twice.*load it again"):
+        pipe.quantize("fp8")
+    with pytest.raises(ValueError, match=r"quantised already \(int8\), and fp8 would round"):
+        pipe.fit(ram="12GB", quantize="fp8")
+    assert relative_error(latents_of(pipe), plain) == error
+
+
+def test_what_changes_results_is_told_with_its_settings():
+    pipe = own_pipeline()
+    assert pipe.acceleration.changes() == {}
+    quantize(pipe.transformer, "int8", block=16)
+    pipe.transformer_2.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe.transformer_2.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
+    pipe.vae.enable_tiling(tile_sample_min_height=64, tile_sample_stride_height=32)
+    pipe.transformer.set_token_chunks(2)
+    found = pipe.acceleration.changes()
+    assert found.pop("quantized") == {"transformer": {"int8, 3 groups": 18, "int8, 4 groups": 2}}
+    assert found.pop("cast")["transformer_2"].keys() == {"float8_e4m3fn"}
+    assert found == {
+        "step_cache": {"FirstBlockCacheConfig": {"transformer_2": {"threshold": "0.2"}}},
+        "tiled": {"min_height": 64, "min_width": 256, "stride_height": 32, "stride_width": 192},
+        "token_parts": 2,
+    }
 
 
 @pytest.mark.parametrize("memory", [None, "auto"])

@@ -19,7 +19,7 @@ from wan22 import WanI2VPipeline, WanT2VPipeline, WanTransformer3DModel
 from wan22.accel.offload.layout import bytes_of
 from wan22.accel.planning.machine import CONTEXT
 from wan22.accel.planning.planner import _held
-from wan22.accel.quantize import is_quantized
+from wan22.accel.quantized_layers import is_quantized
 from wan22.checkpoints.deferred import deferred_weights
 from wan22.checkpoints.loading import fill
 from wan22.checkpoints.quantized_linear import QuantizedLinear

@@ -20,8 +20,8 @@ from ...models.autoencoder_memory import STRIPS
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of, on_host
 from ..offload.transfer import CHUNK_BYTES, CHUNKS
-from ..quantize import is_quantized
 from ..quantize import quantize as quantize_model
+from ..quantized_layers import needs_quantizing
 from .costs import Task
 from .machine import GB, Machine
 from .meta_models import meta_copies, released_models
@@ -102,7 +102,7 @@ def plan(
     machine = Machine.of(vram, ram, disk, device, taken)
     if quantize:
         for slot in task.experts:
-            if not is_quantized(models[slot]):
+            if needs_quantizing(models[slot], quantize):
                 quantize_model(models[slot], quantize)
                 anonymous[slot], copied[slot], stored[slot] = bytes_of(models[slot]), 0, 0
     for found in _candidates(task, machine):

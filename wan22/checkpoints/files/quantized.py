@@ -15,6 +15,7 @@ import torch
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HALF = (torch.float16, torch.bfloat16)
 FLOAT32_FIRST = ("cpu",)  # devices that are slower at products in a half dtype
+_NAMES = {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8 e5m2"}  # of kinds that say it otherwise
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 # Rows of a weight that are quantised at a time, so that their float32 copies stay small.
 ROWS = 1024
@@ -28,6 +29,14 @@ class ScaledNumbers:
 
     kind: torch.dtype  # of the numbers
     groups: int | None  # groups of inputs, each with its scale; None: one scale for all
+
+    @property
+    def name(self) -> str:
+        """The format in words: "fp8", "int8, 40 groups"."""
+        kind = _NAMES.get(self.kind, str(self.kind).removeprefix("torch."))
+        if self.groups is None:
+            return f"{kind}, one scale"
+        return kind if self.groups == 1 else f"{kind}, {self.groups} groups"
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values: products in float32, rounded once to a dtype."""
@@ -55,6 +64,11 @@ class GgufBlocks:
 
     kind: str  # such as "Q4_K"
     shape: tuple[int, ...]  # of the values
+
+    @property
+    def name(self) -> str:
+        """The type of the blocks, as GGUF calls it."""
+        return self.kind
 
     def __post_init__(self) -> None:
         _ = self._reader  # raises now rather than at the first call

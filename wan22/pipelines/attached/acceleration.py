@@ -1,19 +1,33 @@
 """What makes a pipeline's models faster, or their weights smaller, switched on and off by one line each."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from ...accel import attention
 from ...accel import vae as vae_acceleration
 from ...accel.compile import Compiled
 from ...accel.planning.meta_models import MODELS
-from ...accel.quantize import check, check_memory, check_method, is_quantized, quantize
+from ...accel.quantize import check, check_memory, check_method, quantize
+from ...accel.quantized_layers import formats_of, needs_quantizing
 from ...checkpoints.loading.attention_names import our_name
 from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
+from ...checkpoints.lora.casting import is_narrow
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
-from ...private_apis import active_attention_backend, attention_backend_of, cache_config, is_compiled
+from ...private_apis import (
+    active_attention_backend,
+    attention_backend_of,
+    cache_config,
+    is_compiled,
+    layerwise_casting,
+    uncompiled,
+)
 from ...progress import bytes_bar
+from ..call.request import plain
 from .part import Part
 
 
@@ -102,14 +116,15 @@ class Acceleration(Part):
 
         Args:
             method: "fp8", "int8", "fp8_dynamic", or a configuration of torchao's; see
-                `wan22.accel.quantize.quantize`. What is quantised already stays as it is.
+                `wan22.accel.quantize.quantize`. A transformer that is quantised so already stays as it is.
 
         Raises:
-            ValueError: the method is unknown, no transformer is loaded, or one cannot be quantised as it is.
+            ValueError: the method is unknown, no transformer is loaded, or one cannot be quantised as it is,
+                or is quantised in another way.
             MemoryError: the host has no room for the quantised weights. Nothing is quantised then.
         """
         check_method(method)
-        models = [model for model in self._transformers() if not is_quantized(model)]
+        models = [model for model in self._transformers() if needs_quantizing(model, method)]
         self._pipe.memory.offload_all()
         check_memory(check(model, method) for model in models)
         # No list of the layers: it would keep the weights that are replaced.
@@ -124,21 +139,40 @@ class Acceleration(Part):
         return self._pipe.transformers or [self._pipe.any_transformer]
 
     def changes(self) -> dict[str, Any]:
-        """Return what moves results away from those of the plain models, by rounding or by more."""
+        """Return what moves results away from those of the plain models, by rounding or by more.
+
+        Of what has settings, such as quantisation, tiling and step caches, the settings.
+        """
         pipe = self._pipe
         models = {name: model for name in MODELS if (model := getattr(pipe, name, None)) is not None}
-        caches = [cache_config(model) for model in pipe.transformers]
         quantizable = [name for name in models if name not in ("vae", "image_encoder")]
         found = {
             "attention": tuple(sorted(self._kernels() - {"native"})),
-            "quantized": tuple(name for name in quantizable if is_quantized(models[name])),
+            "quantized": _by_model({name: formats_of(models[name]) for name in quantizable}),
+            "cast": _by_model({name: _narrow_dtypes(model) for name, model in models.items()}),
             "accelerated": self.accelerated,
             "compiled": self.compiled is not None or any(map(is_compiled, models.values())),
             "of_diffusers": tuple(n for n in models if n in OWN_MODELS and not is_ours(models[n])),
-            "step_cache": tuple(sorted({type(config).__name__ for config in caches if config is not None})),
-            "tiled": pipe.vae is not None and pipe.vae.use_tiling,
+            "step_cache": self._step_caches(),
+            "tiled": _tiles(pipe.vae),
+            "token_parts": self._token_parts(),
         }
         return {what: value for what, value in found.items() if value}
+
+    def _step_caches(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of the transformers' step caches, by the kind of cache and the transformer."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in ("transformer", "transformer_2"):
+            if (config := cache_config(getattr(self._pipe, name))) is not None:
+                settings = {n: str(plain(v)) for n, v in vars(config).items() if not callable(v)}
+                found.setdefault(type(config).__name__, {})[name] = settings
+        return found
+
+    def _token_parts(self) -> int | None:
+        """Return in how many parts blocks compute the tokens; None: in one."""
+        blocks = (block for model in self._pipe.transformers for block in uncompiled(model).blocks)
+        parts = max((getattr(block, "token_chunks", 1) for block in blocks), default=1)
+        return parts if parts > 1 else None
 
     def _kernels(self) -> set[str]:
         """Return the names of all transformers' attention kernels, and of processors of a caller."""
@@ -151,3 +185,22 @@ class Acceleration(Part):
             elif (name := attention_backend_of(module)) is not None:
                 kernels.add(our_name(name, wanted=False))
         return kernels
+
+
+def _by_model(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the tables that are not empty."""
+    return {name: dict(table) for name, table in found.items() if table}
+
+
+def _narrow_dtypes(model: nn.Module) -> dict[str, int]:
+    """Return the number of layers that layerwise casting stores in each dtype."""
+    narrow = (str(layerwise_casting(layer).storage_dtype) for layer in model.modules() if is_narrow(layer))
+    return dict(Counter(dtype.removeprefix("torch.") for dtype in narrow))
+
+
+def _tiles(vae: Any) -> dict[str, int] | None:
+    """Return the sizes and strides in pixels of the tiles that the VAE works in; None: it has no tiles."""
+    if vae is None or not vae.use_tiling:
+        return None
+    names = (f"{what}_{side}" for what in ("min", "stride") for side in ("height", "width"))
+    return {name: int(getattr(vae, f"tile_sample_{name}")) for name in names}
