@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "models": {"private_apis"},
     "schedulers": set(),
     "checkpoints": {"private_apis", "presets", "models"},
-    "video": set(),
+    "video": {"presets"},
     "accel": {"private_apis", "presets", "models", "checkpoints"},
     "pipelines": {
         "host_memory",

@@ -16,6 +16,7 @@ _EXPORTS = {
     "WanT2VPipeline": "wan22.pipelines.t2v",
     "WanTransformer3DModel": "wan22.checkpoints.loading.models",
     "WanVideo": "wan22.video.result",
+    "grid": "wan22.video.grid",
     "read_recipe": "wan22.video.metadata",
     "tiny_checkpoint": "wan22.assets",
 }
@@ -25,6 +26,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "WanI2VPipeline",
     "WanVideo",
     "Preview",
+    "grid",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
     "FlowMatchUniPCScheduler",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from wan22.schedulers.dpmpp import FlowMatchDPMSolverScheduler
     from wan22.schedulers.euler import FlowMatchEulerScheduler
     from wan22.schedulers.unipc import FlowMatchUniPCScheduler
+    from wan22.video.grid import grid
     from wan22.video.metadata import read_recipe
     from wan22.video.result import WanVideo
 

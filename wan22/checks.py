@@ -199,7 +199,19 @@ def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:
     return f"the nearest are {shown(plus + below * multiple)} and {shown(plus + (below + 1) * multiple)}"
 
 
-# ---- choices ----
+# ---- choices, names ----
+
+# Earlier names of a call's arguments.
+RENAMED = {"recipe": "distilled"}
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Return a message about a name that is not known: with the present one of an earlier, or the nearest."""
+    known = list(known)
+    if RENAMED.get(name) in known:
+        return f"{name} is called {RENAMED[name]} now"
+    near = difflib.get_close_matches(cut(name), known, 1, 0.5)
+    return f"there is no {what} {shown(name)}" + (f"; the nearest is {near[0]}" if near else "")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -423,7 +423,9 @@ def test_models_that_cannot_be_quantised():
     with pytest.raises(ValueError, match=r"ffn\.net\.2 has 64 inputs and 40 outputs; .* multiples of 16"):
         quantize(odd, "fp8_dynamic")
     assert not quantized_names(odd)
-    with pytest.raises(ValueError, match=r"is quantised already \(int8\); load it again .* or call dequantize first"):
+    with pytest.raises(
+        ValueError, match=r"is quantised already \(int8\); load it again .* or call dequantize first"
+    ):
         quantize(quantize(transformer(), "int8"), "fp8")
     with pytest.raises(ValueError, match="no layer of this WanTransformer3DModel is quantised"):
         dequantize(transformer())

@@ -35,7 +35,9 @@ def test_the_method_and_its_groups(method, block, name):
 def test_another_method_is_refused_by_name():
     model = quantize(transformer(), "fp8")
     for method, name in (("int8", "int8"), ("fp8_dynamic", "fp8_dynamic"), (object(), "object")):
-        with pytest.raises(ValueError, match=rf"WanTransformer3DModel is quantised already \(fp8\), and {name}"):
+        with pytest.raises(
+            ValueError, match=rf"WanTransformer3DModel is quantised already \(fp8\), and {name}"
+        ):
             needs_quantizing(model, method)
 
 

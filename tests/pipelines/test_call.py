@@ -60,10 +60,12 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
         "scheduler": "FlowMatchUniPCScheduler",
         "num_inference_steps": 3,
         "boundary_ratio": 0.875,
+        "pictures": {},
         "origin": None,
         "loras": (),
         "dtypes": dict.fromkeys(("text_encoder", "transformer", "transformer_2", "vae"), "float32"),
         "changes": {},
+        "memory": None,
         "steps_done": None,
         "not_reproducible_because": None,
     }

@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.waiting import until
 from wan22 import WanVideo, read_recipe
+from wan22.presets import PRESETS
 from wan22.video import writers
 from wan22.video.recipe import Recipe
 from wan22.video.result import WanStream
@@ -331,7 +332,7 @@ def test_latents_cannot_be_saved(latent_frames, tmp_path):
 
 
 def test_contact_sheet():
-    sheet = video(2).contact_sheet(columns=5, cell_width=W)
+    sheet = video(2).contact_sheet(columns=5, cell_width=W, caption=False)
     assert sheet.size == (5 * (W + 4), 2 * (H + 4))
     array = np.asarray(sheet)
     frames = video(2).as_uint8()
@@ -341,15 +342,26 @@ def test_contact_sheet():
 
 
 def test_contact_sheet_of_a_short_video():
-    assert video().contact_sheet(columns=20, cell_width=W).size == (T * (W + 4), H + 4)
-    assert video().contact_sheet(columns=1, cell_width=W).size == (W + 4, H + 4)
+    assert video().contact_sheet(columns=20, cell_width=W, caption=False).size == (T * (W + 4), H + 4)
+    assert video().contact_sheet(columns=1, cell_width=W, caption=False).size == (W + 4, H + 4)
 
 
 def test_contact_sheet_scales_its_cells():
-    large = np.asarray(video().contact_sheet(columns=1, cell_width=3 * W))
+    large = np.asarray(video().contact_sheet(columns=1, cell_width=3 * W, caption=False))
     first = video().as_uint8()[0][0]
     assert np.array_equal(large[2:-2, 2:-2], first.repeat(3, axis=0).repeat(3, axis=1))
-    assert video().contact_sheet(columns=1, cell_width=W // 2).size == (W // 2 + 4, round(H / 2) + 4)
+    assert video().contact_sheet(columns=1, cell_width=W // 2, caption=False).size == (
+        W // 2 + 4,
+        round(H / 2) + 4,
+    )
+
+
+def test_a_contact_sheet_says_what_it_shows():
+    result = video(2)
+    plain, told = result.contact_sheet(caption=False), result.contact_sheet()
+    assert told.width == plain.width and told.height > plain.height + 60
+    assert plain.height < result.contact_sheet(prompt=False).height < told.height
+    assert np.array_equal(np.asarray(told)[-100:], np.asarray(plain)[-100:])
 
 
 def test_writing_says_nothing(tmp_path, caplog, capfd):
@@ -363,6 +375,53 @@ def test_an_output_is_also_a_dict_and_a_tuple():
     result = video()
     assert result["frames"] is result.frames is result[0]
     assert result.to_tuple()[1:] == (FPS, result.recipe)
+
+
+# ---- equality ----
+
+
+def test_equal_videos():
+    """An array compared with another is an array, and no truth value."""
+    mine, other = video(2), video(2)
+    assert mine == other and hash(mine) == hash(other) and len({mine, other}) == 1
+    as_tensor = WanVideo(
+        frames=torch.from_numpy(mine.frames).permute(0, 1, 4, 2, 3), fps=FPS, recipe=recipe(2)
+    )
+    assert mine == as_tensor
+    frames = mine.frames.copy()
+    frames[1, -1, -1, -1, -1] += 0.01
+    assert mine != WanVideo(frames=frames, fps=FPS, recipe=recipe(2))
+    assert mine != WanVideo(frames=mine.frames, fps=FPS, recipe=recipe(2, guidance_scale=2.0))
+    assert mine != WanVideo(frames=mine.frames, fps=FPS + 1, recipe=recipe(2))
+    assert mine != video(1) and mine != "a video" and mine != mine.frames.tolist()
+    latents = WanVideo(frames=torch.zeros(2, 16, 3, 6, 8), fps=FPS, recipe=recipe(2))
+    assert (
+        latents == WanVideo(frames=torch.zeros(2, 16, 3, 6, 8), fps=FPS, recipe=recipe(2)) and latents != mine
+    )
+
+
+# ---- what a file says ----
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webp", "png"])
+def test_without_a_recipe(ending, tmp_path):
+    path, *_ = video().save(tmp_path / f"clip.{ending}", recipe=False)
+    assert b"wan22" not in path.read_bytes()
+    with pytest.raises(ValueError, match="carries no recipe of wan22"):
+        read_recipe(path)
+
+
+def test_without_the_prompt(tmp_path):
+    own = PRESETS[0].negative_prompt
+    said = recipe(2, prompt=["a secret", "b"], negative_prompt=[own, "secret fog"])
+    result = WanVideo(frames=video(2).frames, fps=FPS, recipe=said)
+    paths = result.save(tmp_path / "clip.mp4", prompt=False)
+    assert all(b"secret" not in path.read_bytes() for path in paths)
+    assert [read_recipe(path).prompts for path in paths] == [(None,), (None,)]
+    assert [read_recipe(path).negative_prompt for path in paths] == [[own], [None]]
+    stream = WanStream(iter(video().as_uint8()[0]), FPS, said.of(0))
+    (path,) = stream.save(tmp_path / "stream.png", prompt=False)[:1]
+    assert b"secret" not in path.read_bytes() and read_recipe(path).seeds == (0,)
 
 
 # ---- the other formats ----

@@ -232,9 +232,10 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
             "first, and load them again afterwards"
         )
     if is_quantized(model):
+        found = cut(", ".join(formats_of(model)))
         raise ValueError(
-            f"this {kind} is quantised already ({cut(', '.join(formats_of(model)))}); load it again to quantise "
-            "it by another method, or call dequantize first, which keeps the rounded values"
+            f"this {kind} is quantised already ({found}); load it again to quantise it by another method, or "
+            "call dequantize first, which keeps the rounded values"
         )
     for name, layer in layers.items():
         if accelerate_hook(layer) and layer.weight.is_meta:

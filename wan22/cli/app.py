@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 
 Call = dict[str, Any]
+# Arguments of the call that may take the place of a recipe's.
+REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
@@ -92,12 +94,15 @@ def batch(
 @command
 def reproduce(
     file: Annotated[Path, Argument(help="Video that was saved with its recipe.")],
-    replaced: Annotated[Call, CallOptions("i2v", ("image", "last_image", "seed"), positional=())],
+    replaced: Annotated[Call, CallOptions("i2v", REPLACED, positional=())],
     loading: Loading,
     target: Target,
     saving: Saving,
     allow_download: Annotated[
         bool, Option("--allow-download", help="Load what the recipe names on the hub and on the web.")
+    ] = False,
+    anyway: Annotated[
+        bool, Option("--anyway", help="Make a video also where it is known to be another, with warnings.")
     ] = False,
 ) -> None:
     """Make a video again from the recipe in its file.
@@ -110,7 +115,7 @@ def reproduce(
     """
     from .reproduce import reproduce_file
 
-    reproduce_file(file, replaced, loading, target, saving, allow_download)
+    reproduce_file(file, replaced, loading, target, saving, allow_download, anyway)
 
 
 @command

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..accel.parallel.environment import is_first, launched
-from ..checks import shown
+from ..checks import shown, unknown_name
 from ..pictures import is_url
 from .loading import load
-from .options import RENAMED, Loading, Saving
+from .options import Loading, Saving
 from .reporting import INTERRUPTED, Result, fail, line_of, print_lines, say
 from .running import free_name, make
 from .signatures import PIPELINES, call_arguments
@@ -85,7 +85,8 @@ def _make_item(pipe: "Pipeline", item: Item, file: Path, folder: Path, ending: s
         if isinstance(image := item.get(argument), str) and not is_url(image):
             call[argument] = str(file.parent / Path(image).expanduser())
     name = item.get("name")
-    target = free_name(item["prompt"], folder, ending) if name is None else folder / f"{name}{ending}"
+    words = "video" if saving.no_prompt else item["prompt"]
+    target = free_name(words, folder, ending) if name is None else folder / f"{name}{ending}"
     return make(pipe, partial(pipe, **call), target, name is not None, saving)
 
 
@@ -119,10 +120,8 @@ def _parsed(line: str, where: str) -> Item:
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
         raise ValueError(f'{where}: an item is {{"prompt": "…"}} with further arguments of the call')
     known = {"name"}.union(*map(call_arguments, PIPELINES))
-    for old in RENAMED.keys() & item:
-        raise ValueError(f"{where}: {old} is called {RENAMED[old]} now")
     if unknown := sorted(item.keys() - known):
-        raise ValueError(f"{where}: there is no argument {shown(unknown[0])}")
+        raise ValueError(f"{where}: {unknown_name('argument', unknown[0], known)}")
     if (name := item.get("name")) is not None and (not isinstance(name, str) or Path(name).name != name):
         raise ValueError(f"{where}: name={shown(name)} must be a file's name without folders and ending")
     return item

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from typer import Argument, Option
 
+from ..checks import RENAMED
 from .signatures import call_arguments
 
 # ---- a call's arguments: the pipelines declare and describe them, a command line says some differently ----
@@ -33,10 +34,6 @@ HELP = {
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",
     "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
 }
-
-
-# Earlier names of arguments, which are refused with the present one.
-RENAMED = {"recipe": "distilled"}
 
 
 class CallOptions:
@@ -160,6 +157,8 @@ class Saving:
     quality: int | None = _saving("1 to 100, for .mp4 and .webp; default 90.")
     crf: int | None = _saving("For .mp4, instead of quality: H.264's scale, 0 to 51.")
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
+    no_recipe: bool = _saving("Leave the recipe out of the file.", default=False)
+    no_prompt: bool = _saving("Leave the prompt out of the file, its name, and the picture.", default=False)
     as_json: bool = _saving("Print the result as JSON, and nothing else.", "--json", default=False)
     quiet: bool = _saving("Show no progress.", "--quiet", "-q", default=False)
 

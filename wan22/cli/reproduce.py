@@ -14,15 +14,16 @@ import typer
 from ..accel.parallel.environment import launched
 from ..pictures import is_url
 from ..presets import PRESETS
-from ..video.recipe import Recipe, UsedLora
+from ..video.privacy import without_folders
+from ..video.recipe import IMAGES, Recipe, UsedLora
 from ..web import masked
-from .loading import BESIDE_A_FILE, load, split_strength
+from .loading import BESIDE_A_FILE, find_device, load, split_strength
 from .options import Loading, Saving, Target, flags_of
 from .reporting import report, say
 from .running import free_name, make
 from .signatures import PIPELINES
 
-IMAGES = ("image", "last_image")
+METHODS = ("fp8", "fp8_dynamic", "int8")  # of --quantize
 _MOST_SHOWN = 8  # places in a message
 _ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")  # org/name, org/name/file
 
@@ -41,6 +42,11 @@ class Named(NamedTuple):
         known = self.place.lower() in {preset.name.lower() for preset in PRESETS}
         return known or (_ON_THE_HUB.fullmatch(self.place) is not None and not Path(self.place).exists())
 
+    @property
+    def here(self) -> bool:
+        """Whether there is a file or folder of this name, seen from the working folder."""
+        return Path(self.place).expanduser().exists()
+
 
 def reproduce_file(
     file: Path,
@@ -49,6 +55,7 @@ def reproduce_file(
     target: Target,
     saving: Saving,
     allow_download: bool = False,
+    anyway: bool = False,
 ) -> None:
     """Load what a recipe names, set it up as it was, make the video, save it.
 
@@ -66,7 +73,7 @@ def reproduce_file(
     pipe = load(task, _recorded(recipe, others), saving.quiet, loras, recipe.dtypes)
     path = target.output or free_name(f"{file.stem} again")
     say(f"{recipe}, to {path}", saving.quiet)
-    run = partial(pipe.reproduce, replace(recipe, outside=False), **replaced)
+    run = partial(pipe.reproduce, replace(recipe, outside=False), anyway=anyway, **replaced)
     report(make(pipe, run, path, target.overwrite, saving), saving.as_json)
 
 
@@ -103,13 +110,15 @@ def ask(file: Path, named: list[Named], allow_download: bool) -> None:
     options = " ".join(told[:_MOST_SHOWN])
     if len(asked) > _MOST_SHOWN:
         options += f" and {len(asked) - _MOST_SHOWN} more"
-    if at_a_terminal():
+    if at_a_terminal() and all(entry.downloaded or entry.here for entry in asked):
         say(f"the recipe in {file} names: {options}")
         if not typer.confirm("load them from there?", err=True):
             raise typer.Exit(1)
         return
     rest = ", or --allow-download for what is not on this machine" if any(e.downloaded for e in asked) else ""
-    raise ValueError(f"{file} names what is not loaded unasked; give {options}{rest}")
+    missing = any(not entry.downloaded and not entry.here for entry in asked)
+    where = "; recipes leave out the folders" if missing else ""
+    raise ValueError(f"{file} names what is not loaded unasked; give {options}{rest}{where}")
 
 
 def at_a_terminal() -> bool:
@@ -148,26 +157,42 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
     known: dict[str, Any] = {"attention": kernel if isinstance(kernel, str) else None}
     known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
     known["tiling"] = "tiled" in changes
+    known |= {"quantize": _method(changes.get("quantized")), "memory": _memory(recipe, given)}
     places = _place(recipe).split(", ")
     if given.model is None and len(places) in (4, 5):  # single files, of one transformer or two
         known |= zip(("model", *BESIDE_A_FILE[1 - len(places) :]), places, strict=True)
-    elif given.model in (None, _place(recipe)):
+    elif given.model is None or without_folders(given.model) == without_folders(_place(recipe)):
         known["model"] = _place(recipe)
         known["revision"] = origin.revision if origin is not None and "/" in origin.place else None
     return replace(given, **{name: value for name, value in known.items() if not getattr(given, name)})
 
 
+def _method(quantized: Any) -> str | None:
+    """Return the method that quantised all transformers alike; None if no option says what a recipe has."""
+    tables = quantized.values() if isinstance(quantized, Mapping) else ()
+    methods = {name for table in tables if isinstance(table, Mapping) for name in table}
+    return methods.pop() if len(methods) == 1 and methods <= {*METHODS} else None
+
+
+def _memory(recipe: Recipe, given: Loading) -> str | None:
+    """Return the memory that the recipe's plans had; where there is no GPU, plans are for the CPU."""
+    if recipe.memory is None or given.device is not None or given.parallel is not None or launched():
+        return None
+    return recipe.memory if find_device(None).startswith("cuda") else "auto"
+
+
 def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:
     """Return the arguments of load_lora_weights for a recipe's LoRAs, unless others are given.
 
-    Those that the options give, at the same places, have the recipe's strengths.
+    Those that the options give, of the same names, have the recipe's strengths.
     """
-    places = {place for lora in recipe.loras for place in _lora_places(lora)} if recipe.loras else set()
-    if (options := _given_loras(given)) and options != places:
+    places = {without_folders(place) for lora in recipe.loras for place in _lora_places(lora)}
+    options = {without_folders(place): place for place in _given_loras(given)}
+    if options and options.keys() != places:
         return []
     loras = []
     for lora in recipe.loras:
-        own = _lora_places(lora)
+        own = [options.get(without_folders(place), place) for place in _lora_places(lora)]
         keys = ("high", "low") if len(own) == 2 else ("pretrained_model_name_or_path_or_dict",)
         loras.append({**dict(zip(keys, own, strict=True)), "strength": dict(lora.strengths)})
     return loras

@@ -28,7 +28,7 @@ def generate(task: str, call: Mapping[str, Any], loading: Loading, target: Targe
     image = call.get("image")
     if image is not None and not is_url(image) and not Path(image).expanduser().is_file():
         raise FileNotFoundError(f"there is no file {image}")
-    path = target.output or free_name(call["prompt"])
+    path = target.output or free_name("video" if saving.no_prompt else call["prompt"])
     pipe = load(task, loading, saving.quiet)
     say(f"{pipe.checkpoint_name} on {pipe.device}, to {path}", saving.quiet)
     count = call.get("num_videos_per_prompt", 1)
@@ -56,10 +56,11 @@ def make(
     with stopping_on_ctrl_c(pipe):
         video = run()
     made = time.perf_counter()
-    files = video.save(path, overwrite, quality=saving.quality, crf=saving.crf)
+    kept = {"recipe": not saving.no_recipe, "prompt": not saving.no_prompt}
+    files = video.save(path, overwrite, quality=saving.quality, crf=saving.crf, **kept)
     if saving.contact_sheet and is_first():
         with whole_file(sheet, overwrite) as partial:
-            video.contact_sheet().save(partial)
+            video.contact_sheet(prompt=not saving.no_prompt).save(partial)
         files.append(sheet)
     seconds = {"make": round(made - start, 2), "save": round(time.perf_counter() - made, 2)}
     return Result([str(file) for file in files], video.recipe, seconds)

@@ -4,6 +4,7 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text 
 """
 
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from ..checkpoints.loading.alignment import align_weights
 from ..checks import shown
 from ..presets import MAX_TEXT_TOKENS
 from ..video.metadata import read_recipe
-from ..video.recipe import Recipe, stopped_after
+from ..video.recipe import IMAGES, Recipe, stopped_after
 from ..video.result import WanStream, WanVideo
 from .attached.calls import in_turn
 from .attached.provenance import scheduler_of
@@ -25,6 +26,7 @@ from .call import checks, decoding
 from .call.call import Call
 from .call.conditions import Condition
 from .call.denoiser import CFGDenoiser, Denoiser, TextEmbeds
+from .call.images import load_pictures
 from .call.noise import draw
 from .call.phases import phase
 from .call.prepare import prepare
@@ -56,6 +58,7 @@ class WanPipeline(PipelineParts):
         with self.calls.begin(request.attention_kwargs) as begun:  # stop() is heard from here on
             request = self.with_inputs(request)
             with self.calls.in_turn(begun):
+                start = time.perf_counter()
                 self.provenance.check_files()
                 call = prepare(self, request, begun.state)
                 previewer = self.make_previewer(call)
@@ -68,7 +71,10 @@ class WanPipeline(PipelineParts):
                         condition = self.make_condition(call)
                     latents = self.draw_latents(call)
                     latents = self.denoise(call, latents, embeds, condition, previewer)
-                    return self.finish(call, latents)
+                    result = self.finish(call, latents)
+                    if isinstance(result, WanVideo):
+                        result.seconds = time.perf_counter() - start
+                    return result
 
     def with_inputs(self, request: Request) -> Request:
         """Return a request whose files, such as images, are read."""
@@ -84,27 +90,34 @@ class WanPipeline(PipelineParts):
         """
         return self(*args, **kwargs, output_type="stream")
 
-    def reproduce(self, source: str | Path | Recipe, **changes: Any) -> WanVideo:
+    def reproduce(self, source: str | Path | Recipe, *, anyway: bool = False, **changes: Any) -> WanVideo:
         """Make a video again: on the same kind of machine the same frames, on a CPU to the bit.
 
         Args:
             source: file that `WanVideo.save` wrote, or a recipe.
+            anyway: whether to make a video, with warnings, where it is known to be another than the recipe's.
             **changes: arguments of the call in place of the recipe's: another prompt or seed, say. A recipe
                 that was read may be anybody's: images that it names are not opened, give `image` and
-                `last_image`; and so where the recipe's were in memory.
+                `last_image`; and so where the recipe's were in memory. They must be the same pictures.
 
         Returns: the video.
 
         Raises:
             FileNotFoundError: there is no such file, or an image is not where it was.
-            ValueError: the file carries no recipe, the recipe is of another checkpoint, other LoRAs or other
-                settings of the pipeline than are loaded, an image must be given, or the video cannot be made
-                again from it.
+            ValueError: the file carries no recipe, or another pipeline's; an image or a prompt must be
+                given; or, unless `anyway`, the recipe is of another checkpoint, other LoRAs, pictures or
+                settings of the pipeline than are here, or the video cannot be made again from it.
         """
         recipe = source if isinstance(source, Recipe) else read_recipe(source)
-        self.provenance.check(recipe)
+        if self.memory.plans_next:  # the plan is part of how the pipeline stands
+            with self.calls.using_models():
+                self.memory.make_room(recipe.height, recipe.width, recipe.num_frames, len(recipe.seeds))
+        self.provenance.check(recipe, anyway)
         check_recorded(recipe, self.__call__, changes)
         arguments = {**recipe.call, **changes}
+        pictures = {name: load_pictures(name, arguments[name]) for name in IMAGES if arguments.get(name)}
+        self.provenance.check_pictures(recipe, pictures, anyway)
+        arguments |= pictures
         with self.calls.using(scheduler_of(recipe, self.scheduler)):
             return self(**arguments)
 

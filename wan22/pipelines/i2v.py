@@ -32,7 +32,7 @@ from .call.images import (
 )
 from .call.noise import starting_noise
 from .call.prepare import check
-from .call.request import Generators, Prompt, Request
+from .call.request import Generators, Prompt, Request, with_known_arguments
 
 
 class WanI2VPipeline(WanPipeline):
@@ -94,6 +94,7 @@ class WanI2VPipeline(WanPipeline):
             if taken != expected:
                 raise ValueError(f"the transformer takes {taken} channels; image to video needs {expected}")
 
+    @with_known_arguments
     def __call__(
         self,
         image: Any = None,

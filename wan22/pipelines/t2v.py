@@ -12,7 +12,7 @@ from .call.call import Call
 from .call.conditions import NoCondition
 from .call.noise import starting_noise
 from .call.prepare import check
-from .call.request import Generators, Prompt, Request
+from .call.request import Generators, Prompt, Request, with_known_arguments
 
 
 class WanT2VPipeline(WanPipeline):
@@ -36,6 +36,7 @@ class WanT2VPipeline(WanPipeline):
                     "WanI2VPipeline"
                 )
 
+    @with_known_arguments
     def __call__(
         self,
         prompt: Prompt = None,

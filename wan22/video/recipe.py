@@ -1,4 +1,8 @@
-"""Every setting of one call, as plain values: what a video needs to be made again."""
+"""Every setting of one call, as plain values: what a video needs to be made again.
+
+In memory a recipe has the places of files as they were given, so that the same process makes its video again.
+What leaves the process, `to_dict` and `to_json`, has no folders of this machine: names and fingerprints.
+"""
 
 import json
 import logging
@@ -7,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..checks import cut, shown
+from ..presets import PRESETS
+from .privacy import without_folders
 from .schema import check_recipe, parsed
 
 logger = logging.getLogger(__name__)
@@ -15,6 +21,8 @@ FORMAT = 2
 _KEY = "wan22_recipe"
 # Arguments of a call with a value per prompt, per image or per video.
 PER_PROMPT = ("prompt", "negative_prompt", "seed", "image", "last_image")
+# Those of them that name files or URLs.
+IMAGES = ("image", "last_image")
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Origin:
     revision: str | None = None  # commit of a repository's snapshot
     files: Mapping[str, str] = field(default_factory=dict)  # fingerprints by component and file name
     replaced: tuple[str, ...] = ()  # components given ready made or replaced since, whose files are unknown
+    shared: str | None = field(default=None, compare=False, repr=False)  # the place, without folders
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class UsedLora:
     source: str | None  # file, folder or repository; None for tensors in memory
     strengths: Mapping[str, float]  # factor of its weights in each transformer
     files: Mapping[str, str] = field(default_factory=dict)  # fingerprints by transformer
+    shared: str | None = field(default=None, compare=False, repr=False)  # the source, without folders
 
 
 @dataclass(frozen=True)
@@ -46,10 +56,14 @@ class Recipe:
         pipeline, scheduler: class names.
         call: the call's arguments as plain values, completed with the checkpoint's settings:
             `pipe(**recipe.call)` makes the video again. Images are paths or URLs, None for one in memory.
+        pictures: fingerprints of the call's images, by argument, in their order; of the decoded pixels, not
+            of the bytes, for the same picture in another file, or in memory, makes the same video.
         width, height: pixels.
         boundary_ratio: share of 1000 at which the experts switch; None for one transformer.
         dtypes: dtype of each component.
-        changes: what else moves the result, by rounding or by more: attention kernel, quantisation, tiling, …
+        changes: what else moves the result, by rounding or by more, with its settings: attention kernel,
+            quantisation, tiling, …
+        memory: memory of the device that plans had to fit into, "auto" for what was free; None without plans.
         versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
         not_reproducible_because: why the call alone does not give the video again; None if it does.
@@ -67,15 +81,22 @@ class Recipe:
     num_inference_steps: int
     boundary_ratio: float | None = None
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     origin: Origin | None = None
     loras: tuple[UsedLora, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    memory: str | None = field(default=None, compare=False)
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     steps_done: int | None = None
     not_reproducible_because: str | None = None
     outside: bool = field(default=False, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        """Hash what tells most recipes apart; their tables have no hash."""
+        sizes = self.width, self.height, self.num_frames, self.num_inference_steps
+        return hash((self.checkpoint, self.pipeline, *sizes, self.seeds, self.prompts))
 
     def __getattr__(self, name: str) -> Any:
         if name != "call" and name in self.call:  # "call" itself is missing while a copy is unpickled
@@ -114,12 +135,29 @@ class Recipe:
             for name in PER_PROMPT
             if isinstance(values := self.call.get(name), Sequence) and not isinstance(values, str) and values
         }
-        return replace(self, call={**self.call, **own, "num_videos_per_prompt": 1})
+        marks = {name: (m[index * len(m) // videos],) for name, m in self.pictures.items() if m}
+        return replace(self, call={**self.call, **own, "num_videos_per_prompt": 1}, pictures=marks)
+
+    def without_prompts(self) -> "Recipe":
+        """Return a recipe without its prompts, and the negative ones that are not a checkpoint's own."""
+        own = {preset.negative_prompt for preset in PRESETS}
+        negative = self.call.get("negative_prompt")
+        if negative is not None:
+            negative = [text if text in own else None for text in negative]
+        texts = {"prompt": [None] * len(self.call["prompt"]), "negative_prompt": negative}
+        return replace(self, call={**self.call, **texts})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
+        """Return the settings as plain values, files by their names alone."""
         values = asdict(self)
         del values["outside"]
+        values["checkpoint"] = without_folders(self.checkpoint)
+        for name in IMAGES:
+            if isinstance(images := self.call.get(name), Sequence) and not isinstance(images, str):
+                values["call"][name] = [i if i is None else without_folders(str(i)) for i in images]
+        for table, name in ((values["origin"], "place"), *((lora, "source") for lora in values["loras"])):
+            if table is not None and (shared := _shared(table.pop("shared"), table[name])) is not None:
+                table[name] = shared
         return values
 
     def to_json(self) -> str:
@@ -150,7 +188,7 @@ class Recipe:
         if (origin := values.get("origin")) is not None:
             values["origin"] = Origin(**_known(Origin, frozen(origin)))
         values["loras"] = tuple(UsedLora(**_known(UsedLora, lora)) for lora in values.get("loras", ()))
-        for name in ("scheduler_config", "changes"):
+        for name in ("scheduler_config", "changes", "pictures"):
             values[name] = frozen(values.get(name, {}))
         return cls(**values, outside=True)
 
@@ -158,6 +196,13 @@ class Recipe:
 def stopped_after(step: int, recipe: Recipe) -> Recipe:
     """Return the recipe of a call that was stopped after a step, counted from 1."""
     return replace(recipe, steps_done=step, not_reproducible_because=f"it was stopped after step {step}")
+
+
+def _shared(given: str | None, places: str | None) -> str | None:
+    """Return what may be said of one or several places: what whoever knew them one by one says, if so."""
+    if given is not None or places is None:
+        return given
+    return ", ".join(map(without_folders, places.split(", ")))
 
 
 def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:

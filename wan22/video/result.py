@@ -3,10 +3,9 @@
 Shapes: b videos, t frames, h rows, w columns, c colours.
 """
 
-import base64
-import tempfile
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,16 +17,20 @@ from PIL import Image
 
 from ..checks import as_path
 from ..progress import progress_bar
-from . import writers
+from . import labels, sheets, writers
+from .compare import Comparison
+from .player import player
 from .recipe import Recipe
 
 OutputType = Literal["np", "pil", "pt", "latent", "stream"]
 OUTPUT_TYPES = get_args(OutputType)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class WanVideo(BaseOutput):
     """Generated videos. A notebook shows them as players.
+
+    Two are equal if their frames, frame rates and recipes are.
 
     Args:
         frames: "np": float32 array "b t h w c" in [0, 1]; "pt": the same as a tensor "b t c h w"; "pil": a
@@ -39,8 +42,9 @@ class WanVideo(BaseOutput):
     frames: Any
     fps: int
     recipe: Recipe
-    # Not a field: of several ranks that make a video together, one writes the files.
+    # Not fields. Of several ranks that make a video together, one writes the files.
     writes = True
+    seconds = math.nan  # that the call took; NaN if nobody knows
 
     def save(
         self,
@@ -49,8 +53,10 @@ class WanVideo(BaseOutput):
         *,
         quality: int | None = None,
         crf: int | None = None,
+        recipe: bool = True,
+        prompt: bool = True,
     ) -> list[Path]:
-        """Write each video to a file, with the recipe in its metadata.
+        """Write each video to a file, with the recipe in its metadata, which has no folders of this machine.
 
         Args:
             path: file whose ending sets the format: .mp4 (H.264), .gif, .webp, .png (one file per frame), or
@@ -58,6 +64,8 @@ class WanVideo(BaseOutput):
             overwrite: whether existing files are replaced.
             quality: 1 to 100, for .mp4 and .webp; default 90.
             crf: H.264's scale for .mp4 instead of quality, 0 (lossless) to 51.
+            recipe: whether the file gets the recipe. Without it, it has no metadata of wan22.
+            prompt: whether the recipe has the prompts. Without them, `reproduce` has to be given the prompt.
 
         Returns: the files; none on the ranks after the first.
 
@@ -71,45 +79,81 @@ class WanVideo(BaseOutput):
         ending = writers.check_ending(path)
         if not self.writes:
             return []
-        videos = self._values() if ending == ".npy" else self.as_uint8()
+        videos = self.as_arrays() if ending == ".npy" else self.as_uint8()
         paths = writers.numbered(path, len(videos), overwrite)
         files = []
         with progress_bar(total=sum(map(len, videos)), desc="saving", unit="frame", leave=False) as bar:
             for i, (video, target) in enumerate(zip(videos, paths, strict=True)):
-                text = self.recipe.of(i).to_json()
+                text = _metadata(self.recipe.of(i), recipe, prompt)
                 frames = _counted(video, bar)
                 count = writers.write(frames, target, self.fps, text, quality, crf, overwrite)
                 files += writers.written_files(target, count)
         return files
 
-    def contact_sheet(self, columns: int = 8, cell_width: int = 192) -> Image.Image:
-        """Draw one row per video: `columns` of its frames, first to last, each `cell_width` pixels wide."""
-        rows = []
-        for video in self.as_uint8():
-            _, h, w, _ = video.shape
-            size = cell_width, max(1, round(h * cell_width / w))
-            # Integer multiples keep the pixels of miniature videos crisp.
-            resample = Image.Resampling.NEAREST if cell_width % w == 0 else Image.Resampling.LANCZOS
-            picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-            cells = [np.asarray(Image.fromarray(video[i]).resize(size, resample)) for i in picks]
-            rows.append(np.concatenate([np.pad(cell, ((2, 2), (2, 2), (0, 0))) for cell in cells], axis=1))
-        return Image.fromarray(np.concatenate(rows))
+    def contact_sheet(
+        self, columns: int = 8, cell_width: int = 192, *, caption: bool = True, prompt: bool = True
+    ) -> Image.Image:
+        """Draw one row per video: `columns` of its frames, first to last, each `cell_width` pixels wide.
+
+        Args:
+            caption: whether prompt, seed, size, steps and the time that the call took are above each row.
+            prompt: whether the prompt is among them.
+        """
+        videos = self.as_uint8()
+        recipes = [self.recipe.of(i) for i in range(len(videos))] if caption else []
+        texts = [labels.caption(recipe, self.seconds, prompt) for recipe in recipes]
+        return sheets.contact_sheet(videos, texts, columns, cell_width)
+
+    def compare(self, other: "WanVideo", labels: Sequence[str] | None = None) -> Comparison:
+        """Put another result beside this one: what differs in the recipes, in the frames, in the time.
+
+            print(exact.compare(fast))  # settings, PSNR, largest difference
+            exact.compare(fast).save("both.mp4")
+
+        `labels` are in place of what differs in the recipes. For more than two see `wan22.grid`.
+
+        Raises: ValueError: they have different numbers of videos, or frames are latents.
+        """
+        return Comparison(self, other, labels)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether frames, frame rate and recipe are equal; "np" and "pt" have the same frames."""
+        if not isinstance(other, WanVideo):
+            return NotImplemented
+        if (self.fps, self.recipe) != (other.fps, other.recipe):
+            return False
+        mine, theirs = self._comparable(), other._comparable()
+        return len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a dict's own compares the frames
+
+    def __hash__(self) -> int:
+        return hash((self.fps, self.recipe))
 
     def as_uint8(self) -> list[np.ndarray]:
         """Return each video as "t h w c" in 0 to 255, truncated as in the official code; not for latents."""
-        return [values if values.dtype == np.uint8 else to_uint8(values) for values in self._values()]
+        return [values if values.dtype == np.uint8 else to_uint8(values) for values in self.as_arrays()]
 
-    def _values(self) -> list[np.ndarray]:
-        """Return each video as "t h w c" in its own dtype."""
+    def as_arrays(self) -> list[np.ndarray]:
+        """Return each video as "t h w c" in its own dtype: uint8 of "pil", or float32; not for latents."""
         if isinstance(self.frames, list):
             return [np.stack([np.asarray(frame) for frame in video]) for video in self.frames]
         if isinstance(self.frames, torch.Tensor):
-            if self.frames.shape[1:3] != (self.recipe.num_frames, 3):
+            if self._holds_latents():
                 raise ValueError(
                     "the frames are latents (output_type='latent'); decode them with pipe.decode first"
                 )
             return list(self.frames.permute(0, 1, 3, 4, 2).float().cpu().numpy())
         return list(self.frames)
+
+    def _comparable(self) -> list[np.ndarray]:
+        """Return each video's values, or its latents, as arrays."""
+        latents = isinstance(self.frames, torch.Tensor) and self._holds_latents()
+        return list(self.frames.float().cpu().numpy()) if latents else self.as_arrays()
+
+    def _holds_latents(self) -> bool:
+        return tuple(self.frames.shape[1:3]) != (self.recipe.num_frames, 3)
 
     def __repr__(self) -> str:
         return f"WanVideo({self.recipe})"
@@ -149,6 +193,8 @@ class WanStream:
         *,
         quality: int | None = None,
         crf: int | None = None,
+        recipe: bool = True,
+        prompt: bool = True,
     ) -> list[Path]:
         """Write the frames as they are decoded; .mp4 and .png keep only a few in memory.
 
@@ -161,7 +207,7 @@ class WanStream:
             deque(self._frames, maxlen=0)  # decodes this rank's part
             return []
         (target,) = writers.numbered(path, 1, overwrite)
-        text = self.recipe.to_json()
+        text = _metadata(self.recipe, recipe, prompt)
         count = writers.write(self._frames, target, self.fps, text, quality, crf, overwrite)
         return writers.written_files(target, count)
 
@@ -171,19 +217,11 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames.clip(0, 1) * np.float32(255)).astype(np.uint8)
 
 
-def player(video: np.ndarray, fps: int, recipe: str) -> str:
-    """Return an HTML5 player with a video "t h w 3" inside."""
-    w = video.shape[2]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "clip.mp4")
-        writers.write(video, file, fps, recipe)
-        data = base64.b64encode(file.read_bytes()).decode()
-    # Miniature videos are enlarged four times, with crisp pixels.
-    width, style = (4 * w, "image-rendering: pixelated") if w <= 128 else (w, "max-width: 100%")
-    return (
-        f'<video controls loop muted autoplay width="{width}" style="{style}" '
-        f'src="data:video/mp4;base64,{data}"></video>'
-    )
+def _metadata(recipe: Recipe, keep: bool, prompt: bool) -> str | None:
+    """Return what a file says of its recipe."""
+    if not keep:
+        return None
+    return (recipe if prompt else recipe.without_prompts()).to_json()
 
 
 def _counted(video: np.ndarray, bar: Any) -> Iterator[np.ndarray]:

@@ -173,10 +173,12 @@ NEEDED: dict[str, Check] = {
 OTHERS: dict[str, Check] = {
     "boundary_ratio": _or_null(_number),
     "scheduler_config": _table(_any),
+    "pictures": _table(_list(_name)),
     "origin": _or_null(_ORIGIN),
     "loras": _list(_LORA),
     "dtypes": _table(_name),
     "changes": _table(_any),
+    "memory": _or_null(_name),
     "device": _text(_LONGEST_NAME),
     "versions": _table(_name),
     "steps_done": _or_null(_whole(0)),

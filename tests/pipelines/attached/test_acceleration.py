@@ -80,7 +80,9 @@ def test_quantising_both_experts():
     assert relative_error(latents_of(pipe), plain) == error
     with pytest.raises(ValueError, match="method 'int9' must be fp8, fp8_dynamic, int8 or"):
         pipe.quantize("int9")
-    with pytest.raises(ValueError, match=r"quantised already \(int8\), and fp8 would round it twice.*load it again"):
+    with pytest.raises(
+        ValueError, match=r"quantised already \(int8\), and fp8 would round it twice.*load it again"
+    ):
         pipe.quantize("fp8")
     with pytest.raises(ValueError, match=r"quantised already \(int8\), and fp8 would round"):
         pipe.fit(ram="12GB", quantize="fp8")

@@ -259,7 +259,9 @@ def test_another_dtype_task_or_change_is_refused(pipe):
         random_pipeline().reproduce(recipe)
     pipe.vae.enable_tiling()
     try:
-        with pytest.raises(ValueError, match=r"changes \{\}; this pipeline has \{'tiled': True\}"):
+        with pytest.raises(
+            ValueError, match=r"changes \{\}; this pipeline has \{'tiled': \{'min_height': 256"
+        ):
             pipe.reproduce(recipe)
     finally:
         pipe.vae.disable_tiling()

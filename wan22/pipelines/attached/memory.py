@@ -13,7 +13,7 @@ from ...checkpoints.deferred import deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
-from ...checks import shown
+from ...checks import as_number, shown
 from ...host_memory import anonymous_bytes, available_ram, check_room
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from ..call.experts import Expert
@@ -51,6 +51,14 @@ class Memory(Part):
     def has_plan(self) -> bool:
         """Whether there is a plan, or a budget that the next call makes one within."""
         return self.plan is not None or self._budget is not None
+
+    @property
+    def budget(self) -> str | None:
+        """Memory of the device for plans, "auto" for what is free; None if nobody gave one."""
+        if self._budget is None or self._automatic:
+            return None
+        vram = as_number(self._budget["vram"])
+        return "auto" if vram is None else str(round(vram) if isinstance(vram, float) else vram)
 
     @property
     def plans_next(self) -> bool:

@@ -4,7 +4,7 @@ import inspect
 import logging
 import platform
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +21,11 @@ from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import as_number, cut, shown
 from ...host_memory import FileMappings
+from ...video.privacy import without_folders
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
+from ..call.images import Picture
 from ..call.request import plain
+from .differences import differences, different_pictures, warn_of_the_rest
 from .part import Part
 
 logger = logging.getLogger(__name__)
@@ -67,14 +70,15 @@ class Provenance(Part):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        self._place: str | None = None
+        self._places: tuple[str, ...] = ()
         self._loaded: Mapping[str, Loaded] = {}
 
-    def record_source(self, place: Any, parts: Mapping[str, Path]) -> None:
-        """Remember the models' source as the caller gave it, and the file or folder of each component."""
-        folder = Path(str(place)).absolute()
+    def record_source(self, places: Sequence[str], parts: Mapping[str, Path]) -> None:
+        """Remember the models' sources as the caller gave them, and the file or folder of each component."""
+        folders = {place: Path(place).absolute() for place in places}
         # The miniatures' folder differs from machine to machine; their name does not.
-        self._place = f"tiny-{folder.name}" if folder.parent == ASSETS else str(place)
+        names = (f"tiny-{path.name}" if path.parent == ASSETS else place for place, path in folders.items())
+        self._places = tuple(names)
         self._loaded = {
             name: Loaded.of(getattr(self._pipe, name), path)
             for name, path in parts.items()
@@ -83,7 +87,7 @@ class Provenance(Part):
 
     def copy_from(self, other: "Provenance") -> None:
         """Take over what another pipeline knows of the models that both share."""
-        self._place, self._loaded = other._place, other._loaded
+        self._places, self._loaded = other._places, other._loaded
 
     def check_files(self) -> None:
         """Raise OSError if weights are read from a file that was cut off since they were loaded."""
@@ -92,7 +96,7 @@ class Provenance(Part):
 
     def origin(self) -> Origin | None:
         """Return the files behind the models; None for a pipeline that was not loaded as a whole."""
-        if self._place is None:
+        if not self._places:
             return None
         files: dict[str, str] = {}
         replaced: list[str] = []
@@ -107,7 +111,8 @@ class Provenance(Part):
                 files |= {f"{name}/{file}": mark for file, mark in loaded.fingerprints.items()}
         revisions.discard(None)
         revision = revisions.pop() if len(revisions) == 1 else None
-        return Origin(self._place, revision, files, tuple(replaced))
+        place, shared = ", ".join(self._places), ", ".join(map(without_folders, self._places))
+        return Origin(place, revision, files, tuple(replaced), shared)
 
     def used_loras(self) -> tuple[UsedLora, ...]:
         """Return the LoRAs that change the result: active or fused, unloaded since or not."""
@@ -120,15 +125,13 @@ class Provenance(Part):
                     found.setdefault(name, {})[slot] = source or "", strength
                 for name, mark in adapters.fingerprints().items():
                     marks.setdefault(name, {})[slot] = mark
-        return tuple(
-            UsedLora(
-                name,
-                ", ".join(sorted({source for source, _ in slots.values() if source})) or None,
-                {slot: strength for slot, (_, strength) in slots.items()},
-                marks.get(name, {}),
-            )
-            for name, slots in found.items()
-        )
+        loras = []
+        for name, slots in found.items():
+            strengths = {slot: strength for slot, (_, strength) in slots.items()}
+            sources = sorted({source for source, _ in slots.values() if source})
+            shared = ", ".join(map(without_folders, sources)) or None
+            loras.append(UsedLora(name, ", ".join(sources) or None, strengths, marks.get(name, {}), shared))
+        return tuple(loras)
 
     def device_description(self) -> str:
         """Return the name of the device, and of the ranks that share the work."""
@@ -149,55 +152,36 @@ class Provenance(Part):
             "loras": self.used_loras(),
             "dtypes": {name: str(getattr(pipe, name).dtype).removeprefix("torch.") for name in names},
             "changes": pipe.acceleration.changes(),
+            "memory": pipe.memory.budget,
             "device": self.device_description(),
             "versions": {"wan22": __version__, **{name: _version(name) for name in PACKAGES}},
         }
 
-    def check(self, recipe: Recipe) -> None:
-        """Refuse, with the reason, a recipe that the pipeline as it stands would make another video from."""
-        if recipe.not_reproducible_because is not None:
-            why = recipe.not_reproducible_because
-            raise ValueError(f"the video cannot be made again from its recipe: {cut(why)}")
+    def check(self, recipe: Recipe, anyway: bool = False) -> None:
+        """Refuse, with the reasons, a recipe that the pipeline as it stands would make another video from.
+
+        `anyway`: warn of them in place of refusing.
+        """
         now = self.run_metadata()
         if recipe.pipeline != now["pipeline"]:
             theirs = cut(recipe.pipeline)
             raise ValueError(f"the recipe is one of {theirs}, this is a {now['pipeline']}")
-        self._check_weights(recipe, now)
-        for what in ("dtypes", "changes"):
-            if (had := dict(getattr(recipe, what))) != now[what]:
-                told = f"{what} {cut(had)}"
-                raise ValueError(f"the recipe was made with {told}; this pipeline has {cut(now[what])}")
-        ratio = now["boundary_ratio"]
-        if recipe.boundary_ratio != ratio:
-            raise ValueError(f"the recipe's boundary_ratio is {recipe.boundary_ratio}, this one's {ratio}")
-        differing = {what for what in ("device", "versions") if getattr(recipe, what) != now[what]}
-        if differing:
-            logger.warning("%s differ from the recipe's: results may differ by rounding", sorted(differing))
+        refuse(differences(recipe, now), anyway)
+        warn_of_the_rest(recipe, now)
 
-    def _check_weights(self, recipe: Recipe, now: Mapping[str, Any]) -> None:
-        """Refuse a recipe of other weights or LoRAs."""
-        then, here = recipe.origin, now["origin"]
-        if then is not None and here is not None:
-            other = sorted(
-                k for k in then.files.keys() | here.files if then.files.get(k) != here.files.get(k)
-            )
-            if other:
-                theirs = f"{cut(then.place)}, this is {here.place}"
-                raise ValueError(f"the recipe is of {theirs}: {cut(other[0])} is another file")
-        elif recipe.checkpoint != now["checkpoint"]:
-            theirs = cut(recipe.checkpoint)
-            raise ValueError(f"the recipe is of {theirs}, this is {now['checkpoint']}")
-        if _loras(recipe.loras) != _loras(now["loras"]):
-            wanted, loaded = (
-                cut(", ".join(f"{lora.source} at {dict(lora.strengths)}" for lora in loras))
-                for loras in (recipe.loras, now["loras"])
-            )
-            raise ValueError(f"the recipe has LoRAs: {wanted or 'none'}; loaded are: {loaded or 'none'}")
-        if unknown := [lora.name for lora in recipe.loras if lora.strengths.keys() - lora.files.keys()]:
-            logger.warning(
-                "the LoRA %s was in memory: whether it is the same now cannot be told",
-                cut(", ".join(unknown)),
-            )
+    def check_pictures(
+        self, recipe: Recipe, pictures: Mapping[str, Sequence[Picture]], anyway: bool = False
+    ) -> None:
+        """Refuse other pictures than a recipe's, given in their place; `anyway`: warn of them."""
+        refuse(different_pictures(recipe, pictures), anyway)
+
+
+def refuse(found: Iterable[str], anyway: bool) -> None:
+    """Raise a ValueError for what is found, or log it."""
+    if (reasons := list(found)) and not anyway:
+        raise ValueError(f"{'; '.join(reasons)}; anyway=True makes a video all the same, which is another")
+    for reason in reasons:
+        logger.warning("%s; the video is another", reason)
 
 
 def device_name(device: torch.device) -> str:
@@ -212,11 +196,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _loras(used: tuple[UsedLora, ...]) -> list[Any]:
-    """Return LoRAs without their names and paths."""
-    return sorted((sorted(lora.files.items()), sorted(lora.strengths.items())) for lora in used)
 
 
 def scheduler_of(recipe: Recipe, mine: Any) -> Any:

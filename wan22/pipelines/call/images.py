@@ -3,13 +3,15 @@
 Shapes: c colours, h w rows, columns. Sizes are (width, height) in pixels.
 """
 
+import hashlib
 import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,8 +27,10 @@ logger = logging.getLogger(__name__)
 Fit = Literal["crop", "pad", "stretch"]
 FITS = get_args(Fit)
 Size = tuple[int, int]
+T = TypeVar("T")
 
 MIN_SIDE = 16  # pixels: one token's width; less has nothing to show
+_HASHED = 64  # rows of pixels that are hashed at a time
 MAX_ASPECT = 8  # long over short side, where the size follows the image
 # Resampling and a slight overshoot of the values go together; other scales, such as 0 to 255, are far off.
 OVERSHOOT = 0.25  # of what is 1 wide
@@ -43,6 +47,14 @@ class Picture:
     def size(self) -> Size:
         """Width and height."""
         return self.pixels.shape[2], self.pixels.shape[1]
+
+    @cached_property
+    def mark(self) -> str:
+        """A hash of the size and the pixels: the same in memory and in lossless files of any format."""
+        digest = hashlib.sha256(f"{self.size}".encode())
+        for rows in self.pixels.permute(1, 2, 0).split(_HASHED):  # a large picture is not copied whole
+            digest.update(rows.numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
     def to_pil(self) -> Image.Image:
         """Return the image in 8 bits; exactly the original of one that came in 8 bits."""
@@ -90,6 +102,8 @@ def _has_negative(image: Any) -> bool:
 def load_picture(name: str, image: Any, signed: bool = False) -> Picture:
     """Read one image; see `load_pictures`. `signed`: floating values are in [-1, 1]."""
     source = None
+    if isinstance(image, Picture):  # read before
+        return image
     if isinstance(image, (str, Path)):
         source, image = str(image), np.asarray(read_picture(name, image, TIMEOUT))
     if isinstance(image, Image.Image):
@@ -230,6 +244,6 @@ def fit_picture(picture: Picture, size: Size, fit: Fit, resize: Any) -> Picture:
     return Picture(F.pad(scaled, (left, dx - left, top, dy - top), value=-1.0), picture.name)
 
 
-def one_per_video(pictures: Sequence[Picture], count: int) -> list[Picture]:
-    """Spread images over videos: one serves all, several are repeated for each prompt's videos."""
+def one_per_video(pictures: Sequence[T], count: int) -> list[T]:
+    """Spread images, or what is known of each, over videos: one serves all, several serve a prompt each."""
     return [pictures[i * len(pictures) // count] for i in range(count)]

@@ -96,6 +96,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         fps=preset.fps,
         scheduler=type(scheduler).__name__,
         num_inference_steps=count,
+        pictures=request.image_marks(),
         not_reproducible_because=not_reproducible_because(request, generators, guided)
         or changed_by_hand(state.scheduler),
         **pipe.run_metadata(),

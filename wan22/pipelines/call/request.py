@@ -2,19 +2,22 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from os import PathLike
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from ...checks import cut, shown, with_plain_numbers
-from ...video.recipe import Recipe
+from ...checks import cut, shown, unknown_name, with_plain_numbers
+from ...video.recipe import IMAGES, Recipe
 from ...video.schema import check_extent
 from ...web import masked
 from .images import Picture
 
 Prompt = str | Sequence[str] | None
+P = ParamSpec("P")
+Result = TypeVar("Result")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 # Arguments that leave the video as it is, or that no recipe can hold.
@@ -23,8 +26,9 @@ NOT_RECORDED = {
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
     *("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds"),
 }
-# Arguments that name files or URLs.
-IMAGES = ("image", "last_image")
+
+_SAVED_WITHOUT = "it was saved without, or embeddings took its place"
+_MAY_LACK = {"prompt": _SAVED_WITHOUT, "negative_prompt": _SAVED_WITHOUT, "seed": "the noise was given"}
 
 
 class Request:
@@ -55,6 +59,11 @@ class Request:
             for name, value in ((n, plain(v)) for n, v in self.arguments.items() if n not in NOT_RECORDED)
         }
 
+    def image_marks(self) -> dict[str, tuple[str, ...]]:
+        """Return the fingerprints of the pictures, which are read already, by argument."""
+        given = {name: self.arguments.get(name) for name in IMAGES}
+        return {n: tuple(picture.mark for picture in pictures) for n, pictures in given.items() if pictures}
+
     def tensors(self) -> list[str]:
         """Return the names of the tensors among NOT_RECORDED that were given."""
         return [
@@ -62,11 +71,24 @@ class Request:
         ]
 
 
+def with_known_arguments(call: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a call refuse an argument that it does not have, by a TypeError with the nearest that it has."""
+    known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+    @wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if unknown := kwargs.keys() - known:
+            raise TypeError(unknown_name("argument", sorted(unknown)[0], known))
+        return call(*args, **kwargs)
+
+    return checked
+
+
 def check_recorded(recipe: Recipe, call: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuse a recipe's arguments that a call cannot take from it, unless others are given in their place.
 
-    Raises: ValueError: an argument is none that recipes hold, an image was in memory, or is named by a recipe
-        that was read, or the call would grow without end.
+    Raises: ValueError: an argument is none that recipes hold, a prompt or a seed is not in the recipe, an
+        image was in memory, or is named by a recipe that was read, or the call would grow without end.
     """
     allowed = inspect.signature(call).parameters.keys() - NOT_RECORDED
     if unknown := sorted(recipe.call.keys() - allowed):
@@ -79,6 +101,10 @@ def check_recorded(recipe: Recipe, call: Callable[..., Any], given: Mapping[str,
         if images is not None and recipe.outside:
             named = cut(", ".join(masked(str(image)) for image in listed))
             raise ValueError(f"the recipe names {name} {named}, which is not opened unasked; give {name}=")
+    for name, why in _MAY_LACK.items():
+        values = recipe.call.get(name)
+        if isinstance(values, list | tuple) and None in values and name not in given:
+            raise ValueError(f"the recipe has no {name}: {why}; give {name}=")
     check_extent(recipe, given)
 
 

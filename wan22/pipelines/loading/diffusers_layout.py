@@ -122,7 +122,7 @@ class DiffusersLayout:
                 pipe = pipeline.from_diffusers_folder(folder, dtype=dtypes, **options)
         pipe.register_to_config(_name_or_path=self.source)
         loaded = [name for name in KINDS if (folder / name).is_dir() and wanted.given.get(name) is None]
-        pipe.provenance.record_source(self.source, {name: folder / name for name in loaded})
+        pipe.provenance.record_source([self.source], {name: folder / name for name in loaded})
         if wanted.given.get("scheduler") is None and MARK not in self.index:
             correct_shift(pipe)
         return pipe

@@ -37,7 +37,9 @@ class SingleFiles:
         self, paths: Mapping[str, Path], source: str | None = None, reference: Reference = NO_REFERENCE
     ) -> None:
         self.paths, self.reference = paths, reference  # what the transformers' configurations must agree with
-        self.source = source or ", ".join(dict.fromkeys(map(str, paths.values())))  # one may hold several
+        places = dict.fromkeys(map(str, paths.values()))  # one may hold several
+        self.sources = [source] if source else [*places]
+        self.source = ", ".join(self.sources)
 
     def outline(self, wanted: Wanted) -> Outline:
         """Return the models that would be loaded, without reading weights."""
@@ -75,7 +77,7 @@ class SingleFiles:
         parts.setdefault("scheduler", None)
         names = {name for names in signature_keys(pipeline) for name in names}
         pipe = pipeline(**{name: part for name, part in parts.items() if name in names})
-        pipe.provenance.record_source(self.source, paths)
+        pipe.provenance.record_source(self.sources, paths)
         return pipe
 
     def _stored_models(self, wanted: Wanted) -> dict[str, StoredModel]:
