@@ -66,6 +66,7 @@ MADE = {
         "jump-5b.mp4",
         "kite.mp4",
         "long.mp4",
+        "seeds.mp4",
     ],
     "wan22/prompts/README.md": ["fox.mp4"],
 }

@@ -205,13 +205,13 @@ def _nearest(value: Any, multiple: int, plus: int = 0, least: int = 1) -> str:
 RENAMED = {"recipe": "distilled"}
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Return a message about a name that is not known: with the present one of an earlier, or the nearest."""
+def unknown_argument(what: str, name: str, known: Iterable[str]) -> str:
+    """Return a message about an argument that does not exist, with the nearest, or its new name, if any."""
     known = list(known)
     if RENAMED.get(name) in known:
-        return f"{name} is called {RENAMED[name]} now"
+        return f"{what}: {name} is called {RENAMED[name]} now"
     near = difflib.get_close_matches(cut(name), known, 1, 0.5)
-    return f"there is no {what} {shown(name)}" + (f"; the nearest is {near[0]}" if near else "")
+    return f"{what} has no argument {cut(name)}" + (f"; the nearest is {near[0]}" if near else "")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

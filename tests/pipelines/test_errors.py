@@ -1,5 +1,6 @@
 """Errors before any work: each names the value, the rule and the nearest valid value."""
 
+import inspect
 import logging
 import re
 
@@ -272,3 +273,20 @@ def test_numbers_of_numpy_beside_a_call(tmp_path):
     pipe.vae.enable_strips(np.int64(2))
     assert type(pipe.vae.num_strips) is int
     pipe.vae.disable_strips()
+
+
+def test_an_argument_that_the_call_does_not_have():
+    """The nearest is told, in streams and in what reproduce changes, too."""
+    pipe = random_pipeline()
+    with pytest.raises(TypeError, match=r"^the call: recipe is called distilled now$"):
+        pipe("a", recipe="lightning-4")
+    with pytest.raises(
+        TypeError, match=r"^the call has no argument num_inference_step; the nearest is num_inf"
+    ):
+        pipe.stream("a", num_inference_step=4)
+    with pytest.raises(TypeError, match=r"^the call has no argument zzz$"):
+        pipe("a", zzz=1)
+    recipe = pipe("a", output_type="latent", **SMALL).recipe
+    with pytest.raises(TypeError, match=r"has no argument seeds; the nearest is seed$"):
+        pipe.reproduce(recipe, seeds=4)
+    assert next(iter(inspect.signature(pipe.__call__).parameters)) == "prompt"

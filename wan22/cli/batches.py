@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..accel.parallel.environment import is_first, launched
-from ..checks import shown, unknown_name
+from ..checks import shown, unknown_argument
 from ..pictures import is_url
 from .loading import load
 from .options import Loading, Saving
@@ -121,7 +121,7 @@ def _parsed(line: str, where: str) -> Item:
         raise ValueError(f'{where}: an item is {{"prompt": "…"}} with further arguments of the call')
     known = {"name"}.union(*map(call_arguments, PIPELINES))
     if unknown := sorted(item.keys() - known):
-        raise ValueError(f"{where}: {unknown_name('argument', unknown[0], known)}")
+        raise ValueError(f"{unknown_argument(where, unknown[0], known)}")
     if (name := item.get("name")) is not None and (not isinstance(name, str) or Path(name).name != name):
         raise ValueError(f"{where}: name={shown(name)} must be a file's name without folders and ending")
     return item

@@ -1,6 +1,5 @@
 """What `from_single_file` is given: a file, address or table, and diffusers' arguments beside it."""
 
-import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ...checks import as_path
+from ...checks import as_path, unknown_argument
 from ..files import hub
 from ..files.weights import WeightFile, read_weights, weights_of
 from ..naming.schemas import check_config, read_config
@@ -153,9 +152,7 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
     """Refuse arguments that a loader does not have, the first one by name, with the nearest."""
     known = set(known)
     if unknown := sorted(set(names) - known):
-        near = difflib.get_close_matches(unknown[0], known, 1, 0.5)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise TypeError(f"{what} has no argument {unknown[0]}{hint}")
+        raise TypeError(unknown_argument(what, unknown[0], known))
 
 
 def _reference(

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from ...checks import cut, shown, unknown_name, with_plain_numbers
+from ...checks import cut, shown, unknown_argument, with_plain_numbers
 from ...video.recipe import IMAGES, Recipe
 from ...video.schema import check_extent
 from ...web import masked
@@ -78,7 +78,7 @@ def with_known_arguments(call: Callable[P, Result]) -> Callable[P, Result]:
     @wraps(call)
     def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
         if unknown := kwargs.keys() - known:
-            raise TypeError(unknown_name("argument", sorted(unknown)[0], known))
+            raise TypeError(unknown_argument("the call", sorted(unknown)[0], known))
         return call(*args, **kwargs)
 
     return checked
