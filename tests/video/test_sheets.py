@@ -25,6 +25,10 @@ def test_words_are_kept_whole_and_all_are_there():
     assert lines_of("", 100) == [""]
 
 
+def test_spaces_that_hold_together_are_spaces():
+    assert np.array_equal(text_block("1.5\N{NO-BREAK SPACE}s", 300), text_block("1.5 s", 300))
+
+
 def test_nothing_touches_the_edge():
     block = text_block("W" * 500 + "\nseed 4", 300)
     assert block.shape[1] == 300 and block.any()

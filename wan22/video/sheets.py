@@ -78,6 +78,7 @@ def text_block(text: str, width: int, lines: int = MOST_LINES) -> np.ndarray:
     image = Image.new("RGB", (width, len(wrapped) * step + 2 * SPACING))
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(wrapped):
+        line = line.replace("\N{NO-BREAK SPACE}", " ")  # for which Pillow's font has no form
         draw.text((INDENT, SPACING + i * step), line, fill=COLOUR, font=font)
     return np.asarray(image)
 
