@@ -54,9 +54,11 @@ def whole_series(replace: bool = True) -> Iterator[Callable[[Path], Path]]:
         yield temporary
         _place(parts, replace)
     except OSError as error:
-        if error.errno not in NO_ROOM or error.filename is not None or not parts:
+        names = {str(partial): path for path, partial in parts.items()}
+        path = names.get(str(error.filename), list(parts)[-1] if parts else None)
+        ours = str(error.filename) in names or (error.errno in NO_ROOM and error.filename is None)
+        if path is None or not ours or error.errno is None:
             raise
-        path = list(parts)[-1]
         raise OSError(
             error.errno, f"{path} could not be written whole: {os.strerror(error.errno)}"
         ) from error

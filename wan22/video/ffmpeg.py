@@ -3,6 +3,7 @@
 Shapes: h rows, w columns.
 """
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,19 @@ from typing import IO
 import numpy as np
 
 from ..checks import cut
+from ..whole_files import NO_ROOM
 
+_SILENT = "; is the disk full?"  # it said nothing
 _LAST_LINES = 3  # of what ffmpeg said; the last one alone is often "Conversion failed!"
+
+
+class EncodingError(OSError):
+    """ffmpeg failed; the message ends with what it wrote, and `reason` says why in a few words."""
+
+    def __init__(self, path: Path, how: str, said: str) -> None:
+        super().__init__(f"{cut(path)} could not be written whole: {how}{said}")
+        unknown = how + said if said == _SILENT else how
+        self.reason = next((text for number, text in NO_ROOM.items() if os.strerror(number) in said), unknown)
 
 
 @contextmanager
@@ -76,5 +88,5 @@ def _failure(process: "subprocess.Popen[bytes]", log: IO[bytes], path: Path) -> 
     log.seek(0)
     lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-    said = f", after: {cut('; '.join(lines[-_LAST_LINES:]))}" if lines else "; is the disk full?"
-    return OSError(f"{cut(path)} could not be written whole: ffmpeg {how}{said}")
+    said = f", after: {cut('; '.join(lines[-_LAST_LINES:]))}" if lines else _SILENT
+    return EncodingError(path, f"ffmpeg {how}", said)

@@ -164,7 +164,7 @@ def test_ranks_that_convert_part_by_part_find_it(folder, cache):
 
 
 def test_offline_nobody_knows_what_a_download_takes(tmp_path):
-    assert preparing.bytes_to_download("org/name", ["*.json"], {"cache_dir": tmp_path}) == 0
+    assert preparing.bytes_to_download("org/name", ["*.json"], {"cache_dir": tmp_path}) is None
 
 
 def test_a_variant_is_prepared_apart(saved, cache, tmp_path):

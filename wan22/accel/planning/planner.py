@@ -258,6 +258,7 @@ def _planned(
         pinned=pinned,
         mapped=sum(map(task.in_files, in_files)),
         step_seconds=_step_seconds(task, machine, placements, computing.in_turn),
+        step_flops=task.step_flops(),
         videos=task.videos,
     )
 

@@ -44,6 +44,7 @@ class Plan:
         pinned: bytes of these that are pinned, for copies to the device.
         mapped: bytes of weights in files, whose pages the system can drop.
         step_seconds: time of one step, all passes of all videos; None: rates are unknown.
+        step_flops: floating-point operations of one step; 0: not counted.
         videos: number of videos of a call.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     pinned: int
     mapped: int
     step_seconds: float | None = None
+    step_flops: float = 0.0
     videos: int = 1
 
     @property

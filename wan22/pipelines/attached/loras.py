@@ -245,6 +245,19 @@ class Loras(Part):
 
     # ---- files ----
 
+    def check_lora(
+        self,
+        pretrained_model_name_or_path_or_dict: Any = None,
+        *,
+        high: Any = None,
+        low: Any = None,
+        strength: Strength = 1.0,
+    ) -> None:
+        """Read a LoRA's files as `load_lora_weights` does, and raise its errors; nothing is attached."""
+        lora, where = pretrained_model_name_or_path_or_dict, LoraSource(None, None, {})
+        loras, into_both = self._read_loras(lora, (high, low), where)
+        self._check_experts(len(loras) == 2 and not into_both, _by_slot(strength))
+
     def _read_loras(
         self, lora: Any, pair: tuple[Any, Any], where: LoraSource
     ) -> tuple[dict[str, Lora], bool]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...checkpoints.loading.diffusers_caches import check_cache_for_passes
 from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
 from ...presets import MAX_TEXT_TOKENS
@@ -14,7 +16,7 @@ from ..parts import PipelineParts
 from .call import Call
 from .callback import StepCallback
 from .checks import check_guidance, check_latents
-from .experts import Experts
+from .experts import Experts, Step
 from .guidance import ClassifierFreeGuidance
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
@@ -68,12 +70,9 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
     pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos)
     generators = generators_of(request, checked.videos, pipe.draw_seed)
-    default_steps = preset.num_inference_steps
     with state.stepping:
-        scheduler = scheduler_for(request, state.scheduler, pipe._execution_device, default_steps)
+        scheduler, steps = schedule(pipe, request, state.scheduler, pipe._execution_device)
     guidance, ratio = checked.guidance, pipe.config.boundary_ratio
-    boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
-    steps = Experts(pipe, boundary).steps(scheduler)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = any(guidance.needs_negative(step) for step in steps)
     check_text_encoder(pipe, request, guided)
@@ -105,6 +104,14 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     state.start(recipe, guided, len(steps))
     texts = checked.prompts, checked.negative_prompts
     return Call(request, recipe, *texts, generators, state, steps, guidance, guided, checked.callback)
+
+
+def schedule(pipe: Any, request: Request, scheduler: Any, device: torch.device) -> tuple[Any, list[Step]]:
+    """Return a request's scheduler, its schedule set, and the steps with their experts."""
+    scheduler = scheduler_for(request, scheduler, device, pipe.preset.num_inference_steps)
+    ratio = pipe.config.boundary_ratio
+    boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
+    return scheduler, Experts(pipe, boundary).steps(scheduler)
 
 
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:

@@ -36,6 +36,7 @@ MARK = "_wan22_version"
 OWN_SCHEDULER = "_wan22_scheduler"
 # Classes of models that our own loader reads as theirs do.
 _READ = ("WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel")
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -47,7 +48,7 @@ class DiffusersLayout:
 
     def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
         self.source, self.hub = source, hub
-        self.downloads = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        self.downloads = FILES
         if folder is not None:
             check_index(folder / "model_index.json")
         # Without a folder, diffusers tries once more, and says what is wrong.

@@ -43,15 +43,8 @@ class OfficialLayout:
         except FileNotFoundError:
             if is_folder(self.source):
                 raise
-        outline: Outline = {}
         preset = self._preset()
-        for name, model in ({} if preset is None else released_models(preset)).items():
-            if name not in wanted.given:
-                # All released repositories are so.
-                stored = torch.bfloat16 if name == "text_encoder" else torch.float32
-                store_as(model, wanted.dtype_of(name) or stored, stored)
-                outline[name] = model
-        return outline
+        return {} if preset is None else outline_of(preset, wanted)
 
     def fetch(self, pipeline: type[DiffusionPipeline], wanted: Wanted) -> dict[str, StoredModel]:
         """Return the models that can be prepared, by component; a repository is downloaded first."""
@@ -84,6 +77,18 @@ class OfficialLayout:
             two_frames=known[0].get("model_type") == "flf2v",
         )
         return preset if preset is not None and preset.repo else None
+
+
+def outline_of(preset: Preset, wanted: Wanted) -> Outline:
+    """Return the models of a release's repository, without reading any of it."""
+    outline: Outline = {}
+    for name, model in released_models(preset).items():
+        if name not in wanted.given:
+            # All released repositories are so.
+            stored = torch.bfloat16 if name == "text_encoder" else torch.float32
+            store_as(model, wanted.dtype_of(name) or stored, stored)
+            outline[name] = model
+    return outline
 
 
 def config_files(folder: Path) -> list[Path]:

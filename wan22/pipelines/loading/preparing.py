@@ -116,10 +116,10 @@ def values_of(stored: StoredModel) -> int:
     return sum(torch.Size(stored.tensors[name].shape).numel() for name in stored.official_names)
 
 
-def bytes_to_download(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> int:
-    """Return the bytes of a repository that are not here yet; 0 if nobody can say."""
+def bytes_to_download(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> int | None:
+    """Return the bytes of a repository that are not here yet; None if nobody can say."""
     try:
         files = snapshot_download(repository, allow_patterns=patterns, dry_run=True, **hub)
     except (OSError, ValueError):  # the download says what is wrong
-        return 0
+        return None
     return sum(file.file_size or 0 for file in files if file.will_download)
