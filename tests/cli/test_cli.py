@@ -114,7 +114,8 @@ def single_files():
 def test_single_files_take_every_option(here):
     """A budget for the memory was ignored, quantising refused."""
     _, err = run("t2v", "a", *single_files(), "--memory", "1KB", *QUICK, code=1)
-    assert "does not fit into" in err and not list(here.iterdir())
+    assert "is a GPU's" in err or "does not fit into" in err
+    assert not list(here.iterdir())
     _, err = run("t2v", "a", *single_files(), "--revision", "main", *QUICK, code=1)
     assert "--revision main is for repositories" in err
     run("t2v", "a", *single_files(), "--memory", "auto", "--quantize", "int8", *QUICK, "-o", "a.mp4", "-q")
@@ -250,7 +251,7 @@ def test_json_is_all_that_scripts_read(here):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"] == ["a.mp4"]
     out, err = run("t2v", "a", "--json", "-o", "a.mp4", code=1)
-    assert json.loads(out) == {"error": "a.mp4 exists; overwrite=True replaces it"}
+    assert json.loads(out) == {"error": "a.mp4 exists; --overwrite replaces it"}
     assert "error: a.mp4 exists" in err
 
 
@@ -303,21 +304,21 @@ def test_help_has_examples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["t2v", "x", "--steps", "0"], "num_inference_steps=0 must be an int, at least 1"),
+        (["t2v", "x", "--steps", "0"], "--steps 0 must be an int, at least 1"),
         (
             ["t2v", "x", "--frames", "80"],
-            "num_frames=80 must be an int, 1 + a multiple of 4",
+            "--num-frames 80 must be an int, 1 + a multiple of 4",
         ),
-        (["t2v", "x", "--height", "50"], "height=50 must be an int, a positive multiple of 16"),
+        (["t2v", "x", "--height", "50"], "--height 50 must be an int, a positive multiple of 16"),
         (
             ["t2v", "x", "--model", "tiny-ti2v", "--height", "720", "--width", "1280"],
-            "height=720 must be an int, a positive multiple of 32; the nearest are 704 and 736",
+            "--height 720 must be an int, a positive multiple of 32; the nearest are 704 and 736",
         ),
         (["t2v", "x", "--model", "Wan2.2-T2V-14B"], "say Wan2.2-T2V-A14B, or see `wan22 models`"),
         (["t2v", "x", "--model", "/gone/away"], "there is no file or folder /gone/away"),
-        (["t2v", "x", "--model", "tiny-i2v"], "use WanI2VPipeline"),
+        (["t2v", "x", "--model", "tiny-i2v"], "use wan22 i2v"),
         (["t2v", "x", "-o", "x.mov"], "must end in .mp4, .gif"),
-        (["t2v", "x", "--quality", "500"], "quality=500 must be an int, 1 to 100"),
+        (["t2v", "x", "--quality", "500"], "--quality 500 must be an int, 1 to 100"),
         (["t2v", "x", "--sigmas", "1;2"], "--sigmas 1;2 must be numbers with commas between"),
         (["t2v", "x", "--attention-kwargs", "0.5"], "--attention-kwargs 0.5 must be a JSON object"),
         (["t2v", "x", "--quantize", "q4"], "q4"),
@@ -325,7 +326,7 @@ def test_help_has_examples():
         (["t2v", "x", "--device", "cuda:99"], "--device cuda:99 is not there"),
         (["t2v", "x", "--preview", "x.bmp"], "x.bmp must end in .png, .gif, .webp"),
         (["t2v", "x", "--preview-every", "2"], "--preview-every needs --preview FILE"),
-        (["t2v", "x", "--distilled", "fast"], "'fast' must be one of 'lightning-4'"),
+        (["t2v", "x", "--distilled", "fast"], "--distilled fast must be one of 'lightning-4'"),
         (["t2v", "x", "--recipe", "lightning-4"], "--recipe is called --distilled now"),
         (["t2v", "x", "--attention", "flash9"], "flash9"),
         (["i2v", "gone.png", "x"], "there is no file gone.png"),

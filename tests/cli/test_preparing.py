@@ -11,7 +11,7 @@ from tests.builders import load_pipeline
 from tests.cli.commands import run
 from tests.pipelines.loading.repositories import make_repository
 from wan22 import WanTransformer3DModel
-from wan22.cli import preparing
+from wan22.cli import downloading, preparing
 from wan22.pipelines.loading import preparing as of_pipelines
 
 DTYPES = {"default": torch.bfloat16, "vae": torch.float32}
@@ -51,7 +51,7 @@ def test_without_a_terminal_it_needs_yes(saved, cache):
 def test_the_question(answer, saved, cache, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        preparing, "sys", type("sys", (), {"stdin": type("in", (), {"isatty": lambda: True})})
+        downloading, "sys", type("sys", (), {"stdin": type("in", (), {"isatty": lambda: True})})
     )
     monkeypatch.setattr(typer, "confirm", lambda question, err: asked.append(question) or answer)
     run("prepare", saved, code=0 if answer else 1)

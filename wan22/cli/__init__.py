@@ -6,5 +6,7 @@ from typing import Any
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line with arguments; by default, those that the program was started with."""
     from .app import app
+    from .reporting import accept_any_text
 
+    accept_any_text()
     app(arguments, prog_name="wan22")

@@ -7,11 +7,34 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand, TyperGroup
 
-from .options import CallOptions, Loading, Saving, Target, expanded
+from ..presets import PRESETS
+from .options import CallOptions, FieldOptions, Loading, Output, Saving, Target, expanded
 from .reporting import print_lines, report_errors
 
+
+class Help:
+    """A command whose --help has no type beside it, as other flags have none."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option that prints the help."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class Command(Help, TyperCommand):
+    """One command."""
+
+
+class Group(Help, TyperGroup):
+    """All commands."""
+
+
 app = typer.Typer(
+    cls=Group,
     help="Make videos with Wan 2.1 and 2.2.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -22,17 +45,24 @@ app = typer.Typer(
 Call = dict[str, Any]
 # Arguments of the call that may take the place of a recipe's.
 REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
-Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+# What a plan depends on.
+PLANNED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "num_videos_per_prompt")
+PLACED = ("dtype", "device", "memory", "quantize", "revision")
+Yes = Annotated[bool, Option("--yes", "-y", metavar="", help="Download and write without asking.")]
+DryRun = Annotated[
+    bool, Option("--dry-run", metavar="", help="Check all, print what would be done, and stop.")
+]
+Revision = Annotated[str | None, Option(help="Commit or branch of a repository.")]
 
 
 def command(function: Callable[..., None]) -> None:
     """Add a command; its groups of options become options, its errors one line."""
-    app.command()(report_errors(expanded(function)))
+    app.command(cls=Command)(report_errors(expanded(function)))
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, Option("--version", metavar="", help="Print the version and stop.")] = False,
 ) -> None:
     """Make videos with Wan 2.1 and 2.2."""
     if version:
@@ -43,7 +73,13 @@ def root(
 
 
 @command
-def t2v(call: Annotated[Call, CallOptions("t2v")], loading: Loading, target: Target, saving: Saving) -> None:
+def t2v(
+    call: Annotated[Call, CallOptions("t2v")],
+    loading: Loading,
+    target: Target,
+    saving: Saving,
+    output: Output,
+) -> None:
     """Make a video of a prompt.
 
     wan22 t2v "a red circle moves to the right on a blue background"
@@ -54,11 +90,17 @@ def t2v(call: Annotated[Call, CallOptions("t2v")], loading: Loading, target: Tar
     """
     from .running import generate
 
-    generate("t2v", call, loading, target, saving)
+    generate("t2v", call, loading, target, saving, output)
 
 
 @command
-def i2v(call: Annotated[Call, CallOptions("i2v")], loading: Loading, target: Target, saving: Saving) -> None:
+def i2v(
+    call: Annotated[Call, CallOptions("i2v")],
+    loading: Loading,
+    target: Target,
+    saving: Saving,
+    output: Output,
+) -> None:
     """Make a video that starts from an image.
 
     wan22 i2v shapes.png "a white triangle moves to the left on a blue background"
@@ -67,7 +109,7 @@ def i2v(call: Annotated[Call, CallOptions("i2v")], loading: Loading, target: Tar
     """
     from .running import generate
 
-    generate("i2v", call, loading, target, saving)
+    generate("i2v", call, loading, target, saving, output)
 
 
 @command
@@ -75,10 +117,12 @@ def batch(
     file: Annotated[
         Path, Argument(help="One item a line: a prompt (.txt), or JSON with prompt, image, seed, …")
     ],
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the videos and results.jsonl.")],
+    folder: Annotated[Path, Option("--output", "-o", help="Folder for the videos and results.jsonl.")],
     loading: Loading,
     saving: Saving,
+    output: Output,
     ending: Annotated[str, Option(help="Format of the videos.")] = ".mp4",
+    dry_run: DryRun = False,
 ) -> None:
     """Make a video of each line of a file; finished ones are skipped, failures are recorded.
 
@@ -88,7 +132,7 @@ def batch(
     """
     from .batches import run_batch
 
-    run_batch(file, output, ending, loading, saving)
+    run_batch(file, folder, ending, loading, saving, output, dry_run)
 
 
 @command
@@ -98,11 +142,14 @@ def reproduce(
     loading: Loading,
     target: Target,
     saving: Saving,
+    output: Output,
     allow_download: Annotated[
-        bool, Option("--allow-download", help="Load what the recipe names on the hub and on the web.")
+        bool,
+        Option("--allow-download", metavar="", help="Load what the recipe names on the hub and on the web."),
     ] = False,
     anyway: Annotated[
-        bool, Option("--anyway", help="Make a video also where it is known to be another, with warnings.")
+        bool,
+        Option("--anyway", metavar="", help="Make a video known to be another, too, with warnings."),
     ] = False,
 ) -> None:
     """Make a video again from the recipe in its file.
@@ -115,7 +162,7 @@ def reproduce(
     """
     from .reproduce import reproduce_file
 
-    reproduce_file(file, replaced, loading, target, saving, allow_download, anyway)
+    reproduce_file(file, replaced, loading, target, saving, output, allow_download, anyway)
 
 
 @command
@@ -123,12 +170,14 @@ def convert(
     source: Annotated[str, Argument(help="Folder or repository in any layout, or a weight file.")],
     destination: Annotated[Path, Argument(help="Folder, or .safetensors file, that is not there yet.")],
     to: Annotated[str, Option(help="diffusers, official, or single-file.")],
+    output: Output,
     dtype: Annotated[str | None, Option(help="bf16, fp16 or fp32; default: as stored.")] = None,
     shard_size: Annotated[str, Option(help="Largest file.")] = "5GB",
     attention_head_dim: Annotated[int | None, Option(help="If it is not 128.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be written.")] = False,
-    verify: Annotated[bool, Option("--verify", help="Read the result, compare every tensor.")] = False,
-    as_json: Json = False,
+    dry_run: DryRun = False,
+    verify: Annotated[
+        bool, Option("--verify", metavar="", help="Read the result, compare every tensor.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint, or one model's file, to another layout or dtype; interrupted, it goes on.
 
@@ -140,21 +189,22 @@ def convert(
     arguments["attention_head_dim"] = attention_head_dim
     if dry_run:
         lines = list(conversion.plan(source, destination, **arguments).describe())
-        print_lines(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
+        print_lines(json.dumps({"plan": lines}) if output.as_json else "\n".join(lines))
         return
-    done = conversion.convert(source, destination, **arguments, verify=verify, progress=True)
-    print_lines(json.dumps({"destination": str(destination), "report": str(done)}) if as_json else done)
+    done = conversion.convert(source, destination, **arguments, verify=verify, progress=output.draws_bars)
+    result = {"destination": str(destination), "report": str(done)}
+    print_lines(json.dumps(result) if output.as_json else done)
 
 
 @command
 def prepare(
     model: Annotated[str, Argument(help="Name (see `wan22 models`), repository, folder, or weight file.")],
+    output: Output,
     dtype: Annotated[
         str, Option(help="bf16; or fp8, as --quantize fp8 makes the transformers: changes the result.")
     ] = "bf16",
-    revision: Annotated[str | None, Option(help="Commit or branch of a repository.")] = None,
-    yes: Annotated[bool, Option("--yes", "-y", help="Download and write without asking.")] = False,
-    as_json: Json = False,
+    revision: Revision = None,
+    yes: Yes = False,
 ) -> None:
     """Convert a checkpoint once, so that later loads in bf16 need not: they find it by themselves.
 
@@ -168,13 +218,65 @@ def prepare(
     """
     from .preparing import prepare_model
 
-    prepare_model(model, dtype, revision, yes, as_json)
+    prepare_model(model, dtype, revision, yes, output)
+
+
+@command
+def plan(
+    model: Annotated[
+        str, Argument(help="Name (see `wan22 models`), repository, folder, or file with all models.")
+    ],
+    call: Annotated[Call, CallOptions("t2v", PLANNED, releases=PRESETS)],
+    loading: Annotated[Loading, FieldOptions(Loading, PLACED)],
+    output: Output,
+) -> None:
+    """Print what a video takes: passes, memory, download, time; nothing is downloaded or loaded.
+
+    wan22 plan Wan2.2-T2V-A14B --memory 24
+
+    wan22 plan Wan2.2-TI2V-5B --frames 49 --steps 30
+
+    The memory is that of a GPU here, or of one that --memory describes, or else this machine's.
+    """
+    from .planning import plan_model
+
+    plan_model(model, call, loading, output)
+
+
+@command
+def download(
+    model: Annotated[str, Argument(help="Name (see `wan22 models`) or repository.")],
+    output: Output,
+    revision: Revision = None,
+    yes: Yes = False,
+) -> None:
+    """Download what a load of a checkpoint needs, and no more; interrupted, it goes on.
+
+    wan22 download Wan2.2-TI2V-5B
+
+    The size is shown and confirmed first. It goes to Hugging Face's cache, which HF_HOME can move.
+    """
+    from .downloading import download_model
+
+    download_model(model, revision, yes, output)
+
+
+@command
+def doctor(output: Output) -> None:
+    """Print what this machine has: versions, device, attention kernels, ffmpeg, memory, disks.
+
+    wan22 doctor
+    """
+    from .doctor import print_findings
+
+    print_findings(output)
 
 
 @command
 def info(
     file: Annotated[str, Argument(help="Video or picture of wan22, weight file, folder, or repository.")],
-    as_json: Json = False,
+    output: Output,
+    revision: Revision = None,
 ) -> None:
     """Print the recipe in a video, or what a checkpoint is and what loads it.
 
@@ -184,15 +286,15 @@ def info(
     """
     from .info import describe
 
-    describe(file, as_json)
+    describe(file, revision, output)
 
 
 @command
-def models(as_json: Json = False) -> None:
+def models(output: Output) -> None:
     """List the checkpoints that are known by name.
 
     wan22 models
     """
     from .info import list_models
 
-    list_models(as_json)
+    list_models(output)

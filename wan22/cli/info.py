@@ -5,29 +5,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ..checks import cut, shown
 from ..presets import PRESETS, Preset, release_of
-from .reporting import plain
+from .loading import preset_of
+from .options import Output
+from .reporting import aligned, print_lines
 
-out = Console(highlight=False, soft_wrap=True)
 VIDEOS = (".mp4", ".gif", ".webp", ".png")
 LICENCE = "Apache-2.0"
 # Entries of a list, and characters of a text, that a table shows; --json prints all.
 MOST_SHOWN, LONGEST = 200, 4000
 
 
-def describe(name: str, as_json: bool) -> None:
+def describe(name: str, revision: str | None, output: Output) -> None:
     """Print the recipe in a video, or what a checkpoint is."""
-    path = Path(name).expanduser()
-    known = {preset.name.lower(): preset for preset in PRESETS}
-    known |= {preset.repo.lower(): preset for preset in PRESETS if preset.repo}
-    if not path.exists() and name.lower() in known:
-        _print(_facts(known[name.lower()]), as_json)
+    path, as_json = Path(name).expanduser(), output.as_json
+    if not path.exists() and (preset := preset_of(name, "t2v")) is not None:
+        _print(_facts(preset), as_json)
     elif not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {name}, and no checkpoint that is known by it")
+        _print(repository(name, revision), as_json)
     elif path.suffix.lower() in VIDEOS:
         from ..video.metadata import read_recipe
 
@@ -58,18 +54,44 @@ def checkpoint(path: Path) -> dict[str, Any]:
     return found
 
 
-def list_models(as_json: bool) -> None:
+def repository(name: str, revision: str | None) -> dict[str, Any]:
+    """Return what a repository holds, told from its configurations, which alone are downloaded."""
+    from ..checkpoints.files.hub import is_repository_name
+    from ..pipelines.loading.checkpoint import Wanted
+    from ..pipelines.loading.official_layout import OfficialLayout
+    from ..pipelines.loading.preparing import bytes_to_download
+    from .downloading import locate
+
+    if not is_repository_name(name):
+        raise FileNotFoundError(f"there is no file or folder {name}, and no checkpoint that is known by it")
+    found = locate(name, revision)
+    models = found.outline(Wanted())
+    transformers = [model for slot, model in models.items() if slot.startswith("transformer")]
+    size = bytes_to_download(name, found.downloads, {} if revision is None else {"revision": revision})
+    return {
+        "repository": name,
+        "layout": "official" if isinstance(found, OfficialLayout) else "Diffusers",
+        "kind": found.kind,
+        "variant": release_of(transformers[0].config, len(transformers)).name if transformers else None,
+        "experts": len(transformers),
+        "models": {slot: {"parameters": _parameters(model)} for slot, model in models.items()},
+        "to download": None if size is None else f"{size / 1e9:.3g} GB",
+    }
+
+
+def _parameters(model: Any) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e9:.3g} billion"
+
+
+def list_models(output: Output) -> None:
     """Print the checkpoints that are known by name."""
     facts = [_facts(preset) for preset in PRESETS]
-    if as_json:
+    if output.as_json:
         print(json.dumps(facts))
         return
-    table = Table("name", "task", "weights in bf16", "video", "steps", "repository", "licence", box=None)
-    for fact in facts:
-        columns = ("name", "task", "weights", "video", "steps", "repository", "licence")
-        table.add_row(*(str(fact[column]) for column in columns))
-    # Wide enough for every column: a name that is cut off cannot be copied.
-    Console(highlight=False, width=max(out.width, 160)).print(table)
+    columns = ("name", "task", "weights", "video", "steps", "repository", "licence")
+    heads = ("name", "task", "weights in bf16", "video", "steps", "repository", "licence")
+    print_lines(aligned([heads, *([str(fact[column]) for column in columns] for fact in facts)]))
 
 
 def _facts(preset: Preset) -> dict[str, Any]:
@@ -123,13 +145,9 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values))  # in ASCII: a terminal finds nothing to obey
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in values.items():
-        if value not in (None, (), ("",), (None,), {}):
-            table.add_row(plain(cut(name).replace("_", " ")), plain(_text(value)))
-    out.print(table)
+    empty: tuple[Any, ...] = (None, (), ("",), (None,), {})
+    kept = {name: value for name, value in values.items() if value not in empty}
+    print_lines(aligned((cut(name).replace("_", " "), _text(value)) for name, value in kept.items()))
 
 
 def _text(value: Any, inner: bool = False) -> str:

@@ -2,17 +2,15 @@
 
 import difflib
 import json
-import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..accel.parallel.environment import launched
-from ..checks import shown
-from ..presets import PRESETS
-from .options import Loading, flags_of
-from .reporting import say
+from ..checks import parse_bytes, shown
+from ..presets import PRESETS, Preset
+from .options import Loading, Output, flags_of
 from .signatures import PIPELINES
 
 if TYPE_CHECKING:
@@ -21,14 +19,16 @@ if TYPE_CHECKING:
 
     Pipeline = WanT2VPipeline | WanI2VPipeline
 
-# Options for the other models of a pipeline whose --model is a file; the first may be left out.
-BESIDE_A_FILE = ("low", "vae", "text_encoder", "tokenizer")
+# Options for the other models of a pipeline whose --model is a file, and their components; the first may be
+# left out.
+PARTS = {"low": "transformer_2", "vae": "vae", "text_encoder": "text_encoder", "tokenizer": "tokenizer"}
+BESIDE_A_FILE = tuple(PARTS)
 
 
 def load(
     task: str,
     options: Loading,
-    quiet: bool,
+    output: Output,
     loras: Sequence[Mapping[str, Any]] = (),
     dtypes: Mapping[str, str] | None = None,
 ) -> "Pipeline":
@@ -39,34 +39,24 @@ def load(
     """
     import wan22
 
-    if options.model is None:
-        say(f"no --model given: this is tiny-{task}, the miniature inside wan22, of coloured shapes", quiet)
-    if quiet:
+    if not output.draws_bars:
         _silence_loading()
     layout, device = parse_layout(options.parallel), find_device(options.device)
     arguments: dict[str, Any] = {
-        "memory": options.memory,
+        "memory": parse_memory(options.memory),
         "quantize": options.quantize,
         "parallel": layout,
-        "loras": [*_loras(options), *loras],
-        "dtype": _dtype(options, device, dtypes),
+        "loras": [*lora_arguments(options), *loras],
+        "dtype": dtype_of(options, dtypes),
         "prepare": options.prepare,
     }
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
-    parts = {name: part for name in BESIDE_A_FILE if (part := getattr(options, name)) is not None}
-    hub: dict[str, Any] = {} if options.revision is None else {"revision": options.revision}
-    if not Path(source).is_file():
-        if parts:
-            raise ValueError(f"{flags_of(next(iter(parts)))[0]} goes with a --model that is a file")
-        pipe = cls.from_pretrained(source, **hub, **arguments)
-    elif hub:
-        raise ValueError(f"--revision {options.revision} is for repositories; {source} is a file")
-    elif missing := [flags_of(name)[0] for name in _absent(source, parts)]:
-        raise ValueError(f"{source} is one file; {', '.join(missing)} must be given, too")
+    if Path(source).is_file():
+        pipe = cls.from_single_file(source, **_parts(options), **arguments)
     else:
-        pipe = cls.from_single_file(source, **parts, **arguments)
-    if quiet:
+        pipe = cls.from_pretrained(source, **hub_options(options), **arguments)
+    if not output.draws_bars:
         pipe.set_progress_bar_config(disable=True)
     if layout is None and options.memory is None and device != "cpu":
         pipe.to(device)
@@ -81,12 +71,41 @@ def load(
     return pipe
 
 
-def _absent(source: str | Path, parts: Collection[str]) -> list[str]:
-    """Return what neither the options nor the file of the transformer give."""
+def check_source(options: Loading, source: str | Path) -> None:
+    """Refuse options that do not go with a file, a folder or a repository, or files that are not given."""
     from ..pipelines.loading.single_files import with_parts_of
 
+    parts, hub = _parts(options), hub_options(options)
+    if not Path(source).is_file():
+        if parts:
+            raise ValueError(f"{flags_of(next(iter(parts)))[0]} goes with a --model that is a file")
+        return
+    if hub:
+        raise ValueError(f"--revision {options.revision} is for repositories; {source} is a file")
     inside = with_parts_of(Path(source), {}, BESIDE_A_FILE)
-    return [name for name in BESIDE_A_FILE[1:] if name not in parts and name not in inside]
+    missing = [name for name in BESIDE_A_FILE[1:] if name not in parts and name not in inside]
+    if missing:
+        flags = ", ".join(flags_of(name)[0] for name in missing)
+        raise ValueError(f"{source} is one file; {flags} must be given, too")
+
+
+def _parts(options: Loading) -> dict[str, Any]:
+    """Return the files beside that of --model."""
+    return {name: part for name in BESIDE_A_FILE if (part := getattr(options, name)) is not None}
+
+
+def hub_options(options: Loading) -> dict[str, Any]:
+    """Return the options of a repository's download."""
+    return {} if options.revision is None else {"revision": options.revision}
+
+
+def parse_memory(text: str | None) -> str | None:
+    """Return the GPU memory that `--memory` names; a number without a unit is of gigabytes."""
+    if text is None or text == "auto":
+        return text
+    amount = f"{text}GB" if re.fullmatch(r"\d{1,4}(\.\d+)?", text) else text
+    parse_bytes(amount, "memory")
+    return amount
 
 
 def find_model(model: str | None, task: str) -> str | Path:
@@ -110,6 +129,18 @@ def find_model(model: str | None, task: str) -> str | Path:
     )
 
 
+def preset_of(model: str | Path | None, task: str) -> Preset | None:
+    """Return the release that a name or a repository, in either layout, is of; None for anything else."""
+    if model is None:
+        return next(preset for preset in PRESETS if preset.name == f"tiny-{task}")
+    name = str(model).lower().removesuffix("-diffusers")
+    for preset in PRESETS:
+        repository = preset.repo.lower().removesuffix("-diffusers")
+        if name == preset.name.lower() or (repository and name == repository):
+            return preset
+    return None
+
+
 def find_device(name: str | None) -> str:
     """Return the device that `--device` names, by default the best there is; a rank has one of its own."""
     import torch
@@ -128,14 +159,14 @@ def find_device(name: str | None) -> str:
     return name or best
 
 
-def _dtype(options: Loading, device: str, recorded: Mapping[str, str] | None) -> Any:
+def dtype_of(options: Loading, recorded: Mapping[str, str] | None) -> Any:
     """Return the constructors' dtype."""
     import torch
 
     if options.dtype is None and recorded is not None:
         return {component: _recorded_dtype(name) for component, name in recorded.items()}
     if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
-        exact = options.model is None and device == "cpu" and options.prepare is None
+        exact = options.model is None and options.prepare is None and find_device(options.device) == "cpu"
         return torch.float32 if exact else None
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
     dtype = names[options.dtype]
@@ -161,7 +192,7 @@ def split_strength(text: str) -> tuple[str, float]:
     return found[1], float(found[2])
 
 
-def _loras(options: Loading) -> Iterator[dict[str, Any]]:
+def lora_arguments(options: Loading) -> Iterator[dict[str, Any]]:
     """Yield the arguments of load_lora_weights for each LoRA of the options."""
     for text in options.lora or ():
         name, strength = split_strength(text)
@@ -197,4 +228,3 @@ def _silence_loading() -> None:
 
     for module in (diffusers_logging, transformers_logging):
         module.disable_progress_bar()
-    logging.getLogger("wan22.pipelines.loading.preparing").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial, wraps
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from typer import Argument, Option
+from typer.models import OptionInfo
 
 from ..checks import RENAMED
-from .signatures import call_arguments
+from ..presets import PRESETS, Preset
+from .signatures import CHANNELS, call_arguments
 
 # ---- a call's arguments: the pipelines declare and describe them, a command line says some differently ----
 
@@ -34,20 +37,34 @@ HELP = {
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",
     "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
 }
+# Arguments whose default is the checkpoint's own: the entry of that name in its preset.
+OF_THE_CHECKPOINT = (
+    *("height", "width", "num_frames", "num_inference_steps"),
+    *("flow_shift", "guidance_scale", "guidance_scale_2"),
+)
 
 
 class CallOptions:
     """Options for the arguments of a pipeline's call.
 
-    `task` is "t2v" or "i2v"; `names` default to all that can be typed; `positional` have no flag.
+    `task` is "t2v" or "i2v"; `names` default to all that can be typed; `positional` have no flag; `releases`,
+    whose defaults the help has, are those for the task.
     """
 
-    def __init__(self, task: str, names: Sequence[str] = (), positional: Sequence[str] = POSITIONAL) -> None:
+    def __init__(
+        self,
+        task: str,
+        names: Sequence[str] = (),
+        positional: Sequence[str] = POSITIONAL,
+        releases: Iterable[Preset] | None = None,
+    ) -> None:
         known = call_arguments(task)
+        if releases is None:
+            releases = [preset for preset in PRESETS if preset.in_channels in CHANNELS[task]]
         self.types = {name: known[name].type for name in names or known}
         self.parameters = []
         for name, kind in self.types.items():
-            help = _in_flags(HELP.get(name, known[name].help), known)
+            help = _in_flags(HELP.get(name, known[name].help), known) + _defaults(name, releases)
             typed: Any = str if kind in (list, dict) else kind
             if name in positional:
                 self.parameters.append(_parameter(name, Annotated[typed, Argument(help=help)]))
@@ -65,6 +82,14 @@ class CallOptions:
         return {name: _parsed(flags_of(name)[0], value, self.types[name]) for name, value in given.items()}
 
 
+class FieldOptions:
+    """Options for some fields of one of the dataclasses below; the others keep their defaults."""
+
+    def __init__(self, cls: Any, names: Sequence[str]) -> None:
+        self.parameters = [parameter for parameter in _fields(cls) if parameter.name in names]
+        self.collect = cls
+
+
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of an argument or a field."""
     return FLAGS.get(name, (f"--{name.replace('_', '-')}",))
@@ -76,6 +101,17 @@ def _in_flags(text: str, names: Iterable[str]) -> str:
         if "_" in name:
             text = re.sub(rf"\b{name}\b", flags_of(name)[0], text)
     return (text[0].upper() + text[1:]).replace("[", "\\[")
+
+
+def _defaults(name: str, releases: Iterable[Preset]) -> str:
+    """Return what a help text adds about the released checkpoints' values of an argument."""
+    if name not in OF_THE_CHECKPOINT:
+        return ""
+    values: dict[Any, list[str]] = {}
+    for preset in releases:
+        if preset.repo and (value := getattr(preset, name)) is not None:
+            values.setdefault(value, []).append(preset.name.removeprefix("Wan2.2-").removeprefix("Wan"))
+    return " Default: " + "; ".join(f"{value:g} ({', '.join(names)})" for value, names in values.items())
 
 
 def _parsed(flag: str, value: Any, kind: type) -> Any:
@@ -103,6 +139,7 @@ def _option(panel: str, help: str, *flags: str, default: Any = None) -> Any:
 
 
 _model, _saving = partial(_option, "Model"), partial(_option, "Saving")
+_printing = partial(_option, "Output")
 
 
 @dataclass(frozen=True)
@@ -118,7 +155,7 @@ class Loading:
         "Default: as stored; fp32 for the miniature on a CPU."
     )
     device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
-    memory: str | None = _model('GPU memory to use: "12GB", or "auto" for what is free.')
+    memory: str | None = _model('GPU memory to use: "12GB", which 12 is short for, or "auto": what is free.')
     quantize: str | None = _model("fp8, fp8_dynamic or int8: changes the result.")
     prepare: Literal["bf16", "fp8"] | None = _model(
         "Convert it once, into the cache, and load it from there; see `wan22 prepare`."
@@ -142,12 +179,13 @@ class Loading:
 
 @dataclass(frozen=True)
 class Target:
-    """Which file a video is written to."""
+    """Which file a video is written to, if it is made at all."""
 
     output: Path | None = _saving(  # noqa: RUF009 (a dataclasses.field)
         "File: .mp4, .gif, .webp, .png, .npy. Default: named after the prompt.", "--output", "-o"
     )
     overwrite: bool = _saving("Replace existing files.", default=False)
+    dry_run: bool = _saving("Check all, print what would be done, and stop.", default=False)
 
 
 @dataclass(frozen=True)
@@ -159,8 +197,20 @@ class Saving:
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
     no_recipe: bool = _saving("Leave the recipe out of the file.", default=False)
     no_prompt: bool = _saving("Leave the prompt out of the file, its name, and the picture.", default=False)
-    as_json: bool = _saving("Print the result as JSON, and nothing else.", "--json", default=False)
-    quiet: bool = _saving("Show no progress.", "--quiet", "-q", default=False)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints beside its work; every command has these."""
+
+    as_json: bool = _printing("Print the result as JSON, and nothing else.", "--json", default=False)
+    quiet: bool = _printing("Print results, warnings and errors only.", "--quiet", "-q", default=False)
+    verbose: bool = _printing("Print what the parts of wan22 log.", "--verbose", "-v", default=False)
+
+    @property
+    def draws_bars(self) -> bool:
+        """Whether progress is drawn: where somebody sees it change, and not in a log."""
+        return sys.stderr.isatty() and not self.quiet and not self.as_json
 
 
 # ---- commands ----
@@ -169,15 +219,15 @@ class Saving:
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
     """Turn each parameter of a command that stands for several options into these options.
 
-    Such a parameter is annotated with one of the dataclasses above, or with `Annotated[…, CallOptions(…)]`.
+    Such a parameter is annotated with one of the dataclasses above, or with CallOptions or FieldOptions.
     """
     hints: dict[str, Any] = get_type_hints(function, include_extras=True)
     groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
-        call = next((extra for extra in get_args(hint) if isinstance(extra, CallOptions)), None)
-        if call is not None:
-            groups[name] = call.parameters, call.collect
+        some = [extra for extra in get_args(hint) if isinstance(extra, CallOptions | FieldOptions)]
+        if some:
+            groups[name] = some[0].parameters, some[0].collect
         elif isinstance(hint, type) and is_dataclass(hint):
             groups[name] = _fields(hint), hint
         else:
@@ -192,9 +242,23 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
         function(**arguments)
 
     parameters = [parameter for options, _ in groups.values() for parameter in options]
+    command.flags = {p.name: flag for p in parameters if (flag := _flag(p))}  # type: ignore[attr-defined]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _flag(parameter: inspect.Parameter) -> str | None:
+    """Return the flag by which messages name an option; None for what has none."""
+    info = get_args(parameter.annotation)[-1]
+    if not isinstance(info, OptionInfo):
+        return None
+    given = [
+        info.default,
+        *(info.param_decls or ()),
+    ]  # in an annotation, the first flag is where a default was
+    flags = [flag for flag in given if isinstance(flag, str) and flag[:2] == "--"]
+    return (*flags, *flags_of(parameter.name))[0]
 
 
 def _fields(cls: Any) -> list[inspect.Parameter]:
@@ -202,6 +266,8 @@ def _fields(cls: Any) -> list[inspect.Parameter]:
     parameters = []
     for item in fields(cls):
         info = dict(item.metadata)
+        if item.type is bool:
+            info["metavar"] = ""
         option = Option(*(info.pop("flags") or flags_of(item.name)), **info)
         parameters.append(_parameter(item.name, Annotated[item.type, option], item.default))
     return parameters

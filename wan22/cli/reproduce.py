@@ -17,9 +17,11 @@ from ..presets import PRESETS
 from ..video.privacy import without_folders
 from ..video.recipe import IMAGES, Recipe, UsedLora
 from ..web import masked
+from .checking import check_all, check_loading, check_output
 from .loading import BESIDE_A_FILE, find_device, load, split_strength
-from .options import Loading, Saving, Target, flags_of
-from .reporting import report, say
+from .options import Loading, Output, Saving, Target, flags_of
+from .planning import print_plan
+from .reporting import report, say, warn
 from .running import free_name, make
 from .signatures import PIPELINES
 
@@ -54,6 +56,7 @@ def reproduce_file(
     loading: Loading,
     target: Target,
     saving: Saving,
+    output: Output,
     allow_download: bool = False,
     anyway: bool = False,
 ) -> None:
@@ -66,15 +69,23 @@ def reproduce_file(
     from ..video.metadata import read_recipe
 
     recipe = read_recipe(file)
+    path = target.output or free_name(f"{file.stem} again")
+    count = len(recipe.seeds)
+    check_output(path, count, target, saving)
     ask(file, _named(recipe, replaced, loading), allow_download)
     task = next((task for task, name in PIPELINES.items() if name == recipe.pipeline), "t2v")
     loras = _loras(recipe, loading)
     others = replace(loading, lora=None, lora_high=None, lora_low=None) if loras else loading
-    pipe = load(task, _recorded(recipe, others), saving.quiet, loras, recipe.dtypes)
-    path = target.output or free_name(f"{file.stem} again")
-    say(f"{recipe}, to {path}", saving.quiet)
+    recorded = _recorded(recipe, others)
+    say(f"{recipe}, to {path}")
+    if target.dry_run:
+        call = {name: value for name, value in recipe.call.items() if value is not None} | dict(replaced)
+        print_plan(task, recorded, check_all(task, call, recorded, path, dry=True), output, path)
+        return
+    check_loading(task, recorded)
+    pipe = load(task, recorded, output, loras, recipe.dtypes)
     run = partial(pipe.reproduce, replace(recipe, outside=False), anyway=anyway, **replaced)
-    report(make(pipe, run, path, target.overwrite, saving), saving.as_json)
+    report(make(pipe, run, path, count, target, saving), output)
 
 
 # ---- what a recipe names ----
@@ -111,7 +122,7 @@ def ask(file: Path, named: list[Named], allow_download: bool) -> None:
     if len(asked) > _MOST_SHOWN:
         options += f" and {len(asked) - _MOST_SHOWN} more"
     if at_a_terminal() and all(entry.downloaded or entry.here for entry in asked):
-        say(f"the recipe in {file} names: {options}")
+        warn(f"the recipe in {file} names: {options}")
         if not typer.confirm("load them from there?", err=True):
             raise typer.Exit(1)
         return

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 # The pipelines, by the name of their file and of their command.
 PIPELINES = {"t2v": "WanT2VPipeline", "i2v": "WanI2VPipeline"}
+# Input channels of their transformers, see wan22.presets.
+CHANNELS = {"t2v": (16, 48), "i2v": (36, 48)}
 # Types that can be typed on a command line, and as what. An argument that takes none of them is for Python
 # only: tensors, generators, callbacks, the form in which frames are returned.
 TYPED = {
@@ -39,6 +41,13 @@ def call_arguments(task: str) -> Mapping[str, CallArgument]:
         if types := [TYPED[member] for member in members if member in TYPED]:
             found[argument.arg] = CallArgument(types[0], described[argument.arg])
     return found
+
+
+def python_only() -> set[str]:
+    """Return the arguments of the calls that cannot be typed: tensors, callbacks, the result's form."""
+    calls = map(_call, PIPELINES)
+    names = {a.arg for call in calls for a in (*call.args.args[1:], *call.args.kwonlyargs)}
+    return names.difference(*map(call_arguments, PIPELINES))
 
 
 def _call(task: str) -> ast.FunctionDef:

@@ -1,0 +1,121 @@
+"""The pipeline that the options of a command describe, without its weights: what checks and plans need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .loading import PARTS, check_source, dtype_of, find_model, hub_options, preset_of
+from .options import Loading
+from .signatures import PIPELINES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call makes, completed with the checkpoint's settings."""
+
+    name: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    videos: int
+    steps: int
+    solver: str
+    shift: float | None  # None for a schedule that is given
+    guidance: tuple[float, ...]  # of the experts, high noise first
+    passes: int  # of a transformer, in all steps of one video
+
+    def __str__(self) -> str:
+        many = "" if self.videos == 1 else f"{self.videos} x "
+        shift = "custom schedule" if self.shift is None else f"shift {self.shift:g}"
+        scales = " and ".join(f"{scale:g}" for scale in self.guidance)
+        return (
+            f"{many}{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps "
+            f"({self.num_frames / self.fps:.2g} s), {self.steps} steps of {self.solver}, {shift}, "
+            f"guidance {scales}"
+        )
+
+
+def outlined(task: str, options: Loading, dtypes: Mapping[str, str] | None = None) -> Any:
+    """Return the pipeline with its models on the meta device; None if nothing here tells their sizes.
+
+    Of a repository that is no known release, configurations are downloaded. A ValueError says that the
+    checkpoint is for another pipeline, or that options do not go together.
+    """
+    import wan22
+
+    from ..pipelines.loading import load, preparing
+    from ..pipelines.loading.checkpoint import Checkpoint, Wanted
+    from ..pipelines.loading.official_layout import outline_of
+    from ..pipelines.loading.single_files import SingleFiles, with_parts_of
+
+    pipeline = getattr(wan22, PIPELINES[task])
+    source, quantize = find_model(options.model, task), options.quantize
+    check_source(options, source)
+    wanted = Wanted(dtype=dtype_of(options, dtypes))
+    if options.prepare is not None:
+        wanted, quantize = preparing.wanted_in(options.prepare, wanted, quantize)
+    release = preset_of(options.model, task)
+    if release is not None and release.repo and not Path(source).exists():
+        return load.outlined_pipeline(pipeline, outline_of(release, wanted), wanted)
+    if not Path(source).is_file():
+        checkpoint: Checkpoint = load.locate(str(source), hub_options(options))
+    else:
+        given = {PARTS[name]: path for name, path in files_of(options).items()}
+        if not all(path.exists() for name, path in given.items() if name != "tokenizer"):
+            return None
+        absent = [name for name in PARTS.values() if name != "transformer_2"]
+        checkpoint = SingleFiles(with_parts_of(Path(source), {"transformer": Path(source)} | given, absent))
+    load.check_kind(pipeline, checkpoint)
+    return load.outlined_pipeline(pipeline, checkpoint.outline(wanted), wanted)
+
+
+def files_of(options: Loading) -> dict[str, Path]:
+    """Return the paths of the models beside a --model file; one that is nowhere is refused by its flag."""
+    from ..checkpoints.files.hub import hub_file
+
+    paths = {}
+    for name in PARTS:
+        if (place := getattr(options, name)) is not None:
+            paths[name] = Path(place).expanduser()
+            if name != "tokenizer" and not paths[name].exists() and hub_file(place) is None:
+                raise FileNotFoundError(f"{name}={place!r}: there is no file {place}")
+    return paths
+
+
+def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
+    """Check a call of an outlined pipeline, as the call itself does, and complete it.
+
+    Images are read. The errors are those of the call.
+    """
+    import torch
+
+    from ..pipelines.call.noise import generators_of
+    from ..pipelines.call.prepare import check, schedule
+    from ..pipelines.call.preview import Previewer
+    from ..pipelines.call.request import Request
+    from ..pipelines.call.schedule import scheduler_shift, with_distilled
+
+    request = with_distilled(pipe.with_inputs(Request.of(type(pipe).__call__, call)))
+    checked = check(pipe, request)
+    generators_of(request, checked.videos, lambda: 0)
+    scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))
+    if request.preview is not None:
+        Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
+    scales = checked.guidance.scale, checked.guidance.scale_2
+    given = request.sigmas is not None or request.timesteps is not None
+    shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
+    return Settings(
+        name=pipe.released.name if pipe.released else "unknown sizes",
+        width=checked.width,
+        height=checked.height,
+        num_frames=checked.num_frames,
+        fps=pipe.preset.fps,
+        videos=checked.videos,
+        steps=scheduler.num_inference_steps or len(steps),
+        solver=type(scheduler).__name__.removeprefix("FlowMatch").removesuffix("Scheduler"),
+        shift=None if given else shift,
+        guidance=scales[:1] if pipe.config.boundary_ratio is None else scales,
+        passes=sum(1 + checked.guidance.needs_negative(step) for step in steps),
+    )
