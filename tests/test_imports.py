@@ -22,10 +22,11 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-FREE = {"checks", "host_memory", "pictures", "progress", "web", "whole_files"}
+FREE = {"checks", "downloads", "host_memory", "pictures", "progress", "web", "whole_files"}
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
+    "downloads": set(),
     "progress": set(),
     "whole_files": set(),
     "web": set(),

@@ -2,11 +2,12 @@
 
 import difflib
 import errno
+import inspect
 import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,23 @@ def unknown_argument(what: str, name: str, known: Iterable[str]) -> str:
     if RENAMED.get(name) in known:
         return f"{what}: {name} is called {RENAMED[name]} now"
     near = difflib.get_close_matches(cut(name), known, 1, 0.5)
-    return f"{what} has no argument {cut(name)}" + (f"; the nearest is {near[0]}" if near else "")
+    return f"{what} has no argument {cut(name)}; " + (
+        f"the nearest is {near[0]}" if near else f"it has {cut(', '.join(sorted(known)))}"
+    )
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a function or a bound method takes by name."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind in named and name != "self"]
+
+
+def refuse_unknown(what: str, names: Iterable[Any], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that `what` does not have: a TypeError names the first, and the nearest."""
+    known = set(known)
+    if unknown := sorted(str(name) for name in names if name not in known):
+        raise TypeError(unknown_argument(what, unknown[0], known))
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -251,7 +251,7 @@ def test_from_pipe_with_replacements(pipe):
     other = WanT2VPipeline.from_pipe(pipe, transformer_2=None, boundary_ratio=None)
     assert other.transformer_2 is None
     assert other.config.boundary_ratio is None
-    with pytest.raises(ValueError, match=r"WanT2VPipeline has no sheduler; it has .*scheduler"):
+    with pytest.raises(TypeError, match=r"from_pipe has no argument sheduler; the nearest is scheduler"):
         WanT2VPipeline.from_pipe(pipe, sheduler=None)
 
 

@@ -237,7 +237,7 @@ def test_both_names_of_the_shift():
 
 
 def test_a_setting_that_no_class_has():
-    with pytest.raises(TypeError, match="FlowMatchUniPCScheduler has no setting 'colour'"):
+    with pytest.raises(TypeError, match="FlowMatchUniPCScheduler has no argument colour"):
         FlowMatchUniPCScheduler(colour="red")
 
 

@@ -160,7 +160,7 @@ def opened(monkeypatch):
     active.clear()
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".gif", ".webp", ".png"])
+@pytest.mark.parametrize("ending", [".mp4", ".mkv", ".gif", ".webp", ".png"])
 def test_reading_opens_nothing_that_a_recipe_names(ending, tmp_path, opened):
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"x")

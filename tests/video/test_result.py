@@ -22,7 +22,7 @@ from wan22.presets import PRESETS
 from wan22.video import writers
 from wan22.video.recipe import Recipe
 from wan22.video.result import WanStream
-from wan22.video.writers import write_mp4
+from wan22.video.writers import write_encoded
 
 H, W, T, FPS = 48, 64, 9, 12
 
@@ -125,16 +125,39 @@ def test_nothing_else_is_left(written):
     assert [p.name for p in written.parent.iterdir()] == ["clip.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec", "start"),
+    [("mov", "h264", b"ftypqt"), ("mkv", "h264", b"matroska"), ("webm", "vp9", b"webm")],
+)
+def test_other_containers(ending, codec, start, tmp_path):
+    (path,) = video().save(tmp_path / f"clip.{ending}")
+    assert start in path.read_bytes()[:64]
+    information, frames = read(path)
+    assert (information["codec"], information["size"]) == (codec, (W, H))
+    assert information["fps"] == pytest.approx(FPS, abs=0.01)
+    assert len(frames) == T
+    difference = frames.astype(int) - video().as_uint8()[0]
+    assert np.abs(difference).mean() < 4
+    assert np.abs(difference[:, :4, :4]).max() <= 4, "flat areas must come back nearly exact"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "webm"])
+def test_a_long_recipe_travels_whole(ending, tmp_path):
+    given = recipe(prompt=["e" * 100_000])
+    (path,) = WanVideo(frames=video().frames, fps=FPS, recipe=given).save(tmp_path / f"clip.{ending}")
+    assert read_recipe(path) == given.of(0)
+
+
 @pytest.mark.parametrize("size", [(2, 2), (16, 34), (50, 18)])
 def test_sizes_are_not_padded(size, tmp_path):
-    write_mp4(np.zeros((3, *size, 3), np.uint8), tmp_path / "a.mp4", 8)
+    write_encoded(np.zeros((3, *size, 3), np.uint8), tmp_path / "a.mp4", 8)
     information, frames = read(tmp_path / "a.mp4")
     assert information["size"] == size[::-1]
     assert len(frames) == 3
 
 
 def test_one_frame(tmp_path):
-    write_mp4(np.full((1, 16, 16, 3), 200, np.uint8), tmp_path / "a.mp4", 16)
+    write_encoded(np.full((1, 16, 16, 3), 200, np.uint8), tmp_path / "a.mp4", 16)
     _, frames = read(tmp_path / "a.mp4")
     assert frames.shape == (1, 16, 16, 3)
     assert np.abs(frames.astype(int) - 200).max() <= 2
@@ -145,7 +168,7 @@ def test_of_odd_sizes_the_last_row_and_column_are_repeated(height_width, tmp_pat
     h, w = height_width
     shades = np.zeros((2, h, w, 3), np.uint8) + np.uint8(60)
     shades[:, -1:, :], shades[:, :, -1:] = 200, 200
-    write_mp4(shades, tmp_path / "a.mp4", 8, crf=0)
+    write_encoded(shades, tmp_path / "a.mp4", 8, crf=0)
     information, frames = read(tmp_path / "a.mp4")
     assert information["size"] == (w + w % 2, h + h % 2)
     assert np.abs(frames[:, :h, :w].astype(int) - shades).max() <= 3, "nothing is rescaled"
@@ -180,9 +203,11 @@ def test_of_several_names_one_exists(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip-2.mp4"]
 
 
-@pytest.mark.parametrize("name", ["clip.mov", "clip", "clip.mp4.avi"])
+@pytest.mark.parametrize("name", ["clip.avi", "clip", "clip.mp4.avi"])
 def test_another_ending(name, tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.mp4, \.gif, \.webp, \.png, \.npy; say .*\.mp4"):
+    with pytest.raises(
+        ValueError, match=r"must end in \.mp4, \.mov, \.mkv, \.webm, \.gif, \.webp, \.png, \.npy; say .*\.mp4"
+    ):
         video().save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -279,7 +304,7 @@ def test_an_encoder_that_is_killed_is_told(tmp_path):
             yield np.repeat(frame, 20, 0)
 
     with pytest.raises(OSError, match=r"clip\.mp4 could not be written whole: ffmpeg was killed by signal 9"):
-        write_mp4(frames(), tmp_path / "clip.mp4", FPS)
+        write_encoded(frames(), tmp_path / "clip.mp4", FPS)
     assert not list(tmp_path.iterdir())
     assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
 
@@ -476,7 +501,7 @@ def test_arrays_keep_their_values(tmp_path):
     assert np.load(path).dtype == np.float32
 
 
-@pytest.mark.parametrize("ending", ["mp4", "gif", "webp", "png"])
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "webm", "gif", "webp", "png"])
 def test_the_recipe_travels(ending, tmp_path):
     prompts = ['a = b; #1 \\ "c"\n二', "e" * 5000]
     given = recipe(2, prompt=prompts, negative_prompt=["n", ""], versions={"wan22": "1"})
@@ -493,7 +518,7 @@ def test_files_without_a_recipe(tmp_path, written):
     plain = [tmp_path / name for name in ("a.png", "b.gif", "c.mp4", "d.txt")]
     for path in plain[:2]:
         Image.new("RGB", (4, 4)).save(path)
-    write_mp4(video().as_uint8()[0], plain[2], FPS)
+    write_encoded(video().as_uint8()[0], plain[2], FPS)
     plain[3].write_text("{}")
     for path in plain:
         with pytest.raises(ValueError, match="carries no recipe of wan22"):
@@ -503,7 +528,7 @@ def test_files_without_a_recipe(tmp_path, written):
 def test_quality(tmp_path):
     noise = np.random.default_rng(0).random((1, T, H, W, 3), dtype=np.float32)
     result = WanVideo(frames=noise, fps=FPS, recipe=recipe())
-    for ending in ("mp4", "webp"):
+    for ending in ("mp4", "webm", "webp"):
         sizes = [
             result.save(tmp_path / f"{q}.{ending}", quality=q)[0].stat().st_size for q in (10, 50, 90, 100)
         ]
@@ -520,9 +545,10 @@ def test_quality(tmp_path):
         ("a.mp4", {"quality": 0}, "quality=0 must be an int, 1 to 100; the nearest is 1"),
         ("a.webp", {"quality": 101}, "the nearest is 100"),
         ("a.mp4", {"crf": 60}, "crf=60 must be an int, 0 to 51; the nearest is 51"),
+        ("a.webm", {"crf": 64}, "crf=64 must be an int, 0 to 63; the nearest is 63"),
         ("a.mp4", {"crf": 1, "quality": 1}, "both given"),
-        ("a.gif", {"quality": 5}, r"quality=5 is for \.mp4 and \.webp; \.gif has none"),
-        ("a.webp", {"crf": 5}, r"crf=5 is for \.mp4, not \.webp"),
+        ("a.gif", {"quality": 5}, r"quality=5 is for \.mp4, .* and \.webp; \.gif has none"),
+        ("a.webp", {"crf": 5}, r"crf=5 is for \.mp4, \.mov, \.mkv, \.webm, not \.webp"),
     ],
 )
 def test_qualities_that_there_are_not(name, arguments, message, tmp_path):

@@ -11,7 +11,7 @@ from .loading import preset_of
 from .options import Output
 from .reporting import aligned, print_lines
 
-VIDEOS = (".mp4", ".gif", ".webp", ".png")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".gif", ".webp", ".png")
 LICENCE = "Apache-2.0"
 # Entries of a list, and characters of a text, that a table shows; --json prints all.
 MOST_SHOWN, LONGEST = 200, 4000

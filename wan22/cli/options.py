@@ -182,7 +182,9 @@ class Target:
     """Which file a video is written to, if it is made at all."""
 
     output: Path | None = _saving(  # noqa: RUF009 (a dataclasses.field)
-        "File: .mp4, .gif, .webp, .png, .npy. Default: named after the prompt.", "--output", "-o"
+        "File: .mp4, .mov, .mkv, .webm, .gif, .webp, .png, .npy. Default: named after the prompt.",
+        "--output",
+        "-o",
     )
     overwrite: bool = _saving("Replace existing files.", default=False)
     dry_run: bool = _saving("Check all, print what would be done, and stop.", default=False)
@@ -192,8 +194,8 @@ class Target:
 class Saving:
     """How videos are written and reported."""
 
-    quality: int | None = _saving("1 to 100, for .mp4 and .webp; default 90.")
-    crf: int | None = _saving("For .mp4, instead of quality: H.264's scale, 0 to 51.")
+    quality: int | None = _saving("1 to 100, for videos and .webp; default 90.")
+    crf: int | None = _saving("For videos, instead of quality: the codec's scale, 0 to 51; .webm: to 63.")
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
     no_recipe: bool = _saving("Leave the recipe out of the file.", default=False)
     no_prompt: bool = _saving("Leave the prompt out of the file, its name, and the picture.", default=False)

@@ -11,7 +11,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import diffusers
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from huggingface_hub import hf_hub_download
 
-from ..checks import as_number, as_path, check_positive_int, shown
+from ..checks import as_number, as_path, check_positive_int, refuse_unknown, shown
+from ..downloads import OPTIONS, reaching
 from .checks import check_shift, checked_table
 from .hub_config import MULTISTEP_FLOW, SCHEMAS, SETTINGS, WRITER, HubSchema, read_config
 
@@ -67,8 +69,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, num_train_timesteps: int, shift: float, **settings: Any) -> None:
         schema, defaults = self.schema, self.schema.defaults
         shift = _one_shift(shift, settings.pop("flow_shift", None))
-        if unknown := sorted(settings.keys() - defaults.keys() - MULTISTEP_FLOW.keys()):
-            raise TypeError(f"{type(self).__name__} has no setting {shown(unknown[0])}")
+        refuse_unknown(type(self).__name__, settings, {"shift", *defaults, *MULTISTEP_FLOW})
         if lacks := schema.lacking(settings):
             name, value, supported = lacks
             raise ValueError(
@@ -296,8 +297,16 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         that it names; a line in the log says so. `kwargs` are options of the download, and settings that
         replace the config's.
         """
+        path = as_path(pretrained_model_name_or_path)
+        if not return_unused_kwargs:
+            refuse_unknown(f"{cls.__name__}.from_pretrained", kwargs, {"subfolder", *SETTINGS, *OPTIONS})
+        if not path.exists():
+            options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
+            name = str(PurePosixPath(subfolder or "", cls.config_name))
+            with reaching(str(path), name, options):
+                path, subfolder = Path(hf_hub_download(str(path), name, **options)).parent, None
         config, kwargs, _ = cls.load_config(
-            as_path(pretrained_model_name_or_path),
+            path,
             subfolder=subfolder,
             return_unused_kwargs=True,
             return_commit_hash=True,
@@ -317,8 +326,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             config: config of a scheduler; this solver takes from it the settings that it has itself.
             return_unused_kwargs: whether to return (scheduler, kwargs that are no setting).
             kwargs: settings that replace the config's, such as `shift` or `flow_shift`.
-        Raises: ValueError: a setting that this solver lacks.
+        Raises: ValueError: a setting that this solver lacks. TypeError: there is no such setting.
         """
+        if not return_unused_kwargs:
+            refuse_unknown(f"{cls.__name__}.from_config", kwargs, SETTINGS)
         overrides = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
         scheduler = cls(**read_config(config, overrides, cls.schema))
         return (scheduler, kwargs) if return_unused_kwargs else scheduler

@@ -33,21 +33,21 @@ class EncodingError(OSError):
 def encoding(
     partial: Path, path: Path, size: tuple[int, int], fps: int, options: Sequence[str]
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yield what sends a frame "h w 3" in uint8 to ffmpeg, which writes H.264 in yuv420p.
+    """Yield what sends a frame "h w 3" in uint8 to ffmpeg, which writes a video in yuv420p.
 
     Args:
         partial: the file that is written.
         path: the file's name in errors.
         size: w and h.
         fps: frames per second.
-        options: further arguments of the command.
+        options: further arguments of the command: container, codec and their settings.
     Raises: OSError: ffmpeg cannot be run or has not written to the end; the message has what it said.
     """
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo"]
     command += ["-s", "{}x{}".format(*size), "-pix_fmt", "rgb24", "-r", str(fps), "-i", "-", "-an"]
-    command += ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-v", "warning", *options, f"file:{partial}"]
+    command += ["-pix_fmt", "yuv420p", "-v", "warning", *options, f"file:{partial}"]
     with tempfile.TemporaryFile() as log:
         # In a session of its own: Ctrl-C in a terminal is this process's to handle.
         process = subprocess.Popen(

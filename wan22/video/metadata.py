@@ -11,11 +11,12 @@ from .schema import MOST_TEXT
 
 PNG_KEY = "wan22"
 EXIF_DESCRIPTION = 0x010E
+EBML = b"\x1aE\xdf\xa3"  # with which Matroska's files begin, WebM included
 MOST_SECONDS = 30  # for ffmpeg, which reads an MP4's header in a tenth of one
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in an MP4, GIF, WebP or PNG written by `WanVideo.save`, under any name.
+    """Return the recipe in a video, GIF, WebP or PNG written by `WanVideo.save`, under any name.
 
     Raises: FileNotFoundError: there is no such file. ValueError: the file carries no recipe.
     """
@@ -24,8 +25,8 @@ def read_recipe(path: str | Path) -> Recipe:
         raise FileNotFoundError(f"there is no file {cut(path)}")
     with path.open("rb") as file:
         start = file.read(12)
-    is_mp4 = start[4:8] == b"ftyp"
-    text = _read_mp4(path) if is_mp4 else _read_image(path)
+    form = "mov" if start[4:8] == b"ftyp" else "matroska" if start[:4] == EBML else None
+    text = _read_image(path) if form is None else _read_video(path, form)
     nothing = f"{cut(path)} carries no recipe of wan22"
     if not text:
         raise ValueError(f"{nothing}: its metadata was removed, or another program wrote it")
@@ -35,12 +36,12 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{nothing}: {cut(error.__cause__ or error)}") from error
 
 
-def _read_mp4(path: Path) -> str | None:
-    """Return an MP4's comment, which ffmpeg prints with escapes."""
+def _read_video(path: Path, demuxer: str) -> str | None:
+    """Return a video's comment, which ffmpeg prints with escapes."""
     import imageio_ffmpeg
 
     # Of this one format: others name further files and servers, which ffmpeg would open.
-    form = ["-f", "mov", "-protocol_whitelist", "file", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
+    form = ["-f", demuxer, "-protocol_whitelist", "file", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *form]
     nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(command, stdin=nowhere, stdout=pipe, stderr=nowhere) as process:
@@ -53,7 +54,7 @@ def _read_mp4(path: Path) -> str | None:
             alarm.cancel()
             process.kill()
     output = printed.decode(errors="replace")
-    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", output, re.MULTILINE)
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", output, re.MULTILINE | re.IGNORECASE)
     return re.sub(r"\\(.)", r"\1", found[1]) if found else None
 
 

@@ -59,11 +59,12 @@ class WanVideo(BaseOutput):
         """Write each video to a file, with the recipe in its metadata, which has no folders of this machine.
 
         Args:
-            path: file whose ending sets the format: .mp4 (H.264), .gif, .webp, .png (one file per frame), or
-                .npy (the values unchanged, without a recipe). Several videos get a number before the ending.
+            path: file whose ending sets the format: .mp4, .mov or .mkv (H.264), .webm (VP9), .gif, .webp,
+                .png (one file per frame), or .npy (the values unchanged, without a recipe). Several videos
+                get a number before the ending.
             overwrite: whether existing files are replaced.
-            quality: 1 to 100, for .mp4 and .webp; default 90.
-            crf: H.264's scale for .mp4 instead of quality, 0 (lossless) to 51.
+            quality: 1 to 100, for these videos and .webp; default 90.
+            crf: the codec's scale instead of quality, 0 (best) to 51; of .webm to 63.
             recipe: whether the file gets the recipe. Without it, it has no metadata of wan22.
             prompt: whether the recipe has the prompts. Without them, `reproduce` has to be given the prompt.
 
@@ -196,7 +197,7 @@ class WanStream:
         recipe: bool = True,
         prompt: bool = True,
     ) -> list[Path]:
-        """Write the frames as they are decoded; .mp4 and .png keep only a few in memory.
+        """Write the frames as they are decoded; videos and .png keep only a few in memory.
 
         See `WanVideo.save` for arguments and errors. After an error the frames cannot be saved again.
         """

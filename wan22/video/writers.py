@@ -1,4 +1,4 @@
-"""Write frames as MP4, GIF, WebP, PNGs or NumPy arrays. A file is written whole or not at all.
+"""Write frames as videos, GIF, WebP, PNGs or NumPy arrays. A file is written whole or not at all.
 
 Shapes: t frames, h rows, w columns.
 """
@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,38 @@ from .metadata import EXIF_DESCRIPTION, PNG_KEY
 
 logger = logging.getLogger(__name__)
 
-QUALITY, BEST_CRF, WORST_CRF = 90, 0, 51
+QUALITY, BEST_CRF = 90, 0
 # The longest argument of a command on Linux.
 _LONGEST_ARGUMENT = 128 * 1024 - 16
 
 Frames = Iterable[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How ffmpeg writes a container: arguments of its command, and the codec's constant rate factor."""
+
+    muxer: str
+    codec: tuple[str, ...]
+    worst_crf: int
+    muxing: tuple[str, ...] = ()
+
+    def crf_of(self, quality: int) -> int:
+        """Return the constant rate factor for a quality of 1 to 100: of H.264 16 for 90, 12 for 100."""
+        return round(self.worst_crf * (1 - quality * 0.39 / 51))
+
+
+_H264 = ("-vcodec", "libx264")
+# The index comes first, so that a video plays while it loads.
+_INDEX_FIRST = ("-movflags", "+faststart")
+ENCODINGS = {
+    ".mp4": Encoding("mp4", _H264, 51, _INDEX_FIRST),
+    # QuickTime's own comment holds 64 kB, these tags any length.
+    ".mov": Encoding("mov", _H264, 51, ("-movflags", "+faststart+use_metadata_tags")),
+    ".mkv": Encoding("matroska", _H264, 51),
+    # Without a bit rate of 0, VP9 heeds the rate factor as a limit alone.
+    ".webm": Encoding("webm", ("-vcodec", "libvpx-vp9", "-b:v", "0", "-row-mt", "1", "-cpu-used", "4"), 63),
+}
 
 
 def write(
@@ -63,20 +91,20 @@ def check_ending(path: Path) -> str:
 def check_quality(path: Path, quality: Any, crf: Any) -> tuple[int | None, int | None]:
     """Return quality and crf as int; refuse one out of range, or for a format that has none."""
     ending = path.suffix.lower()
-    if crf is not None and ending != ".mp4":
-        raise ValueError(f"crf={shown(crf)} is for .mp4, not {ending}")
-    if quality is not None and ending not in (".mp4", ".webp"):
-        raise ValueError(f"quality={shown(quality)} is for .mp4 and .webp; {ending} has none")
+    encoding = ENCODINGS.get(ending)
+    if crf is not None and encoding is None:
+        raise ValueError(f"crf={shown(crf)} is for {', '.join(ENCODINGS)}, not {ending}")
+    if quality is not None and ending not in (*ENCODINGS, ".webp"):
+        raise ValueError(
+            f"quality={shown(quality)} is for {', '.join(ENCODINGS)} and .webp; {ending} has none"
+        )
     if quality is not None and crf is not None:
         raise ValueError("quality and crf are both given; give one")
     if quality is not None:
         return check_positive_int("quality", quality, most=100), None
-    return None, None if crf is None else check_positive_int("crf", crf, least=BEST_CRF, most=WORST_CRF)
-
-
-def crf_of(quality: int) -> int:
-    """Return H.264's constant rate factor for a quality of 1 to 100: 16 for 90, 12 for 100."""
-    return round(WORST_CRF - 0.39 * quality)
+    if crf is None or encoding is None:
+        return None, None
+    return None, check_positive_int("crf", crf, least=BEST_CRF, most=encoding.worst_crf)
 
 
 def numbered(path: Path, count: int, overwrite: bool) -> list[Path]:
@@ -115,7 +143,7 @@ def written_files(path: Path, count: int) -> list[Path]:
 # ---- the formats ----
 
 
-def write_mp4(
+def write_encoded(
     frames: Frames,
     path: Path,
     fps: int,
@@ -125,7 +153,7 @@ def write_mp4(
     *,
     replace: bool = True,
 ) -> int:
-    """Write H.264, yuv420p, with the index in front so that it plays while it loads; see `write`.
+    """Write H.264, or VP9 for .webm, in yuv420p; see `write`.
 
     Odd sizes repeat the last row or column, as yuv420p has one colour per 2 x 2 pixels.
     """
@@ -133,17 +161,21 @@ def write_mp4(
 
     first, frames = _first(frames)
     h, w, _ = first.shape
+    form = ENCODINGS[path.suffix.lower()]
     # The tags name the conversion from RGB; without them players guess by size.
     filters = [
         "scale=out_color_matrix=bt709:out_range=tv",
         "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
     ]
-    options = ["-crf", str(crf_of(quality or QUALITY) if crf is None else crf), "-vf", ",".join(filters)]
-    options += ["-movflags", "+faststart", "-map_metadata", "-1"]
+    rate = form.crf_of(quality or QUALITY) if crf is None else crf
+    options = [*form.codec, "-crf", str(rate), "-vf", ",".join(filters)]
+    options += [*form.muxing, "-map_metadata", "-1"]
     if recipe is not None and len(recipe) < _LONGEST_ARGUMENT - len("comment="):
         options += ["-metadata", f"comment={recipe}"]
     elif recipe is not None:
-        logger.warning("the recipe has %d bytes, too many for an MP4 file; it is left out", len(recipe))
+        message = "the recipe has %d bytes, too many for %s; it is left out"
+        logger.warning(message, len(recipe), path.suffix.lower())
+    options += ["-f", form.muxer]
     count = 0
     with whole_file(path, replace) as partial:
         with encoding(partial, path, (w + w % 2, h + h % 2), fps, options) as send:
@@ -227,7 +259,7 @@ def write_npy(frames: Frames, path: Path, *_: Any, replace: bool = True) -> int:
 
 
 WRITERS: dict[str, Callable[..., int]] = {
-    ".mp4": write_mp4,
+    **dict.fromkeys(ENCODINGS, write_encoded),
     ".gif": write_gif,
     ".webp": write_webp,
     ".png": write_png,

@@ -24,6 +24,7 @@ from wan22.checkpoints.deferred import deferred_weights
 from wan22.checkpoints.loading import fill
 from wan22.checkpoints.quantized_linear import QuantizedLinear
 from wan22.pipelines.loading import load
+from wan22.pipelines.loading.arguments import lora_arguments
 from wan22.pipelines.loading.checkpoint import Wanted
 from wan22.pipelines.loading.single_files import SingleFiles
 
@@ -133,7 +134,9 @@ def test_the_first_call_makes_the_plan(source, device):
 
 
 def test_what_a_budget_may_say(source, no_weights_read):
-    with pytest.raises(ValueError, match="memory has no seconds; it may have disk, guided, height"):
+    with pytest.raises(
+        ValueError, match="a key of memory='seconds' must be one of 'disk', 'guided', 'height'"
+    ):
         source[1](memory={"vram": "4GB", "seconds": 3})
 
 
@@ -251,6 +254,10 @@ def test_one_process_goes_to_its_device(source, monkeypatch):
     pipe = source[1](parallel="auto")
     assert all(parameter.is_meta for name in MODELS for parameter in getattr(pipe, name).parameters())
     with pytest.raises(ValueError, match="must be 'auto', or a dict with some of ring, ulysses"):
+        source[1](parallel=2)
+    with pytest.raises(
+        ValueError, match=r"a key of parallel='rings' must be one of .*; the nearest is 'ring'"
+    ):
         source[1](parallel={"rings": 2})
 
 
@@ -280,14 +287,19 @@ def test_ranks_share_single_files(sources, tmp_path):
     assert on_ranks(2, shared, str(sources), str(lora)) == [True, True]
 
 
+LOAD = WanT2VPipeline.load_lora_weights
+
+
 def test_forms_of_loras(tmp_path):
     table = {"blocks.0.lora_A.weight": torch.zeros(1)}
     arguments = {LORA: table, "strength": 0.5}
-    assert load.lora_arguments(()) == []
-    assert load.lora_arguments("a.safetensors") == [{LORA: "a.safetensors"}]
-    assert load.lora_arguments(tmp_path) == [{LORA: tmp_path}]
-    assert load.lora_arguments(table) == [{LORA: table}]
-    assert load.lora_arguments(arguments) == [arguments]
-    assert load.lora_arguments(["org/name", table, arguments]) == [
+    assert lora_arguments((), LOAD) == []
+    assert lora_arguments("a.safetensors", LOAD) == [{LORA: "a.safetensors"}]
+    assert lora_arguments(tmp_path, LOAD) == [{LORA: tmp_path}]
+    assert lora_arguments(table, LOAD) == [{LORA: table}]
+    assert lora_arguments(arguments, LOAD) == [arguments]
+    assert lora_arguments(["org/name", table, arguments], LOAD) == [
         {LORA: "org/name"}, {LORA: table}, arguments
     ]  # fmt: skip
+    with pytest.raises(TypeError, match="has no argument strenght; the nearest is strength"):
+        lora_arguments([{LORA: table, "strenght": 1}], LOAD)

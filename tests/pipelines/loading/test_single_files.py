@@ -112,8 +112,14 @@ def test_single_files_that_do_not_fit(tmp_path):
         WanI2VPipeline.from_single_file(
             tmp_path / "w.safetensors", vae=tmp_path / "vae21.pth", attention_head_dim=24
         )
-    with pytest.raises(ValueError, match="hi cannot be used"):
-        WanT2VPipeline.from_single_file(tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", hi=1)
+    for name, error, said in (
+        ("variant", ValueError, "variant cannot be used"),
+        ("hi", TypeError, "nearest is high"),
+    ):
+        with pytest.raises(error, match=said):
+            WanT2VPipeline.from_single_file(
+                tmp_path / "w.safetensors", vae=tmp_path / "vae22.pth", **{name: 1}
+            )
 
 
 # ---- diffusers' arguments ----

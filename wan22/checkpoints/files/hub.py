@@ -9,9 +9,10 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import constants, hf_hub_download
 
 from ...checks import as_path
+from ...downloads import OPTIONS as OPTIONS
+from ...downloads import reaching
 from .weights import SUFFIXES
 
-OPTIONS = {"cache_dir", "force_download", "token", "local_files_only", "revision"}
 EXPERTS = ("high_noise_model", "low_noise_model")  # their folders in the official layout
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")  # its folder in the official layout, and in Diffusers'
 
@@ -34,14 +35,8 @@ class HubFile:
         A FileNotFoundError says that it is not there, or that the hub cannot be reached.
         """
         options["revision"] = options.get("revision") or self.revision
-        try:
+        with reaching(self.repository, self.path, options):
             return Path(hf_hub_download(self.repository, self.path, **options))
-        except (OSError, ValueError) as error:
-            reason = next(iter(str(error).split("\n")))[:200]
-            raise FileNotFoundError(
-                f"there is no file {self.repository}/{self.path} here, and it cannot be downloaded from the "
-                f"repository {self.repository}: {reason or type(error).__name__}"
-            ) from error
 
 
 def hub_file(source: str) -> HubFile | None:

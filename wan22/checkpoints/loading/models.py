@@ -6,14 +6,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ...checks import as_path, shown
+from ...checks import as_path, keywords_of, refuse_unknown, shown
+from ...downloads import reaching
 from ...models import autoencoder, transformer
 from ...private_apis import uncompiled
 from ..files import hub
@@ -34,8 +35,11 @@ from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .dtypes import read_dtype
 from .fill import account, empty_weights
 from .saving import save_aligned
-from .single_file import STEERING, Arguments, Source, only_source, read_source, refuse_unknown
+from .single_file import DIFFUSERS_NAMES, STEERING, Arguments, Source, only_source, read_source
 from .stored import Config, ModelFormat, read_as
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 # Components of a pipeline that wan22 has a class of; a caller may give diffusers' own of the same name.
 OWN_MODELS = ("vae", "transformer", "transformer_2")
@@ -110,9 +114,6 @@ class _AutoencoderFormat(_DiffusersFormat):
         return autoencoder_config(source, shapes) | known
 
 
-_Model = TypeVar("_Model", bound="FromFiles")
-
-
 class FromFiles:
     """Lets a model be loaded from any file or folder that holds its weights."""
 
@@ -121,12 +122,12 @@ class FromFiles:
 
     @classmethod
     def from_single_file(
-        cls: type[_Model],
+        cls,
         source: Source | None = None,
         dtype: torch.dtype | str | None = None,
         dequantize: bool = False,
         **options: Any,
-    ) -> _Model:
+    ) -> "Self":
         """Load a model from a weight file, in evaluation mode; its sizes are inferred from its tensors.
 
         Args:
@@ -152,16 +153,15 @@ class FromFiles:
         """
         source, form = only_source(source, options), cls._format(cls)
         given = Arguments.of(dtype, options, form.kind)
-        refuse_unknown(f"{cls.__name__}.from_single_file", given.others, _entries(cls))
+        known_names = {*keywords_of(cls.from_single_file), *STEERING, *hub.OPTIONS, *DIFFUSERS_NAMES}
+        refuse_unknown(f"{cls.__name__}.from_single_file", given.others, {*known_names, *_entries(cls)})
         known = {n: v for n, v in given.reference.entries.items() if n == "attention_head_dim"}
         stored = read_as(form, read_source(source, given.access), known=known | dict(given.others))
         model = given.reference.agreed(stored, cls.__name__, given.others).load(given.dtype, dequantize)
         return model if given.device is None else model.to(given.device)
 
     @classmethod
-    def from_pretrained(
-        cls: type[_Model], pretrained_model_name_or_path: str | Path, **kwargs: Any
-    ) -> _Model:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "Self":
         """Load a model from a folder or hub repository in the Diffusers or the official layout, or a file.
 
         The model is in evaluation mode; errors are those of `from_single_file`.
@@ -182,15 +182,13 @@ class FromFiles:
 
         def download(*names: str) -> Path:
             patterns = [str(Path(subfolder, name)) for name in names]
-            return Path(snapshot_download(source, allow_patterns=patterns, **access))
+            with reaching(source, options=access):
+                return Path(snapshot_download(source, allow_patterns=patterns, **access))
 
         local = root.exists()
         if not local:
             hub.check_repository_name(source)
-            try:
-                root = download("config.json", "*.index*.json")
-            except (OSError, ValueError):  # not there, or not reached: diffusers says what is wrong
-                return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+            root = download("config.json", "*.index*.json")
         place = root / subfolder
         config, known = schemas.read_config(place / "config.json"), {}
         in_diffusers_layout = config.get("_class_name") == cls.__name__

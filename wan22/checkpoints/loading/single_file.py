@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ...checks import as_path, unknown_argument
+from ...checks import as_path
 from ..files import hub
 from ..files.weights import WeightFile, read_weights, weights_of
 from ..naming.schemas import check_config, read_config
@@ -30,6 +30,8 @@ _REFUSED = {
     "original_config_file": "the sizes follow from the tensors; give single entries by their names",
     "proxies": "set the environment variable HTTPS_PROXY",
 }
+# Further names of diffusers, of which some are of a model alone.
+DIFFUSERS_NAMES = {"config", "config_revision", "device", "subfolder", *ALIASES, *_REFUSED}
 _EVERYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of diffusers
 # What is no fact of the shapes, though it is inferred with them.
 _FREE = {"latents_mean", "latents_std"}
@@ -146,13 +148,6 @@ def device_asked(device: Any, device_map: Any) -> torch.device | None:
             )
         device = places[0]
     return None if device is None else torch.device(device)
-
-
-def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse arguments that a loader does not have, the first one by name, with the nearest."""
-    known = set(known)
-    if unknown := sorted(set(names) - known):
-        raise TypeError(unknown_argument(what, unknown[0], known))
 
 
 def _reference(

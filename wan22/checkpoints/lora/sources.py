@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
 from ...checks import LONGEST, cut, listed
+from ...downloads import reaching
 from ..files.fingerprint import fingerprint
 from ..files.hub import check_repository_name, hub_file
 from ..files.weights import SUFFIXES, WeightFile, read_weights, weight_files
@@ -87,8 +88,8 @@ class LoraSource:
                 names = map(PurePosixPath, self._listed(str(source)))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
-                    f"there is no file or folder {source}, nor can a repository of that name be listed"
-                    f"{_reason(error)}"
+                    f"there is no file or folder {source}, nor can a repository of that name be listed: "
+                    f"{cut(error)}"
                 ) from error
             paths = [path for path in names if path.is_relative_to(self.subfolder or "")]
             return [path.relative_to(self.subfolder or "") for path in paths if path.suffix in SUFFIXES]
@@ -100,13 +101,15 @@ class LoraSource:
         """Return a repository's files; without the hub, those that are here already."""
         try:
             if not self.hub.get("local_files_only"):
-                return list_repo_files(repository, **self._options("revision", "token"))
+                with reaching(repository, options=self.hub):
+                    return list_repo_files(repository, **self._options("revision", "token"))
             unreachable = None
         except OSError as error:
             unreachable = error
         try:
             options = self._options("revision", "cache_dir")
-            here = Path(snapshot_download(repository, local_files_only=True, **options))
+            with reaching(repository, options={**self.hub, "local_files_only": True}):
+                here = Path(snapshot_download(repository, local_files_only=True, **options))
         except OSError as error:
             raise unreachable or error from error
         return [path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()]
@@ -114,9 +117,10 @@ class LoraSource:
     def _download(self, source: str | Path, name: str) -> tuple[Path, str]:
         """Return where a file of a repository is here, and why it is not."""
         try:
-            path = hf_hub_download(str(source), name, subfolder=self.subfolder or None, **self.hub)
-        except (OSError, ValueError) as error:
-            return Path(name), _reason(error)
+            with reaching(str(source), name, self.hub):
+                path = hf_hub_download(str(source), name, subfolder=self.subfolder or None, **self.hub)
+        except FileNotFoundError as error:
+            return Path(name), f": {cut(error)}"
         return Path(path), ""
 
     def _others(self, source: str | Path) -> str:
@@ -217,7 +221,3 @@ def _with_configuration(path: Path) -> WeightFile:
     if not isinstance(table, dict):
         raise ValueError(f"{config} is a {type(table).__name__}, no table")
     return replace(file, metadata={**file.metadata, CONFIG: table})
-
-
-def _reason(error: Exception) -> str:
-    return f" ({type(error).__name__}: {cut(next(iter(str(error).splitlines()), ''))})"

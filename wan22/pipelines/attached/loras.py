@@ -21,7 +21,7 @@ from ...checkpoints.lora.sources import (
 )
 from ...checkpoints.lora.spellings import SLOTS
 from ...checkpoints.lora.weights import Lora
-from ...checks import listed, shown
+from ...checks import keywords_of, listed, refuse_unknown, shown
 from ...private_apis import uncompiled
 from .part import Part
 
@@ -80,8 +80,7 @@ class Loras(Part):
                 is no such expert; with hotswap, there is no such adapter or it lacks a layer.
         """
         lora = pretrained_model_name_or_path_or_dict
-        if unknown := sorted(hub.keys() - OPTIONS):
-            raise ValueError(f"load_lora_weights takes no {', '.join(unknown)}")
+        refuse_unknown("load_lora_weights", hub, {*keywords_of(self.load_lora_weights), *OPTIONS})
         if (lora is None) == (high is None and low is None):
             raise ValueError("give one LoRA, or high= and low=")
         if load_into_transformer_2:

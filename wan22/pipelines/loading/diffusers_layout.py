@@ -43,18 +43,16 @@ _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 class DiffusersLayout:
     """A checkpoint in the Diffusers layout: a folder, or a repository whose configurations are in `folder`.
 
-    `hub` are options of the download; without a model_index.json there is an OSError.
+    `hub` are options of the download.
     """
 
-    def __init__(self, source: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, folder: Path, hub: Mapping[str, Any]) -> None:
         self.source, self.hub = source, hub
         self.downloads = FILES
-        if folder is not None:
-            check_index(folder / "model_index.json")
-        # Without a folder, diffusers tries once more, and says what is wrong.
-        index = DiffusionPipeline.load_config(folder or source, **hub)
-        self.folder, self.index = folder or Path(), index
-        self.path = (folder or Path(source)) / "model_index.json"  # for errors
+        self.path = folder / "model_index.json"
+        check_index(self.path)
+        index = DiffusionPipeline.load_config(folder)
+        self.folder, self.index = folder, index
         self.kind = index.get("_class_name")
         if index.get("expand_timesteps") and self.kind in _PIPELINES:
             self.kind = "ti2v"  # which serves both tasks, under whichever name it was saved

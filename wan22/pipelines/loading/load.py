@@ -1,7 +1,6 @@
 """The one way from a checkpoint to a pipeline: locate, check the budget, load, LoRAs, fit or share."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -21,35 +20,38 @@ from ...checkpoints.files.hub import check_repository_name
 from ...checkpoints.preparing.prepare import preparations
 from ...checkpoints.preparing.prepare import prepare as write_prepared
 from ...checks import as_path, cut, shown
+from ...downloads import reaching
 from ...private_apis import signature_keys
 from . import preparing
+from .arguments import SIZES, arguments_of, budget_of, lora_arguments
 from .checkpoint import TRANSFORMERS, Checkpoint, Wanted
 from .diffusers_layout import DiffusersLayout
 from .official_layout import OfficialLayout, config_files
 from .single_files import settings_of
 
-_SIZES = {"height", "width", "num_frames"}
-_BUDGET = _SIZES | {"vram", "ram", "disk", "videos", "guided"}  # of a plan's arguments
 _SMALL_FILES = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]
 
 
 def locate(source: str, hub: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint in a folder or repository; of a repository only configurations are downloaded.
 
-    A FileNotFoundError says if it is neither, an OSError if the repository cannot be reached.
+    A FileNotFoundError says if it is neither, or the repository cannot be reached.
     """
     folder = as_path(source)
     if folder.is_dir():
         layout = DiffusersLayout if (folder / "model_index.json").exists() else OfficialLayout
         return layout(source, folder, hub)
     check_repository_name(source)
-    try:
+    with reaching(source, options=hub):
         folder = Path(snapshot_download(source, allow_patterns=_SMALL_FILES, **hub))
-    except (OSError, ValueError):
-        return DiffusersLayout(source, None, hub)
     if (folder / "model_index.json").exists():
         return DiffusersLayout(source, folder, hub)
-    return OfficialLayout(source, folder, hub) if config_files(folder) else DiffusersLayout(source, None, hub)
+    if config_files(folder):
+        return OfficialLayout(source, folder, hub)
+    raise FileNotFoundError(
+        f"{cut(source)} holds no pipeline: it has neither model_index.json (the Diffusers layout) nor "
+        "config.json (the official one); from_single_file loads single files"
+    )
 
 
 def load_pipeline(
@@ -63,8 +65,10 @@ def load_pipeline(
     prepare: str | None = None,
 ) -> Any:
     """Load a pipeline and set it up; see `LoadablePipeline.from_pretrained` for the arguments."""
-    check_kind(pipeline, checkpoint)
     shares = None if parallel is None else arguments_of(parallel)
+    budget = None if memory is None else budget_of(memory)
+    adapters = lora_arguments(loras, pipeline.load_lora_weights)
+    check_kind(pipeline, checkpoint)
     together = shares is not None and launched()
     if together:
         processes.join()
@@ -73,7 +77,6 @@ def load_pipeline(
     if form is not None:
         wanted, quantize = preparing.wanted_in(form, wanted, quantize)
     wanted = replace(wanted, fp8=quantize == "fp8")
-    budget = None if memory is None else budget_of(memory)
     if budget is not None:
         check_budget(pipeline, checkpoint, wanted, budget, quantize)
     elif together and quantize is None:
@@ -85,10 +88,10 @@ def load_pipeline(
     pipe.check_components()
     if quantize is not None:  # before LoRAs, which it could not take
         pipe.quantize(quantize)
-    for arguments in lora_arguments(loras):
+    for arguments in adapters:
         pipe.load_lora_weights(**arguments)
     if budget is not None:
-        (pipe.fit if _SIZES & budget.keys() else pipe.memory.plan_within)(**budget, quantize=quantize)
+        (pipe.fit if SIZES & budget.keys() else pipe.memory.plan_within)(**budget, quantize=quantize)
     if shares is not None and together:
         parallelize(pipe, **{"dtype": dtype} | shares)
     elif shares is not None and memory is None:
@@ -108,16 +111,6 @@ def check_kind(pipeline: type[DiffusionPipeline], checkpoint: Checkpoint) -> Non
     raise ValueError(f"{checkpoint.source} is a checkpoint for {kind}; {advice}")
 
 
-def budget_of(memory: str | float | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `fit` that a constructor's memory stands for."""
-    if not isinstance(memory, Mapping):
-        return {"vram": None if memory == "auto" else memory}
-    if unknown := sorted(set(memory) - _BUDGET):
-        known = ", ".join(sorted(_BUDGET))
-        raise ValueError(f"memory has no {cut(', '.join(map(str, unknown)))}; it may have {known}")
-    return {"vram": None, **memory}
-
-
 def check_budget(
     pipeline: type[DiffusionPipeline],
     checkpoint: Checkpoint,
@@ -131,7 +124,7 @@ def check_budget(
     """
     outlined = outlined_pipeline(pipeline, checkpoint.outline(wanted), wanted)
     if outlined is not None:
-        size = {} if _SIZES & budget.keys() else smallest_size(outlined)
+        size = {} if SIZES & budget.keys() else smallest_size(outlined)
         plan(outlined, **{**size, **budget}, quantize=quantize)
     if budget["vram"] is not None:
         try:
@@ -161,29 +154,6 @@ def outlined_pipeline(pipeline: type[DiffusionPipeline], outline: Mapping[str, A
     outlined: Any = pipeline(**absent | settings_of(transformers[0].config, len(transformers) == 2) | models)
     outlined.check_components()
     return outlined
-
-
-def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `parallelize` that a constructor's parallel stands for."""
-    if parallel == "auto":
-        return {}
-    known = list(inspect.signature(parallelize).parameters)[1:]
-    if not isinstance(parallel, Mapping) or (set(parallel) - set(known)):
-        raise ValueError(
-            f"parallel={shown(parallel)} must be 'auto', or a dict with some of {', '.join(known)}"
-        )
-    return dict(parallel)
-
-
-def lora_arguments(loras: Any) -> list[dict[str, Any]]:
-    """Return the arguments of `load_lora_weights` for each LoRA of a constructor's loras."""
-    many = loras if isinstance(loras, Sequence) and not isinstance(loras, str) else [loras]
-    return [
-        dict(lora)
-        if isinstance(lora, Mapping) and not any(isinstance(v, torch.Tensor) for v in lora.values())
-        else {"pretrained_model_name_or_path_or_dict": lora}  # a table of tensors, too
-        for lora in many
-    ]
 
 
 def transformers_as_stored(wanted: Wanted) -> tuple[torch.dtype | None, Wanted]:

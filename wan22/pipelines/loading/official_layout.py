@@ -12,6 +12,7 @@ from ...accel.planning.meta_models import released_models, store_as
 from ...checkpoints.files.hub import EXPERTS, TOKENIZERS
 from ...checkpoints.loading.stored import StoredModel
 from ...checkpoints.naming.schemas import read_config
+from ...downloads import reaching
 from ...presets import Preset, find_preset
 from .checkpoint import TRANSFORMERS, Outline, Wanted, is_folder
 from .single_files import SingleFiles, check_options
@@ -61,7 +62,8 @@ class OfficialLayout:
 
     def _download(self) -> None:
         if not is_folder(self.source):
-            snapshot_download(self.source, allow_patterns=self.downloads, **self.hub)
+            with reaching(self.source, options=self.hub):
+                snapshot_download(self.source, allow_patterns=self.downloads, **self.hub)
 
     def _files(self) -> SingleFiles:
         return SingleFiles(official_files(self.folder), self.source)

@@ -5,25 +5,27 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
-from ...checkpoints.loading.single_file import ALIASES, Arguments, only_source
+from ...checkpoints.loading.single_file import ALIASES, DIFFUSERS_NAMES, Arguments, only_source
 from ...checkpoints.lora.plain import plain_state
-from ...checks import cut
+from ...checks import refuse_unknown
 from ...private_apis import signature_keys
 from ..attached.provenance import Provenance
 from . import hub_classes
+from .arguments import check_names
 from .checkpoint import Dtypes, Wanted
 from .diffusers_layout import MARK, OWN_SCHEDULER
 from .load import load_pipeline, locate
 from .single_files import SingleFiles, path_of, with_parts_of
 
-_Pipeline = TypeVar("_Pipeline", bound="LoadablePipeline")
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 
 class LoadablePipeline(DiffusionPipeline):
@@ -39,7 +41,7 @@ class LoadablePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls: type[_Pipeline],
+        cls,
         pretrained_model_name_or_path: str | Path,
         *,
         memory: str | float | Mapping[str, Any] | None = None,
@@ -50,7 +52,7 @@ class LoadablePipeline(DiffusionPipeline):
         dequantize: bool = False,
         prepare: str | None = None,
         **options: Any,
-    ) -> _Pipeline:
+    ) -> "Self":
         """Load a pipeline from a folder or a hub repository, in the Diffusers or the official layout.
 
         Args:
@@ -80,15 +82,17 @@ class LoadablePipeline(DiffusionPipeline):
             ValueError: it is a checkpoint for another pipeline, holds weights that have no place, or a
                 setting or a combination of components is not supported; nothing fits into the memory, said
                 before weights are downloaded or read; or the work cannot be shared as asked.
+            TypeError: there is no such argument.
         """
+        check_names(cls.from_pretrained, options)
+        wanted = Wanted.of(cls, dtype, dequantize, options)
         hub = {name: options[name] for name in OPTIONS & options.keys()}
         checkpoint = locate(str(pretrained_model_name_or_path), hub)
-        wanted = Wanted.of(cls, dtype, dequantize, options)
         return load_pipeline(cls, checkpoint, wanted, memory, quantize, parallel, loras, prepare)
 
     @classmethod
     def from_single_file(
-        cls: type[_Pipeline],
+        cls,
         high: str | Path | None = None,
         low: str | Path | None = None,
         *,
@@ -104,7 +108,7 @@ class LoadablePipeline(DiffusionPipeline):
         dequantize: bool = False,
         prepare: str | None = None,
         **options: Any,
-    ) -> _Pipeline:
+    ) -> "Self":
         """Load a pipeline from single files, each of any format; see WanTransformer3DModel.from_single_file.
 
         Files are paths, or addresses on the hub. What is not given is taken from the first file if it holds
@@ -132,7 +136,9 @@ class LoadablePipeline(DiffusionPipeline):
             ValueError: a file cannot be read or is another model's, or the components do not belong together;
                 nothing fits into the memory; the work cannot be shared as asked; or an argument asks for what
                 cannot be done.
+            TypeError: there is no such argument.
         """
+        check_names(cls.from_single_file, options, (*DIFFUSERS_NAMES, "attention_head_dim"))
         if options.keys() & set(ALIASES):
             high = only_source(high, options)
         given = Arguments.of(dtype, options, "transformer")
@@ -151,7 +157,7 @@ class LoadablePipeline(DiffusionPipeline):
         return pipe if given.device is None else pipe.to(given.device)
 
     @classmethod
-    def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
         """Build this pipeline from another one's components, ours or diffusers', sharing their weights.
 
         `kwargs` are components and settings that replace the other's. Nothing is cast without a `dtype` (or
@@ -161,8 +167,7 @@ class LoadablePipeline(DiffusionPipeline):
         dtype = read_dtype(kwargs.pop("dtype", None) or asked)
         components, settings = signature_keys(cls)
         names = [*components, *settings]
-        if unknown := sorted(kwargs.keys() - set(names)):
-            raise ValueError(f"{cls.__name__} has no {cut(', '.join(unknown))}; it has {', '.join(names)}")
+        refuse_unknown(f"{cls.__name__}.from_pipe", kwargs, {*names, "dtype", "torch_dtype"})
         known = {**pipeline.config, **pipeline.components, **kwargs}
         pipe = cls(**{name: value for name, value in known.items() if name in names})
         pipe.check_components()
