@@ -27,7 +27,9 @@ pipe.load_lora_weights(high=args.high, low=args.low, adapter_name="lora")
 
 print(f"prompt:        {args.prompt}")
 # One number is for both experts, (high, low) is for one each.
-for name, strength in {"off": 0.0, "half": 0.5, "full": 1.0, "high": (1.0, 0.0)}.items():
+strengths: dict[str, float | tuple[float, float]]
+strengths = {"off": 0.0, "half": 0.5, "full": 1.0, "high": (1.0, 0.0)}
+for name, strength in strengths.items():
     pipe.set_adapters("lora", strength)
     video = pipe(args.prompt, seed=args.seed)
     (clip,) = video.save(args.output.with_stem(f"{args.output.stem}-{name}"), overwrite=True)

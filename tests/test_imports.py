@@ -22,11 +22,23 @@ HEAVY = {
     "peft",
     "safetensors",
 }
-FREE = {"checks", "downloads", "host_memory", "pictures", "progress", "web", "whole_files"}
+FREE = {
+    "checks",
+    "downloads",
+    "extras",
+    "host_memory",
+    "notebooks",
+    "pictures",
+    "progress",
+    "web",
+    "whole_files",
+}
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
     "downloads": set(),
+    "extras": set(),
+    "notebooks": set(),
     "progress": set(),
     "whole_files": set(),
     "web": set(),
@@ -178,6 +190,15 @@ def test_every_public_name_resolves():
         assert value.__doc__
     assert set(dir(wan22)) >= set(wan22.__all__)
     assert wan22.__version__.count(".") == 2
+
+
+def test_subpackages_are_found_after_the_package():
+    code = "import sys, wan22; assert 'wan22.presets' not in sys.modules; print(wan22.presets.T2V_A14B.name, "
+    code += (
+        "wan22.checkpoints.convert.__name__, wan22.accel.plan.__name__, wan22.prompts.TextPrompt.__name__)"
+    )
+    assert run(code).stdout.split() == ["Wan2.2-T2V-A14B", "convert", "plan", "TextPrompt"]
+    assert {"accel", "checkpoints", "presets", "prompts"} <= set(dir(wan22))
 
 
 def test_an_unknown_name():

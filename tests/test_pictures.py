@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -78,9 +80,9 @@ def png_header(width, height):
 
 
 def test_too_many_pixels_are_refused_by_the_header(tmp_path, monkeypatch):
-    (tmp_path / "a.png").write_bytes(png_header(10_001, 10_000) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+    (tmp_path / "a.png").write_bytes(png_header(15_001, 10_000) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    refused(tmp_path / "a.png", "10001x10000 pixels, more than 100 million; make it smaller")
+    refused(tmp_path / "a.png", "15001x10000 pixels, more than 150 million; make it smaller")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "L", "LA", "I;16", "CMYK"])
@@ -141,3 +143,50 @@ def test_a_server_that_drips_is_given_up():
     with site({"/a.png": dripping}) as (url, _):
         refused(f"{url}/a.png", "timed out", timeout=0.1)
     assert time.monotonic() - start < 4
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_names_the_extra(tmp_path, monkeypatch):
+    """Or the image is read, by pillow-heif."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    said = r'a\.heic is HEIC; to read it: pip install "wan22-pipelines\[heic\]"'
+    with pytest.raises(ValueError, match=said):
+        read_picture("image", tmp_path / "a.heic")
+
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    colours = Image.new("RGB", (64, 48), (200, 30, 60))
+    pillow_heif.from_pillow(colours).save(tmp_path / "a.heic", quality=90)
+    image = read_picture("image", tmp_path / "a.heic")
+    assert image.size == (64, 48) and image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(colours)).max() < 12
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L"])
+def test_made_smaller_in_strips_it_is_as_in_one(mode, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_KEPT", 3000)
+    monkeypatch.setattr(pictures, "_ROWS", 7)
+    pixels = np.random.default_rng(0).integers(0, 256, (101, 150, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    plain = image.convert("RGBA" if image.has_transparency_data else "RGB").reduce(3)
+    if plain.mode == "RGBA":
+        plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
+    assert (np.asarray(pictures.upright_rgb(image)) == np.asarray(plain.convert("RGB"))).all()
+
+
+def test_a_png_of_144_megapixels_takes_little_memory(tmp_path):
+    """Decoded, it has 0.58 GB; nothing else of that size is made, and nothing of Pillow's is said."""
+    Image.new("RGB", (12_000, 12_000), (200, 30, 60)).save(tmp_path / "a.png", compress_level=1)
+    code = "import resource, sys; from wan22.pictures import read_picture; import PIL.Image, numpy\n"
+    code += "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+    code += "before = peak(); image = read_picture('image', sys.argv[1]); print(*image.size, peak() - before)"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    width, height, taken = map(int, ran.stdout.split())
+    assert (width, height) == (4000, 4000) and ran.stderr == ""
+    assert taken < 1e9

@@ -16,8 +16,10 @@ follow_imports = silent
 """
 GOOD = """
 import torch
+import wan22
 from wan22 import AutoencoderKLWan, FlowMatchEulerScheduler, WanI2VPipeline, WanT2VPipeline
 from wan22 import WanTransformer3DModel, WanVideo, presets, read_recipe, tiny_checkpoint
+from wan22.video.result import WanStream
 from wan22.prompts import OpenAIChat, TextPrompt, extend_prompt
 
 dtype = {"default": torch.bfloat16, "vae": torch.float32}
@@ -43,6 +45,8 @@ i2v = WanI2VPipeline.from_pretrained(tiny_checkpoint("i2v")).to("cuda")
 i2v("cat.jpg", "The cat jumps", max_area=832 * 480, last_image="last.png", fit="pad").save("jump.mp4")
 transformer = WanTransformer3DModel.from_single_file("high.gguf", dtype=torch.bfloat16)
 vae = AutoencoderKLWan.from_pretrained("Wan-AI/Wan2.2-TI2V-5B-Diffusers", subfolder="vae")
+stream: WanStream = pipe.stream("a red kite", num_frames=5)
+print(len(stream), wan22.presets.T2V_A14B.fps, wan22.accel.plan(pipe), WanI2VPipeline.from_pipe(pipe).fit())
 for frames in vae.decode_stream(torch.zeros(1, 48, 2, 4, 4)):
     print(frames.shape)
 """
@@ -50,6 +54,10 @@ WRONG = {
     'pipe("a fox", num_frame=17)': "num_frame",
     'pipe("a fox", num_frames="81")': "num_frames",
     'pipe("a fox").safe("fox.mp4")': "safe",
+    'pipe.stream("a fox", num_frame=17)': "num_frame",
+    'i2v.stream("cat.jpg", "a fox", last_imag="b.png")': "last_imag",
+    'pipe.stream("a fox").safe("fox.mp4")': "safe",
+    'WanI2VPipeline.from_pipe(pipe)("cat.jpg", prompts="a fox")': "prompts",
     'pipe.fit(vram=["12GB"])': "vram",
     'WanT2VPipeline.from_pretrained("folder", memory=[12])': "memory",
     "tiny_checkpoint(name=2)": "name",

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Subpackages with names of their own, imported when first used, too.
+_SUBPACKAGES = ("accel", "checkpoints", "presets", "prompts")
 # Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
 _EXPORTS = {
     "AutoencoderKLWan": "wan22.checkpoints.loading.models",
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 ]
 
 if TYPE_CHECKING:
+    from wan22 import accel, checkpoints, presets, prompts  # noqa: F401 (found after `import wan22`)
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.pipelines.call.preview import Preview
@@ -51,10 +54,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    import_module(
+        "wan22.progress"
+    )  # before diffusers, whose import of tqdm warns in notebooks without widgets
+    if name in _SUBPACKAGES:
+        return import_module(f"wan22.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'wan22' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_SUBPACKAGES])

@@ -4,6 +4,8 @@ import http.client
 import math
 import re
 import stat
+import threading
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,24 +13,28 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from .checks import as_path, cut, shown
+from .extras import install_command
 from .web import check_url, fetch, masked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Those that cameras, editors and the web use. Of Pillow's others, some run programs (EPS), some are decoded
-# in Python, slowly. HEIF is there if a plug-in has brought it.
+# in Python, slowly. HEIF is read by pillow-heif, an extra.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000")
 TYPES = ("image/", "application/octet-stream", "binary/octet-stream")  # how servers call them
 MOST_BYTES = 2 * 10**8
-# Decoding takes up to 16 bytes a pixel, resizing 30. What has more than MOST_KEPT pixels is made smaller, by
-# a whole number; a video has at most a few millions.
-MOST_PIXELS, MOST_KEPT = 10**8, 5 * 10**7
+# Decoding takes up to 16 bytes a pixel, of a PNG 5, and what follows 30. What has more than MOST_KEPT pixels
+# is made smaller, by a whole number; a video has at most a few millions.
+MOST_PIXELS, MOST_KEPT = 10**8, 25 * 10**6
 MOST_SCANS = 200  # of a progressive JPEG: each passes over all pixels; encoders write about ten
 TIMEOUT = 30  # seconds without a byte from a server; ten times as much for a whole picture
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _BLOCK = 2**20  # values that are converted at a time
+_ROWS = 512  # that are converted and made smaller at a time
+_OPENING = threading.Lock()  # warnings' filters are the process's
+_HEIC = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 
 
 def read_picture(name: str, source: str | Path, timeout: float = TIMEOUT) -> "Image":
@@ -63,8 +69,10 @@ def decoded(where: str, data: bytes) -> "Image":
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    if _HEIC.match(data) and not _can_read_heic():
+        raise ValueError(f"{where} is HEIC; to read it: {install_command('heic')}")
     try:
-        with Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with _opened(data) as image:
             _check_decodable(image, data)
             image.load()
             _check_pixels(image)  # a GIF's frame may be larger than the file says it is
@@ -87,18 +95,61 @@ def upright_rgb(image: "Image") -> "Image":
     mode = image.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
         image = _in_eight_bits(image)
-    elif image.has_transparency_data:
-        # Premultiplied modes have one way out.
-        straight = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
-        image = image.convert(straight).convert("RGBA")
-    else:
-        image = image.convert("RGB")
-    if image.width * image.height > MOST_KEPT:
-        image = image.reduce(_factor(image))
+    image = _smaller(image) if image.width * image.height > MOST_KEPT else _in_colours(image)
     image = image if turn is None else image.transpose(turn)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _opened(data: bytes) -> "Image":
+    """Return an image whose pixels are not decoded yet; its size is checked here, Pillow warns of it."""
+    from PIL import Image
+
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(BytesIO(data), formats=formats)
+
+
+def _can_read_heic() -> bool:
+    """Return whether HEIC is read, by whichever plug-in; pillow-heif becomes one if it is installed."""
+    from PIL import Image
+
+    if "HEIF" not in Image.OPEN:
+        try:
+            import pillow_heif
+        except ImportError:
+            return False
+        pillow_heif.register_heif_opener()
+    return True
+
+
+def _in_colours(image: "Image") -> "Image":
+    """Return an image of 8 bits as RGB, or RGBA if it has transparency; without a copy where it is so."""
+    if image.has_transparency_data:
+        # Premultiplied modes have one way out.
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        image = image if image.mode == straight else image.convert(straight)
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _smaller(image: "Image") -> "Image":
+    """Return an image with its sides divided by a whole number, in RGB or RGBA.
+
+    Strip by strip: of a large image there is no other copy.
+    """
+    from PIL import Image
+
+    factor = _factor(image)
+    rows = factor * max(1, _ROWS // factor)
+    size = -(-image.width // factor), -(-image.height // factor)
+    result = Image.new("RGBA" if image.has_transparency_data else "RGB", size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(_in_colours(strip).reduce(factor), (0, top // factor))
+    return result
 
 
 def _check_decodable(image: Any, data: bytes) -> None:
@@ -113,9 +164,10 @@ def _check_decodable(image: Any, data: bytes) -> None:
 
 
 def _check_pixels(image: Any) -> None:
-    if image.width * image.height > MOST_PIXELS:
+    most = MOST_PIXELS * 3 // 2 if image.format == "PNG" else MOST_PIXELS
+    if image.width * image.height > most:
         size = f"{image.width}x{image.height} pixels"
-        raise ValueError(f"it has {size}, more than {MOST_PIXELS // 10**6} million; make it smaller")
+        raise ValueError(f"it has {size}, more than {most // 10**6} million; make it smaller")
 
 
 def _factor(image: Any) -> int:

@@ -1,12 +1,18 @@
 """Progress bars: of sampling, decoding and saving, and, in bytes, of reading and converting weights."""
 
-import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+from .notebooks import in_notebook
+
+with warnings.catch_warnings():  # that ipywidgets, an extra, is not there: the bars are text then
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 # What moves the bar of bytes that is drawn at present.
 _advance: ContextVar[Callable[[int], Any] | None] = ContextVar("advance", default=None)
@@ -45,10 +51,3 @@ def advance(nbytes: int) -> None:
     """Count bytes that have been read and converted, or written; without a bar nothing happens."""
     if (update := _advance.get()) is not None:
         update(nbytes)
-
-
-def in_notebook() -> bool:
-    """Return whether this code runs in a notebook's kernel, not in a script or IPython's terminal."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return getattr(shell, "kernel", None) is not None

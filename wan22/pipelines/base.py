@@ -6,10 +6,11 @@ Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text 
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -33,10 +34,32 @@ from .call.prepare import prepare
 from .call.preview import Previewer
 from .call.request import Prompt, Request, check_recorded
 from .call.schedule import take_step
-from .call.text import encode_prompt, pad_tokens
+from .call.text import encode_prompt, pad_tokens, warn_of_unknown_words
 from .parts import PipelineParts
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+def streamed(call: Callable[Concatenate[Any, P], Any]) -> Callable[Concatenate[Any, P], WanStream]:
+    """Return the method `stream` that belongs to a pipeline's `__call__`, with its signature.
+
+    Not an overload of `__call__`: with overloads, type checkers no longer name the argument that is wrong.
+    """
+
+    @wraps(call, assigned=())
+    def stream(self: Any, *args: P.args, **kwargs: P.kwargs) -> WanStream:
+        """Make one video whose frames are decoded as they are asked for, so that a long one needs no memory.
+
+        It takes the arguments of the call, without output_type. Sampling is done when it returns; decoding
+        starts with the first frame. The models are in use while a frame is computed, not while the caller has
+        it: a stream that is read in part holds up no other call, unless ranks share the pipeline's work. Any
+        thread may read it, one at a time. A frame after the VAE was moved or cast is a RuntimeError.
+        """
+        return self(*args, **{**kwargs, "output_type": "stream"})
+
+    return stream
 
 
 class WanPipeline(PipelineParts):
@@ -79,16 +102,6 @@ class WanPipeline(PipelineParts):
     def with_inputs(self, request: Request) -> Request:
         """Return a request whose files, such as images, are read."""
         return request
-
-    def stream(self, *args: Any, **kwargs: Any) -> WanStream:
-        """Make one video whose frames are decoded as they are asked for, so that a long one needs no memory.
-
-        It takes the arguments of the call, without output_type. Sampling is done when it returns; decoding
-        starts with the first frame. The models are in use while a frame is computed, not while the caller has
-        it: a stream that is read in part holds up no other call, unless ranks share the pipeline's work. Any
-        thread may read it, one at a time. A frame after the VAE was moved or cast is a RuntimeError.
-        """
-        return self(*args, **kwargs, output_type="stream")
 
     def reproduce(self, source: str | Path | Recipe, *, anyway: bool = False, **changes: Any) -> WanVideo:
         """Make a video again: on the same kind of machine the same frames, on a CPU to the bit.
@@ -187,7 +200,9 @@ class WanPipeline(PipelineParts):
 
     def encode(self, call: Call) -> TextEmbeds:
         """Encode a call's prompts and negative prompts: "b 512 d" each, one entry per video."""
-        request = call.request
+        request, released = call.request, self.released
+        if released is not None and not released.repo:
+            warn_of_unknown_words(self.tokenizer, call.prompts, released.name)
         positive, negative = self.encode_prompt(
             [text or "" for text in call.prompts] if request.prompt_embeds is None else None,
             [text or "" for text in call.negative_prompts]

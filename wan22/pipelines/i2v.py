@@ -12,7 +12,7 @@ from ..checks import check_choice, check_positive_int
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
 from .attached.calls import in_turn
-from .base import WanPipeline
+from .base import WanPipeline, streamed
 from .call import autoencoders
 from .call.call import Call
 from .call.conditions import ChannelCondition, Condition, FirstFrameCondition, NoCondition
@@ -162,6 +162,8 @@ class WanI2VPipeline(WanPipeline):
         Source: Wan2.2 wan/image2video.py, WanI2V.generate; wan/textimage2video.py, WanTI2V.i2v.
         """
         return self.run(Request(locals()))
+
+    stream = streamed(__call__)
 
     # ---- checks and sizes ----
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
@@ -13,11 +13,14 @@ from diffusers.video_processor import VideoProcessor
 from ..accel.compile import Compiled
 from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
+from ..checkpoints.loading.dtypes import read_device
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
 from ..checks import check_num_frames, check_real, check_size, shown
+from ..notebooks import table
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
 from ..progress import progress_bar
+from .attached import summary
 from .attached.acceleration import Acceleration
 from .attached.calls import Calls
 from .attached.loras import Loras
@@ -30,7 +33,16 @@ from .call.request import Request
 from .call.text import check_tokenizer
 from .diffusers_names import DiffusersNames
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
 logger = logging.getLogger(__name__)
+
+# What dir() names of diffusers' methods.
+_OF_DIFFUSERS = {
+    *("components", "config", "device", "dtype", "enable_group_offload", "enable_model_cpu_offload"),
+    *("enable_sequential_cpu_offload", "push_to_hub", "save_lora_weights", "set_progress_bar_config"),
+}
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -121,6 +133,22 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
             kind = type(uncompiled(value))
             message = "%s is %s of %s: it runs as it is, with that library's arithmetic"
             logger.info(message, name, kind.__name__, kind.__module__.partition(".")[0])
+
+    def __repr__(self) -> str:
+        """Describe what is loaded and attached, in lines."""
+        rows = summary.rows(self)
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([summary.title(self), *(f"  {name:{width}}  {text}" for name, text in rows)])
+
+    def _repr_html_(self) -> str:
+        """Describe the same as a table, for notebooks."""
+        return table(summary.title(self), summary.rows(self))
+
+    def __dir__(self) -> list[str]:
+        """Name what wan22 documents, and of diffusers' methods those that do something for Wan."""
+        ours = (vars(cls) for cls in type(self).__mro__ if cls.__module__.startswith("wan22."))
+        names = {*vars(self), *self.components}.union(_OF_DIFFUSERS, *ours)
+        return sorted(name for name in names if name[0] != "_")
 
     # ---- what the components are ----
 
@@ -275,9 +303,12 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
         """The plan that is applied."""
         return self.memory.plan
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> "Self":
         """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them."""
         asked = (kwargs.get(name) for name in ("device", "dtype", "torch_dtype"))
+        for place in (*args, kwargs.get("device")):
+            if isinstance(place, str):
+                read_device(place)
         with self.calls.using_models(changing=True):
             self.memory.check_movable(*args, *(value for value in asked if value is not None))
             return super().to(*args, **kwargs)
@@ -290,7 +321,7 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
 
     def free(self) -> None:
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""
-        with self.calls.using_models(changing=True):
+        with self.calls.using_models(changing=True, freeing=True):
             if self.parallel is not None:
                 self.parallel.detach()
             self.release()

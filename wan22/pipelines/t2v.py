@@ -7,7 +7,7 @@ import torch
 
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
-from .base import WanPipeline
+from .base import WanPipeline, streamed
 from .call.call import Call
 from .call.conditions import NoCondition
 from .call.noise import starting_noise
@@ -118,6 +118,8 @@ class WanT2VPipeline(WanPipeline):
         Source: Wan2.2 wan/text2video.py, WanT2V.generate.
         """
         return self.run(Request(locals()))
+
+    stream = streamed(__call__)
 
     def make_condition(self, call: Call) -> NoCondition:
         """Return that there is nothing beside the text."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..checks import cut, shown
+from ..notebooks import table
 from ..presets import PRESETS
 from .privacy import without_folders
 from .schema import check_recipe, parsed
@@ -127,6 +128,22 @@ class Recipe:
             f"guidance {scales}, seeds {cut(', '.join(map(str, self.seeds)))}"
         )
 
+    def _repr_html_(self) -> str:
+        """Return what the recipe says of the video, for notebooks."""
+        told = {name: value for name, value in self.call.items() if value not in (None, [], ())}
+        rows = {
+            **{name: _written(value) for name, value in told.items()},
+            "scheduler": f"{self.scheduler}, {self.num_inference_steps} steps",
+            "LoRAs": ", ".join(f"{lora.name} {_written(lora.strengths)}" for lora in self.loras),
+            "dtypes": _written(self.dtypes),
+            "changes": _written(self.changes),
+            "device": self.device,
+            "versions": _written(self.versions),
+            "not reproducible": self.not_reproducible_because or "",
+        }
+        size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
+        return table(f"{self.checkpoint}: {size}", [(name, text) for name, text in rows.items() if text])
+
     def of(self, index: int) -> "Recipe":
         """Return the recipe of one of the videos alone."""
         videos = len(self.seeds)
@@ -203,6 +220,15 @@ def _shared(given: str | None, places: str | None) -> str | None:
     if given is not None or places is None:
         return given
     return ", ".join(map(without_folders, places.split(", ")))
+
+
+def _written(value: Any) -> str:
+    """Return a setting for people: without brackets and quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_written(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_written, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from ..checks import as_path
+from ..notebooks import table
 from ..progress import progress_bar
 from . import labels, sheets, writers
 from .compare import Comparison
@@ -186,6 +187,16 @@ class WanStream:
 
     def __len__(self) -> int:
         return self.recipe.num_frames
+
+    def __repr__(self) -> str:
+        return f"WanStream({self.recipe})"
+
+    def _repr_html_(self) -> str:
+        """Return what is streamed, for notebooks; showing it decodes nothing."""
+        rows = [
+            ("frames", "decoded when they are asked for, once: for frame in stream, or stream.save(path)")
+        ]
+        return table("WanStream", [*rows, ("video", str(self.recipe))])
 
     def save(
         self,

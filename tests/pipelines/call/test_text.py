@@ -8,6 +8,7 @@ import torch
 
 from tests.builders import byte_tokenizer, golden_text_encoder, random_text_encoder
 from tests.golden_data import golden, relative_error
+from wan22 import WanT2VPipeline, tiny_checkpoint
 from wan22.pipelines.call.text import MAX_TEXT_TOKENS, clean_prompt, encode_prompt, pad_tokens
 from wan22.presets import NEGATIVE_PROMPT
 
@@ -146,3 +147,31 @@ def test_pad_tokens():
     assert not padded[:, 5:].any()
     full = torch.randn(1, MAX_TEXT_TOKENS, 3)
     assert torch.equal(pad_tokens(full), full)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [
+        ("一只红色的狐狸", "0 of the 1 words"),
+        ("a fox runs through the snow", "2 of the 6 words"),
+        (["a red circle", "рыжая лиса"], "0 of the 2 words"),
+        ("a red circle moves to the right on a blue background", None),
+        ("", None),
+    ],
+)
+def test_the_miniature_says_what_it_does_not_know(prompt, known, caplog):
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    pipe(prompt, num_frames=1, height=16, width=16, num_inference_steps=1, output_type="latent")
+    told = [r.getMessage() for r in caplog.records if "tiny-t2v is a miniature that knows" in r.getMessage()]
+    assert len(told) == (known is not None)
+    assert known is None or known in told[0]
+
+
+def test_an_empty_prompt_is_the_empty_text():
+    """As a prompt; an empty negative prompt is the checkpoint's default."""
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint())
+    embeds, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
+    spaces, _ = pipe.encode_prompt(" \n", do_classifier_free_guidance=False)
+    assert torch.equal(embeds, spaces)
+    assert embeds[0, 0].any() and not embeds[0, 1:].any(), "the end token alone"

@@ -4,6 +4,7 @@ Offloading copies nothing, because weights never change: it drops the copy on th
 """
 
 import gc
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -189,10 +190,19 @@ def _check_free(name: str, model: nn.Module) -> None:
         raise ValueError(f"{name} is offloaded in groups by diffusers; load it anew without")
 
 
+_freed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def was_freed(model: nn.Module) -> bool:
+    """Whether `free` has emptied a model."""
+    return uncompiled(model) in _freed
+
+
 def free(models: Iterable[nn.Module] = ()) -> None:
     """Give memory back to the system; `models` are emptied first, whoever holds them, and unusable after."""
     for model in models:
         model.to("meta")
+        _freed.add(uncompiled(model))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

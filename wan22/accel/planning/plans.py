@@ -1,5 +1,6 @@
 """Plans: where each model is kept, how videos are decoded, and the memory and time that takes."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -86,6 +87,10 @@ class Plan:
         """Whether all phases have enough memory but those of the VAE, for which more strips take less."""
         short = {phase.name for phase in self.phases if phase.total > self.machine.vram}
         return bool(short) and short <= {"encode", "decode"}
+
+    def _repr_html_(self) -> str:
+        """Return the plan for notebooks, in the columns that it is printed in."""
+        return f'<pre style="line-height: 1.2">{html.escape(str(self))}</pre>'
 
     def __str__(self) -> str:
         width, height, frames = self.size

@@ -1,4 +1,4 @@
-"""Which dtype a caller asks for, and which one each weight gets in a model of it."""
+"""Which dtype and device a caller asks for, and which one each weight gets in a model of it."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import shown
+from ...checks import cut, shown
 from ...models.layers import Float32Linear
 from ..files.quantized import FLOAT8, HALF
 from ..quantized_linear import QuantizedLinear
@@ -47,6 +47,19 @@ def read_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype | None:
         )
         raise ValueError(f"{argument}={dtype}: models do not compute in it{advice}")
     return dtype
+
+
+def read_device(device: Any, argument: str = "device") -> torch.device:
+    """Return the device that an argument names; a ValueError says that it is none of torch's."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        kind = cut(device).partition(":")[0]
+        known = ("cpu", "cuda", "mps", "xpu")
+        near = ["cuda"] if kind.lower() == "gpu" else difflib.get_close_matches(kind, known, 1, 0.5)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        rule = f"must be a device of torch, such as 'cpu' or 'cuda:1'{hint}"
+        raise ValueError(f"{argument}={shown(device)} {rule}") from None  # torch repeats it in full
 
 
 def dtype_for(

@@ -13,7 +13,7 @@ from ...checks import as_path
 from ..files import hub
 from ..files.weights import WeightFile, read_weights, weights_of
 from ..naming.schemas import check_config, read_config
-from .dtypes import read_dtype
+from .dtypes import read_device, read_dtype
 from .stored import Config, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def device_asked(device: Any, device_map: Any) -> torch.device | None:
                 "on the pipeline, or give memory= to its constructor"
             )
         device = places[0]
-    return None if device is None else torch.device(device)
+    return None if device is None else read_device(device)
 
 
 def _reference(

@@ -180,12 +180,16 @@ class Calls(Part):
 
     @contextmanager
     def using_models(
-        self, attention_kwargs: dict[str, Any] | None = None, changing: bool = False
+        self,
+        attention_kwargs: dict[str, Any] | None = None,
+        changing: bool = False,
+        freeing: bool = False,
     ) -> Iterator[None]:
-        """Use the models, or change them, once the calls of other threads that have to end first have ended.
+        """Use, change or free the models, once calls of other threads that have to end first have ended.
 
         Raises:
-            RuntimeError: this is within a call, and one that has to end first waits for this one.
+            RuntimeError: this is within a call, and one that has to end first waits for this one; or the
+                models were freed.
             ValueError: ranks share the work, and another call is running.
         """
         use = ModelUse(threading.get_ident())
@@ -197,6 +201,8 @@ class Calls(Part):
                 if use.blockers():
                     self._wait(use, attention_kwargs, changing)
                 use.running = True
+            if not freeing and not use.inner:
+                self._pipe.memory.check_weights()
             yield
         finally:
             with _LOCK:

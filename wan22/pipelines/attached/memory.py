@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from ...accel.offload.devices import CudaDevice, Device, HostDevice
-from ...accel.offload.offloader import ModelOffloader, free
+from ...accel.offload.offloader import ModelOffloader, free, was_freed
 from ...accel.planning.meta_models import MODELS
 from ...accel.planning.plans import Plan
 from ...checkpoints.deferred import deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
-from ...checks import as_number, shown
+from ...checks import as_number, keywords_of, refuse_unknown, shown
 from ...host_memory import anonymous_bytes, available_ram, check_room
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from ..call.experts import Expert
@@ -85,6 +85,7 @@ class Memory(Part):
         """
         from ...accel.planning.planner import plan
 
+        refuse_unknown("fit", options, keywords_of(plan))
         found = plan(self._pipe, vram=vram, ram=ram, **options)
         self.apply(found)
         fixed = {name: value for name, value in options.items() if name not in _PER_CALL}
@@ -191,6 +192,13 @@ class Memory(Part):
     def host_weights(self, name: str) -> list[torch.Tensor]:
         """Return a model's weights on the host while it is on the device."""
         return [] if self._offloader is None else self._offloader.host_weights(name)
+
+    def check_weights(self) -> None:
+        """Refuse, with a RuntimeError, to use models that this pipeline, or one sharing them, has freed."""
+        if freed := [name for name, model in self._models.items() if was_freed(model)]:
+            raise RuntimeError(
+                f"pipe.free() has emptied {', '.join(freed)}; load the pipeline again, with from_pretrained"
+            )
 
     def free(self) -> None:
         """Give all memory back to the system; the pipeline has no weights afterwards and cannot run."""

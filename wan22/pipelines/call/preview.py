@@ -19,7 +19,7 @@ from ...checkpoints.loading.tiny_autoencoder import load_tiny_decoder
 from ...checks import as_path, check_positive_int, cut, shown
 from ...models.latent_rgb import latent_rgb_of, to_bytes
 from ...models.tiny_autoencoder import TinyDecoder
-from ...progress import in_notebook
+from ...notebooks import in_notebook
 from ...whole_files import whole_file
 from .autoencoders import temporal_stride
 

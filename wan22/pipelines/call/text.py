@@ -7,6 +7,7 @@ import html
 import logging
 import re
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -116,6 +117,21 @@ def encode_prompt(
     input_ids = torch.tensor([ids], device=get_module_execution_device(text_encoder))
     embeds = text_encoder(input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
     return pad_tokens(embeds)
+
+
+def warn_of_unknown_words(tokenizer: Any, prompts: Iterable[str | None], name: str) -> None:
+    """Warn of prompts of which a miniature, called `name`, knows few words: it has seen shapes alone."""
+    for text in filter(None, prompts):
+        words = clean_prompt(text).split()
+        with _TOKENIZING:
+            ids = [tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words[:100]]
+        known = sum(len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id for tokens in ids)
+        if 2 * known < len(ids):
+            logger.warning(
+                "%s is a miniature that knows coloured shapes, in English, and %d of the %d words of %s; "
+                "say 'a red circle moves to the right on a blue background', or load a released checkpoint",
+                *(name, known, len(ids), shown(text)),
+            )
 
 
 def pad_tokens(embeds: torch.Tensor) -> torch.Tensor:
