@@ -172,9 +172,9 @@ class Recipe:
         for name in IMAGES:
             if isinstance(images := self.call.get(name), Sequence) and not isinstance(images, str):
                 values["call"][name] = [i if i is None else without_folders(str(i)) for i in images]
-        for table, name in ((values["origin"], "place"), *((lora, "source") for lora in values["loras"])):
-            if table is not None and (shared := _shared(table.pop("shared"), table[name])) is not None:
-                table[name] = shared
+        for entry, name in ((values["origin"], "place"), *((lora, "source") for lora in values["loras"])):
+            if entry is not None and (shared := _shared(entry.pop("shared"), entry[name])) is not None:
+                entry[name] = shared
         return values
 
     def to_json(self) -> str:
