@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 READMES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
         *(p for d in ("wan22", "tests", "examples") for p in ROOT.glob(f"{d}/**/*.md")),
     ]
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...checks import cut, shown
+from ...extras import install_command
 from .quantized import GgufBlocks, QuantizedTensor
 from .safetensors import mapped_file
 
@@ -34,7 +35,7 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor | QuantizedTensor], di
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"{path} is GGUF; to read it: pip install 'wan22[gguf]'") from error
+        raise ImportError(f"{path} is GGUF; to read it: {install_command('gguf')}") from error
     sizes = {kind.value: (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
     data = mapped_file(path)
     try:
