@@ -1,12 +1,12 @@
 # make demo: install the package, then a prompt and an image become videos.
 # make test: install what developers need, then what a change usually breaks.
-# make test-slow: the tests that take long.
+# make test-slow: the tests that take long.   make docs: the reference of all public names, in build/docs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: setup demo test test-slow
+.PHONY: setup demo test test-slow docs
 
 setup: $(VENV)/.package
 
@@ -32,3 +32,6 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto -m slow
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.reference build/docs

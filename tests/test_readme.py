@@ -34,6 +34,9 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"wan22 |torchrun .* -m wan22.cli ", line)
 ]
+COMMANDS += [
+    line for text in READMES.values() for line in re.findall(r'^\|.*`(wan22 \w+ ".*?)`', text, re.MULTILINE)
+]
 LORAS = Path(__file__).parent / "loras"
 LIGHTNING = "lightx2v/Wan2.2-Lightning/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 # What a machine without a GPU cannot do, or not in seconds. Longer texts are replaced first.

@@ -6,6 +6,8 @@ converting.
 
 from typing import Any
 
+__all__ = ["convert"]
+
 
 def __getattr__(name: str) -> Any:
     if name != "convert":
