@@ -1,7 +1,6 @@
 """Many prompts on all GPUs of a Ray cluster, one pipeline on each; a second start makes what is missing.
 
-It runs on one machine, or on those joined by `ray start` that share the output folder. It needs
-`pip install "wan22-pipelines[ray]"`.
+On one machine, or those joined by `ray start` that share the folder: pip install "wan22-pipelines[ray]".
 """
 
 import argparse
