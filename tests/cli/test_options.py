@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import wan22
-from wan22.cli.options import FLAGS, HELP, RENAMED, CallOptions
+from wan22.cli import loading
+from wan22.cli.options import FLAGS, HELP, RENAMED, CallOptions, Loading
 from wan22.cli.signatures import PIPELINES, call_arguments
 
 # What is not typed on a command line: tensors, what Python calls back, what it returns.
@@ -72,3 +74,21 @@ def test_completion_of_a_flag():
     words = {"COMP_WORDS": "wan22 t2v --num-v", "COMP_CWORD": "2", "_WAN22_COMPLETE": "complete_bash"}
     out, loaded = answer([], **words)
     assert out.split() == ["--num-videos"] and not loaded
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "dtype"),
+    [
+        ("cuda:0", {}, "bfloat16"),
+        ("cpu", {"memory": "24GB", "model": "Wan2.2-T2V-A14B"}, "bfloat16"),
+        ("cpu", {"model": "Wan2.2-T2V-A14B"}, None),
+        ("cpu", {"model": "Wan2.2-T2V-A14B", "memory": "auto"}, None),
+        ("cpu", {}, "float32"),
+    ],
+)
+def test_the_dtype_that_is_not_given(device, options, dtype, monkeypatch):
+    """What is planned for a GPU elsewhere is in that GPU's dtype; in half precision, the VAE is not."""
+    monkeypatch.setattr(loading, "find_device", lambda name: device)
+    found = loading.dtype_of(Loading(**options), None)
+    half = {"default": torch.bfloat16, "vae": torch.float32}
+    assert found == (half if dtype == "bfloat16" else dtype and getattr(torch, dtype))

@@ -165,13 +165,18 @@ def dtype_of(options: Loading, recorded: Mapping[str, str] | None) -> Any:
 
     if options.dtype is None and recorded is not None:
         return {component: _recorded_dtype(name) for component, name in recorded.items()}
-    if options.dtype is None:  # on a CPU, the miniature is as fast in float32, and exact
-        exact = options.model is None and options.prepare is None and find_device(options.device) == "cpu"
-        return torch.float32 if exact else None
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "stored": None}
-    dtype = names[options.dtype]
+    dtype = names[options.dtype or _default_dtype(options)]
     # The VAE is the one part where half precision is seen; it stays as it is stored, or better.
     return dtype if dtype in (None, torch.float32) else {"default": dtype, "vae": torch.float32}
+
+
+def _default_dtype(options: Loading) -> str:
+    """Return the dtype where none is asked for: on a GPU that of the official script."""
+    if find_device(options.device) != "cpu" or options.memory not in (None, "auto"):  # an amount is a GPU's
+        return "bf16"
+    # On a CPU, the miniature is as fast in float32, and exact.
+    return "fp32" if options.model is None and options.prepare is None else "stored"
 
 
 def _recorded_dtype(name: str) -> Any:

@@ -152,7 +152,7 @@ class Loading:
         *("--model", "-m"),
     )
     dtype: Literal["stored", "bf16", "fp16", "fp32"] | None = _model(
-        "Default: as stored; fp32 for the miniature on a CPU."
+        "Default: bf16 on a GPU, as in the official script; on a CPU as stored, the miniature in fp32."
     )
     device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
     memory: str | None = _model('GPU memory to use: "12GB", which 12 is short for, or "auto": what is free.')
