@@ -170,7 +170,8 @@ def test_a_cache_is_reset_and_empty_between_calls():
     assert torch.equal(made(pipe), first)
     registry = pipe.transformer.blocks[0].attn1._diffusers_hook
     assert registry.hooks["pyramid_attention_broadcast"].state.states == {}
-    assert pipe.acceleration.changes()["step_cache"] == ("PyramidAttentionBroadcastConfig",)
+    settings = pipe.acceleration.changes()["step_cache"]["PyramidAttentionBroadcastConfig"]["transformer"]
+    assert settings["cross_attention_block_skip_range"] == str(pyramid().cross_attention_block_skip_range)
 
 
 def made(pipe):
