@@ -317,7 +317,7 @@ def test_help_has_examples():
         (["t2v", "x", "--model", "Wan2.2-T2V-14B"], "say Wan2.2-T2V-A14B, or see `wan22 models`"),
         (["t2v", "x", "--model", "/gone/away"], "there is no file or folder /gone/away"),
         (["t2v", "x", "--model", "tiny-i2v"], "use wan22 i2v"),
-        (["t2v", "x", "-o", "x.mov"], "must end in .mp4, .gif"),
+        (["t2v", "x", "-o", "x.avi"], "must end in .mp4, .mov, .mkv"),
         (["t2v", "x", "--quality", "500"], "--quality 500 must be an int, 1 to 100"),
         (["t2v", "x", "--sigmas", "1;2"], "--sigmas 1;2 must be numbers with commas between"),
         (["t2v", "x", "--attention-kwargs", "0.5"], "--attention-kwargs 0.5 must be a JSON object"),
