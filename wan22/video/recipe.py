@@ -132,13 +132,13 @@ class Recipe:
         """Return what the recipe says of the video, for notebooks."""
         told = {name: value for name, value in self.call.items() if value not in (None, [], ())}
         rows = {
-            **{name: _written(value) for name, value in told.items()},
+            **{name: as_words(value) for name, value in told.items()},
             "scheduler": f"{self.scheduler}, {self.num_inference_steps} steps",
-            "LoRAs": ", ".join(f"{lora.name} {_written(lora.strengths)}" for lora in self.loras),
-            "dtypes": _written(self.dtypes),
-            "changes": _written(self.changes),
+            "LoRAs": ", ".join(f"{lora.name} {as_words(lora.strengths)}" for lora in self.loras),
+            "dtypes": as_words(self.dtypes),
+            "changes": as_words(self.changes),
             "device": self.device,
-            "versions": _written(self.versions),
+            "versions": as_words(self.versions),
             "not reproducible": self.not_reproducible_because or "",
         }
         size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
@@ -222,12 +222,14 @@ def _shared(given: str | None, places: str | None) -> str | None:
     return ", ".join(map(without_folders, places.split(", ")))
 
 
-def _written(value: Any) -> str:
+def as_words(value: Any) -> str:
     """Return a setting for people: without brackets and quotes."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_written(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {as_words(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_written, value))
+        return ", ".join(map(as_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

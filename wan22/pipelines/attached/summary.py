@@ -8,6 +8,7 @@ from torch import nn
 from ...accel.offload.offloader import was_freed
 from ...checks import cut
 from ...private_apis import uncompiled
+from ...video.recipe import as_words
 from .provenance import scheduler_settings
 
 _SHIFTS = ("shift", "flow_shift")
@@ -37,7 +38,7 @@ def rows(pipe: Any) -> list[tuple[str, str]]:
     elif pipe.memory.has_plan:
         found.append(("memory", "planned by the next call, for its size"))
     changes = pipe.acceleration.changes()
-    return found + [(name, _listed(value)) for name, value in changes.items()]
+    return found + [(name, cut(as_words(value))) for name, value in changes.items()]
 
 
 def component(part: Any) -> str:
@@ -64,9 +65,3 @@ def _lora(name: str, strengths: Any, pipe: Any) -> str:
     values = list(dict.fromkeys(strengths.values()))
     told = "/".join(f"{v:g}" if isinstance(v, int | float) else "by layer" for v in values)
     return f"{cut(name)} {told}{', fused' if name in pipe.fused_loras else ''}"
-
-
-def _listed(value: Any) -> str:
-    if value is True:
-        return "yes"
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else cut(value)
