@@ -19,12 +19,12 @@ from wan22 import checks
     [
         ("recipe", "the call: recipe is called distilled now"),
         ("num_frame", "the call has no argument num_frame; the nearest is num_frames"),
-        ("x\x1b", r"the call has no argument x\x1b"),
+        ("x\x1b", r"the call has no argument x\x1b; it has distilled, num_frames"),
     ],
 )
 def test_an_argument_that_does_not_exist(name, message):
     assert checks.unknown_argument("the call", name, ["num_frames", "distilled"]) == message
-    assert checks.unknown_argument("a", "recipe", ["fit"]) == "a has no argument recipe"
+    assert checks.unknown_argument("a", "recipe", ["fit"]) == "a has no argument recipe; it has fit"
 
 
 @pytest.mark.parametrize(

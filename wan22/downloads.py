@@ -84,5 +84,8 @@ def _why(error: BaseException, repository: str, file: str, options: Mapping[str,
         return f"{absent}, and local_files_only=True forbids to ask the hub"
     if constants.HF_HUB_OFFLINE:
         return f"{absent}, and HF_HUB_OFFLINE=1 forbids to ask the hub{advice}"
-    reason = next(iter(str(causes[-1]).splitlines()), "") or type(causes[-1]).__name__
+    # The first cause says it best; some of those between have no text.
+    reason = next(
+        (line for cause in reversed(causes) for line in str(cause).splitlines() if line), "it failed"
+    )
     return f"{absent}, and the hub cannot be reached: {cut(reason)}{advice}"

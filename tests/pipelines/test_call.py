@@ -75,7 +75,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
     assert found["scheduler_config"]["solver_order"] == 2 and found["versions"]["torch"] == torch.__version__
     json.dumps(found)
     assert [name for name, _ in calls].count("text_encoder") == 2
-    lines = [record.message for record in caplog.records if "random-t2v" in record.message]
+    lines = [r.message for r in caplog.records if "random-t2v" in r.message and r.levelno == logging.INFO]
     assert lines == [str(recipe)]
 
 

@@ -57,7 +57,7 @@ def read_device(device: Any, argument: str = "device") -> torch.device:
         kind = cut(device).partition(":")[0]
         known = ("cpu", "cuda", "mps", "xpu")
         near = ["cuda"] if kind.lower() == "gpu" else difflib.get_close_matches(kind, known, 1, 0.5)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
+        hint = f"; the nearest is {shown(near[0])}" if near else ""
         rule = f"must be a device of torch, such as 'cpu' or 'cuda:1'{hint}"
         raise ValueError(f"{argument}={shown(device)} {rule}") from None  # torch repeats it in full
 
