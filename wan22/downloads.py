@@ -85,7 +85,6 @@ def _why(error: BaseException, repository: str, file: str, options: Mapping[str,
     if constants.HF_HUB_OFFLINE:
         return f"{absent}, and HF_HUB_OFFLINE=1 forbids to ask the hub{advice}"
     # The first cause says it best; some of those between have no text.
-    reason = next(
-        (line for cause in reversed(causes) for line in str(cause).splitlines() if line), "it failed"
-    )
+    lines = (line for cause in reversed(causes) for line in str(cause).splitlines() if line)
+    reason = next(lines, type(error).__name__)
     return f"{absent}, and the hub cannot be reached: {cut(reason)}{advice}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accel.parallel.environment import is_first
+from ..checks import shown
 from ..pictures import is_url
 from .loading import find_device, lora_arguments, parse_layout, parse_memory
 from .options import Loading, Saving, Target, flags_of
@@ -79,7 +80,8 @@ def check_loading(task: str, loading: Loading, dry: bool = False, pipe: Any = No
     device = find_device(loading.device)
     if memory not in (None, "auto") and device == "cpu" and not dry:
         raise ValueError(
-            f"memory={memory!r} is a GPU's, and there is no CUDA device here; memory='auto' plans for the CPU"
+            f"memory={shown(memory)} is a GPU's, and there is no CUDA device here; "
+            "memory='auto' plans for the CPU"
         )
     if loading.quantize is not None:
         check_method(loading.quantize)

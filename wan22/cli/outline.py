@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
 from .loading import PARTS, check_source, dtype_of, find_model, hub_options, preset_of
 from .options import Loading
 from .signatures import PIPELINES
@@ -80,7 +81,7 @@ def files_of(options: Loading) -> dict[str, Path]:
         if (place := getattr(options, name)) is not None:
             paths[name] = Path(place).expanduser()
             if name != "tokenizer" and not paths[name].exists() and hub_file(place) is None:
-                raise FileNotFoundError(f"{name}={place!r}: there is no file {place}")
+                raise FileNotFoundError(f"{name}={shown(place)}: there is no such file")
     return paths
 
 
