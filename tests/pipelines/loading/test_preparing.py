@@ -233,5 +233,6 @@ def test_a_budget_counts_prepared_models_as_mapped(folder, cache, monkeypatch):
     pipe = load_pipeline(folder, dtype=DTYPES, memory="auto")
     assert pipe.memory.has_plan and all(seen[-2:]), "found for the outline and the load"
     quantized = load_pipeline(folder, prepare="fp8", memory="auto")
-    assert quantized.acceleration.changes()["quantized"] == ("transformer", "transformer_2")
+    found = quantized.acceleration.changes()["quantized"]
+    assert found == {name: {"fp8": 20} for name in ("transformer", "transformer_2")}
     assert load_pipeline(folder, dtype=DTYPES, quantize="fp8", memory="auto").memory.has_plan
