@@ -15,7 +15,7 @@ from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
 from ..checkpoints.loading.dtypes import read_device
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
-from ..checks import check_num_frames, check_real, check_size, shown
+from ..checks import check_num_frames, check_real, check_size, refuse_unknown, shown
 from ..notebooks import table
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
 from ..private_apis import uncompiled
@@ -304,8 +304,14 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
         return self.memory.plan
 
     def to(self, *args: Any, **kwargs: Any) -> "Self":
-        """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them."""
-        asked = (kwargs.get(name) for name in ("device", "dtype", "torch_dtype"))
+        """Move or cast all models, as DiffusionPipeline.to does; refused where a plan moves them.
+
+        `torch_dtype` is the older name of `dtype`; a TypeError names any other argument.
+        """
+        refuse_unknown("pipe.to", kwargs, {"device", "dtype", "torch_dtype", "silence_dtype_warnings"})
+        if (older := kwargs.pop("torch_dtype", None)) is not None:
+            kwargs.setdefault("dtype", older)
+        asked = (kwargs.get(name) for name in ("device", "dtype"))
         for place in (*args, kwargs.get("device")):
             if isinstance(place, str):
                 read_device(place)

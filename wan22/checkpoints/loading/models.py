@@ -34,7 +34,7 @@ from ..naming.keys import TRANSFORMER, KeyTable, autoencoder_keys
 from .diffusers_models import DiffusersAutoencoder, DiffusersTransformer
 from .dtypes import read_dtype
 from .fill import account, empty_weights
-from .saving import save_aligned
+from .saving import check_saving, save_aligned
 from .single_file import DIFFUSERS_NAMES, STEERING, Arguments, Source, only_source, read_source
 from .stored import Config, ModelFormat, read_as
 
@@ -237,6 +237,7 @@ class FromFiles:
         are in the weights; a LoRA that is active without being fused is a ValueError, or saved with them if
         `merge_lora`, and the model stays as it is.
         """
+        check_saving(self.save_pretrained, kwargs)
         with plain_state([self], merge_lora):
             if not save_aligned(self, *args, **kwargs):
                 super().save_pretrained(*args, **kwargs)  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
-from ...checks import as_path
+from ...checks import as_path, keywords_of, refuse_unknown
 from ..files.folders import DIFFUSERS
 from ..files.safetensors import StoredTensor, can_be_written, write_safetensors
 from ..files.weights import as_json
@@ -18,6 +19,14 @@ from ..files.weights import as_json
 STEM, SUFFIX = DIFFUSERS[0]
 # Arguments of diffusers' save_pretrained for which it does the work itself.
 _OF_DIFFUSERS = ("save_function", "push_to_hub", "use_flashpack")
+# Arguments of diffusers' methods that are not in their signatures: of pushing to the hub.
+_OF_PUSHING = ("commit_message", "create_pr", "private", "repo_id", "token")
+
+
+def check_saving(method: Callable[..., Any], options: Iterable[str]) -> None:
+    """Refuse arguments that a `save_pretrained` does not have, which diffusers would ignore."""
+    what = f"{type(method.__self__).__name__}.save_pretrained"  # type: ignore[attr-defined]
+    refuse_unknown(what, options, {*keywords_of(method), "merge_lora", *_OF_PUSHING})
 
 
 def save_aligned(model: Any, *args: Any, **kwargs: Any) -> bool:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from ... import __version__
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
+from ...checkpoints.loading.saving import check_saving
 from ...checkpoints.loading.single_file import ALIASES, DIFFUSERS_NAMES, Arguments, only_source
 from ...checkpoints.lora.plain import plain_state
 from ...checks import refuse_unknown
@@ -203,6 +204,7 @@ class LoadablePipeline(DiffusionPipeline):
 
     def save_pretrained(self, *args: Any, merge_lora: bool = False, **kwargs: Any) -> None:
         """Save all components, as diffusers does, with ordinary weights; see the models' method."""
+        check_saving(super().save_pretrained, kwargs)
         models = [m for name in ("transformer", "transformer_2") if (m := getattr(self, name)) is not None]
         with plain_state(models, merge_lora):
             super().save_pretrained(*args, **kwargs)
