@@ -11,8 +11,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"))
 
 
+VIEW = "application/vnd.jupyter.widget-view+json"
+STATE = "application/vnd.jupyter.widget-state+json"
+
+
 def outputs(notebook):
-    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    """All outputs but the bar that diffusers draws of loading, which is not kept."""
+    found = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return [o for o in found if not o.get("data", {}).get("text/plain", "").startswith("Loading pipeline")]
 
 
 def texts(notebook):
@@ -54,6 +60,17 @@ def test_a_notebook_runs_and_shows_what_it_is_kept_with(path, tmp_path):
     assert texts(fresh) == texts(kept)
     assert len(pictures(fresh)) == len(pictures(kept)) > 0
     assert len(players(fresh)) == len(players(kept)) > 0
+
+
+def test_progress_is_drawn_as_widgets_which_are_kept():
+    kept = nbformat.read(next(path for path in NOTEBOOKS if path.stem == "first_video"), as_version=4)
+    views = [o.data[VIEW]["model_id"] for o in outputs(kept) if VIEW in o.get("data", {})]
+    state = kept.metadata["widgets"][STATE]["state"]
+    assert len(views) == 2
+    assert {state[view]["model_name"] for view in views} == {"HBoxModel"}
+    values = " ".join(str(model["state"].get("value")) for model in state.values())
+    told = " ".join(values.split())  # tqdm sets figure spaces
+    assert "sampling: 100%" in told and "20/20" in told and "low noise" in told
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

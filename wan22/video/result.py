@@ -84,7 +84,8 @@ class WanVideo(BaseOutput):
         videos = self.as_arrays() if ending == ".npy" else self.as_uint8()
         paths = writers.numbered(path, len(videos), overwrite)
         files = []
-        with progress_bar(total=sum(map(len, videos)), desc="saving", unit="frame", leave=False) as bar:
+        total = sum(map(len, videos))
+        with progress_bar(total=total, desc="saving", unit="frame", leave=False, delay=1) as bar:
             for i, (video, target) in enumerate(zip(videos, paths, strict=True)):
                 text = _metadata(self.recipe.of(i), recipe, prompt)
                 frames = _counted(video, bar)
