@@ -11,7 +11,6 @@ from .loading import preset_of
 from .options import Output
 from .reporting import aligned, print_lines
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".gif", ".webp", ".png")
 LICENCE = "Apache-2.0"
 # Entries of a list, and characters of a text, that a table shows; --json prints all.
 MOST_SHOWN, LONGEST = 200, 4000
@@ -19,12 +18,14 @@ MOST_SHOWN, LONGEST = 200, 4000
 
 def describe(name: str, revision: str | None, output: Output) -> None:
     """Print the recipe in a video, or what a checkpoint is."""
+    from ..video.writers import WRITERS
+
     path, as_json = Path(name).expanduser(), output.as_json
     if not path.exists() and (preset := preset_of(name, "t2v")) is not None:
         _print(_facts(preset), as_json)
     elif not path.exists():
         _print(repository(name, revision), as_json)
-    elif path.suffix.lower() in VIDEOS:
+    elif path.suffix.lower() in WRITERS:
         from ..video.metadata import read_recipe
 
         recipe = read_recipe(path).to_dict()
