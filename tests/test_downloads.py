@@ -2,13 +2,17 @@
 
 import logging
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import errors
 
 from wan22 import AutoencoderKLWan, FlowMatchUniPCScheduler, WanT2VPipeline, WanTransformer3DModel
+from wan22.checkpoints.converting.convert import convert
 from wan22.downloads import reaching
+from wan22.pipelines.loading.single_files import load_tokenizer
+from wan22.prompts import TransformersChat
 
 NAME = "org/nothing"
 LOADERS = {
@@ -17,6 +21,9 @@ LOADERS = {
     "vae": lambda **hub: AutoencoderKLWan.from_pretrained(NAME, subfolder="vae", **hub),
     "scheduler": lambda **hub: FlowMatchUniPCScheduler.from_pretrained(NAME, subfolder="scheduler", **hub),
     "file": lambda **hub: WanTransformer3DModel.from_single_file(f"{NAME}/a.safetensors", **hub),
+    "tokenizer": lambda **_: load_tokenizer(Path(NAME)),
+    "converter": lambda **_: convert(NAME, "nowhere", "official"),
+    "chat": lambda **_: TransformersChat(NAME),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..checks import check_real, cut, shown
+from ..downloads import reaching
 from ..web import Answer, check_url, fetch, masked
 
 if TYPE_CHECKING:
@@ -154,7 +155,10 @@ class TransformersChat:
         max_new_tokens: limit of the answer, thinking included.
         device: device for a model loaded by name; the GPU by default, if there is one.
         template_options: arguments for the chat template, such as {"enable_thinking": False}.
-    Raises: ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
+
+    Raises:
+        ValueError: a loaded model without its tokenizer, or a tokenizer without a chat template.
+        FileNotFoundError: neither in the cache nor reached.
     """
 
     def __init__(
@@ -170,8 +174,12 @@ class TransformersChat:
         if not isinstance(model, (str, Path)) and tokenizer is None:
             raise ValueError(f"tokenizer=None must be given where the model is a loaded one ({self.name})")
         if tokenizer is None:
+            from huggingface_hub import hf_hub_download
             from transformers import AutoTokenizer
 
+            if not Path(self.name).exists():  # transformers' own message has several lines
+                with reaching(self.name):
+                    hf_hub_download(self.name, "config.json")
             tokenizer = AutoTokenizer.from_pretrained(self.name)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(

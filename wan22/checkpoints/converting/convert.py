@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 
 from ... import __version__
 from ...checks import as_path, check_choice, parse_bytes
+from ...downloads import reaching
 from ..files.fingerprint import fingerprint
 from ..files.hub import is_repository_name
 from ..files.safetensors import as_bytes
@@ -111,7 +112,8 @@ def _prepare(
         check_absent(target)
     origin = as_path(source)
     if not origin.exists() and is_repository_name(str(source)):  # downloaded first
-        origin = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
+        with reaching(str(source)):
+            origin = Path(snapshot_download(str(source), ignore_patterns=_NOT_CONVERTED))
     if origin.resolve() in target.resolve().parents:
         raise ValueError(f"{target} lies inside of what is to be converted, {origin}; choose another place")
     found = read_source(origin, attention_head_dim)

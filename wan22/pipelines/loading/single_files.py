@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from ...checkpoints.files.damage import errors_named
-from ...checkpoints.files.hub import local_file
+from ...checkpoints.files.hub import check_repository_name, local_file
 from ...checkpoints.files.weights import read_weights
 from ...checkpoints.loading.encoders import TOKENIZER, load_image_processor
 from ...checkpoints.loading.models import WanTransformer3DModel
@@ -17,6 +18,7 @@ from ...checkpoints.loading.recognize import kinds_in, read_model
 from ...checkpoints.loading.single_file import NO_REFERENCE, Arguments, Reference
 from ...checkpoints.loading.stored import StoredModel
 from ...checks import as_path
+from ...downloads import reaching
 from ...presets import has_timestep_per_token, release_of
 from ...private_apis import signature_keys
 from ...schedulers import FlowMatchUniPCScheduler
@@ -132,8 +134,12 @@ def load_tokenizer(path: Path) -> Any:
     """Load umT5's tokenizer from its folder, a repository, or a weight file that has it inside."""
     from transformers import AutoTokenizer, T5Tokenizer
 
+    if not path.exists():
+        check_repository_name(str(path))
+        with reaching(str(path)):
+            path = Path(snapshot_download(str(path), allow_patterns=["*.json", *VOCABULARIES]))
     if not path.is_file():
-        if path.is_dir() and not any((path / name).is_file() for name in VOCABULARIES):
+        if not any((path / name).is_file() for name in VOCABULARIES):
             raise FileNotFoundError(f"{path} has no vocabulary; it must hold {' or '.join(VOCABULARIES)}")
         with errors_named(path):
             return AutoTokenizer.from_pretrained(str(path))
