@@ -138,7 +138,8 @@ def _refusal(error: BaseException, name: str) -> Outcome:
     message = str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     seen = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {message[:300]}"
-    if not isinstance(error, ValueError | OSError | ChatError):
+    # ImportError: what a file asks for is done by a package that is not installed.
+    if not isinstance(error, ValueError | OSError | ChatError | ImportError):
         return Outcome("bare", seen)
     controls = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in message)
     if name not in message or controls or len(message) > LONGEST:
