@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 
 from tests.builders import latents_of, load_pipeline, random_pipeline
 from tests.campaign.isolation import Trial
@@ -32,6 +33,8 @@ def killed_after(seconds: float, work: Callable[[], Any]) -> None:
     """Do something in a forked process, which is killed after some time."""
     process = os.fork()
     if not process:
+        # tqdm's own lock is shared by forked processes: what is killed while it holds it blocks all others.
+        tqdm.set_lock(threading.RLock())
         try:
             work()
         finally:
