@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ...checks import check_choice
+from ...host_memory import trim_heap
 from ...whole_files import whole_file
 from ..converting.plan import OutputTensor, Plan
 from ..converting.settings import diffusers_config
@@ -122,6 +123,7 @@ def _prepare_one(part: Preparation, options: Mapping[str, Any]) -> None:
         with whole_file(folder / RECORD) as temporary:
             temporary.write_text(as_json({**record, "files": sizes}))
         unfinished.place()
+    trim_heap()  # what a layer's rounding took does not stay the process's
     logger.info("%s is prepared in %s", part.name, part.folder)
 
 
