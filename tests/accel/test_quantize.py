@@ -145,9 +145,34 @@ def test_the_way_without_float32_gives_the_same_bits(kind, groups, monkeypatch):
     scale = torch.rand(()) if groups is None else torch.rand(64, groups, 1)
     form, parts = ScaledNumbers(kind, groups), {"data": data, "scale": scale}
     expected = [form.expand(parts).to(dtype) for dtype in DTYPES]
+    monkeypatch.setattr(stored, "ROWS", 48)  # two parts of a CPU's
     assert all(torch.equal(form.expand(parts, d), e) for d, e in zip(DTYPES, expected, strict=True))
     monkeypatch.setattr(stored, "FLOAT32_FIRST", ())
     assert all(torch.equal(form.expand(parts, d), e) for d, e in zip(DTYPES, expected, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most values that a float32 tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.values = max(self.values, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("groups", [None, 1])
+def test_a_weight_is_expanded_on_the_cpu_without_a_float32_copy_of_it(groups):
+    """Plans of memory count the expanded weight alone."""
+    data = torch.zeros(4 * stored.ROWS, 16, dtype=torch.uint8)
+    scale = torch.rand(()) if groups is None else torch.rand(len(data), groups, 1)
+    with Largest() as largest:
+        ScaledNumbers(FP8, groups).expand({"data": data, "scale": scale}, torch.bfloat16)
+    assert 0 < largest.values <= data.numel() // 4
 
 
 # ---- models ----

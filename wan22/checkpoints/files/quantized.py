@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT32_FIRST = ("cpu",)  # devices that are slower at products in a half dtype
 _NAMES = {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8 e5m2"}  # of kinds that say it otherwise
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-# Rows of a weight that are quantised at a time, so that their float32 copies stay small.
+# Rows of a weight that are quantised or expanded at a time, so that their float32 copies stay small.
 ROWS = 1024
 
 Parts = Mapping[str, torch.Tensor]
@@ -40,16 +40,27 @@ class ScaledNumbers:
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values: products in float32, rounded once to a dtype."""
-        data, scale = parts["data"], parts["scale"]
-        # The numbers are exact in the half dtypes, and an in-place product with a float32 tensor of at least
-        # one dimension is computed in float32 and rounded once: the same values, a third of the traffic.
-        direct = dtype in HALF and data.device.type not in FLOAT32_FIRST
-        values = data.view(self.kind).to(dtype if direct else torch.float32)
+        data, scale = parts["data"].view(self.kind), parts["scale"]
+        if dtype not in HALF:
+            return self._scaled(data.to(torch.float32), scale).to(dtype)
+        if data.device.type not in FLOAT32_FIRST or torch.compiler.is_compiling():
+            # The numbers are exact in the half dtypes, and an in-place product with a float32 tensor of at
+            # least one dimension is computed in float32 and rounded once: a third of the traffic.
+            return self._scaled(data.to(dtype), scale)
+        values = torch.empty(data.shape, dtype=dtype, device=data.device)
+        for start in range(0, len(data), ROWS):
+            part = slice(start, start + ROWS)
+            values[part] = self._scaled(
+                data[part].to(torch.float32), scale if self.groups is None else scale[part]
+            )
+        return values
+
+    def _scaled(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Multiply rows by their scales, in place."""
         if self.groups is None:
-            values.mul_(scale.reshape(1))
-        else:
-            values.view(len(values), self.groups, math.prod(values.shape[1:]) // self.groups).mul_(scale)
-        return values.to(dtype)
+            return values.mul_(scale.reshape(1))
+        values.view(len(values), self.groups, math.prod(values.shape[1:]) // self.groups).mul_(scale)
+        return values
 
     def rows(self, parts: Parts, indices: torch.Tensor) -> "QuantizedTensor":
         """Return some rows of a matrix."""
