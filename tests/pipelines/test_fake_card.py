@@ -1,0 +1,225 @@
+"""Whole calls on a pretended card: the CPU's frames, and the host waits for nothing but what is listed."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.checkpoints.lora_writers import make_lora, save
+from tests.fake_card import CardTensor, FakeCard
+from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
+from wan22.accel import attention, quantize
+from wan22.accel.offload.layout import Placement
+from wan22.accel.planning.machine import Machine
+from wan22.accel.planning.plans import Phase, Plan
+from wan22.pipelines.call.guidance import ClassifierFreeGuidance
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
+STEPS, CHUNKS = 2, 2  # of 5 frames, the VAE decodes 1 and 4
+KINDS = {
+    "t2v": (WanT2VPipeline, {}),
+    "i2v": (WanI2VPipeline, {"image": np.linspace(0, 1, 32 * 32 * 3, dtype=np.float32).reshape(32, 32, 3)}),
+    "ti2v": (WanI2VPipeline, {"image": np.full((32, 32, 3), 90, np.uint8)}),
+}
+
+# Why the host waits while a video is sampled, and how often.
+SAMPLING = {
+    # Whether each step's latents are finite.
+    "reads a number in pipelines/call/checks.py:check_finite": STEPS,
+}
+# The same in a process's first call.
+ONCE = {
+    # Which of PyTorch's float8 products give the right number.
+    "fp8_dynamic": {"reads a number in accel/quantize.py:_tried_form": 1},
+}
+# The same while it is decoded.
+DECODING = {
+    # The statistics of the latents, made on the host: mean and deviation, once a clip.
+    "upload in models/autoencoder.py:<genexpr>": 2,
+    # Each chunk of frames.
+    "download in pipelines/call/autoencoders.py:decode": CHUNKS,
+}
+
+
+def load(kind, **options):
+    pipe = KINDS[kind][0].from_pretrained(tiny_checkpoint(kind), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments(kind, **others):
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "seed": 3}
+    return {"prompt": "a red circle moves to the right", **KINDS[kind][1], **size, **others}
+
+
+@contextmanager
+def dtypes_of(pipe):
+    """Record the dtypes of all modules' results in a list."""
+    found, handles = [], []
+
+    def hook(name):
+        def record(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, torch.Tensor):
+                found.append((name, out.dtype))
+
+        return record
+
+    for slot in ("text_encoder", "transformer", "transformer_2", "vae"):
+        for name, module in (getattr(pipe, slot, None) or torch.nn.Module()).named_modules():
+            handles.append(module.register_forward_hook(hook(f"{slot}.{name}")))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def told(waits):
+    return Counter(f"{wait.kind} in {wait.where}" for wait in waits)
+
+
+def change(pipe, how, folder):
+    """Accelerate, quantise or adapt a pipeline."""
+    if how == "accelerated":
+        pipe.accelerate()
+    elif how == "lora":
+        pipe.load_lora_weights(
+            save(make_lora(pipe.transformer, 5), folder / "lora.safetensors"), strength=0.5
+        )
+    elif how != "plain":
+        pipe.quantize(how)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_the_card():
+    """Forget which kernels were tried, here and after."""
+    for found in (kernels := (attention._failure, quantize._tried_form)):
+        found.cache_clear()
+    yield
+    for found in kernels:
+        found.cache_clear()
+
+
+CALLS = [("t2v", how) for how in ("plain", "accelerated", "int8", "fp8", "fp8_dynamic", "lora")]
+CALLS += [("i2v", "plain"), ("i2v", "lora"), ("ti2v", "plain"), ("ti2v", "accelerated")]
+
+
+@pytest.mark.parametrize(("kind", "how"), CALLS)
+def test_a_call_on_the_card_makes_the_cpus_frames(kind, how, tmp_path):
+    pipe = load(kind)
+    change(pipe, how, tmp_path)
+    with dtypes_of(pipe) as expected_dtypes:
+        expected = pipe(**arguments(kind)).frames
+    with FakeCard() as card:
+        pipe = load(kind)
+        pipe.to("cuda")
+        change(pipe, how, tmp_path)
+        assert all(isinstance(p, CardTensor) for p in pipe.transformer.parameters())
+        with dtypes_of(pipe) as dtypes:
+            found = pipe(**arguments(kind))
+    assert np.array_equal(found.frames, expected)
+    assert dtypes == expected_dtypes
+    assert told(card.waits("denoise")) == SAMPLING | ONCE.get(how, {})
+    assert told(card.waits("decode")) == DECODING
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_on_the_card_has_the_cpus_frames(kind, tmp_path):
+    expected = list(load(kind).stream(**arguments(kind)))
+    with FakeCard() as card:
+        pipe = load(kind).to("cuda")
+        found = list(pipe.stream(**arguments(kind)))
+        assert np.array_equal(found, expected)
+        assert told(card.waits("stream_frames")) == DECODING
+        files = pipe.stream(**arguments(kind)).save(tmp_path / "frames.png")
+    assert [np.array(Image.open(file)).tolist() for file in files] == np.array(expected).tolist()
+
+
+def planned(pipe, source, strips):
+    """Return a plan whose transformers pass through buffers; the other models come when they are called."""
+    streamed, called = Placement("streamed", source=source), Placement("on_demand")
+    placements = {"text_encoder": called, "transformer": streamed, "transformer_2": streamed, "vae": called}
+    machine, phases = Machine(torch.device("cuda"), 1e9, 1e9), (Phase("text", 0, 0),)
+    how = {"strips": strips, "token_chunks": 1, "in_turn": False, "prefetch": False, "quantize": None}
+    return Plan("tiny", (32, 32, 5), machine, placements, **how, phases=phases, host=0, pinned=0, mapped=0)
+
+
+@pytest.mark.parametrize(("source", "strips"), [("pinned", None), ("mmap", 2)])
+def test_a_planned_call_makes_the_cpus_frames(source, strips):
+    expected = load("t2v")(**arguments("t2v")).frames
+    with FakeCard() as card:
+        pipe = load("t2v")
+        pipe.apply(planned(pipe, source, strips))
+        for _ in range(2):  # the second one's weights are pinned already
+            card.recorded.clear()
+            assert np.array_equal(pipe(**arguments("t2v")).frames, expected)
+            for part, known in (("denoise", SAMPLING), ("decode", DECODING)):
+                # Where the other model comes, the copies of the one before end before its memory is given away.
+                waits = [w for w in card.waits(part) if w.where != "accel/offload/devices.py:finish"]
+                assert told(waits) == known
+        pipe.release()
+        assert not any(isinstance(p, CardTensor) for p in pipe.transformer.parameters())
+
+
+# ---- the card itself ----
+
+
+def test_a_number_that_the_loop_reads_is_found(monkeypatch):
+    combine = ClassifierFreeGuidance.combine
+
+    def reading(self, positive, negative, step):
+        positive.abs().max().item()
+        return combine(self, positive, negative, step)
+
+    monkeypatch.setattr(ClassifierFreeGuidance, "combine", reading)
+    with FakeCard() as card:
+        load("t2v").to("cuda")(**arguments("t2v"))
+    more = told(card.waits("denoise")) - Counter(SAMPLING)
+    assert more == {"reads a number in pipelines/call/denoiser.py:<listcomp>": STEPS}
+
+
+def test_what_makes_the_host_wait():
+    reads = {
+        "reads a number": [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x[0])],
+        "reads numbers": [lambda x: x.tolist()],
+        "compares": [lambda x: torch.equal(x, x)],
+        "counts": [lambda x: x.nonzero(), lambda x: x[x > 1], lambda x: x.unique()],
+        "download": [lambda x: x.cpu(), lambda x: torch.empty(4).copy_(x)],
+        "upload": [lambda x: torch.ones(4).to(x), lambda x: torch.tensor([1.0], device="cuda")],
+        "event": [lambda x: torch.accelerator.current_stream().record_event().synchronize()],
+    }
+    with FakeCard() as card:
+        x = torch.arange(4.0, device="cuda")
+        for kind, functions in reads.items():
+            for function in functions:
+                card.recorded.clear()
+                function(x)
+                assert [wait.kind for wait in card.recorded] == [kind]
+
+
+def test_what_does_not():
+    with FakeCard() as card:
+        x = torch.arange(4.0, device="cuda")
+        pinned = torch.ones(4, pin_memory=True)
+        x[0], x[1:] = 3, x[1:] * torch.tensor(2.0)
+        found = x.to("cpu", non_blocking=True), x + pinned.to("cuda", non_blocking=True)
+        assert not card.recorded
+        assert found[0].isnan().all(), "nothing has waited for it"
+        torch.accelerator.current_stream().record_event().synchronize()
+        assert found[0].tolist() == [3, 2, 4, 6]
+        assert found[1].tolist() == [4, 3, 5, 7]
+
+
+def test_host_and_card_are_not_mixed():
+    with FakeCard():
+        x = torch.ones(4, device="cuda")
+        for function in (torch.add, torch.dot, lambda a, b: torch.cat([a, b])):
+            with pytest.raises(RuntimeError, match=r"tensors on the host, .* and on the card"):
+                function(x, torch.ones(4))
+        with pytest.raises((RuntimeError, TypeError)):
+            x.numpy()
