@@ -24,6 +24,7 @@ HEAVY = {
 }
 FREE = {
     "checks",
+    "devices",
     "downloads",
     "extras",
     "host_memory",
@@ -36,6 +37,7 @@ FREE = {
 # What each part of the package may import from the others; it may always import from itself, and FREE.
 MAY_IMPORT = {
     "checks": set(),
+    "devices": set(),
     "downloads": set(),
     "extras": set(),
     "notebooks": set(),

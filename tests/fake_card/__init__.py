@@ -84,6 +84,7 @@ class FakeCard:
         self.device, self.capability, self.memory = CARD, capability, memory
         self.queued = 0  # operators so far
         self.recorded = []
+        self.downloads = []  # dtypes of what was copied to the host
         self._pinned = {}  # host memory that copies run from in the background, by address
         self._leaving = []  # copies to the host that have not arrived
 
@@ -172,12 +173,15 @@ class FakeCard:
             self.read("upload")
 
     def upload(self, source, in_background=False):
-        """Record a copy from the host."""
+        """Record a copy from the host; one behind a copy to the same memory reads what that has brought."""
         if not in_background or not self.is_pinned(source):
             self.read("upload")
+        memory = source.untyped_storage().data_ptr()
+        self._arrive(lambda queued, target: target.untyped_storage().data_ptr() == memory)
 
     def _download(self, func, args, real_args, real_kwargs, blocks):
         """Copy to the host: at once if that blocks, and else for who waits for what is queued now."""
+        self.downloads.append((args[0] if func is aten._to_copy.default else args[1]).dtype)
         if blocks:
             self.read("download")
             return func(*real_args, **real_kwargs)
@@ -204,7 +208,10 @@ class FakeCard:
             frame = frame.f_back
         self.recorded.append(Wait(kind, *place, frozenset(names), idle))
         until = self.queued if until is None else until
-        for copy in [copy for copy in self._leaving if copy[0] <= until]:
+        self._arrive(lambda queued, target: queued <= until)
+
+    def _arrive(self, has_come):
+        for copy in [copy for copy in self._leaving if has_come(*copy[:2])]:
             copy[1].copy_(copy[2])
             self._leaving.remove(copy)
 

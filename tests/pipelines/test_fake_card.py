@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from wan22.accel.offload.layout import Placement
 from wan22.accel.planning.machine import Machine
 from wan22.accel.planning.plans import Phase, Plan
 from wan22.pipelines.call.guidance import ClassifierFreeGuidance
+from wan22.video.result import to_uint8
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 
@@ -28,8 +30,8 @@ KINDS = {
 
 # Why the host waits while a video is sampled, and how often.
 SAMPLING = {
-    # Whether each step's latents are finite.
-    "reads a number in pipelines/call/checks.py:check_finite": STEPS,
+    # Whether each step's latents are finite: after the next step, and of the last one at the end.
+    "event in devices.py:_next": STEPS,
 }
 # The same in a process's first call.
 ONCE = {
@@ -40,8 +42,8 @@ ONCE = {
 DECODING = {
     # The statistics of the latents, made on the host: mean and deviation, once a clip.
     "upload in models/autoencoder.py:<genexpr>": 2,
-    # Each chunk of frames.
-    "download in pipelines/call/autoencoders.py:decode": CHUNKS,
+    # Each chunk of frames: while the next one is decoded, and the last one at the end.
+    "event in devices.py:_next": CHUNKS,
 }
 
 
@@ -79,6 +81,14 @@ def dtypes_of(pipe):
             handle.remove()
 
 
+def check_waits(card, decoding, **more):
+    """Compare what made the host wait with the lists: it waits for one while the next computes."""
+    for part, known in (("denoise", SAMPLING | more), (decoding, DECODING)):
+        assert told(card.waits(part)) == known
+        idle = [wait.idle for wait in card.waits(part) if wait.kind == "event"]
+        assert idle == [False] * (len(idle) - 1) + [True]
+
+
 def told(waits):
     return Counter(f"{wait.kind} in {wait.where}" for wait in waits)
 
@@ -106,38 +116,72 @@ def nothing_is_known_of_the_card():
 
 
 CALLS = [("t2v", how) for how in ("plain", "accelerated", "int8", "fp8", "fp8_dynamic", "lora")]
-CALLS += [("i2v", "plain"), ("i2v", "lora"), ("ti2v", "plain"), ("ti2v", "accelerated")]
+CALLS += [("i2v", "plain"), ("ti2v", "plain")]
+
+
+@cache
+def on_cpu(kind, how="plain", folder=None):
+    """Return the frames, and the dtypes of all modules' results."""
+    pipe = load(kind)
+    change(pipe, how, folder)
+    with dtypes_of(pipe) as dtypes:
+        return pipe(**arguments(kind)).frames, dtypes
 
 
 @pytest.mark.parametrize(("kind", "how"), CALLS)
 def test_a_call_on_the_card_makes_the_cpus_frames(kind, how, tmp_path):
-    pipe = load(kind)
-    change(pipe, how, tmp_path)
-    with dtypes_of(pipe) as expected_dtypes:
-        expected = pipe(**arguments(kind)).frames
+    expected, expected_dtypes = on_cpu(kind, how, tmp_path if how == "lora" else None)
     with FakeCard() as card:
-        pipe = load(kind)
-        pipe.to("cuda")
+        pipe = load(kind).to("cuda")
         change(pipe, how, tmp_path)
         assert all(isinstance(p, CardTensor) for p in pipe.transformer.parameters())
         with dtypes_of(pipe) as dtypes:
             found = pipe(**arguments(kind))
     assert np.array_equal(found.frames, expected)
     assert dtypes == expected_dtypes
-    assert told(card.waits("denoise")) == SAMPLING | ONCE.get(how, {})
-    assert told(card.waits("decode")) == DECODING
+    check_waits(card, "decode", **ONCE.get(how, {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_on_the_card_has_the_cpus_frames(kind, tmp_path):
-    expected = list(load(kind).stream(**arguments(kind)))
+    expected = to_uint8(on_cpu(kind)[0][0])
     with FakeCard() as card:
         pipe = load(kind).to("cuda")
         found = list(pipe.stream(**arguments(kind)))
         assert np.array_equal(found, expected)
-        assert told(card.waits("stream_frames")) == DECODING
+        check_waits(card, "stream_frames")
+        assert card.downloads[-2 * CHUNKS :] == [torch.uint8, torch.bool] * CHUNKS
         files = pipe.stream(**arguments(kind)).save(tmp_path / "frames.png")
-    assert [np.array(Image.open(file)).tolist() for file in files] == np.array(expected).tolist()
+    assert [np.array(Image.open(file)).tolist() for file in files] == expected.tolist()
+
+
+def test_the_frames_after_an_image_are_made_on_the_card():
+    with FakeCard() as card:
+        load("i2v").to("cuda")(**arguments("i2v", num_frames=17, output_type="latent"))
+    uploads = [wait for wait in card.waits("make_condition") if wait.kind == "upload"]
+    assert told(uploads) == {
+        "upload in pipelines/call/autoencoders.py:<genexpr>": 1,  # the image, and not the 16 frames after it
+        "upload in models/autoencoder.py:<genexpr>": 2,
+    }
+
+
+@pytest.mark.parametrize(("slot", "step"), [("transformer", 1), ("transformer_2", STEPS)])
+def test_numbers_that_are_not_finite_name_their_step(slot, step):
+    with FakeCard():
+        pipe = load("t2v").to("cuda")
+        with torch.no_grad():
+            getattr(pipe, slot).proj_out.weight.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match=rf"after step {step} of {STEPS} .*pipe\.{slot} in"):
+            pipe(**arguments("t2v"))
+
+
+def test_frames_that_are_not_finite():
+    with FakeCard():
+        pipe = load("t2v").to("cuda")
+        with torch.no_grad():
+            pipe.vae.decoder.conv_in.weight.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match="VAE's frames are not finite"):
+            pipe(**arguments("t2v"))
 
 
 def planned(pipe, source, strips):
@@ -151,7 +195,7 @@ def planned(pipe, source, strips):
 
 @pytest.mark.parametrize(("source", "strips"), [("pinned", None), ("mmap", 2)])
 def test_a_planned_call_makes_the_cpus_frames(source, strips):
-    expected = load("t2v")(**arguments("t2v")).frames
+    expected, _ = on_cpu("t2v")
     with FakeCard() as card:
         pipe = load("t2v")
         pipe.apply(planned(pipe, source, strips))
@@ -159,7 +203,7 @@ def test_a_planned_call_makes_the_cpus_frames(source, strips):
             card.recorded.clear()
             assert np.array_equal(pipe(**arguments("t2v")).frames, expected)
             for part, known in (("denoise", SAMPLING), ("decode", DECODING)):
-                # Where the other model comes, the copies of the one before end before its memory is given away.
+                # Where another model comes, copies of the one before end before its memory is given away.
                 waits = [w for w in card.waits(part) if w.where != "accel/offload/devices.py:finish"]
                 assert told(waits) == known
         pipe.release()

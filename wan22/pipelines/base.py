@@ -248,7 +248,7 @@ class WanPipeline(PipelineParts):
         """
         self._align_transformers()
         denoiser = self.make_denoiser(call, embeds, condition)
-        latents = condition.overwrite_known_frames(latents)
+        latents, finite = condition.overwrite_known_frames(latents), checks.FiniteCheck(latents.device)
         with self.progress_bar(total=len(call.steps), desc="sampling", unit="step") as bar:
             for step in call.steps:
                 call.state.current_timestep = step.timestep
@@ -262,7 +262,7 @@ class WanPipeline(PipelineParts):
                 clean = condition.overwrite_known_frames(latents - step.sigma * velocity)
                 latents = take_step(call.state, velocity, step.timestep, latents, call.generators)
                 latents = condition.overwrite_known_frames(latents)
-                checks.check_finite(latents, step)
+                finite.add(latents, step)
                 if previewer is not None:
                     previewer.step(step.number, step.count, step.expert.label, clean)
                 if call.callback is not None:
@@ -272,10 +272,11 @@ class WanPipeline(PipelineParts):
                 bar.update()
                 stop, interrupt = self.ranks.any(call.state.stop, call.state.interrupt)
                 if stop and not step.is_last:
-                    call.state.recipe = stopped_after(step.number, call.recipe)
-                    return clean
+                    call.state.recipe, latents = stopped_after(step.number, call.recipe), clean
+                    break
                 if interrupt:
                     break
+            finite.finish()
         return latents
 
     def _align_transformers(self) -> None:

@@ -298,9 +298,9 @@ class WanI2VPipeline(WanPipeline):
         between = num_frames - len(images)
         if between < 0:
             raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
-        # In pieces, so that a long clip of zeros never lies in memory whole.
+        # In pieces, so that a long clip of zeros never lies in memory whole; made where they are encoded.
         stride = self.vae_scale_factor_temporal
-        zeros = torch.zeros_like(images[0])
+        zeros = torch.zeros_like(images[0], device=get_module_execution_device(self.vae))
         pieces = [zeros.expand(-1, -1, min(stride, between - i), -1, -1) for i in range(0, between, stride)]
         latents = self.encode_clip([images[0], *pieces, *images[1:]])
         mask = latents.new_zeros(1, stride, *latents.shape[2:])

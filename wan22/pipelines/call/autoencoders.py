@@ -16,6 +16,7 @@ from ...accel.offload.devices import CudaDevice
 from ...accel.offload.histories import HostHistories
 from ...checkpoints.loading.alignment import align_weights
 from ...checkpoints.loading.models import is_ours
+from ...devices import HostCopies
 from ...models.autoencoder import Caches, denormalized, normalized, strides_of
 from ...models.autoencoder_memory import STRIPS
 from ...models.temporal_cache import TemporalCache
@@ -55,11 +56,12 @@ def encode(vae: Any, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     return normalized(latents, vae.config.latents_mean, vae.config.latents_std)
 
 
-def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
+def decode(vae: Any, z: torch.Tensor, retry: bool, as_uint8: bool = False) -> Iterator[torch.Tensor]:
     """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
 
-    wan22's goes on in strips where memory runs out, if `retry`. Between two chunks other calls may use the
-    VAE, and hooks may have moved it away.
+    With `as_uint8` they are "t h w c" in 0 to 255, truncated as in the official code. A GPU decodes the next
+    chunk while one is used. wan22's VAE goes on in strips where memory runs out, if `retry`. Between two
+    chunks other calls may use the VAE, and hooks may have moved it away.
 
     Raises:
         FloatingPointError: frames are not finite.
@@ -73,14 +75,37 @@ def decode(vae: Any, z: torch.Tensor, retry: bool) -> Iterator[torch.Tensor]:
     else:
         chunks = iter(vae.decode(z, return_dict=False)[0].split(temporal_stride(vae), dim=2))
     left = 1 + (z.shape[2] - 1) * temporal_stride(vae)
-    while left and (pixels := next(chunks, None)) is not None:
-        chunk = pixels[0].float().cpu().div(2).add_(0.5).clamp_(0, 1)
-        if not torch.isfinite(chunk).all():
-            raise FloatingPointError(f"the VAE's frames are not finite in {vae.dtype}; load it in float32")
+    copies: HostCopies[None] = HostCopies(z.device)
+    for frames, finite in map(partial(_frames_of, as_uint8=as_uint8), chunks):
+        copies.put(None, frames, finite)
+        left -= frames.shape[0 if as_uint8 else 1]
+        del frames, finite  # or they would be on the device while the next chunk is decoded
+        for chunk in _checked(copies.arrived(), vae.dtype):
+            yield chunk
+            if left and is_ours(vae):  # diffusers' has decoded all
+                _bring_back(vae, z)
+        if not left:
+            break
+    yield from _checked(copies.rest(), vae.dtype)
+
+
+def _frames_of(pixels: torch.Tensor, as_uint8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk's frames of pixels "1 c t h w" in [-1, 1], see `decode`, and whether they are finite."""
+    frames = pixels[0].float().div(2).add_(0.5).clamp_(0, 1)
+    finite = torch.isfinite(frames.sum())  # NaN, if any of them is; one number in place of a mask
+    if as_uint8:
+        frames = frames.mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    return frames, finite
+
+
+def _checked(
+    arrived: Iterable[tuple[None, tuple[torch.Tensor, ...]]], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield chunks of frames that have arrived, and refuse those that are not finite."""
+    for _, (chunk, finite) in arrived:
+        if not finite:
+            raise FloatingPointError(f"the VAE's frames are not finite in {dtype}; load it in float32")
         yield chunk
-        left -= chunk.shape[1]
-        if left and is_ours(vae):  # diffusers' has decoded all
-            _bring_back(vae, z)
 
 
 def _bring_back(vae: Any, z: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...checks import check_real, shown
+from ...devices import HostCopies
 from ...presets import MAX_TEXT_TOKENS
 from .experts import Step
 
@@ -60,9 +61,29 @@ def describe(value: Any) -> str:
     return shown(value) if isinstance(value, torch.Tensor) else f"{type(value).__name__} {shown(value)}"
 
 
-def check_finite(latents: torch.Tensor, step: Step) -> None:
-    """Refuse latents that are not finite by a FloatingPointError that names the step and the model."""
-    if not torch.isfinite(latents).all():
+class FiniteCheck:
+    """Refuses latents that are not finite by a FloatingPointError that names the step and the model.
+
+    On a GPU a step's result is known one step later, so that the host does not wait for each of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._flags: HostCopies[Step] = HostCopies(device)
+
+    def add(self, latents: torch.Tensor, step: Step) -> None:
+        """Look at the latents after a step, and refuse those of an earlier one."""
+        self._flags.put(step, torch.isfinite(latents).all())
+        for earlier, (finite,) in self._flags.arrived():
+            _refuse_unless(finite, earlier)
+
+    def finish(self) -> None:
+        """Refuse those of the last step."""
+        for step, (finite,) in self._flags.rest():
+            _refuse_unless(finite, step)
+
+
+def _refuse_unless(finite: torch.Tensor, step: Step) -> None:
+    if not finite:
         expert, dtype = step.expert, step.expert.model and step.expert.model.dtype
         where = f"{expert.label or 'the only'} expert, pipe.{expert.slot} in {dtype}"
         raise FloatingPointError(

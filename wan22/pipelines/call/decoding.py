@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...video.result import to_uint8
 from . import autoencoders
 
 Bar = Callable[..., Any]
@@ -24,22 +23,25 @@ def decode(vae: Any, latents: torch.Tensor, output_type: str, bar: Bar, retry: b
     """
     if output_type == "latent":
         return latents
-    videos = []
+    videos, as_uint8 = [], output_type == "pil"
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     rows, columns = (length * autoencoders.spatial_stride(vae) for length in latents.shape[3:])
+    shape = (frames, rows, columns, 3) if as_uint8 else (3, frames, rows, columns)
     with bar(total=len(latents) * frames, desc="decoding", unit="frame") as progress:
         for z in latents.split(1):
-            video = torch.empty(3, frames, rows, columns)  # c t h w
-            done = 0
-            for chunk in autoencoders.decode(vae, z, retry):
-                video[:, done : done + chunk.shape[1]] = chunk
-                done += chunk.shape[1]
-                progress.update(chunk.shape[1])
+            video = torch.empty(shape, dtype=torch.uint8 if as_uint8 else torch.float32)
+            in_time, done = video if as_uint8 else video.transpose(0, 1), 0  # t first
+            for chunk in autoencoders.decode(vae, z, retry, as_uint8):
+                chunk = chunk if as_uint8 else chunk.transpose(0, 1)
+                in_time[done : done + len(chunk)] = chunk
+                done += len(chunk)
+                progress.update(len(chunk))
             videos.append(video)
     if output_type == "pt":
         return torch.stack(videos).transpose(1, 2)  # b c t h w -> b t c h w
-    arrays = np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
-    return arrays if output_type == "np" else [[Image.fromarray(f) for f in v] for v in to_uint8(arrays)]
+    if as_uint8:
+        return [[Image.fromarray(frame) for frame in video.numpy()] for video in videos]
+    return np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
 
 
 def stream_frames(
@@ -49,7 +51,7 @@ def stream_frames(
 
     Within `using()` the VAE computes; the caller has the frames outside of it.
     """
-    chunks = autoencoders.decode(vae, latents, retry)
+    chunks = autoencoders.decode(vae, latents, retry, as_uint8=True)
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     with bar(total=frames, desc="decoding", unit="frame") as progress:
         while True:
@@ -57,6 +59,7 @@ def stream_frames(
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            for frame in to_uint8(chunk.permute(1, 2, 3, 0).numpy()):
+            # Not the memory that copies from a GPU arrive in, which whoever keeps a frame would take away.
+            for frame in chunk.numpy() if latents.is_cpu else chunk.numpy().copy():
                 yield frame
                 progress.update()
