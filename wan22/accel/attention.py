@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading.attention_names import our_name, their_name
 from ..checks import shown
+from ..devices import card
 from ..models.attention import Kernel, finders, native, register
 from ..models.transformer import WanTransformer3DModel
 from ..private_apis import keeping_active_attention_backend, uncompiled
@@ -49,7 +50,7 @@ def available(
         dtype: dtype of queries, keys and values.
         head_dim: channels of one head.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or card() or "cpu")
     return {name: _unfit(backend, device, dtype, head_dim) for name, backend in _backends.items()}
 
 
@@ -128,9 +129,9 @@ def describe(
 def _find(name: str, model: Any) -> str:
     """Check a kernel for a transformer, where it runs now or will run: on the GPU, if there is one."""
     device = get_module_execution_device(model)
-    if device.type == "cpu" and torch.cuda.is_available() and name in _backends:
+    if device.type == "cpu" and (gpu := card()) is not None and name in _backends:
         on_cpu = _unfit(_backends[name], device, model.dtype, model.head_dim) is None
-        device = device if on_cpu else torch.device("cuda")
+        device = device if on_cpu else gpu
     return select(name, device, model.dtype, model.head_dim)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from ..devices import capability as capability_of
+from ..devices import is_rocm
 from ..models.attention import native
 from ..private_apis import (
     cudnn_attention,
@@ -64,10 +66,12 @@ def _rules(
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     multiple: int = 1,
+    rocm: bool = False,
 ) -> Callable[[torch.device, torch.dtype, int], str | None]:
     """Return a kernel's `refuses` from its rules; None: any.
 
-    `capability` is the GPU's lowest and highest compute capability, `multiple` a divisor of the head size.
+    `capability` is the GPU's lowest and highest compute capability, `multiple` a divisor of the head size,
+    `rocm` whether it runs on AMD's GPUs, too.
     """
 
     def refuses(where: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -75,9 +79,11 @@ def _rules(
             return f"it runs on {device} only"
         if device == "cuda" and not torch.cuda.is_available():
             return "there is no GPU"
-        if capability is not None:
+        if is_rocm(where) and not rocm:
+            return "it runs on NVIDIA's GPUs only"
+        found = capability_of(where)
+        if capability is not None and found is not None:
             low, high = capability
-            found = torch.cuda.get_device_capability(where)
             if not low <= found <= high:
                 name, span = ".".join(map(str, found)), f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
                 return f"it runs on compute capability {span}, and this GPU has {name}"
@@ -93,15 +99,16 @@ def _rules(
 def _flash_refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type == "cpu":
         return None
-    return _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8)(device, dtype, head_dim)
+    rules = _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8, rocm=True)
+    return rules(device, dtype, head_dim)
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return (capability_of(device) or (0, 0))[0] == 9
 
 
 def _is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    return (capability_of(device) or (0, 0))[0] == 10
 
 
 def _is_slower_by_choice(device: torch.device) -> bool:
@@ -182,12 +189,12 @@ def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[
 BACKENDS = (
     Backend("native", lambda: native, lambda device, dtype, head_dim: None),
     Backend("flash", lambda: _flash, _flash_refuses),
-    Backend("efficient", lambda: _efficient, _rules(multiple=8)),
+    Backend("efficient", lambda: _efficient, _rules(multiple=8, rocm=True)),
     Backend("math", lambda: _math, lambda device, dtype, head_dim: None),
     Backend(
         "flash_attn_2",
         _library("flash_attn_2", "flash_attn.flash_attn_interface", "flash_attn_func", "flash-attn"),
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF),
+        _rules(capability=((8, 0), (99, 0)), dtypes=HALF, rocm=True),
     ),
     Backend(
         "flash_attn_3",

@@ -79,6 +79,8 @@ def check(model: nn.Module, method: Any, block: int | None = None) -> dict[str, 
     if isinstance(method, str):
         check_method(method)
         _check_fit(method, block, layers)
+        if KINDS[method].is_floating_point and get_module_execution_device(model).type == "mps":
+            raise ValueError(f"method {shown(method)}: MPS has no float8; 'int8' is the nearest")
     elif block is not None:
         raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     return layers

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files.quantized import QuantizedTensor
+from .files.quantized import FLOAT8, QuantizedTensor
 
 _expanding = ContextVar("expanding", default=False)  # see expanded_state
 
@@ -83,6 +83,18 @@ class QuantizedLinear(nn.Linear):
                 moved.data = part.to(moved.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+
+def check_has_float8(model: nn.Module, device: torch.device) -> None:
+    """Refuse a device without float8 for a model that is quantised to it, by a ValueError."""
+    if device.type != "mps":
+        return
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear) and getattr(layer.format, "kind", None) in FLOAT8:
+            raise ValueError(
+                f"{type(model).__name__} is quantised to {layer.method}, and MPS has no float8; load it in "
+                "bf16, or quantise it to 'int8'"
+            )
 
 
 @contextmanager

@@ -40,11 +40,14 @@ def findings() -> dict[str, Any]:
 
     from .. import __version__
     from ..checkpoints.preparing.cache import cache_folder
+    from ..devices import card, module_of
     from ..host_memory import available_ram
     from .loading import find_device
 
     device = find_device(None)
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    kind = card()
+    module = None if kind is None else module_of(kind)
+    gpus = [] if module is None else [module.get_device_properties(i) for i in range(module.device_count())]
     return {
         "wan22": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",

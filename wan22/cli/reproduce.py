@@ -189,7 +189,11 @@ def _memory(recipe: Recipe, given: Loading) -> str | None:
     """Return the memory that the recipe's plans had; where there is no GPU, plans are for the CPU."""
     if recipe.memory is None or given.device is not None or given.parallel is not None or launched():
         return None
-    return recipe.memory if find_device(None).startswith("cuda") else "auto"
+    import torch
+
+    from ..devices import has_own_memory
+
+    return recipe.memory if has_own_memory(torch.device(find_device(None))) else "auto"
 
 
 def _loras(recipe: Recipe, given: Loading) -> list[dict[str, Any]]:

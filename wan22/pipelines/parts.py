@@ -15,6 +15,7 @@ from ..accel.parallel import Parallel
 from ..accel.planning.plans import Plan
 from ..checkpoints.loading.dtypes import read_device
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
+from ..checkpoints.quantized_linear import check_has_float8
 from ..checks import check_num_frames, check_real, check_size, refuse_unknown, shown
 from ..notebooks import table
 from ..presets import TI2V_5B, Preset, closest_preset, find_preset
@@ -313,8 +314,10 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
             kwargs.setdefault("dtype", older)
         asked = (kwargs.get(name) for name in ("device", "dtype"))
         for place in (*args, kwargs.get("device")):
-            if isinstance(place, str):
-                read_device(place)
+            if isinstance(place, str | torch.device):
+                device = read_device(place)
+                for model in self.transformers:
+                    check_has_float8(model, device)
         with self.calls.using_models(changing=True):
             self.memory.check_movable(*args, *(value for value in asked if value is not None))
             return super().to(*args, **kwargs)

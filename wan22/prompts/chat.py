@@ -186,12 +186,12 @@ class TransformersChat:
                 f"{self.name} has no chat template; give a chat model, such as one named '…-Instruct'"
             )
         if isinstance(model, (str, Path)):
-            import torch
             from transformers import AutoModelForCausalLM
 
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            from ..devices import card
+
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype="auto")
-            model = loaded.to(device)
+            model = loaded.to(device or card() or "cpu")
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -204,6 +204,8 @@ class TransformersChat:
         Raises: ValueError: images for a model without a processor. ChatError: the answer was cut off.
         """
         import torch
+
+        from ..devices import card, module_of
 
         inputs = self.tokenizer.apply_chat_template(
             self._conversation(messages),
@@ -218,7 +220,9 @@ class TransformersChat:
             # Without these, transformers warns of the checkpoint's own sampling settings.
             sampling |= {"temperature": None, "top_p": None, "top_k": None}
         # manual_seed seeds every device.
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+        kind = card()
+        states = [] if kind is None else range(module_of(kind).device_count())
+        with torch.random.fork_rng(states, device_type=(kind or torch.device("cuda")).type), torch.no_grad():
             if seed is not None:
                 torch.manual_seed(seed)
             ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **sampling)

@@ -17,6 +17,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     for name in ("measured_flops", "measured_bandwidth"):
         monkeypatch.setattr(machine, name, lambda device: 1.0)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...devices import card, free_and_total, has_own_memory, module_of
 from ...host_memory import available_ram, trim_heap
 
 # A point in the order of computations or copies; each device has its own type.
@@ -26,6 +27,11 @@ class Device(ABC):
 
     torch_device: torch.device
     is_host = False  # whether its memory is the host's, which weights are read into without a copy between
+
+    def use_in_thread(self) -> None:
+        """Make this the device of a thread that queues copies: each thread begins with the first one."""
+        if has_own_memory(self.torch_device):
+            module_of(self.torch_device).set_device(self.torch_device)
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -65,15 +71,22 @@ class Device(ABC):
 
 
 class CudaDevice(Device):
-    """A CUDA device; ValueError if there is none."""
+    """A CUDA device, or another one with streams and memory of its own; ValueError if there is none.
 
-    def __init__(self, device: str | torch.device = "cuda") -> None:
-        device = torch.device(device)
-        if not torch.cuda.is_available():
-            raise ValueError(f"there is no CUDA device here, and {device} is one; plan with device='cpu'")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.torch_device = torch.device("cuda", index)
-        self._copies = torch.cuda.Stream(self.torch_device)
+    Args:
+        device: the device; None: the one that there is.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        found = card()
+        if found is None:
+            named = torch.device(device or "cuda")
+            raise ValueError(f"there is no CUDA device here, and {named} is one; plan with device='cpu'")
+        device = torch.device(device or found)
+        self._module = module_of(device)
+        index = self._module.current_device() if device.index is None else device.index
+        self.torch_device = torch.device(device.type, index)
+        self._copies = self._module.Stream(self.torch_device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """See Device; the memory belongs to the computing stream, which uses it for activations, too."""
@@ -81,6 +94,11 @@ class CudaDevice(Device):
 
     def allocate_host(self, nbytes: int) -> torch.Tensor:
         """See Device; the memory is pinned."""
+        if self.torch_device.type != "cuda":
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as refused:
+                raise MemoryError(f"the system does not pin {nbytes / 2**20:.0f} MiB: {refused}") from refused
         # PyTorch's own pinned memory comes in powers of two, half as much again for a block of 14B, and never
         # goes back to the system.
         cudart, address = torch.cuda.cudart(), 0
@@ -101,11 +119,11 @@ class CudaDevice(Device):
 
     def release(self, buffer: torch.Tensor) -> Mark:
         """See Device."""
-        return torch.cuda.current_stream(self.torch_device).record_event()
+        return self._module.current_stream(self.torch_device).record_event()
 
     def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark | None) -> Mark:
         """See Device."""
-        with torch.cuda.stream(self._copies):
+        with self._module.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
             buffer.copy_(source, non_blocking=True)
@@ -113,7 +131,7 @@ class CudaDevice(Device):
 
     def wait(self, mark: Mark) -> None:
         """See Device."""
-        torch.cuda.current_stream(self.torch_device).wait_event(mark)
+        self._module.current_stream(self.torch_device).wait_event(mark)
 
     def finish(self, mark: Mark) -> None:
         """See Device."""
@@ -121,11 +139,11 @@ class CudaDevice(Device):
 
     def free_bytes(self) -> int:
         """See Device."""
-        return torch.cuda.mem_get_info(self.torch_device)[0]
+        return free_and_total(self.torch_device)[0]
 
     def trim(self) -> None:
         """See Device."""
-        torch.cuda.empty_cache()
+        self._module.empty_cache()
 
 
 class HostDevice(Device):

@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ...devices import card, module_of
 from ...host_memory import trim_heap
 from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
 from .devices import Device, HostDevice
@@ -204,6 +205,6 @@ def free(models: Iterable[nn.Module] = ()) -> None:
         model.to("meta")
         _freed.add(uncompiled(model))
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if (kind := card()) is not None:
+        module_of(kind).empty_cache()
     trim_heap()

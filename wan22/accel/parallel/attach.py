@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ...checkpoints.deferred import settle
 from ...checkpoints.loading.dtypes import cast
+from ...devices import free_and_total, has_own_memory
 from ..offload.layout import bytes_of
 from . import processes
 from .mesh import Groups, Layout, gathered, suggest
@@ -198,7 +199,7 @@ def parallelize(
         given = {"ring": ring, "ulysses": ulysses, "cfg": cfg}
         layout = Layout(**{name: value for name, value in given.items() if value is not None})
     device = processes.own_device()
-    on_the_way = device.type == "cuda" and pipe._execution_device.type == "cpu" and not pipe.memory.has_plan
+    on_the_way = has_own_memory(device) and pipe._execution_device.type == "cpu" and not pipe.memory.has_plan
     if fsdp is None:
         # One decides for all: their GPUs may have more or less room.
         fsdp = processes.shared(on_the_way and _fills(pipe, device, dtype))
@@ -219,4 +220,4 @@ def _fills(pipe: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
     for model in models:
         converted = dtype if model in pipe.transformers else None
         nbytes += bytes_of(model) * (converted or model.dtype).itemsize / model.dtype.itemsize
-    return nbytes > MOST_WEIGHTS * torch.cuda.mem_get_info(device)[0]
+    return nbytes > MOST_WEIGHTS * free_and_total(device)[0]

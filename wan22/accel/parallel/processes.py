@@ -14,16 +14,20 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ...devices import card, has_own_memory, module_of
 from .environment import is_first
 
 Value = TypeVar("Value")
+# Of collectives between devices; PyTorch chooses for others.
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 
 
 def own_device() -> torch.device:
     """Return this rank's device: a GPU of its own, or the CPU where there are none."""
-    if not torch.cuda.is_available():
+    kind = card()
+    if kind is None:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", module_of(kind).current_device())))
 
 
 def join() -> int:
@@ -37,9 +41,9 @@ def join() -> int:
     if "RANK" not in os.environ:
         raise ValueError("this is one process; start it with torchrun --nproc-per-node=2, for two GPUs")
     device = own_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+    if has_own_memory(device):
+        module_of(device).set_device(device)
+        dist.init_process_group(_BACKENDS.get(device.type), device_id=device)
     else:
         dist.init_process_group("gloo")
     atexit.register(_leave)

@@ -36,8 +36,9 @@ def sharded(model: Any, mesh: Any, dtype: torch.dtype | None = None) -> Any:
     for block in blocks_of(part):
         fully_shard(block, mesh=mesh)
     fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    cuda = mesh.device_type == "cuda"
-    part.to_empty(device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    kind = mesh.device_type
+    index = "" if kind == "cpu" else f":{torch.accelerator.current_device_index()}"
+    part.to_empty(device=torch.device(f"{kind}{index}"))
     rank, ranks = mesh.get_local_rank(), mesh.size()
     with torch.no_grad():
         for own, whole in zip(part.parameters(), model.parameters(), strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ... import devices
 from ...checks import parse_bytes, shown
 from ...host_memory import MARGIN, available_ram
 from ..offload.devices import CudaDevice
@@ -43,8 +44,8 @@ class Machine:
         `taken` has bytes, by type of device, that the plan is to place anew: they count as free. Unreadable
         amounts, vram for a CPU, and a missing CUDA device are refused.
         """
-        here = torch.cuda.is_available()
-        device = torch.device(device or ("cuda" if here or vram is not None else "cpu"))
+        found = devices.card()
+        device = torch.device(device or found or ("cpu" if vram is None else "cuda"))
         if device.type == "cpu" and vram is not None:
             raise ValueError(
                 f"vram={shown(vram)} is a GPU's, and device='cpu' has none; give ram={shown(vram)}"
@@ -56,17 +57,18 @@ class Machine:
         if device.type == "cpu":
             return cls(device, host, host, measured_flops("cpu"), None, speed)
         if vram is None:
-            if not here:
+            if found is None:
                 raise ValueError("there is no CUDA device here; give vram, such as '12GB', to plan for one")
             # PyTorch's reserve that no tensor takes is free, too.
-            spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            room = float(torch.cuda.mem_get_info(device)[0] + spare + taken.get(device.type, 0))
+            module = devices.module_of(device)
+            spare = module.memory_reserved(device) - module.memory_allocated(device)
+            room = float(devices.free_and_total(device)[0] + spare + taken.get(device.type, 0))
         else:
             room = parse_bytes(vram, "vram") - CONTEXT
         flops, bandwidth = None, None
-        if here:
+        if found is not None:
             flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
-            torch.cuda.empty_cache()  # the memory that measuring took
+            devices.module_of(device).empty_cache()  # the memory that measuring took
         return cls(device, room, host, flops, bandwidth, speed)
 
     @property
@@ -109,7 +111,7 @@ def _best_seconds(function: Any, rounds: int, device: str) -> float:
         start = time.perf_counter()
         function()
         if device != "cpu":
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(torch.device(device))
         if i:
             best = min(best, time.perf_counter() - start)
     return best

@@ -14,6 +14,7 @@ from ...checkpoints.deferred import DeferredWeight, deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
 from ...checkpoints.loading.models import is_ours
 from ...checks import as_number, check_num_frames, check_positive_int, check_size
+from ...devices import card
 from ...host_memory import FileMappings, anonymous_bytes
 from ...models.autoencoder import strides_of
 from ...models.autoencoder_memory import STRIPS
@@ -73,7 +74,7 @@ def plan(
         videos: number of videos of a call, of all prompts.
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
-        device: default is "cuda" if there is one or vram is given, or else "cpu".
+        device: default is the GPU if there is one, "cuda" if vram is given, or else "cpu".
 
     Returns: the plan; print it.
     Raises: ValueError: nothing fits, and the message says what would; a size or a count breaks its rule; or
@@ -98,7 +99,7 @@ def plan(
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
-    taken = {"cpu": sum(anonymous.values()), "cuda": on_device}
+    taken = {"cpu": sum(anonymous.values()), (card() or torch.device("cuda")).type: on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
     if quantize:
         for slot in task.experts:

@@ -12,6 +12,8 @@ from itertools import accumulate
 
 import torch
 
+from ...devices import compiles_float8
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HALF = (torch.float16, torch.bfloat16)
 FLOAT32_FIRST = ("cpu",)  # devices that are slower at products in a half dtype
@@ -40,19 +42,23 @@ class ScaledNumbers:
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values: products in float32, rounded once to a dtype."""
-        data, scale = parts["data"].view(self.kind), parts["scale"]
-        if dtype not in HALF:
-            return self._scaled(data.to(torch.float32), scale).to(dtype)
-        if data.device.type not in FLOAT32_FIRST or torch.compiler.is_compiling():
-            # The numbers are exact in the half dtypes, and an in-place product with a float32 tensor of at
-            # least one dimension is computed in float32 and rounded once: a third of the traffic.
-            return self._scaled(data.to(dtype), scale)
+        data, scale = parts["data"], parts["scale"]
+        if dtype in HALF and data.device.type in FLOAT32_FIRST and not torch.compiler.is_compiling():
+            return self._expanded_by_rows(data.view(self.kind), scale, dtype)
+        # The numbers are exact in the half dtypes, and an in-place product with a float32 tensor of at least
+        # one dimension is computed in float32 and rounded once: the same values, a third of the traffic.
+        direct = dtype in HALF and data.device.type not in FLOAT32_FIRST
+        by_hand = torch.compiler.is_compiling() and self.kind in FLOAT8 and not compiles_float8(data.device)
+        numbers = float8_numbers(data, self.kind) if by_hand else data.view(self.kind)
+        return self._scaled(numbers.to(dtype if direct else torch.float32), scale).to(dtype)
+
+    def _expanded_by_rows(self, data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Expand by float32 copies of a few rows at a time, not of the whole weight."""
         values = torch.empty(data.shape, dtype=dtype, device=data.device)
         for start in range(0, len(data), ROWS):
             part = slice(start, start + ROWS)
-            values[part] = self._scaled(
-                data[part].to(torch.float32), scale if self.groups is None else scale[part]
-            )
+            own = scale if self.groups is None else scale[part]
+            values[part] = self._scaled(data[part].to(torch.float32), own)
         return values
 
     def _scaled(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -129,6 +135,20 @@ class QuantizedTensor:
     def rows(self, indices: torch.Tensor) -> "QuantizedTensor":
         """Return the rows "n …" with these indices "n"."""
         return self.format.rows(self.parts, indices)
+
+
+def float8_numbers(data: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """Return float8 numbers, given as bytes, in float32: by integers alone, for compilers without float8.
+
+    Shifted into place, a number's bits are those of a float16, with the exponent's bias off by 8 for e4m3.
+    """
+    bits = data.to(torch.int32)
+    if kind == torch.float8_e5m2:
+        return (bits << 8).to(torch.int16).view(torch.float16).float()
+    rest = bits & 0x7F
+    shifted = ((bits & 0x80) << 8) | (rest << 7)
+    numbers = shifted.to(torch.int16).view(torch.float16).float() * 256
+    return torch.where(rest == 0x7F, torch.nan, numbers)
 
 
 def scaled_numbers(

@@ -1,5 +1,6 @@
 """What makes a pipeline's models faster, or their weights smaller, switched on and off by one line each."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from ...checkpoints.loading.attention_names import our_name
 from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...checkpoints.lora.casting import is_narrow
+from ...devices import can_compile
 from ...models.attention import computing_backend
 from ...models.transformer import WanAttention
 from ...private_apis import (
@@ -29,6 +31,8 @@ from ...private_apis import (
 from ...progress import bytes_bar
 from ..call.request import plain
 from .part import Part
+
+logger = logging.getLogger(__name__)
 
 
 class Acceleration(Part):
@@ -47,7 +51,7 @@ class Acceleration(Part):
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
         changes; calls with another prompt and the other expert use what there is. Not compiled are a VAE
         that works in strips, or whose rows are shared among ranks, and the chunks of an image's condition
-        that leave out what would repeat itself.
+        that leave out what would repeat itself. On a GPU without Triton nothing is, with a warning.
 
         Args:
             vae: whether to compile the VAE, too; None: if it is wan22's, and its rows are not shared.
@@ -61,6 +65,10 @@ class Acceleration(Part):
         pipe = self._pipe
         if vae and not is_ours(pipe.vae):
             raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
+        device = pipe._execution_device
+        if options.get("backend", "inductor") == "inductor" and not can_compile(device):
+            logger.warning("nothing is compiled: for %s that takes Triton, which is not there", device.type)
+            return
         vae = vae is not False and is_ours(pipe.vae) and not pipe.ranks.shares_rows
         transformers = pipe.transformers if vae else self._transformers()
         self.uncompile()

@@ -20,6 +20,7 @@ from ...checkpoints.files.fingerprint import fingerprint
 from ...checkpoints.files.weights import weight_files
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import as_number, cut, shown
+from ...devices import name_of
 from ...host_memory import FileMappings
 from ...video.privacy import without_folders
 from ...video.recipe import Origin, Recipe, UsedLora, frozen
@@ -186,9 +187,7 @@ def refuse(found: Iterable[str], anyway: bool) -> None:
 
 def device_name(device: torch.device) -> str:
     """Return a GPU's name, or the CPU's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine() if device.type == "cpu" else str(device)
+    return platform.machine() if device.type == "cpu" else name_of(device)
 
 
 def _version(package: str) -> str:

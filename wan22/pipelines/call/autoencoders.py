@@ -16,7 +16,7 @@ from ...accel.offload.devices import CudaDevice
 from ...accel.offload.histories import HostHistories
 from ...checkpoints.loading.alignment import align_weights
 from ...checkpoints.loading.models import is_ours
-from ...devices import HostCopies
+from ...devices import HostCopies, has_own_memory
 from ...models.autoencoder import Caches, denormalized, normalized, strides_of
 from ...models.autoencoder_memory import STRIPS
 from ...models.temporal_cache import TemporalCache
@@ -146,6 +146,6 @@ def _caches(vae: Any, device: torch.device) -> Caches:
     """Return what makes a clip's cache: in strips, histories of earlier frames lie in the host's memory."""
     return (
         partial(HostHistories, CudaDevice(device))
-        if vae.use_strips and device.type == "cuda"
+        if vae.use_strips and has_own_memory(device)
         else TemporalCache
     )

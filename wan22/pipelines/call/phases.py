@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...checks import cut
+from ...devices import free_and_total, has_own_memory, module_of
 from ...host_memory import available_ram
 
 GB = 1e9
@@ -51,9 +52,9 @@ def phase(pipe: Any, what: str, size: Mapping[str, Any]) -> Iterator[None]:
 def _taken(pipe: Any, error: BaseException) -> str:
     """Return what was taken when memory ran out, and of how much."""
     device = pipe._execution_device
-    if device.type == "cuda" and not isinstance(error, MemoryError):
-        free, total = torch.cuda.mem_get_info(device)
-        mine = torch.cuda.memory_allocated(device)
+    if has_own_memory(device) and not isinstance(error, MemoryError):
+        free, total = free_and_total(device)
+        mine = module_of(device).memory_allocated(device)
         return (
             f"{mine / GB:.2f} of {total / GB:.2f} GB were taken by tensors here, {free / GB:.2f} GB were free"
         )
