@@ -72,7 +72,7 @@ class Loader:
             transfer.queued.set_result(self._copy(transfer, block.pinned))
             return transfer
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "wan22-weights")
+            self._thread = ThreadPoolExecutor(1, "wan22-weights", self.device.use_in_thread)
         self._waiting.append(block)
         self._thread.submit(self._run, transfer, source)
         return transfer
@@ -129,13 +129,18 @@ class Loader:
         if self.device.is_host:
             block.read(buffer[: block.nbytes], 0)
             return mark
-        for start in range(0, block.nbytes, self.chunk_bytes):
-            chunk = self._free_chunk()
-            source = chunk[: block.nbytes - start]
-            block.read(source, start)
-            part, after = buffer[start : start + source.nbytes], None if start else transfer.after
-            mark = self.device.copy(part, source, after)
-            self._chunks.append((chunk, mark))
+        try:
+            for start in range(0, block.nbytes, self.chunk_bytes):
+                chunk = self._free_chunk()
+                source = chunk[: block.nbytes - start]
+                block.read(source, start)
+                part, after = buffer[start : start + source.nbytes], None if start else transfer.after
+                mark = self.device.copy(part, source, after)
+                self._chunks.append((chunk, mark))
+        except BaseException:
+            if mark is not None:
+                self.device.finish(mark)  # whoever hears of the failure gives the buffer away
+            raise
         return mark
 
     def _free_chunk(self) -> torch.Tensor:
