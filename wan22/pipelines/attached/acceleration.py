@@ -51,7 +51,7 @@ class Acceleration(Part):
         Compiling happens in the next call, in the first one at another size, and when a LoRA's strength first
         changes; calls with another prompt and the other expert use what there is. Not compiled are a VAE
         that works in strips, or whose rows are shared among ranks, and the chunks of an image's condition
-        that leave out what would repeat itself. On a GPU without Triton nothing is, with a warning.
+        that leave out what would repeat itself.
 
         Args:
             vae: whether to compile the VAE, too; None: if it is wan22's, and its rows are not shared.
@@ -61,14 +61,16 @@ class Acceleration(Part):
             ValueError: the options ask for CUDA graphs, which cannot run block by block, or something else
                 has replaced a block's forward; the VAE, asked for, is not wan22's; or there is nothing to
                 compile.
+
+        On a GPU without Triton, as on Windows, nothing is compiled, with a warning.
         """
         pipe = self._pipe
-        if vae and not is_ours(pipe.vae):
-            raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
         device = pipe._execution_device
         if options.get("backend", "inductor") == "inductor" and not can_compile(device):
             logger.warning("nothing is compiled: for %s that takes Triton, which is not there", device.type)
             return
+        if vae and not is_ours(pipe.vae):
+            raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
         vae = vae is not False and is_ours(pipe.vae) and not pipe.ranks.shares_rows
         transformers = pipe.transformers if vae else self._transformers()
         self.uncompile()

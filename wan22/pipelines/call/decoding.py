@@ -23,25 +23,26 @@ def decode(vae: Any, latents: torch.Tensor, output_type: str, bar: Bar, retry: b
     """
     if output_type == "latent":
         return latents
-    videos, as_uint8 = [], output_type == "pil"
+    as_uint8 = output_type == "pil"
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     rows, columns = (length * autoencoders.spatial_stride(vae) for length in latents.shape[3:])
-    shape = (frames, rows, columns, 3) if as_uint8 else (3, frames, rows, columns)
-    with bar(total=len(latents) * frames, desc="decoding", unit="frame") as progress:
-        for z in latents.split(1):
-            video = torch.empty(shape, dtype=torch.uint8 if as_uint8 else torch.float32)
-            in_time, done = video if as_uint8 else video.transpose(0, 1), 0  # t first
+    count = len(latents)
+    if output_type == "pt":  # colours outermost
+        videos = torch.empty(count, 3, frames, rows, columns).permute(0, 2, 3, 4, 1)
+    else:
+        dtype = torch.uint8 if as_uint8 else torch.float32
+        videos = torch.empty(count, frames, rows, columns, 3, dtype=dtype)  # b t h w c
+    with bar(total=count * frames, desc="decoding", unit="frame") as progress:
+        for z, video in zip(latents.split(1), videos, strict=True):
+            done = 0
             for chunk in autoencoders.decode(vae, z, retry, as_uint8):
-                chunk = chunk if as_uint8 else chunk.transpose(0, 1)
-                in_time[done : done + len(chunk)] = chunk
+                chunk = chunk if as_uint8 else chunk.permute(1, 2, 3, 0)
+                video[done : done + len(chunk)] = chunk
                 done += len(chunk)
                 progress.update(len(chunk))
-            videos.append(video)
-    if output_type == "pt":
-        return torch.stack(videos).transpose(1, 2)  # b c t h w -> b t c h w
     if as_uint8:
-        return [[Image.fromarray(frame) for frame in video.numpy()] for video in videos]
-    return np.stack([video.permute(1, 2, 3, 0).numpy() for video in videos])
+        return [[Image.fromarray(frame) for frame in video] for video in videos.numpy()]
+    return videos.permute(0, 1, 4, 2, 3) if output_type == "pt" else videos.numpy()
 
 
 def stream_frames(
