@@ -125,7 +125,7 @@ class FakeCard:
             return func(*args, **kwargs)
         host = [v for v in flat if isinstance(v, Tensor) and not isinstance(v, CardTensor)]
         self._refuse_mixture(func, cards, host)
-        download = self._record(func, args, kwargs, host)
+        download = self._record(func, args, kwargs)
         real_args, real_kwargs = tree_unflatten([_on_host(value) for value in flat], form)
         if download is not None:
             return self._download(func, args, real_args, real_kwargs, download)
@@ -142,7 +142,7 @@ class FakeCard:
             if tensor.ndim or torch.Tag.pointwise not in func.tags:
                 raise RuntimeError(f"{func} got tensors on the host, {tuple(tensor.shape)}, and on the card")
 
-    def _record(self, func, args, kwargs, host):
+    def _record(self, func, args, kwargs):
         """Record what makes the host wait; of a copy to the host, return whether it blocks."""
         if func in _READS:
             self.read(_READS[func])

@@ -76,6 +76,7 @@ _DATA = torch._C.TensorBase.data
 
 
 def get_data(owner):
+    """Return a tensor's memory as a new tensor."""
     return on_card(owner.numbers) if isinstance(owner, CardTensor) else _DATA.__get__(owner)
 
 
@@ -102,11 +103,8 @@ def _set(target, source, start=0, shape=None, stride=None):
 
 
 def _contiguous(tensor, memory_format=torch.contiguous_format):
-    return (
-        tensor
-        if tensor.numbers.is_contiguous(memory_format=memory_format)
-        else tensor.clone(memory_format=memory_format)
-    )
+    is_so = tensor.numbers.is_contiguous(memory_format=memory_format)
+    return tensor if is_so else tensor.clone(memory_format=memory_format)
 
 
 def _new_tensor(tensor, data, dtype=None, device=None):

@@ -46,6 +46,7 @@ class Machine:
         """
         found = devices.card()
         device = torch.device(device or found or ("cpu" if vram is None else "cuda"))
+        here = found is not None and found.type == device.type
         if device.type == "cpu" and vram is not None:
             raise ValueError(
                 f"vram={shown(vram)} is a GPU's, and device='cpu' has none; give ram={shown(vram)}"
@@ -57,7 +58,7 @@ class Machine:
         if device.type == "cpu":
             return cls(device, host, host, measured_flops("cpu"), None, speed)
         if vram is None:
-            if found is None:
+            if not here:
                 raise ValueError("there is no CUDA device here; give vram, such as '12GB', to plan for one")
             # PyTorch's reserve that no tensor takes is free, too.
             module = devices.module_of(device)
@@ -66,7 +67,7 @@ class Machine:
         else:
             room = parse_bytes(vram, "vram") - CONTEXT
         flops, bandwidth = None, None
-        if found is not None:
+        if here:
             flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
             devices.module_of(device).empty_cache()  # the memory that measuring took
         return cls(device, room, host, flops, bandwidth, speed)
