@@ -316,8 +316,9 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
         for place in (*args, kwargs.get("device")):
             if isinstance(place, str | torch.device):
                 device = read_device(place)
-                for model in self.transformers:
-                    check_has_float8(model, device)
+                for model in self.components.values():
+                    if isinstance(model, torch.nn.Module):
+                        check_has_float8(model, device)
         with self.calls.using_models(changing=True):
             self.memory.check_movable(*args, *(value for value in asked if value is not None))
             return super().to(*args, **kwargs)

@@ -56,12 +56,14 @@ def encode(vae: Any, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     return normalized(latents, vae.config.latents_mean, vae.config.latents_std)
 
 
-def decode(vae: Any, z: torch.Tensor, retry: bool, as_uint8: bool = False) -> Iterator[torch.Tensor]:
+def decode(
+    vae: Any, z: torch.Tensor, retry: bool, as_uint8: bool = False, colours_last: bool = False
+) -> Iterator[torch.Tensor]:
     """Decode one video's normalised latents "1 c t h w" chunk by chunk: "c t h w" in [0, 1], on the CPU.
 
-    With `as_uint8` they are "t h w c" in 0 to 255, truncated as in the official code. A GPU decodes the next
-    chunk while one is used. wan22's VAE goes on in strips where memory runs out, if `retry`. Between two
-    chunks other calls may use the VAE, and hooks may have moved it away.
+    With `as_uint8` they are 0 to 255, truncated as in the official code, with `colours_last` "t h w c". A GPU
+    decodes the next chunk while one is used. wan22's VAE goes on in strips where memory runs out, if `retry`.
+    Between two chunks other calls may use the VAE, and hooks may have moved it away.
 
     Raises:
         FloatingPointError: frames are not finite.
@@ -76,9 +78,10 @@ def decode(vae: Any, z: torch.Tensor, retry: bool, as_uint8: bool = False) -> It
         chunks = iter(vae.decode(z, return_dict=False)[0].split(temporal_stride(vae), dim=2))
     left = 1 + (z.shape[2] - 1) * temporal_stride(vae)
     copies: HostCopies[None] = HostCopies(z.device)
-    for frames, finite in map(partial(_frames_of, as_uint8=as_uint8), chunks):
+    finished = partial(_frames_of, as_uint8=as_uint8, colours_last=colours_last)
+    for frames, finite in map(finished, chunks):
         copies.put(None, frames, finite)
-        left -= frames.shape[0 if as_uint8 else 1]
+        left -= frames.shape[0 if colours_last else 1]
         del frames, finite  # or they would be on the device while the next chunk is decoded
         for chunk in _checked(copies.arrived(), vae.dtype):
             yield chunk
@@ -89,13 +92,12 @@ def decode(vae: Any, z: torch.Tensor, retry: bool, as_uint8: bool = False) -> It
     yield from _checked(copies.rest(), vae.dtype)
 
 
-def _frames_of(pixels: torch.Tensor, as_uint8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _frames_of(pixels: torch.Tensor, as_uint8: bool, colours_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a chunk's frames of pixels "1 c t h w" in [-1, 1], see `decode`, and whether they are finite."""
     frames = pixels[0].float().div(2).add_(0.5).clamp_(0, 1)
     finite = torch.isfinite(frames.sum())  # NaN, if any of them is; one number in place of a mask
-    if as_uint8:
-        frames = frames.mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-    return frames, finite
+    frames = frames.mul_(255).to(torch.uint8) if as_uint8 else frames
+    return frames.permute(1, 2, 3, 0).contiguous() if colours_last else frames, finite
 
 
 def _checked(

@@ -23,26 +23,22 @@ def decode(vae: Any, latents: torch.Tensor, output_type: str, bar: Bar, retry: b
     """
     if output_type == "latent":
         return latents
-    as_uint8 = output_type == "pil"
+    as_uint8, colours_last = output_type == "pil", output_type != "pt"
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     rows, columns = (length * autoencoders.spatial_stride(vae) for length in latents.shape[3:])
-    count = len(latents)
-    if output_type == "pt":  # colours outermost
-        videos = torch.empty(count, 3, frames, rows, columns).permute(0, 2, 3, 4, 1)
-    else:
-        dtype = torch.uint8 if as_uint8 else torch.float32
-        videos = torch.empty(count, frames, rows, columns, 3, dtype=dtype)  # b t h w c
-    with bar(total=count * frames, desc="decoding", unit="frame") as progress:
+    size = (frames, rows, columns, 3) if colours_last else (3, frames, rows, columns)
+    videos = torch.empty(len(latents), *size, dtype=torch.uint8 if as_uint8 else torch.float32)
+    with bar(total=len(videos) * frames, desc="decoding", unit="frame") as progress:
         for z, video in zip(latents.split(1), videos, strict=True):
-            done = 0
-            for chunk in autoencoders.decode(vae, z, retry, as_uint8):
-                chunk = chunk if as_uint8 else chunk.permute(1, 2, 3, 0)
-                video[done : done + len(chunk)] = chunk
-                done += len(chunk)
-                progress.update(len(chunk))
+            time, done = 0 if colours_last else 1, 0
+            for chunk in autoencoders.decode(vae, z, retry, as_uint8, colours_last):
+                count = chunk.shape[time]
+                video.narrow(time, done, count).copy_(chunk)
+                done += count
+                progress.update(count)
     if as_uint8:
         return [[Image.fromarray(frame) for frame in video] for video in videos.numpy()]
-    return videos.permute(0, 1, 4, 2, 3) if output_type == "pt" else videos.numpy()
+    return videos.numpy() if colours_last else videos.transpose(1, 2)  # b c t h w -> b t c h w
 
 
 def stream_frames(
@@ -52,7 +48,7 @@ def stream_frames(
 
     Within `using()` the VAE computes; the caller has the frames outside of it.
     """
-    chunks = autoencoders.decode(vae, latents, retry, as_uint8=True)
+    chunks = autoencoders.decode(vae, latents, retry, as_uint8=True, colours_last=True)
     frames = 1 + (latents.shape[2] - 1) * autoencoders.temporal_stride(vae)
     with bar(total=frames, desc="decoding", unit="frame") as progress:
         while True:
