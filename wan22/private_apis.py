@@ -43,6 +43,10 @@ sdpa_choice = torch._fused_sdp_choice
 # Products of float8 matrices. Replaced by torch.nn.functional.scaled_mm, where torch is 2.10 or later.
 scaled_mm = torch._scaled_mm
 
+# A matrix product whose kernel ends with a bias and a GELU, on CUDA by the tanh approximation. PyTorch has no
+# public name for it.
+addmm_activation = torch._addmm_activation
+
 
 def version(tensor: Tensor) -> int:
     """Return how often a tensor has been written to. PyTorch has no public name for it."""
@@ -225,3 +229,28 @@ def is_mutating(function: Any) -> bool:
 def is_view(function: Any) -> bool:
     """Whether an operator of PyTorch returns another view of an argument's memory."""
     return any(value.alias_info and not value.alias_info.is_write for value in function._schema.returns)
+
+
+def mark_static(tensor: Tensor) -> None:
+    """Let torch.compile compile for a tensor's sizes. Replaced by torch.compile's shapes_spec, once all
+    supported versions have it.
+    """
+    from torch._dynamo import mark_static
+
+    mark_static(tensor)
+
+
+def maybe_mark_dynamic(tensor: Tensor, axis: int) -> None:
+    """Let torch.compile compile for any size of an axis, but 1. Replaced as `mark_static`."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, axis)
+
+
+def allow_recompiling() -> None:
+    """Let torch.compile compile a function for more than eight kinds of arguments: beyond, it raises, or runs
+    uncompiled. Replaced by torch.compile's recompile_limit, once all supported versions have it.
+    """
+    from torch._dynamo import config
+
+    config.cache_size_limit = max(config.cache_size_limit, 64)

@@ -36,11 +36,20 @@ def rotary_tables(
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each adjacent pair of channels of x "b l n d" by its token's angle, from `rotary_tables`."""
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Rotate each adjacent pair of channels of x "b l n d" by its token's angle, from `rotary_tables`.
+
+    The result is in `dtype`, or in that of x.
+    """
+    dtype = x.dtype if dtype is None else dtype
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling() and x.device.type != "mps":
         # A complex product is one pass over x; the compiler has no code for it, and fuses the products below.
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+        product = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(product).flatten(-2).to(dtype)
     even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    # Rounded before they are stacked: the compiler would write a stack in the wider dtype, and read it again.
+    pair = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
+    return torch.stack(pair, dim=-1).flatten(-2)

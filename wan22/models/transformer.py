@@ -27,10 +27,12 @@ from .layers import (
     Float32Linear,
     Float32RMSNorm,
     add_gated,
+    added_and_normalized,
     at_least_float32,
-    modulate,
+    normalized,
+    rms_normalized,
 )
-from .rope import rotary_tables, rotate
+from .rope import rotary_tables
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -123,8 +125,7 @@ class WanAttention(nn.Module):
         self, norm: nn.Module, x: torch.Tensor, rotary: RotaryTables | None = None
     ) -> torch.Tensor:
         """Return queries or keys "b l n d" of the projected "b l d", in its dtype."""
-        heads = self._heads(norm(x))
-        return (heads if rotary is None else rotate(heads, *rotary)).to(x.dtype)
+        return self._heads(rms_normalized(norm, x, rotary))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "b l (n d) -> b l n d", n=self.heads)
@@ -166,20 +167,20 @@ class WanTransformerBlock(nn.Module):
         The linear layers run in the dtype of the text tokens. `temb` "b k 6 d", float32, is shift, scale and
         gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`.
         """
-        x, dtype = hidden_states, encoder_hidden_states.dtype
+        x, text, image = hidden_states, encoder_hidden_states, encoder_hidden_states_image
         if (
             self.token_chunks > 1
             and self.attn1.attends_in_parts
             and not is_hooked(self.attn2)
             and not is_hooked(self.ffn)
         ):
-            return self._in_chunks(x, encoder_hidden_states, temb, rotary_emb, encoder_hidden_states_image)
+            return self._in_chunks(x, text, temb, rotary_emb, image)
+        dtype = text.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
-        y = modulate(self.norm1(x), scale1, shift1).to(dtype)
-        x = add_gated(x, self.attn1(y, rotary=rotary_emb), gate1)
-        y = self.norm2(x).to(dtype)
-        x = x + self.attn2(y, encoder_hidden_states, encoder_hidden_states_image)
-        y = modulate(self.norm3(x), scale3, shift3).to(dtype)
+        # No name is given to what attention returns, which would keep it in memory.
+        y = normalized(self.norm1, x, scale1, shift1, dtype)
+        x, y = added_and_normalized(self.norm2, x, self.attn1(y, rotary=rotary_emb), gate1, None, None, dtype)
+        x, y = added_and_normalized(self.norm3, x, self.attn2(y, text, image), None, scale3, shift3, dtype)
         return add_gated(x, self.ffn(y), gate3)
 
     def _in_chunks(
@@ -192,7 +193,7 @@ class WanTransformerBlock(nn.Module):
     ) -> torch.Tensor:
         """Do what `forward` does for some tokens after the others, but for self-attention's products."""
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
-        tokens, times = x.shape[1], temb.shape[1]
+        tokens, times, dtype = x.shape[1], temb.shape[1], text.dtype
         run = tokens // times  # tokens that share a time
         step = -(-tokens // self.token_chunks)
         step = step if times == 1 else -(-step // run) * run
@@ -201,16 +202,17 @@ class WanTransformerBlock(nn.Module):
             return e if times == 1 else e[:, part.start // run : part.stop // run]
 
         def normalised(part: slice) -> torch.Tensor:
-            return modulate(self.norm1(x[:, part]), at(scale1, part), at(shift1, part)).to(text.dtype)
+            return normalized(self.norm1, x[:, part], at(scale1, part), at(shift1, part), dtype)
 
         parts = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
         out = self.attn1.attend(((part, normalised(part)) for part in parts), tokens, rotary)
         result = torch.empty_like(x)
         for part in parts:
             y = self.attn1.to_out[0](out[:, part].flatten(2))
-            z = add_gated(x[:, part], y, at(gate1, part))
-            z = z + self.attn2(self.norm2(z).to(text.dtype), text, image)
-            y = modulate(self.norm3(z), at(scale3, part), at(shift3, part)).to(text.dtype)
+            z, y = added_and_normalized(self.norm2, x[:, part], y, at(gate1, part), None, None, dtype)
+            y = self.attn2(y, text, image)
+            modulation = at(scale3, part), at(shift3, part)
+            z, y = added_and_normalized(self.norm3, z, y, None, *modulation, dtype)
             result[:, part] = add_gated(z, self.ffn(y), at(gate3, part))
         return result
 
@@ -343,7 +345,7 @@ class WanTransformer3DModel(nn.Module):
         x = stream.x
         # With the blocks spread over devices, the stream ends on another one than it started on.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + stream.temb[:, :, None]).unbind(2))
-        x = self.proj_out(modulate(self.norm_out(x), scale, shift))
+        x = self.proj_out(normalized(self.norm_out, x, scale, shift, None))
         (t, h, w), (pt, ph, pw) = grid, self.patch_size
         return rearrange(
             x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw

@@ -1,0 +1,200 @@
+"""Functions that are one kernel on a GPU: compiled here for the CPU, and the conditions for it made up."""
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tests.bench.traffic import fake_gpu
+from wan22.models import fused, layers
+from wan22.models.layers import Float32LayerNorm, Float32RMSNorm
+from wan22.models.rope import rotary_tables
+
+B, L, N, D = 1, 24, 2, 16
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=GENERATOR).to(dtype)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Compile for the CPU what would be compiled for a GPU."""
+    monkeypatch.setattr(fused, "applies", lambda *args: not torch.is_grad_enabled())
+    cached = fused.compiled
+    forget(cached)
+    yield
+    forget(cached)
+
+
+def forget(cached):
+    cached.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def calls(tokens, dtype):
+    """Return calls of each function of a block, and their arguments, of which float32 stays so."""
+    c = N * D
+    x, update = randn(B, tokens, c), randn(B, tokens, c, dtype=dtype)
+    gate, scale, shift = (randn(B, 1, c) for _ in range(3))
+    norm, affine, rms = Float32LayerNorm(c, 1e-6, False), Float32LayerNorm(c, 1e-6), Float32RMSNorm(c, 1e-6)
+    nn.init.normal_(affine.weight, generator=GENERATOR)
+    nn.init.normal_(rms.weight, generator=GENERATOR)
+    rotary = rotary_tables((2, 2, tokens // 4), D, x.device)
+
+    def all_of(precision):
+        """Call with everything in float64, or with what is given."""
+
+        def e(tensor):
+            return tensor if precision is None else tensor.to(precision)
+
+        narrow = dtype if precision is None else precision
+        tables = tuple(map(e, rotary))
+        return {
+            "norm": layers.normalized(norm, e(x), e(scale), e(shift), narrow),
+            "gate and norm": layers.added_and_normalized(
+                affine, e(x), e(update), e(gate), None, None, narrow
+            ),
+            "sum and norm": layers.added_and_normalized(
+                norm, e(x), e(update), None, e(scale), e(shift), narrow
+            ),
+            "gate": layers.add_gated(e(x), e(update), e(gate)),
+            "query": layers.rms_normalized(rms, e(update), tables),
+            "query of text": layers.rms_normalized(rms, e(update), None),
+        }
+
+    return all_of
+
+
+def worst_error(found, exact):
+    pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+CASES = [(torch.bfloat16, 3e-3), pytest.param(torch.float32, 3e-7, marks=pytest.mark.slow)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "bound"), CASES)
+def test_compiled_functions_equal_float64(compiling, monkeypatch, dtype, bound):
+    run = calls(L, dtype)
+    found = run(None)
+    assert len(fused._failed) == 0
+    assert counters["stats"]["unique_graphs"] >= 6
+    graphs = counters["stats"]["unique_graphs"]
+    other = calls(2 * L, dtype)(None)
+    assert counters["stats"]["unique_graphs"] == graphs, "another number of tokens compiles nothing"
+    assert other["gate"].shape == (B, 2 * L, N * D)
+    monkeypatch.setattr(fused, "applies", lambda *args: False)
+    plain, exact = run(None), run(torch.float64)
+    for name, value in found.items():
+        dtypes = [e.dtype for e in (value if isinstance(value, tuple) else (value,))]
+        assert dtypes == [e.dtype for e in (plain[name] if isinstance(value, tuple) else (plain[name],))]
+        assert worst_error(value, exact[name]) <= bound, name
+        assert worst_error(value, exact[name]) <= 1.1 * worst_error(plain[name], exact[name]) + 1e-8, name
+
+
+@torch.no_grad()
+def test_more_kinds_of_arguments_than_the_compilers_limit(compiling, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for width in range(16, 16 + 12 * 8, 8):
+        x, gate = randn(1, L, width), randn(1, 1, width)
+        assert torch.allclose(layers.add_gated(x, x, gate), x + x * gate, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 12
+    assert not fused._failed
+
+
+def test_a_compiler_that_fails_costs_speed_alone(compiling, monkeypatch, caplog):
+    tried = []
+
+    def broken(*args):
+        tried.append(args)
+        raise RuntimeError("no C compiler\nand more")
+
+    monkeypatch.setattr(fused, "compiled", lambda function: broken)
+    monkeypatch.setattr(fused, "_failed", set())
+    x, gate = randn(1, L, 16), randn(1, 1, 16)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(layers.add_gated(x, x, gate), torch.addcmul(x, x, gate))
+    assert len(tried) == 1
+    assert caplog.messages == ["add_gated runs unfused: torch.compile fails here: no C compiler"]
+
+
+def test_a_lack_of_memory_is_no_failure_of_the_compiler(compiling, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(fused, "compiled", lambda function: full)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        layers.add_gated(randn(1, L, 16), randn(1, L, 16), randn(1, 1, 16))
+    assert not fused._failed
+
+
+def test_what_does_not_compile_and_does_not_run_raises_its_own_error(compiling):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="size of tensor"):
+        layers.add_gated(randn(1, L, 16), randn(1, L, 24), randn(1, 1, 16))
+    assert not fused._failed
+
+
+def test_conditions(monkeypatch):
+    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    x = randn(1, L, 16)
+    assert not fused.applies(x)
+    with fake_gpu():
+        assert not fused.applies(torch.empty(1, L, 16, device="cuda")), "fake tensors are traced"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert fused.applies(x, 1e-6, None, torch.bfloat16)
+    assert fused.applies(nn.Parameter(x, requires_grad=False))
+    weight = nn.Parameter(randn(16))
+    assert not fused.applies(x, weight)
+    with torch.no_grad():
+        assert fused.applies(x, weight)
+    monkeypatch.setattr(fused, "_has_compiler", lambda: False)
+    assert not fused.applies(x)
+    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    fused.set_fused(False)
+    try:
+        assert not fused.applies(x)
+    finally:
+        fused.set_fused()
+
+
+def test_within_torch_compile_nothing_is_compiled_apart(monkeypatch):
+    monkeypatch.setattr(fused, "applies", lambda *args: pytest.fail("asked while compiling"))
+    x, gate = randn(1, L, 16), randn(1, 1, 16)
+    run = torch.compile(lambda: layers.add_gated(x, x, gate), backend="eager", fullgraph=True)
+    assert torch.equal(run(), torch.addcmul(x, x, gate))
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward"])
+def test_a_hooked_norm_is_called(kind):
+    norm, x, seen = Float32LayerNorm(16, 1e-6), randn(1, L, 16), []
+    if kind == "hook":
+        norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    else:
+        inner = norm.forward
+        norm.forward = lambda input: seen.append(inner(input)) or seen[0]
+    y = layers.normalized(norm, x, None, None, torch.bfloat16)
+    assert torch.equal(seen[0].bfloat16(), y)
+
+
+def test_gelu_is_the_epilogue_of_the_product_on_cuda():
+    layer = layers.GELU(16, 32, "tanh").bfloat16().requires_grad_(False)
+    x = randn(2, L, 16, dtype=torch.bfloat16)
+    assert not layer._is_epilogue(x), "PyTorch's GELU after a product on the CPU is another"
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=x.dtype, requires_grad=False)
+    assert layer._is_epilogue(on_gpu)
+    hook = layer.proj.register_forward_hook(lambda *args: None)
+    assert not layer._is_epilogue(on_gpu)
+    hook.remove()
+    assert not layer.float()._is_epilogue(on_gpu)
+    assert not layers.GELU(16, 32, "none").bfloat16().requires_grad_(False)._is_epilogue(on_gpu)
+    on_gpu.requires_grad = True
+    assert not layer.bfloat16()._is_epilogue(on_gpu)

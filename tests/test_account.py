@@ -1,0 +1,57 @@
+"""Bounds on the bytes and kernels of a transformer's block at its real size, and on the times that follow."""
+
+import json
+import sys
+
+import pytest
+
+from tests.bench import account
+from tests.bench.account import VIDEOS, compiled, eager
+
+A14B_480P, A14B_720P, TI2V_5B = VIDEOS
+# Gigabytes that the block's kernels read and write, products and attention aside, and their number.
+BOUNDS = {
+    ("eager", A14B_720P): (63.8, 27),
+    ("fused", A14B_720P): (20.3, 8),
+    ("fused", TI2V_5B): (4.4, 8),
+}
+
+
+@pytest.mark.parametrize(("way", "video"), BOUNDS)
+def test_bytes_and_kernels_of_a_block(way, video):
+    block, _ = eager("wan22", video, fused=way == "fused")
+    most, kernels = BOUNDS[way, video]
+    assert 0.95 * most <= block.nbytes / 1e9 <= most
+    assert block.kernels <= kernels
+
+
+def test_bytes_and_kernels_of_a_compiled_block():
+    block = compiled("wan22", A14B_720P)
+    assert 18 <= block.nbytes / 1e9 <= 19.5
+    assert block.kernels <= 7
+
+
+def test_a_forward_without_blocks():
+    _, rest = eager("wan22", A14B_720P, fused=True)
+    assert rest.nbytes / 1e9 <= 6.8
+
+
+def test_bare_times_are_those_of_the_profile():
+    for video, seconds in ((A14B_720P, 9.43), (A14B_480P, 2.35), (TI2V_5B, 0.724)):
+        config = account.released_configs(video.preset)["transformer"]
+        assert account.bare_seconds(config, video.tokens) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_the_table_and_its_file(monkeypatch, capsys, tmp_path):
+    traffic = account.Traffic(2_000_000_000, 7)
+    monkeypatch.setattr(account, "eager", lambda *args, **options: (traffic, account.Traffic()))
+    monkeypatch.setattr(account, "compiled", lambda *args: traffic)
+    monkeypatch.setattr(sys, "argv", ["account", "--json", str(tmp_path / "account.json")])
+    account.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert {line.count("|") for line in lines} == {11}
+    assert "| 9.451 s | 2.00 | 7 |" in lines[2]
+    rows = json.loads((tmp_path / "account.json").read_text())["rows"]
+    assert rows[-1]["name"] == "products and attention alone"
+    assert rows[0]["seconds"]["1280x720x81"] == pytest.approx(9.4506, abs=1e-3)
