@@ -33,7 +33,7 @@ CHANGING = {
 SAME = {
     "accelerate": (lambda pipe: pipe.accelerate(), lambda pipe: pipe.decelerate()),
     "attention": (lambda pipe: pipe.set_attention_backend("math"), lambda pipe: pipe.set_attention_backend()),
-    "compile": (lambda pipe: pipe.compile(backend="eager"), lambda pipe: pipe.uncompile()),
+    "compile": (lambda pipe: pipe.compile(vae=True, backend="eager"), lambda pipe: pipe.uncompile()),
     "streamed": (streamed, lambda pipe: pipe.release()),
     "strips": (lambda pipe: pipe.vae.enable_strips(2), lambda pipe: pipe.vae.disable_strips()),
 }

@@ -13,6 +13,7 @@ from ..checks import shown
 from ..models.autoencoder import AutoencoderKLWan
 from ..models.autoencoder_coders import Decoder3d, Encoder3d
 from ..models.temporal_cache import TemporalCache
+from ..private_apis import allow_recompiling
 from .methods import is_own, patch_method
 from .offload.layout import blocks_of
 
@@ -40,6 +41,7 @@ class Compiled:
         self, transformers: Iterable[nn.Module], vae: AutoencoderKLWan | None = None, **options: Any
     ) -> None:
         _refuse_graphs(options)
+        allow_recompiling()
         options = {"fullgraph": True} | options
         modules = [block for model in transformers for block in blocks_of(model)]
         modules += [] if vae is None else [vae.encoder, vae.decoder]

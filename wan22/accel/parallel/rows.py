@@ -44,7 +44,7 @@ class RowParallel:
             )
         if vae in _shared or not all(is_own(part, "forward") for part in (vae.encoder, vae.decoder)):
             raise ValueError(
-                "the VAE is compiled, or its rows are shared already; pipe.compile(vae=False) leaves it alone"
+                "the VAE is compiled, or its rows are shared already; pipe.compile() leaves it alone"
             )
         _shared.add(vae)
         self.vae, self.group = vae, group
