@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from tests.bench import account
 from tests.bench.account import VIDEOS, compiled, eager
@@ -36,6 +37,21 @@ def test_a_forward_without_blocks():
     assert rest.nbytes / 1e9 <= 6.8
 
 
+# Gigabytes that a latent frame's kernels read and write beside convolutions.
+CHUNKS = {
+    (A14B_720P, torch.bfloat16, False): 116.5,
+    (A14B_720P, torch.bfloat16, True): 61.7,
+    (A14B_720P, torch.float32, True): 123.5,
+    (TI2V_5B, torch.bfloat16, True): 49.6,
+}
+
+
+@pytest.mark.parametrize(("video", "dtype", "fused"), CHUNKS)
+def test_bytes_of_a_decoded_chunk(video, dtype, fused):
+    most = CHUNKS[video, dtype, fused]
+    assert 0.9 * most <= account.chunk("wan22", video, dtype, fused).nbytes / 1e9 <= most
+
+
 def test_bare_times_are_those_of_the_profile():
     for video, seconds in ((A14B_720P, 9.43), (A14B_480P, 2.35), (TI2V_5B, 0.724)):
         config = account.released_configs(video.preset)["transformer"]
@@ -46,11 +62,13 @@ def test_the_table_and_its_file(monkeypatch, capsys, tmp_path):
     traffic = account.Traffic(2_000_000_000, 7)
     monkeypatch.setattr(account, "eager", lambda *args, **options: (traffic, account.Traffic()))
     monkeypatch.setattr(account, "compiled", lambda *args: traffic)
+    monkeypatch.setattr(account, "chunk", lambda *args: traffic)
     monkeypatch.setattr(sys, "argv", ["account", "--json", str(tmp_path / "account.json")])
     account.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert {line.count("|") for line in lines} == {11}
+    assert len(lines) == 8 + 1 + 14
+    assert {line.count("|") for line in lines[:8]} == {11}
+    assert "| wan22, fused, Wan2.2-T2V-A14B 1280x720x81 | fp32 | 2.0 | 7 | 0.01 |" in lines
     assert "| 9.451 s | 2.00 | 7 |" in lines[2]
     rows = json.loads((tmp_path / "account.json").read_text())["rows"]
     assert rows[-1]["name"] == "products and attention alone"

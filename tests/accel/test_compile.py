@@ -119,6 +119,20 @@ def test_the_vae_is_compiled_where_it_is_asked_for(pipe):
     pipe.uncompile()
 
 
+def test_another_number_of_frames_compiles_no_chunk():
+    """A chunk's strides do not depend on the clip that it was cut from."""
+    torch._dynamo.reset()
+    model, counting = tiny_vae("2.1"), Counting()
+    compiled = Compiled([], model, backend=counting)
+    graphs = []
+    for latents in (4, 6, 9):
+        list(model.decode_stream(torch.randn(1, model.z_dim, latents, 4, 4)))
+        list(model.encode_stream([torch.rand(1, 3, 4 * latents - 3, 32, 32)]))
+        graphs.append(counting.graphs)
+    compiled.detach()
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
 def test_more_sizes_than_the_compilers_limit(pipe):
     """With variable sizes switched off, each size compiles anew; the ninth did not run."""
     block = pipe.transformer.blocks[0]

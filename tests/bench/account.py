@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import diffusers
 import torch
 
 from tests.bench.gpu import VIDEOS, Video, released_configs, step_calls
+from tests.bench.harness import DTYPES
 from tests.bench.traffic import Traffic, compiled_traffic, eager_traffic, fake_gpu, place
 from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE
-from wan22 import WanTransformer3DModel
+from wan22 import AutoencoderKLWan, WanTransformer3DModel
+from wan22.accel import vae as vae_acceleration
 
 PRODUCT_RATE = 766e12  # FLOP/s in bf16
 ATTENTION_RATE = 662e12
@@ -104,9 +107,52 @@ def rows(videos: tuple[Video, ...] = VIDEOS) -> list[Row]:
             if side == "wan22":
                 block, rest = eager(side, video, fused=True)
                 row("wan22, fused (the default on a GPU)", block, rest)
-            row(f"{side}, compiled", compiled(side, video), rest)
+            row(f"{side}, compiled", compiled(side, video), rest)  # ours with its head fused
         row("products and attention alone", Traffic(), Traffic())
     return [Row(name, *zip(*values, strict=True)) for name, values in found.items()]
+
+
+# ---- VAE ----
+
+
+def chunk(side: str, video: Video, dtype: torch.dtype, fuse: bool = False) -> Traffic:
+    """Return what the kernels beside convolutions do for one of a clip's latent frames that is decoded."""
+    config = released_configs(video.preset)["vae"]
+    config = {name: list(v) if isinstance(v, tuple) else v for name, v in config.items()}  # theirs adds lists
+    with torch.device("meta"):
+        model = (AutoencoderKLWan if side == "wan22" else diffusers.AutoencoderKLWan)(**config)
+    with fake_gpu():
+        place(model, dtype)
+        z = torch.empty(1, config["z_dim"], 3, *video.latent_size[1:], device="cuda", dtype=dtype)
+        if side == "wan22":
+            vae_acceleration.accelerate(model)
+            chunks = model.decode_stream(z)
+            for _ in range(2):  # the first and the second are fewer frames, and no history yet
+                next(chunks)
+            return eager_traffic(lambda: next(chunks), fuse)
+        two, three = (eager_traffic(partial(model.decode, z[:, :, :n])) for n in (2, 3))
+        return Traffic(three.nbytes - two.nbytes, three.kernels - two.kernels)
+
+
+def decoding_table(videos: tuple[Video, ...]) -> str:
+    """Lay out, as Markdown, a chunk's gigabytes, its kernels, and the seconds that a clip's bytes take."""
+    lines = [
+        "| decoding, beside convolutions | | GB a chunk | kernels | s a clip |",
+        "|---|---|---|---|---|",
+    ]
+    for video in videos:
+        for dtype, name in DTYPES.items():
+            ways = [("wan22", False), ("wan22", True), ("diffusers", False)]
+            for side, fuse in ways:
+                found = chunk(side, video, dtype, fuse)
+                seconds = video.latent_size[0] * found.nbytes / BYTE_RATE
+                label = f"{side}, {'fused' if fuse else 'eager'}"
+                cells = f"{name} | {found.nbytes / 1e9:.1f} | {found.kernels} | {seconds:.2f}"
+                lines.append(f"| {label}, {video.preset.name} {video} | {cells} |")
+    return "\n".join(lines)
+
+
+# ---- all of it ----
 
 
 def table(found: list[Row], videos: tuple[Video, ...]) -> str:
@@ -131,7 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     videos = VIDEOS[1], VIDEOS[0], VIDEOS[2]
     found = rows(videos)
-    print(table(found, videos))
+    print(table(found, videos), "", decoding_table((videos[0], videos[2])), sep="\n")
     if options.parts:
         for row in found:
             print(row.name, {name: round(n / 1e9, 2) for name, n in row.block[0].parts.items()})

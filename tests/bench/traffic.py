@@ -95,14 +95,16 @@ class _Operators(TorchDispatchMode):
         packet = func.overloadpacket
         if func.namespace != "aten" or packet in PRODUCTS | FREE or not made:
             return result
+        values = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         written = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            values[argument.name]
+            for argument in func._schema.arguments
+            if argument.name in values and argument.alias_info is not None and argument.alias_info.is_write
         ]
         if not written and storages(made) <= storages(given):
             return result  # a view
-        read = [tensor for tensor in given if packet not in PURE_WRITES or tensor is not written[0]]
+        written_only = written if packet in PURE_WRITES or "out" in kwargs else []
+        read = [tensor for tensor in given if not any(tensor is each for each in written_only)]
         distinct = {id(tensor): tensor for tensor in read}.values()
         nbytes = sum(map(distinct_bytes, distinct)) + sum(map(distinct_bytes, made))
         self.traffic.add(packet.__name__, nbytes)

@@ -1,5 +1,6 @@
 """Functions that are one kernel on a GPU: compiled here for the CPU, and the conditions for it made up."""
 
+import copy
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from tests.bench.traffic import fake_gpu
 from wan22.models import fused, layers
+from wan22.models.autoencoder_layers import RMSNorm, normalized_silu
 from wan22.models.layers import Float32LayerNorm, Float32RMSNorm
 from wan22.models.rope import rotary_tables
 
@@ -25,7 +27,9 @@ def randn(*shape, dtype=torch.float32):
 @pytest.fixture
 def compiling(monkeypatch):
     """Compile for the CPU what would be compiled for a GPU."""
-    monkeypatch.setattr(fused, "applies", lambda *args: not torch.is_grad_enabled())
+    monkeypatch.setattr(
+        fused, "applies", lambda *args: not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    )
     cached = fused.compiled
     forget(cached)
     yield
@@ -100,6 +104,37 @@ def test_compiled_functions_equal_float64(compiling, monkeypatch, dtype, bound):
         assert worst_error(value, exact[name]) <= 1.1 * worst_error(plain[name], exact[name]) + 1e-8, name
 
 
+def frames(layout, dtype, t=3):
+    """Return "b c t h w" as convolutions return it, or as a strip of rows of that."""
+    x = 30 * randn(1, 24, t, 6, 5, dtype=dtype)
+    if layout == "innermost":
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x[:, :, :, 1:4] if layout == "strip" else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["contiguous", "innermost", "strip"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 3e-3)])
+def test_norm_and_silu_of_the_autoencoder_compiled(compiling, monkeypatch, layout, dtype, bound):
+    norm = RMSNorm(24)
+    nn.init.normal_(norm.gamma, 1, 0.3, generator=GENERATOR)
+    x = frames(layout, dtype)
+    norm.to(dtype)
+    exact = torch.nn.functional.silu(copy.deepcopy(norm).double()(x.double()))
+    y = normalized_silu(norm, x)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 1
+    assert normalized_silu(norm, frames(layout, dtype, t=4)).shape[2] == 4
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert y.stride(1) == (1 if layout == "innermost" else y[0, 0].numel())
+    assert not fused._failed
+    assert worst_error(y, exact) <= bound
+    monkeypatch.setattr(fused, "applies", lambda *args: False)
+    plain = normalized_silu(norm, x)
+    assert worst_error(y, exact) <= 1.1 * worst_error(plain, exact) + 1e-8
+
+
 @torch.no_grad()
 def test_more_kinds_of_arguments_than_the_compilers_limit(compiling, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -167,10 +202,13 @@ def test_conditions(monkeypatch):
 
 
 def test_within_torch_compile_nothing_is_compiled_apart(monkeypatch):
-    monkeypatch.setattr(fused, "applies", lambda *args: pytest.fail("asked while compiling"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    monkeypatch.setattr(fused, "_as_kernel", lambda *args: pytest.fail("compiled apart"))
     x, gate = randn(1, L, 16), randn(1, 1, 16)
     run = torch.compile(lambda: layers.add_gated(x, x, gate), backend="eager", fullgraph=True)
-    assert torch.equal(run(), torch.addcmul(x, x, gate))
+    with torch.no_grad():
+        assert torch.equal(run(), torch.addcmul(x, x, gate))
 
 
 @pytest.mark.parametrize("kind", ["hook", "forward"])

@@ -200,6 +200,7 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
     def _encode_frames(
         self, x: Tensor, strips: int, cache: TemporalCache | None = None, settled: SettledPrefix | None = None
     ) -> Tensor:
+        x = x.contiguous()  # as in _decode_next
         if settled is None and strips == 1:
             return self.encode_chunk(x, cache)
         return self.encoder(patchify(x, self.patch_size), cache, settled, strips)
@@ -212,6 +213,8 @@ class AutoencoderKLWan(MemoryModes, nn.Module):
         return torch.cat([self._decode_next(part, strips, cache) for part in parts], dim=2)
 
     def _decode_next(self, z: Tensor, strips: int, cache: TemporalCache | None) -> Tensor:
+        # A chunk's strides would tell how long its clip is, which compiled code asks.
+        z = z.contiguous()
         if strips == 1:
             return self.decode_chunk(z, cache)
         return unpatchify(self.decoder(z, cache, strips), self.patch_size)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..private_apis import is_hooked
+from . import fused
 from .attention import attention
 from .layers import at_least_float32
 from .temporal_cache import TemporalCache
@@ -67,13 +69,40 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over dimension 1."""
-        # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
-        y = x.to(at_least_float32(x.dtype))
-        norm = torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
-        # In place where y is a copy, unless the norm's gradient needs it.
-        y = y / norm if y.dtype == x.dtype or y.requires_grad else y.div_(norm)
+        return _unit_rms(x, self.gamma, self.scale)
+
+
+def normalized_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalise "b c t h w" and apply SiLU: one kernel on a GPU, unless a hook lies between the two."""
+    if not isinstance(norm, RMSNorm) or is_hooked(norm) or not fused.applies(x, norm.gamma):
+        # A norm's result is a new tensor, so its activation needs no other.
+        return F.silu(norm(x), inplace=True)
+    # The positions become one axis, whichever is innermost in memory; strips are copied for that.
+    rows = x.movedim(1, -1).flatten(1, 3) if x.stride(1) == 1 else x.flatten(2).movedim(1, -1)
+    rows = _unit_rms_silu(rows, norm.gamma.flatten(), norm.scale)
+    return rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
+
+
+@fused.fused
+def _unit_rms_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
+    """Normalise "b p c" over its last axis and apply SiLU; a result in half types is rounded once."""
+    y = _unit_rms(x.to(at_least_float32(x.dtype)), gamma, scale, dim=-1)
+    return F.silu(y).to(x.dtype)
+
+
+def _unit_rms(x: Tensor, gamma: Tensor, scale: float, dim: int = 1) -> Tensor:
+    # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
+    wide = at_least_float32(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide).clamp_min(1e-12)
+    if x.dtype == wide:
         # Three roundings in the official order: folding the two gains costs the last bit of every layer.
-        return y.mul_(self.scale).mul_(self.gamma).to(x.dtype)
+        return (x / norm).mul_(scale).mul_(gamma)
+    # A half type keeps nothing of that bit.
+    y = x * (scale / norm)
+    trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
+    if trained or torch.compiler.is_compiling():
+        return (y * gamma).to(x.dtype)
+    return torch.mul(y, gamma, out=torch.empty_like(x))
 
 
 class ResidualBlock(nn.Module):
@@ -92,9 +121,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t h w"."""
-        # A norm's result is a new tensor, so its activation needs no other.
-        y = self.conv1(F.silu(self.norm1(x), inplace=True), cache)
-        y = self.conv2(self.dropout(F.silu(self.norm2(y), inplace=True)), cache)
+        y = self.conv1(normalized_silu(self.norm1, x), cache)
+        y = self.conv2(self.dropout(normalized_silu(self.norm2, y)), cache)
         return y.add_(self.conv_shortcut(rows_of(x, y.shape[3], self.cache_key, cache)))
 
 

@@ -33,7 +33,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or kwargs or not applies(*args):
+        if kwargs or not applies(*args):
             return function(*args, **kwargs)
         return _as_kernel(function, args)
 
@@ -53,7 +53,7 @@ def is_fused() -> bool:
 
 def applies(*args: Any) -> bool:
     """Whether a call with these arguments is computed by fused kernels."""
-    if not _enabled or not args[0].is_cuda or not _has_compiler():
+    if torch.compiler.is_compiling() or not _enabled or not args[0].is_cuda or not _has_compiler():
         return False
     given = [value for value in args if isinstance(value, torch.Tensor)]
     # Subclasses are tensors that are traced or hold something else.
