@@ -1,6 +1,7 @@
 """Quantised models: which layers, how far from the originals, in how much memory, and ordinary ones again."""
 
 import copy
+import weakref
 from functools import partial
 
 import accelerate
@@ -309,6 +310,32 @@ def test_float8_by_float8(form, dtype, bound, monkeypatch):
     ours, formulas = (sum(error(row[i], row[2]) for row in rows) for i in (0, 1))
     assert ours <= 1.05 * formulas, "no less exact"
     assert 1e-2 < error(out, F.linear(x.float(), layer.values(), layer.bias)) < 5e-2
+
+
+def test_queries_keys_and_values_share_one_input_in_float8(monkeypatch):
+    q, k = (module._quantized(linear(48, 256).bfloat16(), "fp8_dynamic", None) for _ in range(2))
+    made, inner = [], module._per_token_float8
+    monkeypatch.setattr(module, "_per_token_float8", lambda x: made.append(len(x)) or inner(x))
+    x = torch.randn(1, 35, 256).bfloat16()
+    expected = q(x.clone()), k(x.clone())
+    made.clear()
+    assert torch.equal(q(x), expected[0])
+    assert torch.equal(k(x), expected[1])
+    assert len(made) == 1
+    x.mul_(2)
+    assert torch.equal(q(x), q(x.clone())), "written to since"
+    kept = weakref.ref(module._shared.rows_of(x)[0])
+    assert kept() is not None
+    del x
+    assert kept() is None, "gone with the input"
+
+
+def test_a_bias_within_the_product_is_rounded_once():
+    layer = module._quantized(linear(48, 256), "fp8_dynamic", None)
+    x = torch.randn(7, 256).bfloat16()
+    layer.bias.data.fill_(100)
+    exact = layer(x.float())  # whose bias is added in float32
+    assert error(layer(x), exact) <= 2**-8
 
 
 def test_where_float8_is_not_multiplied():
