@@ -73,9 +73,14 @@ def accelerate_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks see what goes into a module, or what comes out. PyTorch has no public question."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a forward that is not its class's. PyTorch has no public question."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether a module has hooks, or a forward that is not its class's."""
+    return has_hooks(module) or "forward" in vars(module)
 
 
 def is_compiled(model: nn.Module) -> bool:

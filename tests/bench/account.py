@@ -20,10 +20,11 @@ import torch
 
 from tests.bench.gpu import VIDEOS, Video, released_configs, step_calls
 from tests.bench.harness import DTYPES
-from tests.bench.traffic import Traffic, compiled_traffic, eager_traffic, fake_gpu, place
+from tests.bench.traffic import Traffic, compiled_traffic, eager_traffic, fake_gpu, on_gpu, place
 from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE
 from wan22 import AutoencoderKLWan, WanTransformer3DModel
 from wan22.accel import vae as vae_acceleration
+from wan22.accel.compile import Compiled
 
 PRODUCT_RATE = 766e12  # FLOP/s in bf16
 ATTENTION_RATE = 662e12
@@ -78,13 +79,16 @@ def eager(side: str, video: Video, fused: bool = False) -> tuple[Traffic, Traffi
 
 def compiled(side: str, video: Video) -> Traffic:
     """Return what a compiled block's kernels do."""
-    with fake_gpu():
+    with fake_gpu(), on_gpu():
         model, call = step(side, video, 1)
 
         def run(backend: Any) -> None:
-            block = model.blocks[0]
-            function = torch.compile(type(block).forward, backend=backend, fullgraph=True)
-            block.forward = lambda *args, **kwargs: function(block, *args, **kwargs)
+            if side == "wan22":
+                Compiled([model], backend=backend)
+            else:
+                block = model.blocks[0]
+                function = torch.compile(type(block).forward, backend=backend, fullgraph=True)
+                block.forward = lambda *args, **kwargs: function(block, *args, **kwargs)
             call()
 
         return compiled_traffic(run)

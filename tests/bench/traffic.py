@@ -31,6 +31,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.addmm, aten.mm, aten.bmm, aten.convolution, aten._addmm_activation}
 # Memory without a kernel, and questions.
 FREE = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.lift_fresh, aten.detach}
+# What reads a tensor's sizes alone.
+FACTORIES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}
 # Writes that do not read what they write over.
 PURE_WRITES = {aten.copy_, aten.fill_, aten.zero_}
 H200 = SimpleNamespace(
@@ -103,6 +105,7 @@ class _Operators(TorchDispatchMode):
         ]
         if not written and storages(made) <= storages(given):
             return result  # a view
+        given = [] if packet in FACTORIES else given
         written_only = written if packet in PURE_WRITES or "out" in kwargs else []
         read = [tensor for tensor in given if not any(tensor is each for each in written_only)]
         distinct = {id(tensor): tensor for tensor in read}.values()
@@ -167,6 +170,16 @@ def fake_gpu() -> Iterator[None]:
     """Let tensors on "cuda" be made and traced, without memory, on a build of PyTorch for CPUs alone."""
     _register_guard()
     with torch.no_grad(), FakeTensorMode(), patch.object(F, "scaled_dot_product_attention", _sdpa):
+        yield
+
+
+@contextmanager
+def on_gpu() -> Iterator[None]:
+    """Let wan22's fused functions apply, and run as they are written, as if each were compiled."""
+    with (
+        patch.object(fused, "applies", lambda *args: not torch.compiler.is_compiling()),
+        patch.object(fused, "_as_kernel", lambda function, args: function(*args)),
+    ):
         yield
 
 

@@ -75,7 +75,8 @@ class Compiled:
 
 def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile a forward; that of a VAE's half is used for calls with a chunk and its cache alone."""
-    compiled = torch.compile(function, **options)
+    compiled: Any = torch.compile(function, **options)
+    compiled.is_compiled = True  # it takes and returns what the function does
     if function not in (Encoder3d.forward, Decoder3d.forward):
         return compiled
 

@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import nn
 
 from ..checks import check_positive_int, shown
-from ..private_apis import is_hooked
+from ..private_apis import has_hooks, is_hooked
+from . import fused
 from .attention import attention, check_backend
 from .embeddings import ConditionEmbedder
 from .layers import (
@@ -35,6 +36,7 @@ from .layers import (
 from .rope import rotary_tables
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
+Pending = tuple[torch.Tensor, torch.Tensor]
 
 
 class WanAttention(nn.Module):
@@ -161,11 +163,15 @@ class WanTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary_emb: RotaryTables,
         encoder_hidden_states_image: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        pending: Pending | None = None,
+    ) -> Any:
         """Refine the residual stream "b l d", float32, by text and (Wan 2.1 I2V) image tokens "b s d".
 
         The linear layers run in the dtype of the text tokens. `temb` "b k 6 d", float32, is shift, scale and
         gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`.
+
+        Returns: the stream. With what the block before has left pending, an update "b l d" and its gate
+            "b k d", it is a triple: the stream, and the update and gate that this block leaves.
         """
         x, text, image = hidden_states, encoder_hidden_states, encoder_hidden_states_image
         if (
@@ -178,10 +184,20 @@ class WanTransformerBlock(nn.Module):
         dtype = text.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
         # No name is given to what attention returns, which would keep it in memory.
-        y = normalized(self.norm1, x, scale1, shift1, dtype)
+        if pending is None:
+            y = normalized(self.norm1, x, scale1, shift1, dtype)
+        else:
+            x, y = added_and_normalized(self.norm1, x, *pending, scale1, shift1, dtype)
         x, y = added_and_normalized(self.norm2, x, self.attn1(y, rotary=rotary_emb), gate1, None, None, dtype)
         x, y = added_and_normalized(self.norm3, x, self.attn2(y, text, image), None, scale3, shift3, dtype)
-        return add_gated(x, self.ffn(y), gate3)
+        return add_gated(x, self.ffn(y), gate3) if pending is None else (x, self.ffn(y), gate3)
+
+    @property
+    def leaves_updates(self) -> bool:
+        """Whether its last update may be added by the next block's first kernel: nobody else sees it."""
+        own, put_there = type(self).forward is WanTransformerBlock.forward, vars(self).get("forward")
+        plain = own and (put_there is None or getattr(put_there, "is_compiled", False))
+        return plain and not has_hooks(self) and self.token_chunks == 1
 
     def _in_chunks(
         self,
@@ -226,6 +242,7 @@ class TokenStream:
     image: torch.Tensor | None  # "b s d"
     temb: torch.Tensor  # "b k d"
     modulation: torch.Tensor  # "b k 6 d"
+    pending: Pending | None = None  # an update "b l d" that is still to be added to x, and its gate "b k d"
 
 
 class WanTransformer3DModel(nn.Module):
@@ -321,10 +338,10 @@ class WanTransformer3DModel(nn.Module):
             samples = list(zip(*parts, strict=True))
         rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
         streams = [self._embed(*sample) for sample in samples]
+        self._leave_updates(streams)
         for block in self.blocks:
             for stream in streams:
-                arguments = stream.text, stream.modulation, rotary, stream.image
-                stream.x = self.run_block(block, stream.x, *arguments)
+                self._advance(stream, block, rotary)
         velocities = [self._velocity(stream, grid) for stream in streams]
         return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
 
@@ -340,9 +357,25 @@ class WanTransformer3DModel(nn.Module):
         image = None if image is None else self.condition_embedder.embed_image(image)
         return TokenStream(x, text, image, temb, modulation)
 
+    def _leave_updates(self, streams: Iterable[TokenStream]) -> None:
+        """Let each block's last update be added by the kernel that reads it, if blocks are fused anyway."""
+        blocks = cast(Iterable[WanTransformerBlock], self.blocks)
+        for stream in streams:
+            if fused.applies(stream.x, stream.text) and all(block.leaves_updates for block in blocks):
+                nothing = torch.zeros_like(stream.x, dtype=stream.text.dtype)
+                stream.pending = nothing, torch.zeros_like(stream.modulation)[:, :, 5]
+
+    def _advance(self, stream: TokenStream, block: nn.Module, rotary: RotaryTables) -> None:
+        arguments = stream.x, stream.text, stream.modulation, rotary, stream.image
+        if stream.pending is None:
+            stream.x = self.run_block(block, *arguments)
+        else:
+            stream.x, *pending = self.run_block(block, *arguments, stream.pending)
+            stream.pending = pending[0], pending[1]
+
     def _velocity(self, stream: TokenStream, grid: tuple[int, int, int]) -> torch.Tensor:
         """Return the velocity that the last block's tokens stand for."""
-        x = stream.x
+        x = stream.x if stream.pending is None else add_gated(stream.x, *stream.pending)
         # With the blocks spread over devices, the stream ends on another one than it started on.
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + stream.temb[:, :, None]).unbind(2))
         x = self.proj_out(normalized(self.norm_out, x, scale, shift, None))
@@ -355,7 +388,7 @@ class WanTransformer3DModel(nn.Module):
         """Return the rotary tables of a grid of tokens, see `rope.rotary_tables`."""
         return rotary_tables(grid, self.head_dim, latents.device, dtype)
 
-    def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
+    def run_block(self, block: nn.Module, *arguments: Any) -> Any:
         """Return what a block makes of its arguments."""
         return block(*arguments)
 

@@ -143,7 +143,7 @@ class DiffusersTransformer(
             "ulysses=2) shares the tokens among ranks, and from_pretrained(parallel='auto') all that can be"
         )
 
-    def run_block(self, block: torch.nn.Module, *arguments: Any) -> Tensor:
+    def run_block(self, block: torch.nn.Module, *arguments: Any) -> Any:
         """Run a block; with gradient checkpointing, what it computes is computed anew for gradients."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpointed(self, block, *arguments)
