@@ -8,6 +8,7 @@ import torch
 
 from tests.bench import account
 from tests.bench.account import VIDEOS, compiled, eager
+from tests.bench.traffic import fake_gpu, fused_peak
 
 A14B_480P, A14B_720P, TI2V_5B = VIDEOS
 # Gigabytes that the block's kernels read and write, products and attention aside, and their number.
@@ -35,6 +36,14 @@ def test_bytes_and_kernels_of_a_compiled_block():
 def test_a_forward_without_blocks():
     _, rest = eager("wan22", A14B_720P, fused=True)
     assert rest.nbytes / 1e9 <= 11.5
+
+
+def test_peak_of_activations():
+    """The residual stream twice, an update, its norm, queries, keys, values and what attention returns."""
+    with fake_gpu():
+        _, call = account.step("wan22", A14B_720P, 2)
+        unit = A14B_720P.tokens * 5120 * torch.bfloat16.itemsize
+        assert 9 * unit <= fused_peak(call) <= 10.1 * unit
 
 
 # Gigabytes that a latent frame's kernels read and write beside convolutions.

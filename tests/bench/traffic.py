@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wan22.accel.planning.trace import LiveBytes
 from wan22.models import fused
 
 aten = torch.ops.aten
@@ -228,6 +229,36 @@ def eager_traffic(function: Callable[[], Any], fuse: bool = False) -> Traffic:
     ):
         function()
     return traffic
+
+
+class _Live(LiveBytes):
+    """Counts the tensors that are alive, but for those within a kernel."""
+
+    within_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.within_kernel:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def fused_peak(function: Callable[[], Any]) -> int:
+    """Return the most bytes that a function's tensors take at once where fused kernels run, in `fake_gpu`."""
+    live = _Live()
+
+    def as_kernel(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        live.within_kernel = True
+        try:
+            result = function(*args)
+        finally:
+            live.within_kernel = False
+        made = tuple(map(torch.empty_like, tensors((result,))))
+        return made if isinstance(result, tuple) else made[0]
+
+    applies = patch.object(fused, "applies", lambda *args: not live.within_kernel)
+    with applies, patch.object(fused, "_as_kernel", as_kernel), live:
+        function()
+    return live.peak
 
 
 def compiled_traffic(compile_and_run: Callable[[Callable[..., Any]], Any]) -> Traffic:

@@ -79,11 +79,17 @@ class WanAttention(nn.Module):
         context = x if context is None else context
         if image is not None and self.add_k_proj is None:
             context, image = torch.cat((image, context), dim=1), None
+        # Queries, keys and values are gone before the last product.
+        return self.to_out[0](rearrange(self._attended(x, context, image, rotary), "b l n d -> b l (n d)"))
+
+    def _attended(
+        self, x: torch.Tensor, context: torch.Tensor, image: torch.Tensor | None, rotary: RotaryTables | None
+    ) -> torch.Tensor:
         query, key, value = self.project(x, context, rotary)
         out = attention(query, key, value, self.backend)
         if image is not None:
             out = out + attention(query, *self.project_image(image), self.backend)
-        return self.to_out[0](rearrange(out, "b l n d -> b l (n d)"))
+        return out
 
     def project(
         self, x: torch.Tensor, context: torch.Tensor, rotary: RotaryTables | None
@@ -174,12 +180,8 @@ class WanTransformerBlock(nn.Module):
             "b k d", it is a triple: the stream, and the update and gate that this block leaves.
         """
         x, text, image = hidden_states, encoder_hidden_states, encoder_hidden_states_image
-        if (
-            self.token_chunks > 1
-            and self.attn1.attends_in_parts
-            and not is_hooked(self.attn2)
-            and not is_hooked(self.ffn)
-        ):
+        hooked = is_hooked(self.attn2) or is_hooked(self.ffn)
+        if self.token_chunks > 1 and self.attn1.attends_in_parts and not hooked:
             return self._in_chunks(x, text, temb, rotary_emb, image)
         dtype = text.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
@@ -359,9 +361,8 @@ class WanTransformer3DModel(nn.Module):
 
     def _leave_updates(self, streams: Iterable[TokenStream]) -> None:
         """Let each block's last update be added by the kernel that reads it, if blocks are fused anyway."""
-        blocks = cast(Iterable[WanTransformerBlock], self.blocks)
         for stream in streams:
-            if fused.applies(stream.x, stream.text) and all(block.leaves_updates for block in blocks):
+            if fused.applies(stream.x, stream.text) and all(block.leaves_updates for block in self.blocks):
                 nothing = torch.zeros_like(stream.x, dtype=stream.text.dtype)
                 stream.pending = nothing, torch.zeros_like(stream.modulation)[:, :, 5]
 
