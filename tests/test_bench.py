@@ -2,10 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 from tests.accel.parallel.ranks import on_ranks
-from tests.bench import budgets, gpu, harness, scaling
+from tests.bench import budgets, gpu, gpu_runs, gpu_steps, harness, scaling
 from tests.bench.harness import Settings
 from tests.waiting import until
 from wan22.accel.offload.offloader import free
@@ -87,21 +88,73 @@ def test_memory_that_is_given_back_counts_at_its_peak():
 
 
 def test_tokens():
-    assert [video.tokens for video in gpu.VIDEOS] == [32760, 75600, 27280]
+    assert [video.tokens for video in gpu_steps.VIDEOS] == [32760, 75600, 27280]
 
 
-def test_gpu_benchmark_runs_small_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(gpu, "peaks", lambda calls, device: {"note": "peaks; "})
-    rows = gpu.run(Settings(rounds=1), device="cpu", tiny=True)
-    assert [row["name"].partition(" ")[2] for row in rows] == ["step", "step, compiled"] * 2 + ["decode"] * 4
+@pytest.mark.slow
+def test_gpu_benchmark_runs_small_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_steps, "peaks", lambda calls, device: {"note": "peaks; "})
+    names = [
+        name for name in gpu.PIECES if name not in ("smoke", "tests", "budget")
+    ]  # have tests of their own
+    file = tmp_path / "rows.json"
+    rows = gpu.measured(names, Settings(rounds=1), "cpu", tiny=True, file=file)
+    told = [row["name"].partition(", ")[2] for row in rows]
+    steps, decodes = ["eager", "fused", "compiled"], [way for _, _, way in gpu_steps.WAYS]
+    runs = ["4 guided steps", "fp8, beside bf16", "fp8_dynamic, beside bf16"]
+    assert told == [*steps * 3, *runs, *decodes * 2]
+    assert json.loads(file.read_text())["rows"] == rows
     for row in rows:
         assert row["ours_s"] > 0
-        assert row["diffusers_s"] > 0
+        assert row.get("diffusers_s", 1) > 0
         # bf16 here has a float32 residual stream, diffusers' has a bf16 one.
-        assert row["difference"] <= (1e-5 if row["dtype"] == "fp32" else 5e-2)
-    assert rows[0]["note"].startswith("peaks; ")
-    assert all("kernel" in row["note"] for row in rows[:2])
+        assert row.get("difference", 0) <= (1e-5 if row["dtype"].startswith("fp32") else 5e-2)
+    assert rows[1]["note"].startswith("peaks; ")
+    assert all("kernel" in row["note"] for row in rows[:3])
     assert 0 < rows[0]["share_of_floor"] < 10
+
+
+def test_a_gpu_is_tried_with_the_miniatures():
+    rows = list(gpu_runs.smoke(Settings(rounds=1), "cpu", True))
+    assert [row["difference"] for row in rows] == [0, 0, 0]
+    assert all(row["met"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_tests_of_gpus_are_run():
+    (row,) = gpu_runs.gpu_tests(Settings(rounds=1), "cpu", True)
+    assert row["met"] and "skipped" in row["note"]
+
+
+def test_what_fails_on_a_gpu_costs_no_other_row(monkeypatch, tmp_path):
+    def failing(settings, device, tiny):
+        yield {"name": "first"}
+        raise RuntimeError("no kernel image")
+
+    pieces = {"a": gpu.Piece(1, failing), "b": gpu.Piece(1, lambda *_: [{"name": "second"}])}
+    monkeypatch.setattr(gpu, "PIECES", pieces)
+    rows = gpu.measured(pieces, Settings(), "cpu", True)
+    assert [row["name"] for row in rows] == ["first", "a", "second"]
+    assert rows[1]["note"] == "RuntimeError: no kernel image" and rows[1]["met"] is False
+    assert (
+        gpu.measured(pieces, Settings(), "cpu", True, seconds=-1)[0]["note"] == "left out: the time is over"
+    )
+
+
+def test_three_parts_are_all():
+    assert {piece.part for piece in gpu.PIECES.values()} == {1, 2, 3}
+
+
+def test_the_section_of_measurements_is_filled_in(tmp_path):
+    file, readme = tmp_path / "rows.json", tmp_path / "README.md"
+    harness.save([{"name": "step", "ours_s": 2.0, "diffusers_s": 3.0, "ratio": 1.5}], file)
+    for text in (gpu.README.read_text(), None):  # and once more, over what was there
+        readme.write_text(text or readme.read_text())
+        gpu.fill([file, file], readme)
+        assert readme.read_text().count("| step ") == 2
+        assert f"PyTorch {torch.__version__}:" in readme.read_text()
+    before, rest = gpu.README.read_text().split(gpu.BEGIN)
+    assert readme.read_text().startswith(before) and readme.read_text().endswith(rest.split(gpu.END)[1])
 
 
 def scaled(rank):

@@ -1,253 +1,136 @@
-"""Whole transformer steps and VAE decodes of the released sizes on a GPU, beside diffusers' own.
+"""What is to be known of a GPU, in three parts of at most nine minutes on an H200.
 
-    python -m tests.bench.gpu [--device cpu --tiny]
+    python -m tests.bench.gpu --part 1 --json one.json
+    python -m tests.bench.gpu --only steps-480p decodes [--device cpu --tiny]
+    python -m tests.bench.gpu --fill one.json two.json three.json
 
-The weights are random, made on the device, and shared by both sides. The floor of a step is its matrix
-products at the rate that a large one reaches in the same run.
+Rows are written to the file as they are measured, so that a run which is cut off keeps what it has; what
+would begin after `--minutes` is left out, and a row says so. `--fill` measures nothing: it puts the rows of
+files into the section of README.md beside this script.
 """
 
+import argparse
+import gc
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import partial
+from pathlib import Path
 
-import diffusers
-import torch
+from tests.bench import budgets, gpu_runs
+from tests.bench.gpu_steps import VIDEOS, Video, decodes, small, steps
+from tests.bench.harness import Row, Settings, apart, gpu_arguments, report, save, settings_of, table
 
-from tests.bench.harness import (
-    DTYPES,
-    Row,
-    Settings,
-    arguments,
-    compare,
-    relative_error,
-    report,
-    settings_of,
-    watched_memory,
-)
-from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE, fill, random_weights
-from wan22 import AutoencoderKLWan, WanTransformer3DModel
-from wan22.accel.attention import describe
-from wan22.accel.compile import Compiled
-from wan22.accel.planning.costs import forward_flops
-from wan22.accel.planning.machine import measured_flops
-from wan22.accel.planning.meta_models import released_models
-from wan22.presets import T2V_A14B, TI2V_5B, Preset
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- measured on a GPU -->\n", "<!-- end of what is measured on a GPU -->"
+ROUNDS = 2  # a call takes seconds, and a GPU is steady
 
-MAX_TEXT_TOKENS = 512
-TERA = 1e12
-# The same forms in small, for a run without a GPU.
-TINY = {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 256, "text_dim": 32}
-TINY_VAE = {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1}
+Measure = Callable[[Settings, str, bool], Iterable[Row]]
 
 
 @dataclass(frozen=True)
-class Video:
-    """What a released checkpoint is asked for.
+class Piece:
+    """Rows that are measured together, and the part of three that they belong to."""
 
-    Args:
-        preset: the checkpoint.
-        width: pixels.
-        height: pixels.
-        num_frames: frames.
-    """
-
-    preset: Preset
-    width: int
-    height: int
-    num_frames: int
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent row and column."""
-        return 16 if self.preset.in_channels == 48 else 8
-
-    @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns."""
-        return 1 + (self.num_frames - 1) // 4, self.height // self.stride, self.width // self.stride
-
-    @property
-    def tokens(self) -> int:
-        """Video tokens."""
-        t, h, w = self.latent_size
-        return t * (h // 2) * (w // 2)
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.num_frames}"
+    part: int
+    measure: Measure
 
 
-VIDEOS = (Video(T2V_A14B, 832, 480, 81), Video(T2V_A14B, 1280, 720, 81), Video(TI2V_5B, 1280, 704, 121))
+def _steps(video: Video, settings: Settings, device: str, tiny: bool) -> Iterator[Row]:
+    return steps(small(video) if tiny else video, settings, device, tiny)
 
 
-@cache
-def released_configs(preset: Preset) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a released checkpoint's transformer and VAE."""
-    models = released_models(preset)
-    return {name: dict(models[name].config) for name in ("transformer", "vae")}
+def _decodes(settings: Settings, device: str, tiny: bool) -> Iterator[Row]:
+    for video in VIDEOS[1:]:
+        yield from decodes(small(video) if tiny else video, settings, device, tiny)
 
 
-# ---- transformer ----
+def _budget(settings: Settings, device: str, tiny: bool) -> list[Row]:
+    return [apart(budgets.within, budgets.BUDGETS[0], device, tiny)]
 
 
-def transformers(config: dict[str, Any], device: str) -> tuple[Any, Any]:
-    """Return our bf16 transformer and theirs with the same random weights."""
-    with torch.device("meta"):
-        ours = WanTransformer3DModel(**config)
-        theirs = diffusers.WanTransformer3DModel(**config)
-    weights = random_weights(ours, device, torch.bfloat16)
-    fill(ours, weights, OURS_WIDE)
-    # The rotary tables are buffers that no checkpoint holds.
-    head_dim, length = theirs.config.attention_head_dim, theirs.config.rope_max_seq_len
-    theirs.rope = type(theirs.rope)(head_dim, theirs.config.patch_size, length).to(device)
-    fill(theirs, weights, (*THEIRS_WIDE, "time_embedder"))
-    return ours, theirs
-
-
-def step_calls(
-    ours: Any, theirs: Any, video: Video, device: str
-) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-    """Return a call of our transformer as our pipelines make it, and theirs."""
-    config, dtype = ours.config, torch.bfloat16
-    latents = torch.randn(1, config.in_channels, *video.latent_size, device=device)
-    text = torch.randn(1, MAX_TEXT_TOKENS, config.text_dim, device=device, dtype=dtype)
-    text[:, 60:] = 0  # past a typical prompt
-    time = torch.tensor([937.0], device=device)
-    # diffusers' pipeline gives TI2V-5B the time once per token.
-    their_time = time.expand(1, video.tokens) if video.preset.boundary_ratio is None else time
-    return (
-        lambda: ours(latents, time, text, return_dict=False)[0],
-        lambda: theirs(latents.to(dtype), their_time, text, return_dict=False)[0],
-    )
-
-
-@torch.no_grad()
-def steps(video: Video, settings: Settings, device: str, tiny: bool) -> list[Row]:
-    """Compare one call of the transformer, ours as it is and compiled, with theirs."""
-    config = released_configs(video.preset)["transformer"] | (TINY if tiny else {})
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    facts = {"dtype": "bf16", "shape": f"{video}, {video.tokens} tokens"}
-    name = f"{video.preset.name} step"
-    # Ten float32 streams cover what a block holds at once.
-    weights = 2 * config["num_layers"] * (8 * d**2 + 2 * d * config["ffn_dim"])
-    if missing := lacks(weights + 10 * 4 * video.tokens * d, device):
-        return [{"name": name, **facts, "note": missing}]
-    ours, theirs = transformers(config, device)
-    calls = step_calls(ours, theirs, video, device)
-    kernel = describe("native", device, torch.bfloat16, ours.head_dim, video.tokens)
-    error = relative_error(*(call().cpu() for call in calls))
-    flops = forward_flops(ours.config, video.tokens)
-    rows = [compare(name, *calls, settings, **facts, **peaks(calls, device))]
-    compiled = Compiled([ours], backend="eager" if tiny else "inductor")
-    started = time.perf_counter()
-    calls[0]()
-    seconds = time.perf_counter() - started
-    rows.append(compare(f"{name}, compiled", *calls, settings, **facts))
-    rows[1]["compile_s"] = seconds
-    compiled.detach()
-    for row in rows:
-        row |= roofline(flops, row["ours_s"], device) | {"kernel": kernel, "difference": error}
-        row["note"] = row.get("note", "") + (
-            f"{row['tflop']:.4g} TFLOP, floor {row['floor_s']:.3g} s at {row['matmul_tflops']:.3g} TFLOP/s: "
-            f"{row['share_of_floor']:.0%} of it; {kernel}; difference {error:.1e}"
-        )
-    return rows
-
-
-def roofline(flops: float, seconds: float, device: str) -> Row:
-    """Return how near a time is to that of the matrix products alone."""
-    rate = measured_flops(device)
-    floor = flops / rate
-    return {
-        "tflop": flops / TERA,
-        "matmul_tflops": rate / TERA,
-        "floor_s": floor,
-        "share_of_floor": floor / seconds,
-    }
-
-
-# ---- VAE ----
-
-
-@torch.no_grad()
-def decode(video: Video, dtype: torch.dtype, settings: Settings, device: str, tiny: bool) -> Row:
-    """Compare decoding a whole clip: ours as the pipelines do it, chunk by chunk to the host."""
-    config = released_configs(video.preset)["vae"] | (TINY_VAE if tiny else {})
-    config = {name: list(v) if isinstance(v, tuple) else v for name, v in config.items()}  # theirs adds lists
-    facts = {"name": f"{video.preset.name} decode", "dtype": DTYPES[dtype], "shape": str(video)}
-    # Measured at 720p in bf16: 10.6 GB.
-    if missing := lacks(6000 * dtype.itemsize * video.height * video.width, device):
-        return facts | {"note": missing}
-    with torch.device("meta"):
-        ours, theirs = AutoencoderKLWan(**config), diffusers.AutoencoderKLWan(**config)
-    weights = random_weights(ours, device, dtype)
-    fill(ours, weights, ())
-    fill(theirs, weights, ())
-    z = torch.randn(1, config["z_dim"], *video.latent_size, device=device, dtype=dtype)
-
-    def our_frames() -> torch.Tensor:
-        return torch.cat([chunk.float().cpu() for chunk in ours.decode_stream(z)], dim=2)
-
-    def their_frames() -> torch.Tensor:
-        return theirs.decode(z, return_dict=False)[0].float().cpu()
-
-    error = relative_error(our_frames(), their_frames())
-    facts |= {"difference": error, **peaks((our_frames, their_frames), device)}
-    row = compare(facts.pop("name"), our_frames, their_frames, settings, **facts)
-    return row | {"note": f"{row.get('note', '')}difference {error:.1e}"}
-
-
-# ---- all of it ----
-
-
-def lacks(needed: float, device: str) -> str:
-    """Say that a device has less free memory than needed; empty if it has enough."""
-    if device == "cpu":
-        return ""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    return f"left out: needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free" if free < needed else ""
-
-
-def peaks(calls: tuple[Callable[[], object], Callable[[], object]], device: str) -> Row:
-    """Return the memory that a call of each side takes beside weights; nothing on the CPU."""
-    if device == "cpu":
-        return {}
-    found = []
-    for call in calls:
-        call()
-        with watched_memory(device) as memory:
-            call()
-        found.append(memory.peak)
-    ours, theirs = found
-    note = f"peak {ours:.2f} GB, diffusers {theirs:.2f} GB; "
-    return {"ours_peak_gb": ours, "diffusers_peak_gb": theirs, "note": note}
+PIECES: dict[str, Piece] = {
+    "smoke": Piece(1, gpu_runs.smoke),
+    "steps-480p": Piece(1, partial(_steps, VIDEOS[0])),
+    "steps-5b": Piece(1, partial(_steps, VIDEOS[2])),
+    "tests": Piece(1, gpu_runs.gpu_tests),
+    "steps-720p": Piece(2, partial(_steps, VIDEOS[1])),
+    "few-steps": Piece(2, gpu_runs.few_steps),
+    "fp8": Piece(2, gpu_runs.float8),
+    "decodes": Piece(3, _decodes),
+    "budget": Piece(3, _budget),
+}
 
 
 def run(settings: Settings, device: str = "cuda", tiny: bool = False) -> list[Row]:
-    """Compare steps and decodes; quick: A14B at 480p alone."""
-    videos = VIDEOS[:1] if settings.quick else VIDEOS
-    if tiny:
-        videos = tuple(replace(video, width=64, height=64, num_frames=9) for video in videos[::2])
-    few = replace(settings, rounds=min(settings.rounds, 3))  # a call takes seconds, and a GPU is steady
-    rows = []
-    for video in videos:
-        rows += steps(video, few, device, tiny)
-    for video in videos[-2:]:
-        for dtype in (torch.float32, torch.bfloat16):
-            rows.append(decode(video, dtype, few, device, tiny))
+    """Measure all pieces; quick: a step of A14B at 480p alone."""
+    return measured(["steps-480p"] if settings.quick else PIECES, settings, device, tiny)
+
+
+def measured(
+    names: Iterable[str],
+    settings: Settings,
+    device: str,
+    tiny: bool,
+    seconds: float = float("inf"),
+    file: Path | None = None,
+) -> list[Row]:
+    """Measure pieces one after another, and write the rows so far to the file after each row."""
+    settings, end = replace(settings, rounds=min(settings.rounds, ROUNDS)), time.monotonic() + seconds
+    rows: list[Row] = []
+    for name in names:
+        if time.monotonic() > end:
+            rows.append({"name": name, "note": "left out: the time is over"})
+            continue
+        for row in _rows(name, settings, device, tiny):
+            rows.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+            if file is not None:
+                save(rows, file)
+        gc.collect()
     return rows
 
 
-def command_line(run: Callable[..., list[Row]], description: str | None) -> None:
-    """Be the command line of a benchmark for GPUs."""
-    parser = arguments(description)
-    parser.add_argument("--device", default="cuda", help="cpu goes with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="small models and videos, to try the script")
-    options = parser.parse_args()
-    report(run(settings_of(options), options.device, options.tiny), options.json)
+def _rows(name: str, settings: Settings, device: str, tiny: bool) -> Iterator[Row]:
+    """Yield a piece's rows; one that fails costs no other."""
+    try:
+        yield from PIECES[name].measure(settings, device, tiny)
+    except Exception as error:  # whatever breaks on a card that nothing has run on is a result
+        yield {"name": name, "met": False, "target": "runs", "note": f"{type(error).__name__}: {error}"[:500]}
+
+
+def fill(files: Iterable[Path], readme: Path = README) -> None:
+    """Put the rows of JSON files, and what they were measured on, into a README's section."""
+    found = [json.loads(file.read_text()) for file in files]
+    on = {
+        f"{entry['machine']['card'] or entry['machine']['cpu']}, PyTorch {entry['machine']['torch']}"
+        for entry in found
+    }
+    rows = [row for entry in found for row in entry["rows"]]
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\nOn {' and '.join(sorted(on))}:\n\n{table(rows)}\n\n{END}{after}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Be the command line."""
+    parser = gpu_arguments(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), help="one of three parts")
+    parser.add_argument("--only", nargs="+", choices=PIECES, metavar="PIECE", help=", ".join(PIECES))
+    parser.add_argument("--minutes", type=float, default=9, help="after which no piece begins (default: 9)")
+    parser.add_argument("--fill", nargs="+", type=Path, metavar="FILE", help="fill in the README's section")
+    options = parser.parse_args(arguments)
+    if options.fill:
+        fill(options.fill)
+        return
+    names = options.only or [n for n, piece in PIECES.items() if options.part in (None, piece.part)]
+    seconds = 60 * options.minutes if options.part else float("inf")
+    rows = measured(names, settings_of(options), options.device, options.tiny, seconds, options.json)
+    report(rows, options.json)
 
 
 if __name__ == "__main__":
-    command_line(run, __doc__)
+    main()

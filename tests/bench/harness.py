@@ -268,3 +268,17 @@ def main(run: Callable[[Settings], list[Row]], description: str | None = None) -
     """Be the command line of one benchmark."""
     options = arguments(description).parse_args()
     report(run(settings_of(options)), options.json)
+
+
+def main_on_gpu(run: Callable[[Settings, str, bool], list[Row]], description: str | None = None) -> None:
+    """Be the command line of a benchmark for GPUs."""
+    options = gpu_arguments(description).parse_args()
+    report(run(settings_of(options), options.device, options.tiny), options.json)
+
+
+def gpu_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what the command lines of benchmarks for GPUs take."""
+    parser = arguments(description)
+    parser.add_argument("--device", default="cuda", help="cpu goes with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="small models and videos, to try the script")
+    return parser

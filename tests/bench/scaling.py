@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.bench.gpu import MAX_TEXT_TOKENS, TINY, TINY_VAE, VIDEOS, Video, lacks, released_configs
+from tests.bench.gpu_steps import MAX_TEXT_TOKENS, TINY, TINY_VAE, VIDEOS, Video, lacks, released_configs
 from tests.bench.harness import (
     Row,
     Settings,
-    arguments,
     by_turns,
+    gpu_arguments,
     relative_error,
     report,
     settings_of,
@@ -129,10 +129,7 @@ def run(settings: Settings, device: str = "cuda", tiny: bool = False) -> list[Ro
 
 def main() -> None:
     """Measure on the ranks of torchrun; the first one prints."""
-    parser = arguments(__doc__)
-    parser.add_argument("--device", default="cuda", help="cpu goes with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="small models and videos, to try the script")
-    options = parser.parse_args()
+    options = gpu_arguments(__doc__).parse_args()
     processes.join()
     rows = run(settings_of(options), options.device, options.tiny)
     if dist.get_rank() == 0:
