@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.bench.gpu import VIDEOS, Video, released_configs, step_calls
+from tests.bench.gpu_steps import VIDEOS, Video, released_configs, step_calls
 from tests.bench.harness import DTYPES
 from tests.bench.traffic import Traffic, compiled_traffic, eager_traffic, fake_gpu, on_gpu, place
 from tests.bench.transformer import OURS_WIDE, THEIRS_WIDE

@@ -112,7 +112,7 @@ def step_calls(
     latents = torch.randn(1, config.in_channels, *video.latent_size, device=device)
     text = torch.randn(1, MAX_TEXT_TOKENS, config.text_dim, device=device, dtype=dtype)
     text[:, 60:] = 0  # past a typical prompt
-    time = torch.tensor([937.0], device=device)
+    time = torch.full((1,), 937.0, device=device)
     # diffusers' pipeline gives TI2V-5B the time once per token.
     their_time = time.expand(1, video.tokens) if video.preset.boundary_ratio is None else time
     return (
