@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from tests.bench.traffic import fake_gpu
-from wan22.models import fused, layers
+from wan22.models import autoencoder_layers, fused, layers
 from wan22.models.autoencoder_layers import RMSNorm, normalized_silu
 from wan22.models.layers import Float32LayerNorm, Float32RMSNorm
 from wan22.models.rope import rotary_tables
@@ -133,6 +133,28 @@ def test_norm_and_silu_of_the_autoencoder_compiled(compiling, monkeypatch, layou
     monkeypatch.setattr(fused, "applies", lambda *args: False)
     plain = normalized_silu(norm, x)
     assert worst_error(y, exact) <= 1.1 * worst_error(plain, exact) + 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_half_types_on_other_devices(monkeypatch, dtype):
+    """The product in two dtypes is as exact, and has the same gradients."""
+    norm = RMSNorm(24)
+    nn.init.normal_(norm.gamma, 1, 0.3, generator=GENERATOR)
+    norm.to(dtype)
+    x = frames("contiguous", dtype)
+    exact = copy.deepcopy(norm).double()(x.double()).detach()
+    found = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(autoencoder_layers, "ONE_DTYPE", devices)
+        with torch.no_grad():
+            y = norm(x)
+        norm.gamma.grad = None
+        norm(x).float().sum().backward()
+        found.append((y, norm.gamma.grad))
+    (plain, plain_gradient), (other, gradient) = found
+    assert other.dtype == dtype
+    assert worst_error(other, exact) <= 1.01 * worst_error(plain, exact)
+    assert worst_error(gradient, plain_gradient) <= 1e-2
 
 
 @torch.no_grad()

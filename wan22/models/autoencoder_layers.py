@@ -18,6 +18,9 @@ from .attention import attention
 from .layers import at_least_float32
 from .temporal_cache import TemporalCache
 
+# Devices whose kernels are slow with operands of two dtypes.
+ONE_DTYPE = {"cpu"}
+
 
 class CausalConv3d(nn.Conv3d):
     """Convolution over the present and earlier frames; before the clip there are zeros.
@@ -93,12 +96,15 @@ def _unit_rms_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
 def _unit_rms(x: Tensor, gamma: Tensor, scale: float, dim: int = 1) -> Tensor:
     # float32 for half types: a sum of squares overflows float16 and loses digits in bfloat16.
     wide = at_least_float32(x.dtype)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide).clamp_min(1e-12)
-    if x.dtype == wide:
+    y = x.to(wide) if x.device.type in ONE_DTYPE else x
+    norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True, dtype=wide).clamp_min(1e-12)
+    if y.dtype == wide:
+        # In place where y is a copy, unless the norm's gradient needs it.
+        y = y / norm if y is x or y.requires_grad else y.div_(norm)
         # Three roundings in the official order: folding the two gains costs the last bit of every layer.
-        return (x / norm).mul_(scale).mul_(gamma)
+        return y.mul_(scale).mul_(gamma).to(x.dtype)
     # A half type keeps nothing of that bit.
-    y = x * (scale / norm)
+    y = y * (scale / norm)
     trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
     if trained or torch.compiler.is_compiling():
         return (y * gamma).to(x.dtype)
