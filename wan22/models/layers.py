@@ -109,8 +109,10 @@ def _normalized(
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
     x = x.to(at_least_float32(x.dtype))
-    weights = _cast(weight, x.dtype), _cast(bias, x.dtype)
-    return _finished(F.layer_norm(x, x.shape[-1:], *weights, eps), scale, shift, dtype)
+    x = F.layer_norm(x, x.shape[-1:], _cast(weight, x.dtype), _cast(bias, x.dtype), eps)
+    if scale is not None and shift is not None:
+        x = modulate(x, scale, shift)  # here, for a call would keep what it is given in memory
+    return x if dtype is None else x.to(dtype)
 
 
 @fused
