@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from .layers import FeedForward, Float32LayerNorm, Float32Linear
+from .rope import float64_device
 
 
 class ConditionEmbedder(nn.Module):
@@ -77,11 +78,12 @@ class ImageEmbedder(nn.Module):
 
 
 def sinusoidal_embedding(position: torch.Tensor, dim: int) -> torch.Tensor:
-    """Map positions "…" to "… dim", cosines, then sines, in float64 (float32 on devices without it).
+    """Map positions "…" to "… dim", cosines, then sines, in float64 (rounded on devices without it).
 
     `dim` is even. Source: Wan2.2 wan/modules/model.py, sinusoidal_embedding_1d.
     """
-    dtype = torch.float32 if position.device.type == "mps" else torch.float64
-    exponents = torch.arange(dim // 2, dtype=dtype, device=position.device) / (dim // 2)
-    angles = position.to(dtype)[..., None] * 10000.0**-exponents
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    build = float64_device(position.device)
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=build) / (dim // 2)
+    angles = position.to(build).to(torch.float64)[..., None] * 10000.0**-exponents
+    embedding = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return embedding if build == position.device else embedding.to(position.device, torch.float32)

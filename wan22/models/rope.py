@@ -6,6 +6,13 @@ Shapes: b batch, l tokens, n heads, d head size; t h w the grid of tokens.
 import torch
 
 THETA = 10000.0
+# Types of devices that have no float64, or not all of them: what needs it is computed on the CPU.
+WITHOUT_FLOAT64 = ("mps", "npu", "xpu")
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 is computed for a device: there, or on the CPU."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
@@ -22,18 +29,19 @@ def rotary_tables(
     The angles are float64 whatever the dtype: in float32, frame 20's is off by 1e-6. `head_dim` is even and
     at least 6. Source: Wan2.2 wan/modules/model.py, rope_params and rope_apply.
     """
-    # Devices without float64 (MPS) get tables made on the CPU.
-    build = torch.device("cpu") if device.type == "mps" else device
-    angles = []
+    build = float64_device(device)
+    tables: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     for axis, (length, size) in enumerate(zip(grid, axis_sizes(head_dim), strict=True)):
         exponents = torch.arange(0, size, 2, dtype=torch.float64, device=build) / size
         positions = torch.arange(length, dtype=torch.float64, device=build)
-        table = positions[:, None] * THETA**-exponents
-        shape = [1, 1, 1, table.shape[1]]
+        angles = positions[:, None] * THETA**-exponents
+        shape = [1, 1, 1, angles.shape[1]]
         shape[axis] = length
-        angles.append(table.view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)[None, :, None]  # t h w d/2 -> 1 l 1 d/2
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+        for parts, values in zip(tables, (angles.cos(), angles.sin()), strict=True):
+            parts.append(values.to(device, dtype).view(shape).expand(*grid, -1))
+    # t h w d/2 -> 1 l 1 d/2
+    cos, sin = (torch.cat(parts, dim=-1).flatten(0, 2)[None, :, None] for parts in tables)
+    return cos, sin
 
 
 def rotate(
