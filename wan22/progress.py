@@ -1,5 +1,6 @@
 """Progress bars: of sampling, decoding and saving, and, in bytes, of reading and converting weights."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,29 @@ def progress_bar(iterable: Any = None, total: int | None = None, **options: Any)
     notebook = in_notebook()
     defaults: dict[str, Any] = {"disable": False if notebook else None, "dynamic_ncols": not notebook}
     return tqdm(iterable, total=total, **defaults | options)
+
+
+@contextmanager
+def loading_bars() -> Iterator[None]:
+    """Let the bars that diffusers and transformers draw of loading be where ours are, not in files."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as of_transformers
+
+    # Their switches move huggingface_hub's as well, which stays as somebody has set it.
+    set_by_hand = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled()
+    if in_notebook() or sys.stderr.isatty() or set_by_hand:
+        yield
+        return
+    drawing = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in drawing:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in drawing:
+            library.enable_progress_bar()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ...checkpoints.loading.single_file import ALIASES, DIFFUSERS_NAMES, Argumen
 from ...checkpoints.lora.plain import plain_state
 from ...checks import refuse_unknown
 from ...private_apis import signature_keys
+from ...progress import loading_bars
 from ..attached.provenance import Provenance
 from . import hub_classes
 from .arguments import check_names
@@ -180,7 +181,8 @@ class LoadablePipeline(DiffusionPipeline):
     @classmethod
     def from_diffusers_folder(cls, folder: Path, **options: Any) -> Any:
         """Load a folder in the Diffusers layout as diffusers does, with our classes."""
-        return super().from_pretrained(folder, **options)
+        with loading_bars():
+            return super().from_pretrained(folder, **options)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
