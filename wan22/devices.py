@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def card() -> torch.device | None:
-    """Return the kind of device with memory of its own, "cuda" (ROCm's, too), "xpu" or "npu"; None: none."""
+    """Return the device type with memory of its own, "cuda" (ROCm's, too), "xpu" or "npu"; None: none."""
     if not torch.accelerator.is_available():
         return None
     found = torch.accelerator.current_accelerator()
@@ -32,7 +32,7 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def module_of(device: torch.device) -> Any:
-    """Return PyTorch's module of a kind of device, such as torch.cuda: streams, events and memory."""
+    """Return PyTorch's module for a device type, such as torch.cuda, with streams, events and memory."""
     return torch.get_device_module(device)
 
 
