@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, small random pipelines."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -7,6 +8,8 @@ os.environ["WAN22_CACHE"] = os.devnull  # nothing is prepared, unless a test has
 
 import pytest
 import torch
+from diffusers.utils import logging as of_diffusers
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from tests import builders
 from wan22 import presets
@@ -29,6 +32,30 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def state_of_the_process():
+    """Return what tests that run later depend on."""
+    return {
+        "folder": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "disabled logging": logging.root.manager.disable,
+        "wan22's logging level": logging.getLogger("wan22").level,
+        "diffusers' bars": of_diffusers.is_progress_bar_enabled(),
+        "the hub's bars": not are_progress_bars_disabled(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Fail a test that changes its process for those after it."""
+    before = state_of_the_process()
+    yield
+    assert state_of_the_process() == before
 
 
 @pytest.fixture
@@ -62,7 +89,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bars_are_wanted(monkeypatch):
-    """Forget that a quiet command of another test has asked the libraries for no bars."""
+    """Let bars be drawn whatever the environment asks of the hub's library."""
     monkeypatch.setattr("diffusers.utils.logging.is_progress_bar_enabled", lambda: True)
     monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)
 

@@ -28,18 +28,20 @@ def progress_bar(iterable: Any = None, total: int | None = None, **options: Any)
 
 
 @contextmanager
-def loading_bars() -> Iterator[None]:
-    """Let the bars that diffusers and transformers draw of loading be where ours are, not in files."""
+def loading_bars(drawn: bool | None = None) -> Iterator[None]:
+    """Let the bars that diffusers, transformers and the hub's library draw be `drawn`, or where ours are."""
     from diffusers.utils import logging as of_diffusers
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as of_transformers
 
-    # Their switches move huggingface_hub's as well, which stays as somebody has set it.
-    set_by_hand = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled()
-    if in_notebook() or sys.stderr.isatty() or set_by_hand:
+    if drawn is None:
+        drawn = in_notebook() or sys.stderr.isatty()
+    asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is False  # by the environment, which decides
+    if drawn or asked_for:
         yield
         return
+    hub_is_silent = are_progress_bars_disabled()
     drawing = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
     for library in drawing:
         library.disable_progress_bar()
@@ -48,6 +50,8 @@ def loading_bars() -> Iterator[None]:
     finally:
         for library in drawing:
             library.enable_progress_bar()
+        if hub_is_silent:  # transformers' switch moves the hub's as well
+            disable_progress_bars()
 
 
 @contextmanager

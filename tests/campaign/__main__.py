@@ -3,12 +3,13 @@
 import argparse
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from tests.campaign.checkpoints import Folders, Loras, WeightFiles
 from tests.campaign.isolation import FAULTS, Outcome, Trial, isolated
 from tests.campaign.media import ChatServers, Images, ImageServers, Recipes
 from tests.campaign.processes import Converting, Saving, Threads
+from wan22.progress import loading_bars
 
 BATCH = 10  # trials of an area before the next one's turn
 
@@ -91,15 +93,19 @@ class Campaign:
         return "\n".join(lines)
 
 
-def _quieten() -> None:
-    """Ask the libraries for no warnings and no bars."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    warnings.simplefilter("ignore")
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Ask the libraries for no warnings and no bars, and PyTorch for one thread."""
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    for library in (of_diffusers, of_transformers):
-        library.disable_progress_bar()
+    torch.set_num_threads(1)  # a process that is forked has no threads of its parent
+    try:
+        with warnings.catch_warnings(), loading_bars(drawn=False):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.disable(disabled)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,20 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="AREA", help=", ".join(names))
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     options = parser.parse_args(arguments)
-    _quieten()
-    torch.set_num_threads(1)  # a process that is forked has no threads of its parent
-    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-    try:
+    with _quietly(), tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as folder:
         chosen = [area for area in AREAS if area.name in (options.only or names)]
         areas = [area(Path(tempfile.mkdtemp(dir=folder))) for area in chosen]
-        campaign = Campaign(options.seed, folder)
+        campaign = Campaign(options.seed, Path(folder))
         end, number = time.monotonic() + 60 * options.minutes, 0
         while not number or time.monotonic() < end:
             for area in areas:
                 campaign.batch(area, number)
             number += 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     print(campaign.table())
     if options.json:
         options.json.write_text(json.dumps(campaign.counts))

@@ -39,8 +39,8 @@ def load(
     """
     import wan22
 
-    if not output.draws_bars:
-        _silence_loading()
+    from ..progress import loading_bars
+
     layout, device = parse_layout(options.parallel), find_device(options.device)
     arguments: dict[str, Any] = {
         "memory": parse_memory(options.memory),
@@ -52,22 +52,23 @@ def load(
     }
     cls: type[Pipeline] = getattr(wan22, PIPELINES[task])
     source = find_model(options.model, task)
-    if Path(source).is_file():
-        pipe = cls.from_single_file(source, **_parts(options), **arguments)
-    else:
-        pipe = cls.from_pretrained(source, **hub_options(options), **arguments)
-    if not output.draws_bars:
-        pipe.set_progress_bar_config(disable=True)
-    if layout is None and options.memory is None and device != "cpu":
-        pipe.to(device)
-    if options.tiling:
-        pipe.vae.enable_tiling()
-    if options.accelerate:
-        pipe.accelerate()
-    if options.attention is not None:
-        pipe.set_attention_backend(options.attention)
-    if options.compile:
-        pipe.compile()
+    with loading_bars(output.draws_bars):
+        if Path(source).is_file():
+            pipe = cls.from_single_file(source, **_parts(options), **arguments)
+        else:
+            pipe = cls.from_pretrained(source, **hub_options(options), **arguments)
+        if not output.draws_bars:
+            pipe.set_progress_bar_config(disable=True)
+        if layout is None and options.memory is None and device != "cpu":
+            pipe.to(device)
+        if options.tiling:
+            pipe.vae.enable_tiling()
+        if options.accelerate:
+            pipe.accelerate()
+        if options.attention is not None:
+            pipe.set_attention_backend(options.attention)
+        if options.compile:
+            pipe.compile()
     return pipe
 
 
@@ -225,11 +226,3 @@ def parse_layout(text: str | None) -> dict[str, Any] | None:
             f'--parallel {text} must be "auto", or some of cfg=2,ulysses=4,ring=2,fsdp=true,vae=false'
         )
     return layout
-
-
-def _silence_loading() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for module in (diffusers_logging, transformers_logging):
-        module.disable_progress_bar()

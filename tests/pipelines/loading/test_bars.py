@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def enabled():
-    """Let them be as at a process's start, whatever another test has asked for, and afterwards."""
-    of_diffusers.enable_progress_bar()
+    """Let them be as at a process's start, also afterwards."""
     yield
     enable_progress_bars()
 
