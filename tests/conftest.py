@@ -34,11 +34,15 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+# By pytest, and by PyTorch's compiler where it is first used.
+SET_BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_")
+
+
 def state_of_the_process():
     """Return what tests that run later depend on."""
     return {
         "folder": os.getcwd(),
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "environment": {n: value for n, value in os.environ.items() if not n.startswith(SET_BY_OTHERS)},
         "disabled logging": logging.root.manager.disable,
         "wan22's logging level": logging.getLogger("wan22").level,
         "diffusers' bars": of_diffusers.is_progress_bar_enabled(),

@@ -28,6 +28,11 @@ def test_a_single_value_of_a_norm(tmp_path):
         check_samples("the file", GOOD | {"norm": norm})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_values_whose_sum_overflows_pass(dtype):
+    check_samples("the file", GOOD | {"norm": torch.full((64,), 3e38, dtype=dtype)})
+
+
 def test_float8(tmp_path):
     data = torch.full((256, 256), math.nan).to(writers.FP8)
     with pytest.raises(ValueError, match="a has values"):

@@ -69,9 +69,10 @@ def fill(
         raise ValueError(f"{source}: {listed(wrong)} of another shape; {rule}")
     quantized: dict[str, QuantizedTensor] = {}
     converted: dict[str, torch.dtype] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
+        owner = modules[path]
         if isinstance(tensor, QuantizedTensor):
             if type(owner) is nn.Linear and attribute == "weight" and not dequantize:
                 quantized[path] = tensor
@@ -95,12 +96,12 @@ def fill(
         later = defer and not stored_as.is_meta and math.prod(found[name]) >= DEFERRED_SIZE
         value = deferred(stored_as, target) if later else expanded(stored_as).to(target)
         advance(bytes_to_convert(stored_as, dtype, dequantize))
-        model.get_submodule(path).register_parameter(attribute, nn.Parameter(value))
+        modules[path].register_parameter(attribute, nn.Parameter(value))
     for path, weight in quantized.items():  # once their biases are there
         parent, _, attribute = path.rpartition(".")
-        bias = own_tensors(model.get_submodule(path))[0]["bias"]
+        bias = own_tensors(modules[path])[0]["bias"]
         layer = QuantizedLinear(weight, bias, dtype or torch.bfloat16)
-        setattr(model.get_submodule(parent), attribute, layer)
+        setattr(modules[parent], attribute, layer)
     return model.eval()
 
 
