@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 # By pytest, and by PyTorch's compiler where it is first used.
-SET_BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_")
+SET_BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 
 
 def state_of_the_process():
