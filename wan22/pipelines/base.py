@@ -26,9 +26,10 @@ from .attached.provenance import scheduler_of
 from .call import checks, decoding
 from .call.call import Call
 from .call.conditions import Condition
-from .call.denoiser import CFGDenoiser, Denoiser, TextEmbeds
+from .call.denoiser import Denoiser, GuidedDenoiser, TextEmbeds
 from .call.images import load_pictures
 from .call.noise import draw
+from .call.passes import ModelPredictor, Predictor
 from .call.phases import phase
 from .call.prepare import prepare
 from .call.preview import Previewer
@@ -71,7 +72,11 @@ class WanPipeline(PipelineParts):
 
     def make_denoiser(self, call: Call, embeds: TextEmbeds, condition: Condition) -> Denoiser:
         """Return what predicts the velocity of a step."""
-        return CFGDenoiser(condition, embeds, call.guidance, call.state, self.ranks.run_passes)
+        return GuidedDenoiser(self.make_predictor(call, condition), embeds, call.guidance, call.state)
+
+    def make_predictor(self, call: Call, condition: Condition) -> Predictor:
+        """Return what runs the transformer for the passes of a step."""
+        return ModelPredictor(condition, call.state, self.ranks.run_passes)
 
     # ---- a call, and its steps ----
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.builders import SMALL, latents_of, random_components, random_i2v_pipeline, random_pipeline
 from tests.golden_data import relative_error
-from wan22.pipelines.call.denoiser import CFGDenoiser
+from wan22.pipelines.call.denoiser import GuidedDenoiser
 from wan22.pipelines.call.noise import NoisePerVideo
 
 
@@ -57,7 +57,7 @@ def test_what_wraps_a_denoiser_is_unknown_to_the_loop(monkeypatch):
     make = pipe.make_denoiser
     monkeypatch.setattr(pipe, "make_denoiser", lambda *a: wrapped.append(EverySecond(make(*a))) or wrapped[0])
     cached = latents_of(pipe, num_inference_steps=4)
-    assert isinstance(wrapped[0].inner, CFGDenoiser)
+    assert isinstance(wrapped[0].inner, GuidedDenoiser)
     assert wrapped[0].asked == [0, 2]
     assert cached.isfinite().all() and not torch.equal(cached, plain)
 

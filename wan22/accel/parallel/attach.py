@@ -136,8 +136,8 @@ class Parallel:
 
     def run_passes(
         self,
-        passes: Mapping[str, torch.Tensor],
-        predict: Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]],
+        passes: Mapping[str, Any],
+        predict: Callable[[Mapping[str, Any]], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
         """Run the passes of a step; of two, run one and get the other from the ranks that ran it."""
         if len(passes) == 1 or self.layout.cfg == 1:

@@ -1,11 +1,11 @@
 """What a pipeline asks of the processes that make its videos together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ..call.denoiser import Predict
+from ..call.passes import Passes, Run
 
 Value = TypeVar("Value")
 Frame = TypeVar("Frame")
@@ -25,7 +25,7 @@ class Ranks(Protocol):
         """Return of each flag whether it is set on any rank."""
         ...
 
-    def run_passes(self, passes: Mapping[str, torch.Tensor], predict: Predict) -> list[torch.Tensor]:
+    def run_passes(self, passes: Passes, predict: Run) -> list[torch.Tensor]:
         """Run the passes of a step, one or two, and return what each predicts."""
         ...
 
@@ -52,7 +52,7 @@ class OneRank:
         """Return the flags."""
         return flags
 
-    def run_passes(self, passes: Mapping[str, torch.Tensor], predict: Predict) -> list[torch.Tensor]:
+    def run_passes(self, passes: Passes, predict: Run) -> list[torch.Tensor]:
         """Run all passes."""
         return predict(passes)
 

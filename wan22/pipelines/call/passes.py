@@ -1,0 +1,131 @@
+"""The transformer's passes of a step: with the prompt, and with the negative one.
+
+Shapes: b videos, n of them that are predicted, c latent channels, t h w latent frames, rows, columns, l text
+tokens, d their width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ...checkpoints.loading.diffusers_caches import attention_caches_of_video
+from ...checkpoints.loading.models import is_ours
+from .conditions import Condition
+from .experts import Step
+from .state import CallState
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the transformer over a step's latents."""
+
+    text: torch.Tensor  # tokens, "b l d"
+
+
+Passes = Mapping[str, Pass]
+# Given passes by their names, it returns what each predicts, "n c t h w".
+Run = Callable[[Passes], list[torch.Tensor]]
+RunPasses = Callable[[Passes, Run], list[torch.Tensor]]
+
+
+class Predictor(Protocol):
+    """Predicts the velocity of each pass of a step. What skips passes wraps another predictor."""
+
+    def __call__(
+        self, latents: torch.Tensor, step: Step, passes: Passes, videos: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Return what each pass predicts for some of the videos.
+
+        Args:
+            latents: of all videos of the call, noisy, "b c t h w" float32.
+            step: the step.
+            passes: by their names, "cond" and "uncond".
+            videos: indices of those that are wanted.
+
+        Returns: by the passes' names, "n c t h w" float32.
+        """
+        ...
+
+
+class ModelPredictor:
+    """Runs the step's transformer.
+
+    Each video goes through the model by itself: to the last bit it does not depend on its neighbours in the
+    batch, and one video's tokens fill a device.
+
+    Args:
+        condition: what the transformer gets beside text.
+        state: the call's.
+        run_passes: runs the passes of a step, or shares them among ranks.
+    """
+
+    def __init__(self, condition: Condition, state: CallState, run_passes: RunPasses) -> None:
+        self.condition, self.state, self._run_passes = condition, state, run_passes
+
+    def __call__(
+        self, latents: torch.Tensor, step: Step, passes: Passes, videos: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Return what each pass predicts for some of the videos, "n c t h w" float32."""
+        predicted = self._run_passes(passes, partial(self._predict, latents, step, videos))
+        return dict(zip(passes, predicted, strict=True))
+
+    def _predict(
+        self, latents: torch.Tensor, step: Step, videos: Sequence[int], passes: Passes
+    ) -> list[torch.Tensor]:
+        """Run passes: video by video, or together if the model takes their samples in turn."""
+        model: Any = step.expert.model
+        samples = latents.split(1)
+
+        def inputs(video: int) -> dict[str, Any]:
+            return self.condition.model_inputs(video, samples[video], step.timestep.reshape(1))
+
+        texts = [run.text for run in passes.values()]
+        # A callback may have given other embeddings.
+        alike = all(len(text) == len(samples) and text.shape == texts[0].shape for text in texts)
+        if not alike or not takes_samples_in_turn(model):
+            return [
+                torch.cat([self._run(name, run, video, inputs(video), step) for video in videos])
+                for name, run in passes.items()
+            ]
+        each = [inputs(video) for video in videos]
+        batch = {name: torch.cat([given[name] for given in each] * len(passes)) for name in each[0]}
+        text = torch.cat([text[list(videos)] for text in texts]).to(model.dtype)
+        return list(self._call(model, batch, text).chunk(len(passes)))
+
+    def _run(self, name: str, run: Pass, video: int, inputs: dict[str, Any], step: Step) -> torch.Tensor:
+        """Run one pass of a video. diffusers' step caches keep what they skip by pass and video."""
+        model: Any = step.expert.model
+        text = run.text[video : video + 1].to(model.dtype)
+        video_caches: AbstractContextManager[None] = nullcontext()
+        if not is_ours(model):
+            inputs, video_caches = _for_diffusers(model, inputs), attention_caches_of_video(model, video)
+        state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
+        with video_caches, model.cache_context(name + (f"-{video}" if video else ""), **state):
+            return self._call(model, inputs, text)
+
+    def _call(self, model: Any, inputs: dict[str, Any], text: torch.Tensor) -> torch.Tensor:
+        kwargs = {"attention_kwargs": self.state.attention_kwargs, "return_dict": False}
+        return model(encoder_hidden_states=text, **kwargs, **inputs)[0].float()
+
+
+def takes_samples_in_turn(model: Any) -> bool:
+    """Whether a batch's samples go through a model's blocks in turn, each as in a call of its own.
+
+    Step caches and the attention of others may depend on the order of calls.
+    """
+    if not is_ours(model) or not model.samples_in_turn or model.is_cache_enabled:
+        return False
+    return all(layer.attends_in_parts for block in model.blocks for layer in (block.attn1, block.attn2))
+
+
+def _for_diffusers(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments as diffusers' model takes them: latents in its dtype, times for each token."""
+    latents, timestep = inputs["hidden_states"], inputs["timestep"]
+    if timestep.ndim == 2:
+        _, rows, columns = model.config.patch_size
+        timestep = timestep.repeat_interleave(latents[0, 0, 0, ::rows, ::columns].numel(), dim=1)
+    return inputs | {"hidden_states": latents.to(model.dtype), "timestep": timestep}
