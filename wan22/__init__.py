@@ -10,9 +10,11 @@ _SUBPACKAGES = ("accel", "checkpoints", "presets", "prompts")
 # Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
 _EXPORTS = {
     "AutoencoderKLWan": "wan22.checkpoints.loading.models",
+    "FewSteps": "wan22.few_steps",
     "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
     "FlowMatchEulerScheduler": "wan22.schedulers.euler",
     "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
+    "Phase": "wan22.few_steps",
     "Preview": "wan22.pipelines.call.preview",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
@@ -34,6 +36,8 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "FlowMatchUniPCScheduler",
     "FlowMatchDPMSolverScheduler",
     "FlowMatchEulerScheduler",
+    "FewSteps",
+    "Phase",
     "read_recipe",
     "tiny_checkpoint",
 ]
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from wan22 import accel, checkpoints, presets, prompts  # noqa: F401 (found after `import wan22`)
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
+    from wan22.few_steps import FewSteps, Phase
     from wan22.pipelines.call.preview import Preview
     from wan22.pipelines.i2v import WanI2VPipeline
     from wan22.pipelines.t2v import WanT2VPipeline

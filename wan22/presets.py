@@ -198,18 +198,6 @@ PRESETS = (
 )
 
 
-@dataclass(frozen=True)
-class FewSteps:
-    """How a checkpoint or LoRA distilled to a few steps runs, with Euler's method."""
-
-    timesteps: tuple[float, ...]  # those it was trained on
-    guidance_scale: float = 1.0  # of all experts; 1 turns guidance off
-
-
-# Lightning's are four even steps at shift 5: 1000, 937.5, 833.3, 625.
-FEW_STEPS = {"lightning-4": FewSteps(tuple(1000 * 5 * s / (1 + 4 * s) for s in (1, 0.75, 0.5, 0.25)))}
-
-
 def has_timestep_per_token(config: Mapping[str, Any]) -> bool:
     """Return whether a transformer of this configuration takes one timestep per token, as TI2V-5B's does."""
     return config["in_channels"] == config["out_channels"] == TI2V_5B.in_channels

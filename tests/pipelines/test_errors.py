@@ -85,7 +85,10 @@ CASES = [
     ({"flow_shift": NAN}, ["shift", "nan"]),
     ({"timesteps": [900, 400]}, ["num_inference_steps=3 contradicts 2 timesteps"]),
     ({"num_inference_steps": None, "timesteps": [900, 400]}, ["shift=5.0", "leave the shift out"]),
-    ({"sigmas": [0.5], "timesteps": [500]}, ["sigmas and timesteps", "one of them"]),
+    (
+        {"num_inference_steps": None, "flow_shift": None, "sigmas": [0.5], "timesteps": [600]},
+        ["sigmas[0] = 0.5", "timesteps[0] = 600", "0.6 does not"],
+    ),
     (
         {"num_inference_steps": None, "flow_shift": None, "timesteps": [1001]},
         ["timesteps", "1001", "nearest are [1000]"],

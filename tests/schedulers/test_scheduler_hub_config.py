@@ -183,7 +183,6 @@ LACKING = [
     (FlowMatchEulerScheduler, {"use_dynamic_shifting": True}),
     (FlowMatchEulerScheduler, {"invert_sigmas": True}),
     (FlowMatchEulerScheduler, {"shift_terminal": 0.1}),
-    (FlowMatchEulerScheduler, {"stochastic_sampling": True}),
     (FlowMatchEulerScheduler, {"use_karras_sigmas": True}),
 ]
 

@@ -92,11 +92,12 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     """
     import torch
 
+    from ..pipelines.call.few_steps import with_distilled
     from ..pipelines.call.noise import generators_of
     from ..pipelines.call.prepare import check, schedule
     from ..pipelines.call.preview import Previewer
     from ..pipelines.call.request import Request
-    from ..pipelines.call.schedule import scheduler_shift, with_distilled
+    from ..pipelines.call.schedule import scheduler_shift
 
     request = with_distilled(pipe.with_inputs(Request.of(type(pipe).__call__, call)))
     checked = check(pipe, request)

@@ -27,6 +27,7 @@ from .call import checks, decoding
 from .call.call import Call
 from .call.conditions import Condition
 from .call.denoiser import Denoiser, GuidedDenoiser, TextEmbeds
+from .call.few_steps import scales_loras
 from .call.images import load_pictures
 from .call.noise import draw
 from .call.passes import ModelPredictor, Predictor
@@ -83,7 +84,7 @@ class WanPipeline(PipelineParts):
     @torch.no_grad()
     def run(self, request: Request) -> Any:
         """Carry out a call: check it, encode, prepare, denoise, decode."""
-        with self.calls.begin(request.attention_kwargs) as begun:  # stop() is heard from here on
+        with self.calls.begin(request.attention_kwargs, scales_loras(request)) as begun:  # stop() is heard
             request = self.with_inputs(request)
             with self.calls.in_turn(begun):
                 start = time.perf_counter()
@@ -225,9 +226,11 @@ class WanPipeline(PipelineParts):
         """Draw each video's noise from its own generator, or take the given latents; "b c t h w", float32."""
         device, given, recipe = self._execution_device, call.request.latents, call.recipe
         if given is not None:
-            return given.to(device, torch.float32)
-        shape = self.latent_shape(recipe.num_frames, recipe.height, recipe.width)
-        return draw(call.generators, shape, device)
+            latents = given.to(device, torch.float32)
+        else:
+            shape = self.latent_shape(recipe.num_frames, recipe.height, recipe.width)
+            latents = draw(call.generators, shape, device)
+        return latents if call.few_steps is None else call.few_steps.noise_scale * latents
 
     def denoise(
         self,

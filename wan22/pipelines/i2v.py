@@ -1,6 +1,6 @@
 """WanI2VPipeline: an image, or a first and a last one, become a video."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..checkpoints.loading.alignment import align_weights
 from ..checks import check_choice, check_positive_int
+from ..few_steps import FewSteps
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
 from .attached.calls import in_turn
@@ -127,7 +128,7 @@ class WanI2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
-        distilled: str | None = None,
+        distilled: str | FewSteps | Mapping[str, Any] | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,

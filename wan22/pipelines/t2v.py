@@ -1,10 +1,11 @@
 """WanT2VPipeline: text becomes a video."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..few_steps import FewSteps
 from ..presets import MAX_TEXT_TOKENS
 from ..video.result import OutputType, WanVideo
 from .base import WanPipeline, streamed
@@ -64,7 +65,7 @@ class WanT2VPipeline(WanPipeline):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
-        distilled: str | None = None,
+        distilled: str | FewSteps | Mapping[str, Any] | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -88,7 +89,8 @@ class WanT2VPipeline(WanPipeline):
             negative_prompt_embeds: in place of negative_prompt.
             output_type: "np", "pil", "pt" or "latent", see WanVideo.frames; or "stream", see `stream`.
             return_dict: False returns a tuple of the frames.
-            attention_kwargs: {"scale": s} multiplies the LoRAs attached to the transformers by s.
+            attention_kwargs: {"scale": s} multiplies the LoRAs attached to the transformers by s, or each by
+                its own: {"scale": {"style": 0.5}}.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step; may return a
                 dict with replacements, and may set `pipe._interrupt = True` to stop.
             callback_on_step_end_tensor_inputs: names of the tensors it gets: latents, prompt_embeds,
@@ -100,8 +102,9 @@ class WanT2VPipeline(WanPipeline):
             sigmas: noise levels in place of num_inference_steps and flow_shift, 0 to 1, used as they are.
             timesteps: timesteps in place of them, 0 to 1000, used as they are.
             noise_device: device that draws the noise; "cpu", the default, gives the same noise everywhere.
-            distilled: "lightning-4", for LoRAs and checkpoints distilled to four steps: the trained
-                timesteps, Euler's method, no guidance unless guidance_scale says so.
+            distilled: settings for LoRAs and checkpoints distilled to a few steps: "lightning-4",
+                "lightning-3-phase", "rcm-4", "rcm-4-ode", "turbo", "turbo-ode", "fastwan-3", or FewSteps; the
+                trained timesteps and their solver, no guidance unless guidance_scale says so.
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.

@@ -37,7 +37,9 @@ class FlowMatchDPMSolverScheduler(FlowMatchScheduler):
     def _reset(self) -> None:
         self._previous_x0: torch.Tensor | None = None
 
-    def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+    def _solve(
+        self, index: int, sample: torch.Tensor, velocity: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
         s, t = self.sigmas[index], self.sigmas[index + 1]
         h = half_log_snr(t) - half_log_snr(s)
         x0, previous = x0_from_velocity(sample, velocity, s), self._previous_x0

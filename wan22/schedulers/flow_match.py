@@ -97,8 +97,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """Clear the solver's history."""
 
     @abstractmethod
-    def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-        """Go from sigmas[index] to sigmas[index + 1], in float32."""
+    def _solve(
+        self, index: int, sample: torch.Tensor, velocity: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Go from sigmas[index] to sigmas[index + 1], in float32; stochastic solvers draw by `generator`."""
 
     @property
     def sigma_start(self) -> float:
@@ -116,18 +118,17 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
         timesteps: Sequence[float] | np.ndarray | torch.Tensor | None = None,
     ) -> None:
-        """Build the schedule and reset the solver, from one of `num_inference_steps`, `sigmas`, `timesteps`.
+        """Build the schedule and reset the solver, from `num_inference_steps`, or `sigmas` or `timesteps`.
 
         Args:
             num_inference_steps: at least 1; with a list, its length.
             device: device of `timesteps`; `sigmas` stays on the CPU.
             shift: replaces the config's, above 0; only for a schedule built from `num_inference_steps`.
             sigmas: noise levels in (0, 1], strictly descending, without the final 0; not shifted.
-            timesteps: sigma * num_train_timesteps, strictly descending; not shifted, kept as floats.
+            timesteps: sigma * num_train_timesteps, strictly descending; not shifted, kept as floats. With
+                sigmas, they are theirs, rounded, as some models are trained on them.
         Raises: ValueError: a value outside its range, or arguments that contradict each other.
         """
-        if sigmas is not None and timesteps is not None:
-            raise ValueError("sigmas and timesteps were both given; give one of them")
         if num_inference_steps is not None:
             num_inference_steps = check_positive_int("num_inference_steps", num_inference_steps)
 
@@ -135,6 +136,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             times = checked_table("timesteps", timesteps, scale, num_inference_steps, shift)
             levels = times / scale
+            if sigmas is not None:
+                levels = _of_timesteps(checked_table("sigmas", sigmas, 1, None, shift), times, scale)
         elif sigmas is not None:
             levels = checked_table("sigmas", sigmas, 1, num_inference_steps, shift)
             times = levels * scale
@@ -227,7 +230,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             timestep: where the run starts, read on its first step if no begin index is set; None: at the
                 beginning. Later the index counts, so that timesteps may repeat.
             sample: noisy sample of any shape.
-            generator: unused, the solvers are deterministic; pipelines written for diffusers pass it.
+            generator: source of what a stochastic solver draws; the others draw nothing.
             return_dict: False returns a tuple.
         Returns: the sample at the next noise level as `prev_sample`, in the dtype of `sample`.
         Raises: ValueError: no schedule, no step left, or shapes that differ.
@@ -247,8 +250,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 f"step {index} is past the end, the last is {steps - 1}; call set_timesteps to start again"
             )
 
-        prev_sample = self._solve(index, sample.float(), model_output.float()).to(sample.dtype)
-        self._step_index = index + 1
+        solved = self._solve(index, sample.float(), model_output.float(), generator)
+        self._step_index, prev_sample = index + 1, solved.to(sample.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def scale_model_input(
@@ -340,6 +343,18 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         fields = {name: self.config[name] for name in schema.defaults}
         fields |= {"_class_name": schema.class_name, "_diffusers_version": WRITER}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def _of_timesteps(levels: np.ndarray, times: np.ndarray, scale: int) -> np.ndarray:
+    """Return the noise levels of timesteps that were rounded; refuse levels that they are not."""
+    if len(levels) != len(times):
+        raise ValueError(f"{len(levels)} sigmas contradict {len(times)} timesteps; give one of the lists")
+    for i, (level, time) in enumerate(zip(levels, times, strict=True)):
+        if abs(level * scale - time) >= 1:
+            raise ValueError(
+                f"sigmas[{i}] = {level:g} contradicts timesteps[{i}] = {time:g}; {time / scale:g} does not"
+            )
+    return levels
 
 
 def _lacks(schema: HubSchema, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> str | None:

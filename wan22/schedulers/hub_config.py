@@ -98,7 +98,6 @@ EULER = HubSchema(
             "use_dynamic_shifting": False,
             "invert_sigmas": False,
             "shift_terminal": None,
-            "stochastic_sampling": False,
             "use_karras_sigmas": False,
             "use_exponential_sigmas": False,
             "use_beta_sigmas": False,

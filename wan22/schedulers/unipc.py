@@ -45,7 +45,9 @@ class FlowMatchUniPCScheduler(FlowMatchScheduler):
         self._corrected: torch.Tensor | None = None  # the sample of the step before
         self._order = 1  # with which the sample at hand was predicted
 
-    def _solve(self, index: int, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+    def _solve(
+        self, index: int, sample: torch.Tensor, velocity: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
         x0 = x0_from_velocity(sample, velocity, self.sigmas[index])
         if self._corrected is not None:
             sample = self._update(index - 1, self._corrected, self._order, next_x0=x0)

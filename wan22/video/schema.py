@@ -123,9 +123,15 @@ def _kind(value: Any) -> str:
     return {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
 
 
+def _name_or_table(entry: str, value: Any) -> None:
+    check = _table(_any) if isinstance(value, Mapping) else _text(_LONGEST_NAME)
+    check(entry, value)
+
+
 # ---- a recipe ----
 
 _name, _texts, _sizes = _text(_LONGEST_NAME), _list(_or_null(_text()), least=1), _or_null(_whole())
+
 _numbers = _or_null(_list(_number))
 # Of the call's arguments, those with rules of their own; another pipeline may have others. Images are checked
 # where they are opened, which a recipe from outside does not bring about.
@@ -142,7 +148,7 @@ _CALL = _record(
         "flow_shift": _or_null(_number),
         "sigmas": _numbers,
         "timesteps": _numbers,
-        "distilled": _or_null(_name),
+        "distilled": _or_null(_name_or_table),
         "noise_device": _or_null(_name),
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),

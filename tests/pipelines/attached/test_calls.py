@@ -203,7 +203,7 @@ CHANGES = {
     "layerwise casting": (cast, {}, "hooks of diffusers are in the models: layerwise_casting"),
     "step cache": (cached, {}, "hooks of diffusers are in the models: fbc_"),
     "memory plan": (fitted, {}, "a memory plan moves the models"),
-    "LoRA": (with_lora, {"attention_kwargs": {"scale": 0.5}}, "attention_kwargs change the LoRAs' strengths"),
+    "LoRA": (with_lora, {"attention_kwargs": {"scale": 0.5}}, "the LoRAs' strengths change"),
     "VAE": (with_a_vae_of_diffusers, {}, "a VAE of diffusers keeps frames in itself"),
 }
 

@@ -1,6 +1,6 @@
 """diffusers' LoRA methods of a model: for any adapter name, undone to the bit, with files for ComfyUI."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,10 @@ from .saving import save_as_diffusers, save_official, save_refusal
 
 
 def scaled_by_attention_kwargs(forward: Callable[..., Any]) -> Any:
-    """Let a call's attention_kwargs {"scale": s} multiply the strengths of all LoRAs, for this call alone."""
+    """Let a call's attention_kwargs {"scale": s} multiply the strengths of LoRAs, for this call alone.
+
+    s is a factor for all, or a table of factors by the names of adapters.
+    """
 
     @wraps(forward)
     def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +31,7 @@ def scaled_by_attention_kwargs(forward: Callable[..., Any]) -> Any:
         before = [{name: float(scaling) for name, scaling in layer.scaling.items()} for layer in layers]
         try:
             for layer in layers:
-                layer.scale_layer(scale)
+                _scale(layer, scale)
             return forward(self, *args, **kwargs)
         finally:
             for layer, scalings in zip(layers, before, strict=True):
@@ -37,6 +40,17 @@ def scaled_by_attention_kwargs(forward: Callable[..., Any]) -> Any:
                 layer.scale_layer(1.0)  # whole differences are written again
 
     return scaled
+
+
+def _scale(layer: Any, scale: float | Mapping[str, float]) -> None:
+    """Multiply the strengths of a layer's adapters."""
+    if not isinstance(scale, Mapping):
+        layer.scale_layer(scale)
+        return
+    for name, factor in scale.items():
+        if (adapter := to_peft(name)) in layer.scaling:
+            set_scaling(layer, adapter, float(layer.scaling[adapter]) * factor)
+    layer.scale_layer(1.0)  # whole differences are written again
 
 
 class LoraModel(PeftAdapterMixin):

@@ -142,10 +142,12 @@ class Calls(Part):
     # ---- running ----
 
     @contextmanager
-    def begin(self, attention_kwargs: dict[str, Any] | None) -> Iterator[RunningCall]:
+    def begin(
+        self, attention_kwargs: dict[str, Any] | None, scales_loras: bool = False
+    ) -> Iterator[RunningCall]:
         """Give a call in this thread its state, in which it can be stopped from now on."""
         scheduler = self._chosen.__dict__.pop("scheduler", self._pipe.scheduler)
-        call = RunningCall(self, threading.get_ident(), CallState(scheduler, attention_kwargs))
+        call = RunningCall(self, threading.get_ident(), CallState(scheduler, attention_kwargs, scales_loras))
         try:
             with _LOCK:
                 _running.add(call)
@@ -167,7 +169,7 @@ class Calls(Part):
         schedule in the pipeline's own scheduler.
         """
         state = call.state
-        with self.using_models(state.attention_kwargs):
+        with self.using_models(state.scales_loras):
             with _LOCK:
                 steppers = (c.state for c in _running if c.steps and c.state.scheduler is state.scheduler)
                 other = next(steppers, None)
@@ -181,7 +183,7 @@ class Calls(Part):
     @contextmanager
     def using_models(
         self,
-        attention_kwargs: dict[str, Any] | None = None,
+        scales_loras: bool = False,
         changing: bool = False,
         freeing: bool = False,
     ) -> Iterator[None]:
@@ -196,10 +198,10 @@ class Calls(Part):
         try:
             with _LOCK:
                 use.inner = any(other.thread == use.thread for other in _uses)
-                self._look(use, attention_kwargs, changing)
+                self._look(use, scales_loras, changing)
                 _uses.add(use)
                 if use.blockers():
-                    self._wait(use, attention_kwargs, changing)
+                    self._wait(use, scales_loras, changing)
                 use.running = True
             if not freeing and not use.inner:
                 self._pipe.memory.check_weights()
@@ -221,7 +223,7 @@ class Calls(Part):
             if not any(use.running and use.models & models for use in _uses):
                 action()
 
-    def _wait(self, use: ModelUse, attention_kwargs: dict[str, Any] | None, changing: bool) -> None:
+    def _wait(self, use: ModelUse, scales_loras: bool, changing: bool) -> None:
         if self._pipe.parallel is not None:
             raise ValueError(
                 "another call is running in another thread, and ranks share this pipeline's work: they "
@@ -237,18 +239,18 @@ class Calls(Part):
                 )
             _CHANGED.wait(_LOOK_AGAIN)
             # What ended meanwhile may have changed the models, and what they keep.
-            self._look(use, attention_kwargs, changing)
+            self._look(use, scales_loras, changing)
 
-    def _look(self, use: ModelUse, attention_kwargs: dict[str, Any] | None, changing: bool) -> None:
+    def _look(self, use: ModelUse, scales_loras: bool, changing: bool) -> None:
         """Find the models that there are, and whether they serve one call after the other."""
         use.models = self._models()
-        use.alone = "the models are changed" if changing else self._why_alone(attention_kwargs)
+        use.alone = "the models are changed" if changing else self._why_alone(scales_loras)
 
     def _models(self) -> frozenset[int]:
         models = (model for model in self._pipe.components.values() if isinstance(model, nn.Module))
         return frozenset(id(uncompiled(model)) for model in models)
 
-    def _why_alone(self, attention_kwargs: dict[str, Any] | None) -> str | None:
+    def _why_alone(self, scales_loras: bool) -> str | None:
         """Return what other calls of the same models would disturb; None if there is nothing."""
         pipe = self._pipe
         models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
@@ -260,8 +262,8 @@ class Calls(Part):
             return "accelerate's hooks move the models"
         if hooks := {name for model in models for name in hooks_of_diffusers(model)}:
             return f"hooks of diffusers are in the models: {', '.join(sorted(hooks))}"
-        if attention_kwargs and attention_kwargs.get("scale") is not None:
-            return "attention_kwargs change the LoRAs' strengths"
+        if scales_loras:
+            return "the LoRAs' strengths change"
         if pipe.vae is not None and not is_ours(pipe.vae):
             return "a VAE of diffusers keeps frames in itself while it runs"
         return None

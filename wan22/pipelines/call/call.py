@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...few_steps import FewSteps
 from ...video.recipe import Recipe
 from .callback import StepCallback
 from .experts import Step
@@ -27,6 +28,7 @@ class Call:
     guidance: Guidance
     guided: bool  # whether any step needs the negative prompt
     callback: StepCallback | None
+    few_steps: FewSteps | None  # of a distilled checkpoint or LoRA
 
     @property
     def size(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from ...checkpoints.loading.diffusers_caches import attention_caches_of_video
 from ...checkpoints.loading.models import is_ours
 from .conditions import Condition
 from .experts import Step
+from .few_steps import with_scales
 from .state import CallState
 
 
@@ -94,7 +95,7 @@ class ModelPredictor:
         each = [inputs(video) for video in videos]
         batch = {name: torch.cat([given[name] for given in each] * len(passes)) for name in each[0]}
         text = torch.cat([text[list(videos)] for text in texts]).to(model.dtype)
-        return list(self._call(model, batch, text).chunk(len(passes)))
+        return list(self._call(model, batch, text, step).chunk(len(passes)))
 
     def _run(self, name: str, run: Pass, video: int, inputs: dict[str, Any], step: Step) -> torch.Tensor:
         """Run one pass of a video. diffusers' step caches keep what they skip by pass and video."""
@@ -105,10 +106,11 @@ class ModelPredictor:
             inputs, video_caches = _for_diffusers(model, inputs), attention_caches_of_video(model, video)
         state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
         with video_caches, model.cache_context(name + (f"-{video}" if video else ""), **state):
-            return self._call(model, inputs, text)
+            return self._call(model, inputs, text, step)
 
-    def _call(self, model: Any, inputs: dict[str, Any], text: torch.Tensor) -> torch.Tensor:
-        kwargs = {"attention_kwargs": self.state.attention_kwargs, "return_dict": False}
+    def _call(self, model: Any, inputs: dict[str, Any], text: torch.Tensor, step: Step) -> torch.Tensor:
+        attention_kwargs = with_scales(self.state.attention_kwargs, step.lora_scales)
+        kwargs = {"attention_kwargs": attention_kwargs, "return_dict": False}
         return model(encoder_hidden_states=text, **kwargs, **inputs)[0].float()
 
 

@@ -17,10 +17,11 @@ from .call import Call
 from .callback import StepCallback
 from .checks import check_guidance, check_latents
 from .experts import Experts, Step
+from .few_steps import check_scale, hint_at_settings, lora_scales, with_distilled
 from .guidance import ClassifierFreeGuidance
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
-from .schedule import changed_by_hand, scheduler_for, scheduler_shift, with_distilled
+from .schedule import changed_by_hand, scheduler_for, scheduler_shift
 from .state import CallState
 from .text import check_prompts, check_text_encoder
 
@@ -45,6 +46,7 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
     for model in pipe.transformers:
         check_cache_for_passes(cache_config(model))
     check_choice("output_type", request.output_type, OUTPUT_TYPES)
+    check_scale(pipe, request.attention_kwargs)
     check_positive_int("num_videos_per_prompt", request.num_videos_per_prompt)
     check_positive_int("max_sequence_length", request.max_sequence_length, most=MAX_TEXT_TOKENS)
     text_dim, negative = pipe.any_transformer.config.text_dim, pipe.preset.negative_prompt
@@ -100,10 +102,15 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         or changed_by_hand(state.scheduler),
         **pipe.run_metadata(),
     )
+    hint_at_settings(pipe, request, count)
     state.scheduler = scheduler
     state.start(recipe, guided, len(steps))
     texts = checked.prompts, checked.negative_prompts
-    return Call(request, recipe, *texts, generators, state, steps, guidance, guided, checked.callback)
+    return Call(
+        *(request, recipe, *texts, generators, state, steps, guidance, guided),
+        callback=checked.callback,
+        few_steps=request.distilled,
+    )
 
 
 def schedule(pipe: Any, request: Request, scheduler: Any, device: torch.device) -> tuple[Any, list[Step]]:
@@ -111,7 +118,9 @@ def schedule(pipe: Any, request: Request, scheduler: Any, device: torch.device) 
     scheduler = scheduler_for(request, scheduler, device, pipe.preset.num_inference_steps)
     ratio = pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
-    return scheduler, Experts(pipe, boundary).steps(scheduler)
+    settings = request.distilled
+    scales = lora_scales(pipe, settings)
+    return scheduler, Experts(pipe, boundary, settings).steps(scheduler, scales)
 
 
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...checks import cut, shown, unknown_argument, with_plain_numbers
+from ...few_steps import FewSteps
 from ...video.recipe import IMAGES, Recipe
 from ...video.schema import check_extent
 from ...web import masked
@@ -110,6 +111,8 @@ def check_recorded(recipe: Recipe, call: Callable[..., Any], given: Mapping[str,
 
 def plain(value: Any) -> Any:
     """Return a value as JSON can hold it: numbers, text, lists and dicts."""
+    if isinstance(value, FewSteps):
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):

@@ -6,27 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import check_choice, check_positive_int, check_real, shown
-from ...presets import FEW_STEPS
+from ...checks import check_positive_int, check_real
 from ...schedulers import FlowMatchEulerScheduler, FlowMatchScheduler
 from .noise import NoisePerVideo
 from .request import Request
 from .state import CallState
 
 _FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-
-
-def with_distilled(request: Request) -> Request:
-    """Fill in the timesteps and the guidance of the `distilled` setting that is asked for by name."""
-    name = request.distilled
-    if name is None:
-        return request
-    check_choice("distilled", name, tuple(FEW_STEPS))
-    for other in ("num_inference_steps", "flow_shift", "sigmas", "timesteps"):
-        if getattr(request, other) is not None:
-            raise ValueError(f"distilled={shown(name)} has its own timesteps; leave {other} out")
-    scale = FEW_STEPS[name].guidance_scale if request.guidance_scale is None else request.guidance_scale
-    return request.changed(timesteps=FEW_STEPS[name].timesteps, guidance_scale=scale)
 
 
 def scheduler_for(request: Request, scheduler: Any, device: torch.device, default_steps: int) -> Any:
@@ -36,7 +22,8 @@ def scheduler_for(request: Request, scheduler: Any, device: torch.device, defaul
         steps = default_steps
     if steps is not None:
         check_positive_int("num_inference_steps", steps)
-    scheduler = FlowMatchEulerScheduler() if request.distilled else scheduler
+    if request.distilled is not None:
+        scheduler = FlowMatchEulerScheduler(stochastic_sampling=request.distilled.stochastic)
     return set_schedule(scheduler, device, steps, request.flow_shift, request.sigmas, request.timesteps)
 
 

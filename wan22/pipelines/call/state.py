@@ -18,10 +18,17 @@ class CallState:
     Args:
         scheduler: the solver, no other call's.
         attention_kwargs: as they were given.
+        scales_loras: whether LoRAs have other strengths in this call than those they were loaded with.
     """
 
-    def __init__(self, scheduler: Any = None, attention_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Any = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        scales_loras: bool = False,
+    ) -> None:
         self.scheduler = scheduler
+        self.scales_loras = scales_loras
         self.stepping = threading.Lock()  # held while the scheduler changes
         self.running = False
         self.recipe: Recipe | None = None
