@@ -5,6 +5,9 @@ Shapes: b batch, l tokens, n heads, d head size; t h w the grid of tokens.
 
 import torch
 
+# Cosine and sine, "1 l 1 d/2".
+RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
 THETA = 10000.0
 # Types of devices that have no float64, or not all of them: what needs it is computed on the CPU.
 WITHOUT_FLOAT64 = ("mps", "npu", "xpu")

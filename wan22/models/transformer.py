@@ -9,7 +9,7 @@ a float64 model), the large linear layers and attention in the dtype of `encoder
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,123 +20,22 @@ from torch import nn
 from ..checks import check_positive_int, shown
 from ..private_apis import has_hooks, is_hooked
 from . import fused
-from .attention import attention, check_backend
+from .attention import check_backend
+from .attention_guidance import AttentionGuidance
+from .attention_layer import WanAttention
 from .embeddings import ConditionEmbedder
 from .layers import (
     FeedForward,
     Float32LayerNorm,
     Float32Linear,
-    Float32RMSNorm,
     add_gated,
     added_and_normalized,
     at_least_float32,
     normalized,
-    rms_normalized,
 )
-from .rope import rotary_tables
+from .rope import RotaryTables, rotary_tables
 
-RotaryTables = tuple[torch.Tensor, torch.Tensor]
 Pending = tuple[torch.Tensor, torch.Tensor]
-
-
-class WanAttention(nn.Module):
-    """Multi-head attention with queries and keys normalised over all heads together."""
-
-    add_k_proj: nn.Linear | None
-    add_v_proj: nn.Linear | None
-
-    def __init__(
-        self, dim: int, heads: int, eps: float, cross: bool = False, added_kv_proj_dim: int | None = None
-    ) -> None:
-        super().__init__()
-        self.heads, self.is_cross_attention = heads, cross
-        self.backend = "native"  # the attention kernel, see set_attention_backend
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])  # as diffusers' Linear and Dropout
-        self.norm_q = Float32RMSNorm(dim, eps=eps)
-        self.norm_k = Float32RMSNorm(dim, eps=eps)
-        self.add_k_proj = self.add_v_proj = None
-        if added_kv_proj_dim is not None:
-            self.add_k_proj = nn.Linear(added_kv_proj_dim, dim)
-            self.add_v_proj = nn.Linear(added_kv_proj_dim, dim)
-            self.norm_added_k = Float32RMSNorm(dim, eps=eps)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        context: torch.Tensor | None = None,
-        image: torch.Tensor | None = None,
-        rotary: RotaryTables | None = None,
-    ) -> torch.Tensor:
-        """Attend from the video tokens x "b l d" to themselves, or to text tokens "b s d" as the context.
-
-        In Wan 2.1 I2V, image tokens "b s d" are attended to separately and the results are added; without
-        projections of their own they are context like the text. `rotary` has cosine and sine for queries and
-        keys.
-        """
-        context = x if context is None else context
-        if image is not None and self.add_k_proj is None:
-            context, image = torch.cat((image, context), dim=1), None
-        # Queries, keys and values are gone before the last product.
-        return self.to_out[0](rearrange(self._attended(x, context, image, rotary), "b l n d -> b l (n d)"))
-
-    def _attended(
-        self, x: torch.Tensor, context: torch.Tensor, image: torch.Tensor | None, rotary: RotaryTables | None
-    ) -> torch.Tensor:
-        query, key, value = self.project(x, context, rotary)
-        out = attention(query, key, value, self.backend)
-        if image is not None:
-            out = out + attention(query, *self.project_image(image), self.backend)
-        return out
-
-    def project(
-        self, x: torch.Tensor, context: torch.Tensor, rotary: RotaryTables | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Return queries "b l n d", keys and values "b s n d".
-
-        Each is finished before the next begins: what is raw or in float32 is in memory once, not three times.
-        """
-        query = self._normalised(self.norm_q, self.to_q(x), rotary)
-        key = self._normalised(self.norm_k, self.to_k(context), rotary)
-        return query, key, self._heads(self.to_v(context))
-
-    @property
-    def attends_in_parts(self) -> bool:
-        """Whether `attend` computes what `forward` does: nothing has been put around the layer."""
-        return not is_hooked(self)
-
-    def attend(
-        self, parts: Iterable[tuple[slice, torch.Tensor]], tokens: int, rotary: RotaryTables
-    ) -> torch.Tensor:
-        """Attend from l video tokens, given part by part, to themselves; return "b l n d", not projected.
-
-        Parts are "b p d" with their places. Besides queries, keys and values only one part is in memory.
-        """
-        whole: list[torch.Tensor] = []
-        for part, x in parts:
-            found = self.project(x, x, (rotary[0][:, part], rotary[1][:, part]))
-            whole = whole or [each.new_empty(len(each), tokens, *each.shape[2:]) for each in found]
-            for target, each in zip(whole, found, strict=True):
-                target[:, part] = each
-        query, key, value = whole
-        return attention(query, key, value, self.backend)
-
-    def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values "b s n d" of image tokens."""
-        assert self.add_k_proj is not None and self.add_v_proj is not None, "image tokens have projections"
-        key = self._normalised(self.norm_added_k, self.add_k_proj(image))
-        return key, self._heads(self.add_v_proj(image))
-
-    def _normalised(
-        self, norm: nn.Module, x: torch.Tensor, rotary: RotaryTables | None = None
-    ) -> torch.Tensor:
-        """Return queries or keys "b l n d" of the projected "b l d", in its dtype."""
-        return self._heads(rms_normalized(norm, x, rotary))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return rearrange(x, "b l (n d) -> b l n d", n=self.heads)
 
 
 class WanTransformerBlock(nn.Module):
@@ -170,11 +69,13 @@ class WanTransformerBlock(nn.Module):
         rotary_emb: RotaryTables,
         encoder_hidden_states_image: torch.Tensor | None = None,
         pending: Pending | None = None,
+        guidance: AttentionGuidance | None = None,
     ) -> Any:
         """Refine the residual stream "b l d", float32, by text and (Wan 2.1 I2V) image tokens "b s d".
 
         The linear layers run in the dtype of the text tokens. `temb` "b k 6 d", float32, is shift, scale and
-        gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`.
+        gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`. With `guidance` the
+        text is the prompts' and then the negative ones', "2b s d".
 
         Returns: the stream. With what the block before has left pending, an update "b l d" and its gate
             "b k d", it is a triple: the stream, and the update and gate that this block leaves.
@@ -182,7 +83,7 @@ class WanTransformerBlock(nn.Module):
         x, text, image = hidden_states, encoder_hidden_states, encoder_hidden_states_image
         hooked = is_hooked(self.attn2) or is_hooked(self.ffn)
         if self.token_chunks > 1 and self.attn1.attends_in_parts and not hooked:
-            return self._in_chunks(x, text, temb, rotary_emb, image)
+            return self._in_chunks(x, text, temb, rotary_emb, image, guidance)
         dtype = text.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
         # No name is given to what attention returns, which would keep it in memory.
@@ -191,7 +92,9 @@ class WanTransformerBlock(nn.Module):
         else:
             x, y = added_and_normalized(self.norm1, x, *pending, scale1, shift1, dtype)
         x, y = added_and_normalized(self.norm2, x, self.attn1(y, rotary=rotary_emb), gate1, None, None, dtype)
-        x, y = added_and_normalized(self.norm3, x, self.attn2(y, text, image), None, scale3, shift3, dtype)
+        x, y = added_and_normalized(
+            self.norm3, x, self.attn2(y, text, image, guidance=guidance), None, scale3, shift3, dtype
+        )
         return add_gated(x, self.ffn(y), gate3) if pending is None else (x, self.ffn(y), gate3)
 
     @property
@@ -208,6 +111,7 @@ class WanTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary: RotaryTables,
         image: torch.Tensor | None,
+        guidance: AttentionGuidance | None,
     ) -> torch.Tensor:
         """Do what `forward` does for some tokens after the others, but for self-attention's products."""
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
@@ -228,7 +132,7 @@ class WanTransformerBlock(nn.Module):
         for part in parts:
             y = self.attn1.to_out[0](out[:, part].flatten(2))
             z, y = added_and_normalized(self.norm2, x[:, part], y, at(gate1, part), None, None, dtype)
-            y = self.attn2(y, text, image)
+            y = self.attn2(y, text, image, guidance=guidance)
             modulation = at(scale3, part), at(shift3, part)
             z, y = added_and_normalized(self.norm3, z, y, None, *modulation, dtype)
             result[:, part] = add_gated(z, self.ffn(y), at(gate3, part))
@@ -240,11 +144,12 @@ class TokenStream:
     """Video tokens on their way through the blocks, and what blocks and head are given beside them."""
 
     x: torch.Tensor  # "b l d"
-    text: torch.Tensor  # "b s d"
+    text: torch.Tensor  # "b s d"; with guidance the prompts' and then the negative ones', "2b s d"
     image: torch.Tensor | None  # "b s d"
     temb: torch.Tensor  # "b k d"
     modulation: torch.Tensor  # "b k 6 d"
     pending: Pending | None = None  # an update "b l d" that is still to be added to x, and its gate "b k d"
+    guidance: AttentionGuidance | None = None
 
 
 class WanTransformer3DModel(nn.Module):
@@ -318,6 +223,10 @@ class WanTransformer3DModel(nn.Module):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_hidden_states_image: torch.Tensor | None = None,
+        *,
+        skip_layers: Collection[int] = (),
+        encoder_hidden_states_negative: torch.Tensor | None = None,
+        attention_guidance: AttentionGuidance | None = None,
     ) -> torch.Tensor:
         """Predict the flow velocity of noisy latents.
 
@@ -328,36 +237,47 @@ class WanTransformer3DModel(nn.Module):
             encoder_hidden_states: text tokens, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 tokens, zero past the prompt's end, and attends to all of them.
             encoder_hidden_states_image: CLIP tokens of Wan 2.1 I2V, "b s image_dim".
+            skip_layers: indices of blocks that do not run.
+            encoder_hidden_states_negative: text that cross-attention keeps away from, "b s text_dim".
+            attention_guidance: how it does so; both are given, or neither.
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
         Raises: ValueError: a shape is not as above.
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
-        given = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
+        text = encoder_hidden_states, encoder_hidden_states_image, encoder_hidden_states_negative
+        given = (hidden_states, timestep, *text)
         samples = [given]
         if self.samples_in_turn and len(hidden_states) > 1:
             parts = ([None] * len(hidden_states) if e is None else e.chunk(len(hidden_states)) for e in given)
             samples = list(zip(*parts, strict=True))
         rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
-        streams = [self._embed(*sample) for sample in samples]
+        streams = [self._embed(attention_guidance, *sample) for sample in samples]
         self._leave_updates(streams)
-        for block in self.blocks:
+        for block in (block for i, block in enumerate(self.blocks) if i not in skip_layers):
             for stream in streams:
                 self._advance(stream, block, rotary)
         velocities = [self._velocity(stream, grid) for stream in streams]
         return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
 
     def _embed(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
+        self,
+        guidance: AttentionGuidance | None,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None,
+        negative: torch.Tensor | None,
     ) -> TokenStream:
         """Embed what `forward` is given."""
         dtype = at_least_float32(text.dtype)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
         x = rearrange(x, "b d t h w -> b (t h w) d").to(dtype).contiguous()
         temb, modulation = self.condition_embedder.embed_time(timestep, dtype)
-        text = self.condition_embedder.text_embedder(text)
+        embed_text = self.condition_embedder.text_embedder
+        text = embed_text(text) if negative is None else torch.cat((embed_text(text), embed_text(negative)))
         image = None if image is None else self.condition_embedder.embed_image(image)
-        return TokenStream(x, text, image, temb, modulation)
+        return TokenStream(x, text, image, temb, modulation, guidance=guidance)
 
     def _leave_updates(self, streams: Iterable[TokenStream]) -> None:
         """Let each block's last update be added by the kernel that reads it, if blocks are fused anyway."""
@@ -367,11 +287,15 @@ class WanTransformer3DModel(nn.Module):
                 stream.pending = nothing, torch.zeros_like(stream.modulation)[:, :, 5]
 
     def _advance(self, stream: TokenStream, block: nn.Module, rotary: RotaryTables) -> None:
-        arguments = stream.x, stream.text, stream.modulation, rotary, stream.image
+        arguments: list[Any] = [stream.x, stream.text, stream.modulation, rotary, stream.image]
+        if stream.guidance is not None:
+            arguments += [stream.pending, stream.guidance]
+        elif stream.pending is not None:
+            arguments.append(stream.pending)
         if stream.pending is None:
             stream.x = self.run_block(block, *arguments)
         else:
-            stream.x, *pending = self.run_block(block, *arguments, stream.pending)
+            stream.x, *pending = self.run_block(block, *arguments)
             stream.pending = pending[0], pending[1]
 
     def _velocity(self, stream: TokenStream, grid: tuple[int, int, int]) -> torch.Tensor:

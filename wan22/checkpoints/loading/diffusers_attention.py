@@ -10,7 +10,9 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from ...models.transformer import RotaryTables, WanAttention
+from ...models.attention_guidance import AttentionGuidance
+from ...models.attention_layer import WanAttention
+from ...models.rope import RotaryTables
 from ...presets import MAX_TEXT_TOKENS
 
 Processor = Callable[..., Tensor]
@@ -82,10 +84,16 @@ class DiffusersAttention(WanAttention, AttentionModuleMixin):
         context: Tensor | None = None,
         image: Tensor | None = None,
         rotary: RotaryTables | None = None,
+        guidance: AttentionGuidance | None = None,
     ) -> Tensor:
-        """`wan22.models.transformer.WanAttention.forward`, by the layer's processor."""
+        """`wan22.models.attention_layer.WanAttention.forward`, by the layer's processor.
+
+        Raises: ValueError: attention is guided, and the processor is another's, which does not know how.
+        """
         if type(self.processor) is WanAttnProcessor:
-            return super().forward(x, context, image, rotary)
+            return super().forward(x, context, image, rotary, guidance)
+        if guidance is not None:
+            raise ValueError(f"{type(self.processor).__name__} cannot keep attention away from a text")
         if image is not None and context is not None:
             context = torch.cat((image, context), dim=1)
         if rotary is not None:

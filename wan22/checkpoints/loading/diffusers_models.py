@@ -21,9 +21,9 @@ from torch import Tensor
 from ...models.attention import find, preferring
 from ...models.autoencoder import AutoencoderKLWan, Caches
 from ...models.layers import at_least_float32
-from ...models.rope import rotary_tables
+from ...models.rope import RotaryTables, rotary_tables
 from ...models.temporal_cache import TemporalCache
-from ...models.transformer import RotaryTables, WanTransformer3DModel, WanTransformerBlock
+from ...models.transformer import WanTransformer3DModel, WanTransformerBlock
 from ...private_apis import (
     active_attention_backend,
     checkpointed,
@@ -82,18 +82,20 @@ class DiffusersTransformer(
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """`wan22.models.transformer.WanTransformer3DModel.forward`, with diffusers' arguments and output.
 
-        `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple.
+        `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple;
+        `options` are the arguments of that forward that diffusers' does not have.
         """
         inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
         kernel = our_name(active_attention_backend())
         if kernel == "native":
-            velocity = super().forward(*inputs)
+            velocity = super().forward(*inputs, **options)
         else:  # within diffusers' attention_backend(...)
             with preferring(find(kernel, self)):
-                velocity = super().forward(*inputs)
+                velocity = super().forward(*inputs, **options)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def set_attention_backend(self, backend: str) -> None:

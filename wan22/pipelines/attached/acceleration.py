@@ -19,7 +19,7 @@ from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...checkpoints.lora.casting import is_narrow
 from ...devices import can_compile
 from ...models.attention import computing_backend
-from ...models.transformer import WanAttention
+from ...models.attention_layer import WanAttention
 from ...private_apis import (
     active_attention_backend,
     attention_backend_of,
