@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "presets": set(),
     "assets": set(),
     "prompts": {"presets"},
+    "guidance": {"pipelines"},
     "models": {"private_apis"},
     "schedulers": set(),
     "checkpoints": {"private_apis", "presets", "models"},

@@ -53,6 +53,13 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def predictions_of_guider(guider: Any) -> list[str]:
+    """Return the names of the predictions that one of diffusers' guiders combines; in public it only tells
+    their number at a step.
+    """
+    return guider._input_predictions or []
+
+
 def own_tensors(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
     """Return a module's own parameters and buffers; named_parameters leaves out absent and tied ones."""
     return module._parameters, module._buffers

@@ -17,7 +17,7 @@ from wan22.accel import attention, quantize
 from wan22.accel.offload.layout import Placement
 from wan22.accel.planning.machine import Machine
 from wan22.accel.planning.plans import Phase, Plan
-from wan22.pipelines.call.guidance import ClassifierFreeGuidance
+from wan22.pipelines.call.guidance.guider import ClassifierFreeGuidance
 from wan22.video.result import to_uint8
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
@@ -223,17 +223,17 @@ def test_a_planned_call_makes_the_cpus_frames(source, strips):
 
 
 def test_a_number_that_the_loop_reads_is_found(monkeypatch):
-    combine = ClassifierFreeGuidance.combine
+    guided = ClassifierFreeGuidance.guided
 
-    def reading(self, positive, negative, step):
+    def reading(self, positive, *rest):
         positive.abs().max().item()
-        return combine(self, positive, negative, step)
+        return guided(self, positive, *rest)
 
-    monkeypatch.setattr(ClassifierFreeGuidance, "combine", reading)
+    monkeypatch.setattr(ClassifierFreeGuidance, "guided", reading)
     with FakeCard() as card:
         load("t2v").to("cuda")(**arguments("t2v"))
     more = told(card.waits("denoise")) - Counter(SAMPLING)
-    assert more == {"reads a number in pipelines/call/denoiser.py:<listcomp>": STEPS}
+    assert more == {"reads a number in pipelines/call/guidance/guider.py:combine": STEPS}
 
 
 def test_what_makes_the_host_wait():

@@ -46,7 +46,10 @@ Call = dict[str, Any]
 # Arguments of the call that may take the place of a recipe's.
 REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
 # What a plan depends on.
-PLANNED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "num_videos_per_prompt")
+PLANNED = (
+    *("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt"),
+    *("guidance_scale", "guidance", "guidance_interval"),
+)
 PLACED = ("dtype", "device", "memory", "quantize", "revision")
 Yes = Annotated[bool, Option("--yes", "-y", metavar="", help="Download and write without asking.")]
 DryRun = Annotated[

@@ -15,7 +15,7 @@ from typer.models import OptionInfo
 
 from ..checks import RENAMED
 from ..presets import PRESETS, Preset
-from .signatures import CHANNELS, call_arguments
+from .signatures import CHANNELS, Numbers, call_arguments
 
 # ---- a call's arguments: the pipelines declare and describe them, a command line says some differently ----
 
@@ -31,6 +31,11 @@ HELP = {
     "image": "The first frame: file or URL.",
     "fit": "How an image of another aspect is fitted: crop, pad or stretch.",
     "seed": "Seed of the first video's noise; default is drawn and printed.",
+    "guidance_scale": "Scale of the high-noise expert, and of the other unless --guidance-scale-2 is given; "
+    "1 turns guidance off. Or one for each step: 4,4,3",
+    "guidance": "Formula: cfg-zero*, apg, tcfg, mambo-g, rescale, slg, gated or nag; or JSON with its "
+    'settings: {"name": "apg", "eta": 0.5}',
+    "guidance_interval": "Shares of the steps between which guidance is on: 0.2,0.9",
     "sigmas": "Noise levels instead of steps and shift: 1.0,0.8,0.3",
     "timesteps": "Timesteps instead of steps and shift: 1000,750,500",
     "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
@@ -65,7 +70,7 @@ class CallOptions:
         self.parameters = []
         for name, kind in self.types.items():
             help = _in_flags(HELP.get(name, known[name].help), known) + _defaults(name, releases)
-            typed: Any = str if kind in (list, dict) else kind
+            typed: Any = str if kind in _RULES else kind
             if name in positional:
                 self.parameters.append(_parameter(name, Annotated[typed, Argument(help=help)]))
             else:
@@ -114,20 +119,24 @@ def _defaults(name: str, releases: Iterable[Preset]) -> str:
     return " Default: " + "; ".join(f"{value:g} ({', '.join(names)})" for value, names in values.items())
 
 
+# What is typed as text, and how.
+_RULES = {
+    list: "numbers with commas between: 1.0,0.5",
+    Numbers: "a number, or one for each step with commas between: 4,4,3",
+    dict: "a JSON object, such as '{\"scale\": 0.5}'",
+}
+
+
 def _parsed(flag: str, value: Any, kind: type) -> Any:
-    rules = {
-        list: "numbers with commas between: 1.0,0.5",
-        dict: "a JSON object, such as '{\"scale\": 0.5}'",
-    }
-    if kind not in rules:
+    if kind not in _RULES:
         return value
     try:
-        parsed = [float(part) for part in value.split(",")] if kind is list else json.loads(value)
+        parsed = json.loads(value) if kind is dict else [float(part) for part in value.split(",")]
     except ValueError:
         parsed = None
-    if not isinstance(parsed, kind):
-        raise ValueError(f"{flag} {value} must be {rules[kind]}")
-    return parsed
+    if not isinstance(parsed, dict if kind is dict else list):
+        raise ValueError(f"{flag} {value} must be {_RULES[kind]}")
+    return parsed[0] if kind is Numbers and len(parsed) == 1 else parsed
 
 
 # ---- the other options ----

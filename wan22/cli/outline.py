@@ -24,17 +24,21 @@ class Settings:
     steps: int
     solver: str
     shift: float | None  # None for a schedule that is given
-    guidance: tuple[float, ...]  # of the experts, high noise first
+    formula: str  # of guidance; "" for plain guidance
+    guidance: tuple[float, ...]  # scales of the experts, high noise first, or of each step
     passes: int  # of a transformer, in all steps of one video
 
     def __str__(self) -> str:
         many = "" if self.videos == 1 else f"{self.videos} x "
         shift = "custom schedule" if self.shift is None else f"shift {self.shift:g}"
+        formula = f"{self.formula} " if self.formula else ""
         scales = " and ".join(f"{scale:g}" for scale in self.guidance)
+        if len(self.guidance) > 2:
+            scales = f"{min(self.guidance):g} to {max(self.guidance):g}"
         return (
             f"{many}{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps "
             f"({self.num_frames / self.fps:.2g} s), {self.steps} steps of {self.solver}, {shift}, "
-            f"guidance {scales}"
+            f"{formula}guidance {scales}"
         )
 
 
@@ -94,7 +98,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
 
     from ..pipelines.call.few_steps import with_distilled
     from ..pipelines.call.noise import generators_of
-    from ..pipelines.call.prepare import check, schedule
+    from ..pipelines.call.prepare import check, guidance_over, schedule
     from ..pipelines.call.preview import Previewer
     from ..pipelines.call.request import Request
     from ..pipelines.call.schedule import scheduler_shift
@@ -105,7 +109,8 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))
     if request.preview is not None:
         Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
-    scales = checked.guidance.scale, checked.guidance.scale_2
+    guidance = guidance_over(steps, pipe, checked)
+    scales = [guidance.arguments[name] for name in ("guidance_scale", "guidance_scale_2")]
     given = request.sigmas is not None or request.timesteps is not None
     shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
     return Settings(
@@ -118,6 +123,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
         steps=scheduler.num_inference_steps or len(steps),
         solver=type(scheduler).__name__.removeprefix("FlowMatch").removesuffix("Scheduler"),
         shift=None if given else shift,
-        guidance=scales[:1] if pipe.config.boundary_ratio is None else scales,
-        passes=sum(1 + checked.guidance.needs_negative(step) for step in steps),
+        formula=(guidance.arguments["guidance"] or {}).get("name", ""),
+        guidance=tuple(scales[0] if isinstance(scales[0], list) else filter(None, scales)),
+        passes=sum(map(len, guidance.passes(steps))),
     )

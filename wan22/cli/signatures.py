@@ -13,11 +13,17 @@ from typing import NamedTuple
 PIPELINES = {"t2v": "WanT2VPipeline", "i2v": "WanI2VPipeline"}
 # Input channels of their transformers, see wan22.presets.
 CHANNELS = {"t2v": (16, 48), "i2v": (36, 48)}
+
+
+class Numbers(list[float]):
+    """One number, or several with commas between."""
+
+
 # Types that can be typed on a command line, and as what. An argument that takes none of them is for Python
 # only: tensors, generators, callbacks, the form in which frames are returned.
 TYPED = {
     **{"int": int, "float": float, "str": str, "Any": str, "Prompt": str, "Fit": str},
-    **{"Sequence[float]": list, "dict[str, Any]": dict},
+    **{"Sequence[float]": list, "dict[str, Any]": dict, "Scale": Numbers},
 }
 
 

@@ -17,6 +17,7 @@ from .base import WanPipeline, streamed
 from .call import autoencoders
 from .call.call import Call
 from .call.conditions import ChannelCondition, Condition, FirstFrameCondition, NoCondition
+from .call.guidance.scales import Scale
 from .call.images import (
     FITS,
     Fit,
@@ -105,7 +106,7 @@ class WanI2VPipeline(WanPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
@@ -129,6 +130,8 @@ class WanI2VPipeline(WanPipeline):
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
         distilled: str | FewSteps | Mapping[str, Any] | None = None,
+        guidance: Any = None,
+        guidance_interval: Sequence[float] | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,

@@ -11,6 +11,7 @@ from ..video.result import OutputType, WanVideo
 from .base import WanPipeline, streamed
 from .call.call import Call
 from .call.conditions import NoCondition
+from .call.guidance.scales import Scale
 from .call.noise import starting_noise
 from .call.prepare import check
 from .call.request import Generators, Prompt, Request, with_known_arguments
@@ -46,7 +47,7 @@ class WanT2VPipeline(WanPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
@@ -66,6 +67,8 @@ class WanT2VPipeline(WanPipeline):
         timesteps: Sequence[float] | None = None,
         noise_device: str | None = None,
         distilled: str | FewSteps | Mapping[str, Any] | None = None,
+        guidance: Any = None,
+        guidance_interval: Sequence[float] | None = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -80,7 +83,8 @@ class WanT2VPipeline(WanPipeline):
             num_frames: number of frames, 1 + a multiple of 4.
             num_inference_steps: denoising steps, at least 1.
             guidance_scale: scale of the high-noise expert, and of the other unless guidance_scale_2 is given;
-                1 turns guidance off.
+                1 turns guidance off. Or a list with the scale of each step, or a function of the noise level,
+                1 (pure noise) to 0.
             guidance_scale_2: scale of the low-noise expert.
             num_videos_per_prompt: videos of each prompt, one after the other.
             generator: source of the noise, one or one per video.
@@ -105,6 +109,9 @@ class WanT2VPipeline(WanPipeline):
             distilled: settings for LoRAs and checkpoints distilled to a few steps: "lightning-4",
                 "lightning-3-phase", "rcm-4", "rcm-4-ode", "turbo", "turbo-ode", "fastwan-3", or FewSteps; the
                 trained timesteps and their solver, no guidance unless guidance_scale says so.
+            guidance: formula: "cfg-zero*", "apg", "tcfg", "mambo-g", "rescale", "slg", "gated" or "nag"; an
+                object of wan22.guidance, for its settings; or a guider of diffusers. Default: plain guidance.
+            guidance_interval: shares of the steps between which guidance is on, such as (0.2, 0.9).
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.

@@ -117,15 +117,18 @@ class Recipe:
 
     def __str__(self) -> str:
         call = self.call
-        scales = f"{call['guidance_scale']:g}"
+        scale = call["guidance_scale"]
+        scales = f"{scale:g}" if not isinstance(scale, Sequence) else f"{min(scale):g} to {max(scale):g}"
         if call.get("guidance_scale_2") is not None and self.boundary_ratio is not None:
             scales += f"/{call['guidance_scale_2']:g} (high/low noise, boundary {self.boundary_ratio:g})"
+        guidance = call.get("guidance")
+        formula = "" if guidance is None else f"{cut(guidance['name'])} "
         shift = call.get("flow_shift")
         size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
         return (
             f"{self.checkpoint}: {len(self.seeds)} x {size}, {self.num_inference_steps} steps of "
             f"{self.scheduler}, {'custom schedule' if shift is None else f'shift {shift:g}'}, "
-            f"guidance {scales}, seeds {cut(', '.join(map(str, self.seeds)))}"
+            f"{formula}guidance {scales}, seeds {cut(', '.join(map(str, self.seeds)))}"
         )
 
     def _repr_html_(self) -> str:

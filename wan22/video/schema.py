@@ -131,8 +131,13 @@ def _name_or_table(entry: str, value: Any) -> None:
 # ---- a recipe ----
 
 _name, _texts, _sizes = _text(_LONGEST_NAME), _list(_or_null(_text()), least=1), _or_null(_whole())
-
 _numbers = _or_null(_list(_number))
+
+
+def _number_or_numbers(entry: str, value: Any) -> None:
+    (_list(_number, least=1) if isinstance(value, list) else _number)(entry, value)
+
+
 # Of the call's arguments, those with rules of their own; another pipeline may have others. Images are checked
 # where they are opened, which a recipe from outside does not bring about.
 _CALL = _record(
@@ -140,7 +145,7 @@ _CALL = _record(
         "prompt": _texts,
         "seed": _list(_or_null(_whole(0, 2**64 - 1)), least=1),
         "num_videos_per_prompt": _whole(),
-        "guidance_scale": _number,
+        "guidance_scale": _number_or_numbers,
     },
     {
         "negative_prompt": _or_null(_list(_or_null(_text()))),
@@ -149,6 +154,8 @@ _CALL = _record(
         "sigmas": _numbers,
         "timesteps": _numbers,
         "distilled": _or_null(_name_or_table),
+        "guidance": _or_null(_record({"name": _name}, {}, rest=_any)),
+        "guidance_interval": _numbers,
         "noise_device": _or_null(_name),
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),

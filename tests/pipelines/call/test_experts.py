@@ -17,7 +17,8 @@ from tests.builders import (
 )
 from wan22 import FlowMatchEulerScheduler, WanT2VPipeline, WanTransformer3DModel
 from wan22.pipelines.call.experts import Experts
-from wan22.pipelines.call.guidance import ClassifierFreeGuidance
+from wan22.pipelines.call.guidance.guider import ClassifierFreeGuidance
+from wan22.pipelines.call.guidance.scales import CheckedGuidance
 
 # ---- the policy ----
 
@@ -71,8 +72,8 @@ def test_steps():
     [((1, 1), [999, 5], False), ((1, 2), [999, 5], True), ((1, 2), [999], False), ((2, 1), [5], False)],
 )
 def test_guided(scales, timesteps, guided):
-    guidance = ClassifierFreeGuidance(*scales)
-    assert any(guidance.needs_negative(step) for step in steps(timesteps)) is guided
+    guidance = CheckedGuidance(ClassifierFreeGuidance(), *scales, None).over(steps(timesteps), 2)
+    assert guidance.needs_negative(steps(timesteps)) is guided
 
 
 # ---- in a call ----

@@ -139,12 +139,14 @@ class Parallel:
         passes: Mapping[str, Any],
         predict: Callable[[Mapping[str, Any]], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """Run the passes of a step; of two, run one and get the other from the ranks that ran it."""
-        if len(passes) == 1 or self.layout.cfg == 1:
+        """Run the passes of a step; of each two, run one and get the other from the ranks that ran it."""
+        names, shared = list(passes), self.layout.cfg
+        if len(names) < shared or shared == 1:  # the same on all ranks
             return predict(passes)
-        name = list(passes)[dist.get_rank(self.groups.guidance)]
+        name = names[dist.get_rank(self.groups.guidance)]
         (own,) = predict({name: passes[name]})
-        return gathered(own, self.groups.guidance)
+        rest = {name: passes[name] for name in names[shared:]}
+        return gathered(own, self.groups.guidance) + (self.run_passes(rest, predict) if rest else [])
 
     def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:
         """Decode a stream's frames for the first rank; the others do their part, and have none."""

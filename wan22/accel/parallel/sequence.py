@@ -10,7 +10,7 @@ Shapes: b batch, l tokens of all ranks together, c of one, n heads, d head size,
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class SequenceParallel:
         # One kernel for all of them, so that compiled blocks are compiled once.
         self._compute_by(self._attentions[0].backend)
         self._handles: list[Any] = [model.register_forward_pre_hook(self._refuse_cache) for model in models]
+        for model in models:
+            self._handles.append(model.register_forward_pre_hook(self._refuse_skips, with_kwargs=True))
         for chain in chains:
             self._handles += [block.register_forward_pre_hook(self._before) for block in chain]
             self._handles.append(chain[-1].register_forward_hook(self._after))
@@ -88,6 +90,14 @@ class SequenceParallel:
     def _refuse_cache(self, model: Any, *_: Any) -> None:
         if getattr(model, "is_cache_enabled", False):
             raise ValueError("a step cache is enabled, and its ranks would not agree; call disable_cache()")
+
+    def _refuse_skips(self, model: Any, _: Any, options: Mapping[str, Any]) -> None:
+        """Refuse to skip the layers before and after which ranks exchange tokens."""
+        last = len(model.blocks) - 1
+        if skipped := {0, last} & set(options.get("skip_layers", ())):
+            raise ValueError(
+                f"layer {min(skipped)} cannot be skipped where ranks share tokens: layers 1 to {last - 1} can"
+            )
 
     def _compute_by(self, backend: str) -> None:
         self.backend = backend

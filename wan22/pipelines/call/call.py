@@ -9,7 +9,7 @@ from ...few_steps import FewSteps
 from ...video.recipe import Recipe
 from .callback import StepCallback
 from .experts import Step
-from .guidance import Guidance
+from .guidance.scales import Guidance
 from .request import Request
 from .state import CallState
 

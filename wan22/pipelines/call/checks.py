@@ -11,7 +11,7 @@ from ...presets import MAX_TEXT_TOKENS
 from .experts import Step
 
 
-def check_guidance(name: str, value: float) -> float:
+def check_guidance(name: str, value: Any) -> float:
     """Return a guidance scale; refuse one below 1, where libraries disagree about the meaning."""
     return check_real(name, value, 1, hint="1 turns guidance off")
 

@@ -3,12 +3,13 @@
 Shapes: b videos, c latent channels, t h w latent frames, rows, columns, l text tokens, d their width.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .experts import Step
-from .guidance import Guidance
+from .guidance.guider import Memory, PassSettings
+from .guidance.scales import Guidance
 from .passes import Pass, Predictor
 from .state import CallState
 
@@ -24,29 +25,51 @@ class Denoiser(Protocol):
 
 
 class GuidedDenoiser:
-    """Combines the predictions with and without the prompt, video by video.
+    """Combines the predictions of a step's passes, video by video.
 
     Args:
         predict: runs the passes of a step.
         embeds: "prompt_embeds" and "negative_prompt_embeds", each "b l d"; no step is guided if the latter
             is None. A callback may replace them between steps.
-        guidance: the formula.
+        guidance: the formula, and its scale at each step.
         state: the call's; a callback may switch guidance off in it.
     """
 
     def __init__(self, predict: Predictor, embeds: TextEmbeds, guidance: Guidance, state: CallState) -> None:
         self.predict, self.embeds, self.guidance, self.state = predict, embeds, guidance, state
+        self._expert: Any = None  # whose steps what follows is of
+        self._known = False
+        self._memories: list[Memory] = []
 
     def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the guided velocity of noisy latents, both "b c t h w" float32."""
-        positive, negative = self.embeds["prompt_embeds"], self.embeds["negative_prompt_embeds"]
-        assert positive is not None, "a call always has prompt embeddings"
-        passes = {"cond": Pass(positive)}
-        wanted = self.state.do_classifier_free_guidance and self.guidance.needs_negative(step)
-        if negative is not None and wanted:
-            passes["uncond"] = Pass(negative)
+        if step.expert != self._expert:  # whose predictions are of other statistics
+            self._expert, self._known, self._memories = step.expert, False, [{} for _ in latents]
+        guider, scale = self.guidance.guider, self.guidance.scale_at(step)
+        if self._negative is None:
+            scale = 1
+        needed = guider.passes(step, scale, self._known)
+        if not needed:
+            return torch.zeros_like(latents)
+        passes = {name: self._pass(settings) for name, settings in needed.items()}
+        self._known |= "uncond" in passes
         predicted = self.predict(latents, step, passes, range(len(latents)))
-        if "uncond" not in passes:
-            return predicted["cond"]
-        videos = zip(predicted["cond"].split(1), predicted["uncond"].split(1), strict=True)
-        return torch.cat([self.guidance.combine(cond, uncond, step) for cond, uncond in videos])
+        videos = zip(*(predicted[name].split(1) for name in passes), strict=True)
+        each = [dict(zip(passes, video, strict=True)) for video in videos]
+        velocities = [guider.combine(e, scale, step, m) for e, m in zip(each, self._memories, strict=True)]
+        return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
+
+    @property
+    def _negative(self) -> torch.Tensor | None:
+        """The negative prompt's tokens, unless there are none, or guidance is off."""
+        return self.embeds["negative_prompt_embeds"] if self.state.do_classifier_free_guidance else None
+
+    def _pass(self, settings: PassSettings) -> Pass:
+        positive, negative = self.embeds["prompt_embeds"], self._negative
+        assert positive is not None, "a call always has prompt embeddings"
+        if settings.negative:
+            assert negative is not None, "without a negative prompt no pass needs it"
+            return Pass(negative, settings.skip_layers)
+        if settings.attention is None or negative is None:
+            return Pass(positive, settings.skip_layers)
+        return Pass(positive, settings.skip_layers, negative, settings.attention)

@@ -14,6 +14,7 @@ import torch
 
 from ...checkpoints.loading.diffusers_caches import attention_caches_of_video
 from ...checkpoints.loading.models import is_ours
+from ...models.attention_guidance import AttentionGuidance
 from .conditions import Condition
 from .experts import Step
 from .few_steps import with_scales
@@ -25,6 +26,9 @@ class Pass:
     """One run of the transformer over a step's latents."""
 
     text: torch.Tensor  # tokens, "b l d"
+    skip_layers: tuple[int, ...] = ()  # indices of the blocks that do not run
+    negative: torch.Tensor | None = None  # tokens that cross-attention keeps away from, "b l d"
+    attention: AttentionGuidance | None = None  # how it does so
 
 
 Passes = Mapping[str, Pass]
@@ -44,7 +48,7 @@ class Predictor(Protocol):
         Args:
             latents: of all videos of the call, noisy, "b c t h w" float32.
             step: the step.
-            passes: by their names, "cond" and "uncond".
+            passes: by their names: "cond", "uncond", "skip".
             videos: indices of those that are wanted.
 
         Returns: by the passes' names, "n c t h w" float32.
@@ -77,6 +81,20 @@ class ModelPredictor:
     def _predict(
         self, latents: torch.Tensor, step: Step, videos: Sequence[int], passes: Passes
     ) -> list[torch.Tensor]:
+        """Run passes, those together that run the same blocks."""
+        groups: dict[Any, dict[str, Pass]] = {}
+        for name, run in passes.items():
+            groups.setdefault((run.skip_layers, run.attention), {})[name] = run
+        found = {
+            name: predicted
+            for group in groups.values()
+            for name, predicted in zip(group, self._predict_group(latents, step, videos, group), strict=True)
+        }
+        return [found[name] for name in passes]
+
+    def _predict_group(
+        self, latents: torch.Tensor, step: Step, videos: Sequence[int], passes: Passes
+    ) -> list[torch.Tensor]:
         """Run passes: video by video, or together if the model takes their samples in turn."""
         model: Any = step.expert.model
         samples = latents.split(1)
@@ -84,7 +102,8 @@ class ModelPredictor:
         def inputs(video: int) -> dict[str, Any]:
             return self.condition.model_inputs(video, samples[video], step.timestep.reshape(1))
 
-        texts = [run.text for run in passes.values()]
+        runs = list(passes.values())
+        texts = [text for run in runs for text in (run.text, run.negative) if text is not None]
         # A callback may have given other embeddings.
         alike = all(len(text) == len(samples) and text.shape == texts[0].shape for text in texts)
         if not alike or not takes_samples_in_turn(model):
@@ -94,7 +113,8 @@ class ModelPredictor:
             ]
         each = [inputs(video) for video in videos]
         batch = {name: torch.cat([given[name] for given in each] * len(passes)) for name in each[0]}
-        text = torch.cat([text[list(videos)] for text in texts]).to(model.dtype)
+        text = torch.cat([run.text[list(videos)] for run in runs]).to(model.dtype)
+        batch |= _options_of_ours(runs, videos, model.dtype)
         return list(self._call(model, batch, text, step).chunk(len(passes)))
 
     def _run(self, name: str, run: Pass, video: int, inputs: dict[str, Any], step: Step) -> torch.Tensor:
@@ -102,7 +122,9 @@ class ModelPredictor:
         model: Any = step.expert.model
         text = run.text[video : video + 1].to(model.dtype)
         video_caches: AbstractContextManager[None] = nullcontext()
-        if not is_ours(model):
+        if is_ours(model):
+            inputs |= _options_of_ours([run], [video], model.dtype)
+        else:
             inputs, video_caches = _for_diffusers(model, inputs), attention_caches_of_video(model, video)
         state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
         with video_caches, model.cache_context(name + (f"-{video}" if video else ""), **state):
@@ -122,6 +144,16 @@ def takes_samples_in_turn(model: Any) -> bool:
     if not is_ours(model) or not model.samples_in_turn or model.is_cache_enabled:
         return False
     return all(layer.attends_in_parts for block in model.blocks for layer in (block.attn1, block.attn2))
+
+
+def _options_of_ours(runs: Sequence[Pass], videos: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments that only wan22's transformer has, for passes that have them in common."""
+    skipped, attention = runs[0].skip_layers, runs[0].attention
+    options: dict[str, Any] = {"skip_layers": skipped} if skipped else {}
+    if attention is not None:
+        negative = torch.cat([run.negative[list(videos)] for run in runs if run.negative is not None])
+        options |= {"encoder_hidden_states_negative": negative.to(dtype), "attention_guidance": attention}
+    return options
 
 
 def _for_diffusers(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from ...video.result import OUTPUT_TYPES
 from ..parts import PipelineParts
 from .call import Call
 from .callback import StepCallback
-from .checks import check_guidance, check_latents
+from .checks import check_latents
 from .experts import Experts, Step
 from .few_steps import check_scale, hint_at_settings, lora_scales, with_distilled
-from .guidance import ClassifierFreeGuidance
+from .guidance.guider import Guider
+from .guidance.named import as_guider, not_recordable
+from .guidance.scales import CheckedGuidance, Guidance, check_interval, check_scales
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
 from .schedule import changed_by_hand, scheduler_for, scheduler_shift
@@ -36,7 +38,7 @@ class Checked:
     height: int
     width: int
     num_frames: int
-    guidance: ClassifierFreeGuidance
+    guidance: CheckedGuidance
     callback: StepCallback | None
 
 
@@ -74,9 +76,9 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     generators = generators_of(request, checked.videos, pipe.draw_seed)
     with state.stepping:
         scheduler, steps = schedule(pipe, request, state.scheduler, pipe._execution_device)
-    guidance, ratio = checked.guidance, pipe.config.boundary_ratio
+    guidance = guidance_over(steps, pipe, checked)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
-    guided = any(guidance.needs_negative(step) for step in steps)
+    guided = guidance.needs_negative(steps)
     check_text_encoder(pipe, request, guided)
     completed: dict[str, Any] = {
         "prompt": checked.prompts,
@@ -84,8 +86,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         "seed": seeds_of(request, generators),
         "noise_device": generators[0].device.type,
         "num_frames": checked.num_frames,
-        "guidance_scale": guidance.scale,
-        "guidance_scale_2": None if ratio is None else guidance.scale_2,
+        **guidance.arguments,
         **_completed_schedule(given, scheduler, count),
         **_completed_size(checked.height, checked.width, pipe.followed_area(request)),
     }
@@ -99,6 +100,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         num_inference_steps=count,
         pictures=request.image_marks(),
         not_reproducible_because=not_reproducible_because(request, generators, guided)
+        or not_recordable(guidance.guider)
         or changed_by_hand(state.scheduler),
         **pipe.run_metadata(),
     )
@@ -123,6 +125,11 @@ def schedule(pipe: Any, request: Request, scheduler: Any, device: torch.device) 
     return scheduler, Experts(pipe, boundary, settings).steps(scheduler, scales)
 
 
+def guidance_over(steps: Sequence[Step], pipe: PipelineParts, checked: Checked) -> Guidance:
+    """Return the guidance of a schedule's steps; a ValueError says what does not go with their number."""
+    return checked.guidance.over(steps, experts=1 if pipe.config.boundary_ratio is None else 2)
+
+
 def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:
     """Return height, width and frames: the given ones, or the checkpoint's."""
     patch = pipe.any_transformer.config.patch_size
@@ -138,21 +145,39 @@ def _size(pipe: PipelineParts, request: Request) -> tuple[int, int, int]:
     return height, width, num_frames
 
 
-def _guidance(pipe: PipelineParts, request: Request) -> ClassifierFreeGuidance:
-    """Return the guidance: the given scales or the checkpoint's; one serves both experts."""
+def _guidance(pipe: PipelineParts, request: Request) -> CheckedGuidance:
+    """Return the guidance: the formula's own scale, the given ones, or the checkpoint's.
+
+    One scale serves both experts.
+    """
+    guider = as_guider(request.guidance)
+    guider.check(pipe.transformers)
+    if guider.own_scale is not None:
+        return _at_own_scale(guider, guider.own_scale, request)
     first, second = request.guidance_scale, request.guidance_scale_2
     if second is not None and pipe.config.boundary_ratio is None:
         raise ValueError(
             f"guidance_scale_2={shown(second)} is for checkpoints of two experts; use guidance_scale"
         )
-    if second is None:
-        second = pipe.preset.guidance_scale_2 if first is None else first
     if first is None:
-        first = pipe.preset.guidance_scale
-    second = first if second is None else second
-    return ClassifierFreeGuidance(
-        check_guidance("guidance_scale", first), check_guidance("guidance_scale_2", second)
-    )
+        first, preset = pipe.preset.guidance_scale, pipe.preset.guidance_scale_2
+        second = preset if second is None else second
+    scales = check_scales(first, second)
+    return CheckedGuidance(guider, *scales, check_interval(request.guidance_interval))
+
+
+def _at_own_scale(guider: Guider, scale: float, request: Request) -> CheckedGuidance:
+    """Return the guidance by a formula with a scale of its own; refuse another one."""
+    given = {name: getattr(request, name) for name in ("guidance_scale", "guidance_scale_2")}
+    if request.guidance_interval is not None:
+        raise ValueError(f"guidance={shown(guider.name)} is on in all steps; leave guidance_interval out")
+    for name, value in given.items():
+        if value is not None and value != scale:
+            raise ValueError(
+                f"{name}={shown(value)}, and guidance={shown(guider.name)} runs at a scale of {scale:g}; "
+                f"leave {name} out"
+            )
+    return CheckedGuidance(guider, scale, scale, None)
 
 
 def _callback(request: Request, allowed: Sequence[str]) -> StepCallback | None:

@@ -45,7 +45,8 @@ class CallState:
     def start(self, recipe: Recipe, guided: bool, num_timesteps: int) -> None:
         """Take over a checked call's settings."""
         self.recipe, self.guided, self.num_timesteps = recipe, guided, num_timesteps
-        self._first_scale = self._guidance_scale = recipe.guidance_scale
+        scales = recipe.guidance_scale  # one, or each step's
+        self._first_scale = self._guidance_scale = max(scales) if isinstance(scales, list) else scales
         self.guidance_scale_2 = recipe.call.get("guidance_scale_2")
         self.running = True
 
@@ -55,7 +56,7 @@ class CallState:
 
     @property
     def guidance_scale(self) -> float | None:
-        """The scale of the high-noise expert, or what a callback has set since."""
+        """The scale of the high-noise expert, the highest where each step has one, or what was set since."""
         return self._guidance_scale
 
     @guidance_scale.setter

@@ -1,0 +1,1 @@
+"""How the predictions of a step's passes become one velocity: a formula a class, its settings its fields."""
