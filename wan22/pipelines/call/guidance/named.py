@@ -81,7 +81,7 @@ def _of_table(table: dict[str, Any]) -> Guider:
     check_choice("guidance: name", name, GUIDERS)
     known = [f.name for f in fields(GUIDERS[name])]  # type: ignore[arg-type]
     if unknown := [setting for setting in table if setting not in known]:
-        raise ValueError(unknown_argument(f"guidance {name!r}", str(unknown[0]), known))
+        raise ValueError(unknown_argument(f"guidance {shown(name)}", str(unknown[0]), known))
     return as_guider(GUIDERS[name](**table))
 
 
