@@ -151,3 +151,25 @@ def test_weights_that_look_distilled_are_hinted_at(pipe, caplog):
         pipe("a", num_inference_steps=20, **SIZE)
     assert "'my-lightning' looks distilled to a few steps" in caplog.text
     assert "takes 20; distilled='lightning-4' has its settings" in caplog.text
+
+
+def test_lightning_in_three_phases(pipe):
+    """The first step is the undistilled expert's, with guidance; then LoRAs, without."""
+    load(pipe, "lightning")
+    calls = []
+    for slot in SLOTS:
+        model = getattr(pipe, slot)
+        hook = lambda m, args, kwargs, slot=slot: calls.append(  # noqa: E731
+            (slot, (kwargs["attention_kwargs"] or {}).get("scale"))
+        )
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    video = pipe("a", seed=7, distilled="lightning-3-phase", **SIZE)
+    off, on = {"lightning": 0.0}, None
+    expected = [("transformer", off)] * 2 + [("transformer", on)] * 3 + [("transformer_2", on)] * 4
+    assert calls == expected
+    assert video.recipe.guidance_scale == [3.5] + [1.0] * 7
+    again = Recipe.from_json(video.recipe.to_json())
+    assert torch.equal(pipe.reproduce(again, anyway=True, output_type="latent").frames, video.frames)
+    calls.clear()
+    pipe("a", seed=7, distilled="lightning-3-phase", guidance_scale=1.0, **SIZE)
+    assert calls == expected[1:]

@@ -41,7 +41,9 @@ def as_guider(given: Any) -> Guider:
     if isinstance(given, Wrapper):
         inner = as_guider(given.guider)
         if isinstance(inner, NAG):
-            raise ValueError(f"{shown(given.name)} works with the passes of two prompts, and 'nag' has only one")
+            raise ValueError(
+                f"{shown(given.name)} works with the passes of two prompts, and 'nag' has only one"
+            )
         given = replace(given, guider=inner)
     return given
 
