@@ -10,12 +10,16 @@ _SUBPACKAGES = ("accel", "checkpoints", "guidance", "presets", "prompts")
 # Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
 _EXPORTS = {
     "AutoencoderKLWan": "wan22.checkpoints.loading.models",
+    "CacheRatios": "wan22.pipelines.call.caches.ratios",
+    "EasyCache": "wan22.pipelines.call.caches.settings",
     "FewSteps": "wan22.few_steps",
     "FlowMatchDPMSolverScheduler": "wan22.schedulers.dpmpp",
     "FlowMatchEulerScheduler": "wan22.schedulers.euler",
     "FlowMatchUniPCScheduler": "wan22.schedulers.unipc",
+    "MagCache": "wan22.pipelines.call.caches.settings",
     "Phase": "wan22.few_steps",
     "Preview": "wan22.pipelines.call.preview",
+    "TaylorCache": "wan22.pipelines.call.caches.settings",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
     "WanTransformer3DModel": "wan22.checkpoints.loading.models",
@@ -30,6 +34,10 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "WanI2VPipeline",
     "WanVideo",
     "Preview",
+    "EasyCache",
+    "MagCache",
+    "TaylorCache",
+    "CacheRatios",
     "grid",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
@@ -47,6 +55,8 @@ if TYPE_CHECKING:
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.few_steps import FewSteps, Phase
+    from wan22.pipelines.call.caches.ratios import CacheRatios
+    from wan22.pipelines.call.caches.settings import EasyCache, MagCache, TaylorCache
     from wan22.pipelines.call.preview import Preview
     from wan22.pipelines.i2v import WanI2VPipeline
     from wan22.pipelines.t2v import WanT2VPipeline

@@ -9,8 +9,7 @@ a float64 model), the large linear layers and attention in the dtype of `encoder
 """
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,8 +33,7 @@ from .layers import (
     normalized,
 )
 from .rope import RotaryTables, rotary_tables
-
-Pending = tuple[torch.Tensor, torch.Tensor]
+from .token_stream import Pending, TokenStream, joined, split
 
 
 class WanTransformerBlock(nn.Module):
@@ -139,19 +137,6 @@ class WanTransformerBlock(nn.Module):
         return result
 
 
-@dataclass
-class TokenStream:
-    """Video tokens on their way through the blocks, and what blocks and head are given beside them."""
-
-    x: torch.Tensor  # "b l d"
-    text: torch.Tensor  # "b s d"; with guidance the prompts' and then the negative ones', "2b s d"
-    image: torch.Tensor | None  # "b s d"
-    temb: torch.Tensor  # "b k d"
-    modulation: torch.Tensor  # "b k 6 d"
-    pending: Pending | None = None  # an update "b l d" that is still to be added to x, and its gate "b k d"
-    guidance: AttentionGuidance | None = None
-
-
 class WanTransformer3DModel(nn.Module):
     """Predicts the flow velocity of noisy video latents.
 
@@ -223,11 +208,13 @@ class WanTransformer3DModel(nn.Module):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_hidden_states_image: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        return_residual: bool = False,
         *,
         skip_layers: Collection[int] = (),
         encoder_hidden_states_negative: torch.Tensor | None = None,
         attention_guidance: AttentionGuidance | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Predict the flow velocity of noisy latents.
 
         Args:
@@ -237,28 +224,42 @@ class WanTransformer3DModel(nn.Module):
             encoder_hidden_states: text tokens, "b s text_dim", in the dtype that the large linear layers run
                 in. Wan is trained on 512 tokens, zero past the prompt's end, and attends to all of them.
             encoder_hidden_states_image: CLIP tokens of Wan 2.1 I2V, "b s image_dim".
+            residual: what is added to the tokens in place of running the blocks, "b l d".
+            return_residual: whether to return, too, what the blocks add, "b l d" float32.
             skip_layers: indices of blocks that do not run.
             encoder_hidden_states_negative: text that cross-attention keeps away from, "b s text_dim".
             attention_guidance: how it does so; both are given, or neither.
-        Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model).
+        Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model); or it and the
+            residual.
         Raises: ValueError: a shape is not as above.
         Source: Wan2.2 wan/modules/model.py, WanModel.forward.
         """
         grid = self._token_grid(hidden_states, timestep)
         text = encoder_hidden_states, encoder_hidden_states_image, encoder_hidden_states_negative
         given = (hidden_states, timestep, *text)
-        samples = [given]
-        if self.samples_in_turn and len(hidden_states) > 1:
-            parts = ([None] * len(hidden_states) if e is None else e.chunk(len(hidden_states)) for e in given)
-            samples = list(zip(*parts, strict=True))
-        rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
+        samples = split(given) if self.samples_in_turn else [given]
         streams = [self._embed(attention_guidance, *sample) for sample in samples]
+        starts = [stream.x for stream in streams] if return_residual else []
+        if residual is None:
+            rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
+            self._run_blocks(streams, rotary, skip_layers)
+        else:
+            for stream, part in zip(streams, residual.chunk(len(streams)), strict=True):
+                stream.skip_blocks(part)
+        velocity = joined([self._velocity(stream, grid) for stream in streams])
+        residuals = [stream.residual(start) for stream, start in zip(streams, starts, strict=False)]
+        return (velocity, joined(residuals)) if return_residual else velocity
+
+    def _run_blocks(
+        self, streams: Sequence[TokenStream], rotary: RotaryTables, skip_layers: Collection[int]
+    ) -> None:
+        """Advance streams by the blocks, each block by all streams before the next one."""
         self._leave_updates(streams)
         for block in (block for i, block in enumerate(self.blocks) if i not in skip_layers):
             for stream in streams:
                 self._advance(stream, block, rotary)
-        velocities = [self._velocity(stream, grid) for stream in streams]
-        return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
+        for stream in streams:
+            stream.settle()
 
     def _embed(
         self,
@@ -300,8 +301,8 @@ class WanTransformer3DModel(nn.Module):
 
     def _velocity(self, stream: TokenStream, grid: tuple[int, int, int]) -> torch.Tensor:
         """Return the velocity that the last block's tokens stand for."""
-        x = stream.x if stream.pending is None else add_gated(stream.x, *stream.pending)
         # With the blocks spread over devices, the stream ends on another one than it started on.
+        x = stream.x
         shift, scale = (e.to(x.device) for e in (self.scale_shift_table + stream.temb[:, :, None]).unbind(2))
         x = self.proj_out(normalized(self.norm_out, x, scale, shift, None))
         (t, h, w), (pt, ph, pw) = grid, self.patch_size

@@ -19,11 +19,14 @@ from ..checkpoints.loading.alignment import align_weights
 from ..checks import shown
 from ..presets import MAX_TEXT_TOKENS
 from ..video.metadata import read_recipe
-from ..video.recipe import IMAGES, Recipe, stopped_after
+from ..video.recipe import IMAGES, Recipe, stopped_after, with_passes
 from ..video.result import WanStream, WanVideo
 from .attached.calls import in_turn
 from .attached.provenance import scheduler_of
 from .call import checks, decoding
+from .call.caches.calibration import Calibration
+from .call.caches.predictors import wrapped
+from .call.caches.ratios import CacheRatios
 from .call.call import Call
 from .call.conditions import Condition
 from .call.denoiser import Denoiser, GuidedDenoiser, TextEmbeds
@@ -76,8 +79,8 @@ class WanPipeline(PipelineParts):
         return GuidedDenoiser(self.make_predictor(call, condition), embeds, call.guidance, call.state)
 
     def make_predictor(self, call: Call, condition: Condition) -> Predictor:
-        """Return what runs the transformer for the passes of a step."""
-        return ModelPredictor(condition, call.state, self.ranks.run_passes)
+        """Return what runs the transformer for the passes of a step, or skips some by the call's cache."""
+        return wrapped(ModelPredictor(condition, call.state, self.ranks.run_passes), call, self.ranks)
 
     # ---- a call, and its steps ----
 
@@ -139,6 +142,25 @@ class WanPipeline(PipelineParts):
         arguments |= pictures
         with self.calls.using(scheduler_of(recipe, self.scheduler)):
             return self(**arguments)
+
+    def calibrate_cache(self, prompt: Prompt, **arguments: Any) -> CacheRatios:
+        """Measure, in one call that skips nothing, the ratios that `cache="mag"` goes by.
+
+        They are those of the checkpoint and the schedule: measure with the shift and the steps that are to be
+        used. A few prompts are enough, as ratios differ little from one to the next.
+
+        Args:
+            prompt: one or several.
+            **arguments: of the call, for image to video with `image`; no video is decoded.
+
+        Returns: the ratios; `cache=` takes them, or the file that their `save` writes.
+        """
+        calibration = Calibration()
+        given = {"output_type": "latent", **arguments, "cache": calibration, "return_dict": True}
+        recipe = self(prompt=prompt, **given).recipe
+        shift = recipe.call.get("flow_shift")
+        ratios = self.ranks.agreed(calibration.ratios())
+        return CacheRatios(ratios, shift, self.checkpoint_name)
 
     def stop(self) -> None:
         """Let the running calls end with their current step: each returns the video as it would become.
@@ -263,7 +285,8 @@ class WanPipeline(PipelineParts):
                 step.expert.check_loaded(step.timestep)  # a callback may have freed it
                 self.memory.prefetch_next(step.next_expert)
                 place = previewer.place if previewer is not None else ""
-                bar.set_postfix_str(", ".join(filter(None, (step.expert.label, place))))
+                skipped = f"{n} skipped" if (n := call.state.skipped_steps) else ""
+                bar.set_postfix_str(", ".join(filter(None, (step.expert.label, skipped, place))))
                 where = ", ".join(filter(None, (f"step {step.number} of {step.count}", step.expert.label)))
                 with phase(self, f"denoising, {where}", call.size):
                     velocity = denoiser(latents, step)
@@ -294,7 +317,7 @@ class WanPipeline(PipelineParts):
 
     def finish(self, call: Call, latents: torch.Tensor) -> WanVideo | WanStream | tuple[Any]:
         """Decode and wrap the result."""
-        recipe, request = call.state.recipe or call.recipe, call.request
+        recipe, request = with_passes(call.state.recipe or call.recipe, call.state.passes), call.request
         result: WanVideo | WanStream
         if request.output_type == "stream":
             result = WanStream(self.frames(latents), recipe.fps, recipe)

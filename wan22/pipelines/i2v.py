@@ -132,6 +132,7 @@ class WanI2VPipeline(WanPipeline):
         distilled: str | FewSteps | Mapping[str, Any] | None = None,
         guidance: Any = None,
         guidance_interval: Sequence[float] | None = None,
+        cache: Any = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,

@@ -69,6 +69,7 @@ class WanT2VPipeline(WanPipeline):
         distilled: str | FewSteps | Mapping[str, Any] | None = None,
         guidance: Any = None,
         guidance_interval: Sequence[float] | None = None,
+        cache: Any = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -112,6 +113,9 @@ class WanT2VPipeline(WanPipeline):
             guidance: formula: "cfg-zero*", "apg", "tcfg", "mambo-g", "rescale", "slg", "gated" or "nag"; an
                 object of wan22.guidance, for its settings; or a guider of diffusers. Default: plain guidance.
             guidance_interval: shares of the steps between which guidance is on, such as (0.2, 0.9).
+            cache: what skips passes: "easy", "mag" or "taylor", with a preset for its error, "easy:low",
+                "easy:medium" or "easy:high"; settings such as EasyCache(threshold=0.1); for "mag" also ratios
+                of `calibrate_cache`, or their file. Default is None: every pass is computed.
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.

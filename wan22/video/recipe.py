@@ -67,6 +67,7 @@ class Recipe:
         memory: memory of the device that plans had to fit into, "auto" for what was free; None without plans.
         versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
+        passes: with a step cache, for each video the passes that were computed, and of how many.
         not_reproducible_because: why the call alone does not give the video again; None if it does.
         outside: whether it was read, and anybody may have written it; what it names is not opened unasked.
     """
@@ -91,6 +92,7 @@ class Recipe:
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     steps_done: int | None = None
+    passes: tuple[tuple[int, int], ...] = ()
     not_reproducible_because: str | None = None
     outside: bool = field(default=False, compare=False, repr=False)
 
@@ -156,7 +158,9 @@ class Recipe:
             if isinstance(values := self.call.get(name), Sequence) and not isinstance(values, str) and values
         }
         marks = {name: (m[index * len(m) // videos],) for name, m in self.pictures.items() if m}
-        return replace(self, call={**self.call, **own, "num_videos_per_prompt": 1}, pictures=marks)
+        passes = self.passes[index : index + 1]
+        call = {**self.call, **own, "num_videos_per_prompt": 1}
+        return replace(self, call=call, pictures=marks, passes=passes)
 
     def without_prompts(self) -> "Recipe":
         """Return a recipe without its prompts, and the negative ones that are not a checkpoint's own."""
@@ -210,12 +214,18 @@ class Recipe:
         values["loras"] = tuple(UsedLora(**_known(UsedLora, lora)) for lora in values.get("loras", ()))
         for name in ("scheduler_config", "changes", "pictures"):
             values[name] = frozen(values.get(name, {}))
+        values["passes"] = frozen(values.get("passes", ()))
         return cls(**values, outside=True)
 
 
 def stopped_after(step: int, recipe: Recipe) -> Recipe:
     """Return the recipe of a call that was stopped after a step, counted from 1."""
     return replace(recipe, steps_done=step, not_reproducible_because=f"it was stopped after step {step}")
+
+
+def with_passes(recipe: Recipe, passes: Mapping[int, tuple[int, int]]) -> Recipe:
+    """Return a recipe with each video's passes, computed and all, if a step cache has counted them."""
+    return replace(recipe, passes=tuple(passes[video] for video in sorted(passes))) if passes else recipe
 
 
 def _shared(given: str | None, places: str | None) -> str | None:

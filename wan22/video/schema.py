@@ -78,6 +78,13 @@ def _list(of: Check, least: int = 0) -> Check:
     return check
 
 
+def _pair(entry: str, value: Any) -> None:
+    if not isinstance(value, list) or len(value) != 2:
+        raise _wrong(entry, value, "two whole numbers")
+    for inner in value:
+        _whole(0)(entry, inner)
+
+
 def _table(of: Check) -> Check:
     def check(entry: str, value: Any) -> None:
         if not isinstance(value, dict):
@@ -156,6 +163,8 @@ _CALL = _record(
         "distilled": _or_null(_name_or_table),
         "guidance": _or_null(_record({"name": _name}, {}, rest=_any)),
         "guidance_interval": _numbers,
+        # Settings, not the name of a file: what a recipe names is not opened unasked.
+        "cache": _or_null(_table(_any)),
         "noise_device": _or_null(_name),
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),
@@ -195,6 +204,7 @@ OTHERS: dict[str, Check] = {
     "device": _text(_LONGEST_NAME),
     "versions": _table(_name),
     "steps_done": _or_null(_whole(0)),
+    "passes": _list(_pair),
     "not_reproducible_because": _or_null(_text(_LONGEST_NAME)),
 }
 _RECIPE = _record(NEEDED, OTHERS)

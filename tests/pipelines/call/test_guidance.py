@@ -81,7 +81,6 @@ def steps(pipe):
         {"guidance": Rescale(phi=0)},
         {"guidance_interval": (0, 1)},
     ],
-    ids=str,
 )
 def test_it_is_plain_guidance_to_the_bit(pipe, plain, options):
     assert torch.equal(latents(pipe, **options), plain)
@@ -374,7 +373,6 @@ def test_what_layers_cannot_do_is_refused(pipe):
         ),
         ({"guidance": NAG(), "guidance_interval": (0, 1)}, "guidance='nag' is on in all steps; leave"),
     ],
-    ids=str,
 )
 def test_what_does_not_go_together_is_refused(pipe, options, message):
     with recording(pipe) as calls, pytest.raises(ValueError, match=message):

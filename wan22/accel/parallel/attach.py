@@ -94,6 +94,11 @@ class Parallel:
         """Whether the ranks share the VAE's rows."""
         return self._rows is not None
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether ranks run different passes of a step that has two."""
+        return self.layout.cfg > 1
+
     def check_whole(self) -> None:
         """Refuse what needs whole weights where each rank has a part of them."""
         if self.fsdp:

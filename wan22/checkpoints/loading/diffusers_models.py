@@ -82,21 +82,24 @@ class DiffusersTransformer(
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        residual: Tensor | None = None,
+        return_residual: bool = False,
         **options: Any,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """`wan22.models.transformer.WanTransformer3DModel.forward`, with diffusers' arguments and output.
 
-        `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple;
-        `options` are the arguments of that forward that diffusers' does not have.
+        `attention_kwargs` {"scale": s} multiplies the loaded LoRAs by s; `return_dict` False returns a tuple,
+        which `return_residual` needs; `options` are that forward's other arguments.
         """
         inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
         kernel = our_name(active_attention_backend())
         if kernel == "native":
-            velocity = super().forward(*inputs, **options)
+            found = super().forward(*inputs, residual, return_residual, **options)
         else:  # within diffusers' attention_backend(...)
             with preferring(find(kernel, self)):
-                velocity = super().forward(*inputs, **options)
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+                found = super().forward(*inputs, residual, return_residual, **options)
+        outputs = found if return_residual else (found,)
+        return Transformer2DModelOutput(sample=outputs[0]) if return_dict else outputs
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose all layers' attention kernel.

@@ -16,6 +16,7 @@ class Ranks(Protocol):
 
     first: bool  # whether this process shows progress and previews, and writes files
     shares_rows: bool  # whether the VAE's rows are shared
+    shares_passes: bool  # whether ranks run different passes of a step that has two
 
     def agreed(self, value: Value) -> Value:
         """Return the first rank's value."""
@@ -43,6 +44,7 @@ class OneRank:
 
     first = True
     shares_rows = False
+    shares_passes = False
 
     def agreed(self, value: Value) -> Value:
         """Return the value."""

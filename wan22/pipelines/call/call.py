@@ -7,6 +7,7 @@ import torch
 
 from ...few_steps import FewSteps
 from ...video.recipe import Recipe
+from .caches.settings import StepCache
 from .callback import StepCallback
 from .experts import Step
 from .guidance.scales import Guidance
@@ -28,7 +29,8 @@ class Call:
     guidance: Guidance
     guided: bool  # whether any step needs the negative prompt
     callback: StepCallback | None
-    few_steps: FewSteps | None  # of a distilled checkpoint or LoRA
+    few_steps: FewSteps | None = None  # of a distilled checkpoint or LoRA
+    cache: StepCache | None = None
 
     @property
     def size(self) -> dict[str, int]:

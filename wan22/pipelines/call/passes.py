@@ -37,6 +37,16 @@ Run = Callable[[Passes], list[torch.Tensor]]
 RunPasses = Callable[[Passes, Run], list[torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Residuals:
+    """What becomes of the residual "1 l d", what the blocks add to the tokens, of each pass and video."""
+
+    # Is given what the blocks add, in the dtype of the model's large layers, of the passes of this rank.
+    keep: Callable[[str, int, torch.Tensor], None] | None = None
+    # Gives what is added in the blocks' place: none of them runs.
+    supply: Callable[[str, int], torch.Tensor] | None = None
+
+
 class Predictor(Protocol):
     """Predicts the velocity of each pass of a step. What skips passes wraps another predictor."""
 
@@ -72,28 +82,49 @@ class ModelPredictor:
         self.condition, self.state, self._run_passes = condition, state, run_passes
 
     def __call__(
-        self, latents: torch.Tensor, step: Step, passes: Passes, videos: Sequence[int]
+        self,
+        latents: torch.Tensor,
+        step: Step,
+        passes: Passes,
+        videos: Sequence[int],
+        residuals: Residuals = Residuals(),
     ) -> dict[str, torch.Tensor]:
-        """Return what each pass predicts for some of the videos, "n c t h w" float32."""
-        predicted = self._run_passes(passes, partial(self._predict, latents, step, videos))
-        return dict(zip(passes, predicted, strict=True))
+        """Return what each pass predicts for some of the videos, "n c t h w" float32.
+
+        Args:
+            latents, step, passes, videos: see Predictor.
+            residuals: for wan22's transformers alone.
+        """
+        predict = partial(self._predict, latents, step, videos, residuals)
+        return dict(zip(passes, self._run_passes(passes, predict), strict=True))
 
     def _predict(
-        self, latents: torch.Tensor, step: Step, videos: Sequence[int], passes: Passes
+        self,
+        latents: torch.Tensor,
+        step: Step,
+        videos: Sequence[int],
+        residuals: Residuals,
+        passes: Passes,
     ) -> list[torch.Tensor]:
         """Run passes, those together that run the same blocks."""
         groups: dict[Any, dict[str, Pass]] = {}
         for name, run in passes.items():
             groups.setdefault((run.skip_layers, run.attention), {})[name] = run
+        predict = partial(self._predict_group, latents, step, videos, residuals)
         found = {
             name: predicted
             for group in groups.values()
-            for name, predicted in zip(group, self._predict_group(latents, step, videos, group), strict=True)
+            for name, predicted in zip(group, predict(group), strict=True)
         }
         return [found[name] for name in passes]
 
     def _predict_group(
-        self, latents: torch.Tensor, step: Step, videos: Sequence[int], passes: Passes
+        self,
+        latents: torch.Tensor,
+        step: Step,
+        videos: Sequence[int],
+        residuals: Residuals,
+        passes: Passes,
     ) -> list[torch.Tensor]:
         """Run passes: video by video, or together if the model takes their samples in turn."""
         model: Any = step.expert.model
@@ -108,16 +139,25 @@ class ModelPredictor:
         alike = all(len(text) == len(samples) and text.shape == texts[0].shape for text in texts)
         if not alike or not takes_samples_in_turn(model):
             return [
-                torch.cat([self._run(name, run, video, inputs(video), step) for video in videos])
+                torch.cat([self._run(name, run, video, inputs(video), step, residuals) for video in videos])
                 for name, run in passes.items()
             ]
         each = [inputs(video) for video in videos]
         batch = {name: torch.cat([given[name] for given in each] * len(passes)) for name in each[0]}
         text = torch.cat([run.text[list(videos)] for run in runs]).to(model.dtype)
         batch |= _options_of_ours(runs, videos, model.dtype)
-        return list(self._call(model, batch, text, step).chunk(len(passes)))
+        order = [(name, video) for name in passes for video in videos]
+        return list(self._call(model, batch, text, step, order, residuals).chunk(len(passes)))
 
-    def _run(self, name: str, run: Pass, video: int, inputs: dict[str, Any], step: Step) -> torch.Tensor:
+    def _run(
+        self,
+        name: str,
+        run: Pass,
+        video: int,
+        inputs: dict[str, Any],
+        step: Step,
+        residuals: Residuals,
+    ) -> torch.Tensor:
         """Run one pass of a video. diffusers' step caches keep what they skip by pass and video."""
         model: Any = step.expert.model
         text = run.text[video : video + 1].to(model.dtype)
@@ -128,12 +168,29 @@ class ModelPredictor:
             inputs, video_caches = _for_diffusers(model, inputs), attention_caches_of_video(model, video)
         state = {"step_index": step.index, "sigma": step.sigma, "num_inference_steps": step.count}
         with video_caches, model.cache_context(name + (f"-{video}" if video else ""), **state):
-            return self._call(model, inputs, text, step)
+            return self._call(model, inputs, text, step, [(name, video)], residuals)
 
-    def _call(self, model: Any, inputs: dict[str, Any], text: torch.Tensor, step: Step) -> torch.Tensor:
+    def _call(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        text: torch.Tensor,
+        step: Step,
+        samples: Sequence[tuple[str, int]],
+        residuals: Residuals,
+    ) -> torch.Tensor:
+        """Call a transformer for samples, each of a pass and a video."""
         attention_kwargs = with_scales(self.state.attention_kwargs, step.lora_scales)
-        kwargs = {"attention_kwargs": attention_kwargs, "return_dict": False}
-        return model(encoder_hidden_states=text, **kwargs, **inputs)[0].float()
+        kwargs: dict[str, Any] = {"attention_kwargs": attention_kwargs, "return_dict": False}
+        if residuals.supply is not None:
+            kwargs["residual"] = torch.cat([residuals.supply(*sample) for sample in samples])
+        if residuals.keep is not None:
+            kwargs["return_residual"] = True
+        velocity, *found = model(encoder_hidden_states=text, **kwargs, **inputs)
+        if residuals.keep is not None:
+            for sample, residual in zip(samples, found[0].to(text.dtype).split(1), strict=True):
+                residuals.keep(*sample, residual)
+        return velocity.float()
 
 
 def takes_samples_in_turn(model: Any) -> bool:

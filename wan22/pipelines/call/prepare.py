@@ -13,6 +13,8 @@ from ...private_apis import cache_config
 from ...video.recipe import Recipe
 from ...video.result import OUTPUT_TYPES
 from ..parts import PipelineParts
+from .caches.checked import check_schedule, checked_cache
+from .caches.settings import StepCache
 from .call import Call
 from .callback import StepCallback
 from .checks import check_latents
@@ -40,6 +42,7 @@ class Checked:
     num_frames: int
     guidance: CheckedGuidance
     callback: StepCallback | None
+    cache: StepCache | None
 
 
 def check(pipe: PipelineParts, request: Request) -> Checked:
@@ -61,7 +64,8 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
         check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, height, width)))
     callback = _callback(request, pipe._callback_tensor_inputs)
     guidance = _guidance(pipe, request)
-    return Checked(prompts, negatives, videos, height, width, num_frames, guidance, callback)
+    cache = checked_cache(pipe, request)
+    return Checked(prompts, negatives, videos, height, width, num_frames, guidance, callback, cache)
 
 
 def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
@@ -76,6 +80,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     generators = generators_of(request, checked.videos, pipe.draw_seed)
     with state.stepping:
         scheduler, steps = schedule(pipe, request, state.scheduler, pipe._execution_device)
+    check_schedule(checked.cache, request, scheduler, steps)
     guidance = guidance_over(steps, pipe, checked)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = guidance.needs_negative(steps)
@@ -87,6 +92,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         "noise_device": generators[0].device.type,
         "num_frames": checked.num_frames,
         **guidance.arguments,
+        "cache": None if checked.cache is None else checked.cache.plain(),
         **_completed_schedule(given, scheduler, count),
         **_completed_size(checked.height, checked.width, pipe.followed_area(request)),
     }
@@ -112,6 +118,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         *(request, recipe, *texts, generators, state, steps, guidance, guided),
         callback=checked.callback,
         few_steps=request.distilled,
+        cache=checked.cache,
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ class CallState:
         self.num_timesteps = 0
         self.current_timestep: torch.Tensor | None = None
         self.interrupt = False  # a callback's wish to end with the latents of the present step
+        # By video: passes that were computed, and all that its steps had; with a step cache alone.
+        self.passes: dict[int, tuple[int, int]] = {}
+        self.skipped_steps = 0  # those that were skipped for all videos
         self.stop = False  # a wish to end with the video as it would become
         self._guidance_scale: float | None = None
         self._first_scale: float | None = None
@@ -49,6 +52,14 @@ class CallState:
         self._first_scale = self._guidance_scale = max(scales) if isinstance(scales, list) else scales
         self.guidance_scale_2 = recipe.call.get("guidance_scale_2")
         self.running = True
+
+    def count_passes(self, computed: Sequence[int], skipped: Sequence[int], passes: int) -> None:
+        """Count the passes of a step of which a step cache has skipped some videos."""
+        for videos, ran in ((computed, passes), (skipped, 0)):
+            for video in videos:
+                before, of = self.passes.get(video, (0, 0))
+                self.passes[video] = before + ran, of + passes
+        self.skipped_steps += not computed
 
     def end(self) -> None:
         """Say that the call is over; what it was stays readable."""

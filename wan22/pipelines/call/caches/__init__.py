@@ -1,0 +1,1 @@
+"""Step caches: passes of the transformer that are estimated from those of earlier steps."""
