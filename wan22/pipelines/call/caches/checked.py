@@ -29,9 +29,7 @@ def checked_cache(pipe: Any, request: Request) -> StepCache | None:
     if cache is None:
         return None
     if request.distilled is not None:
-        raise ValueError(
-            "cache= and distilled=: each of so few steps counts; leave one of them out"
-        )
+        raise ValueError("cache= and distilled=: each of so few steps counts; leave one of them out")
     for model in pipe.transformers:
         if getattr(model, "is_cache_enabled", False):
             raise ValueError(
