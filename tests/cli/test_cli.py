@@ -45,6 +45,8 @@ def test_every_option_reaches_the_call(here):
         "--num-videos": 2,
         "--guidance-scale": 2.5,
         "--guidance-scale-2": 1.5,
+        "--guidance": '{"name": "apg", "eta": 0.5}',
+        "--guidance-interval": "0,0.9",
         "--flow-shift": 6,
         "--max-sequence-length": 9,
         "--noise-device": "cpu",
@@ -64,6 +66,8 @@ def test_every_option_reaches_the_call(here):
     recipe = read_recipe("out-2.webp")
     assert (recipe.height, recipe.width, recipe.num_frames, recipe.num_inference_steps) == (32, 48, 5, 2)
     assert (recipe.guidance_scale, recipe.guidance_scale_2, recipe.flow_shift) == (2.5, 1.5, 6.0)
+    assert recipe.guidance["name"] == "apg" and recipe.guidance["eta"] == 0.5
+    assert recipe.guidance_interval == [0.0, 0.9]
     assert recipe.negative_prompt == ["blue"] and recipe.seeds == (4,)
     assert recipe.max_sequence_length == 9 and recipe.noise_device == "cpu"
     assert recipe.attention_kwargs == {"scale": 0.5}
@@ -74,6 +78,13 @@ def test_every_option_reaches_the_call(here):
     assert result["recipe"]["call"]["seed"] == [3, 4] and not result["stopped"]
     run("t2v", "a", "--sigmas", "1,0.5", "--frames", 5, "-o", "b.mp4", "-q")
     assert read_recipe("b.mp4").sigmas == [1.0, 0.5]
+    arguments = ["--guidance", "cfg-zero*", "-g", "3,2", "--frames", 5, "--steps", 2, "-q"]
+    run("t2v", "a", *arguments, "-o", "c.mp4")
+    recipe = read_recipe("c.mp4")
+    assert recipe.guidance == {"name": "cfg-zero*", "zero_steps": None}
+    assert recipe.guidance_scale == [3.0, 2.0] and recipe.guidance_scale_2 is None
+    _, err = run("t2v", "a", *arguments, "--steps", 3, "-o", "d.mp4", code=1)
+    assert "--guidance-scale has 2 values for 3 steps" in err
 
 
 def test_an_image(here):

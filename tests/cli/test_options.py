@@ -44,6 +44,13 @@ def test_texts_become_values():
     options = CallOptions("t2v")
     values = {"sigmas": "1,0.5", "attention_kwargs": '{"scale": 2}', "seed": 3, "height": None}
     assert options.collect(**values) == {"sigmas": [1.0, 0.5], "attention_kwargs": {"scale": 2}, "seed": 3}
+    for typed, scale in (("3.5", 3.5), ("4", 4.0), ("4,4,3.5", [4.0, 4.0, 3.5])):
+        assert options.collect(guidance_scale=typed) == {"guidance_scale": scale}
+    for typed in ("", "4,", "high"):
+        with pytest.raises(
+            ValueError, match=f"--guidance-scale {typed} must be a number, or one for each step"
+        ):
+            options.collect(guidance_scale=typed)
 
 
 def answer(arguments, **environment):

@@ -43,6 +43,23 @@ def test_the_plan_of_a_release(here, hub):
     assert not list(here.iterdir())
 
 
+def test_the_passes_of_guidance(here):
+    for options, text, passes in (
+        ([], "guidance 4 and 3", 40),
+        (["--guidance", "gated"], "gated guidance 4 and 3", 30),
+        (["--guidance", "nag"], "nag guidance 1 and 1", 20),
+        (["--guidance", "cfg-zero*"], "cfg-zero* guidance 4 and 3", 38),
+        (["--guidance-interval", "0.2,0.7"], "guidance 4 and 3", 30),
+        (["--guidance", '{"name": "slg", "layers": [3]}'], "slg guidance 4 and 3", 44),
+        (["-g", ",".join(["4"] * 5 + ["1"] * 15)], "guidance 1 to 4", 25),
+    ):
+        out, _ = run("t2v", "a", "--dry-run", "--json", *options)
+        settings = json.loads(out)["settings"]
+        assert settings["passes"] == passes and f", {text}" in settings["text"]
+    _, err = run("t2v", "a", "--dry-run", "--guidance", "slg", code=1)
+    assert "layers=9: the transformer's layers are 0 to 5" in err
+
+
 def test_a_dry_run(here, hub):
     arguments = ["--model", "Wan-AI/Wan2.2-I2V-A14B", "--dtype", "bf16", "--memory", "16GB", "--frames", 5]
     picture("a.png", (832, 480))

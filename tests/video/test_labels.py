@@ -34,11 +34,16 @@ def test_labels_say_what_differs():
         "64x64": replace(plain, height=64),
         "distilled lightning-4": recipe(distilled="lightning-4"),
         "guidance 2.5": recipe(guidance_scale=2.5),
+        "guidance 3, 2": recipe(guidance_scale=[3.0, 2.0]),
+        "apg guidance (eta 0.5)": recipe(guidance={"name": "apg", "eta": 0.5}),
+        "gated guidance (guider name tcfg)": recipe(guidance={"name": "gated", "guider": {"name": "tcfg"}}),
+        "guidance interval 0.2, 0.9": recipe(guidance_interval=[0.2, 0.9]),
         "Euler": replace(plain, scheduler="Euler"),
         "vae float32": replace(plain, dtypes={"vae": "float32"}),
     }
     absent = ["2 steps", "not quantised", "not accelerated", "native attention", "no step cache", "no LoRA"]
-    absent += ["64x48", "not distilled", "guidance 1", "S", "no dtypes"]
+    absent += ["64x48", "not distilled", "guidance 1", "guidance 1"]
+    absent += ["plain guidance", "plain guidance", "guidance in all steps", "S", "no dtypes"]
     for (label, other), without in zip(others.items(), absent, strict=True):
         assert labels([plain, other]) == [without, label]
 

@@ -28,6 +28,8 @@ ABSENT = {
     "token_parts": "tokens in one part",
     "attention": "native attention",
     "distilled": "not distilled",
+    "guidance": "plain guidance",
+    "guidance_interval": "guidance in all steps",
     "loras": "no LoRA",
 }
 # Entries of a call that others below say better, or that change nothing.
@@ -109,6 +111,9 @@ def _said(name: str, value: Any) -> str:
         return _word(name)
     if isinstance(value, str):
         return f"{_word(name)} {value}"
+    if name == "guidance" and isinstance(value, Mapping):
+        rest = _plain({setting: inner for setting, inner in value.items() if setting != "name"})
+        return f"{_plain(value.get('name'))} guidance{rest and f' ({rest})'}"
     if name == "quantized" and isinstance(value, Mapping):
         formats = {form for table in value.values() for form in table}
         return f"{', '.join(sorted(formats))} {_word(name)}"

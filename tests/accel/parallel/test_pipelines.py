@@ -10,6 +10,7 @@ from tests.accel.parallel.ranks import on_ranks
 from tests.builders import SMALL, random_i2v_pipeline, random_pipeline, random_ti2v_pipeline
 from tests.tiers import slow
 from wan22.accel.parallel import parallelize
+from wan22.guidance import Gated, SkipLayer
 from wan22.video.metadata import read_recipe
 from wan22.video.result import to_uint8
 
@@ -66,6 +67,29 @@ def test_a_call(count):
         assert not wrong
         assert all(found[name, "detached"] == 0 for name in ("t2v", "i2v", "ti2v"))
         assert all(found[case] == first[case] for case in found if case[1] == "seed"), "one noise for all"
+
+
+def guided(rank):
+    """How far calls whose steps have one, two and three passes are off those of one rank."""
+    pipe, found = random_pipeline(), []
+    skipping = SkipLayer(layers=1, start=0, stop=0.5)
+    at_1 = {"guidance_scale": 1.0, "guidance_scale_2": 1.0}
+    for options in (
+        {"guidance": Gated(skipping)},
+        {"guidance": skipping, **at_1},
+        {"guidance": "nag", **at_1},
+    ):
+        call = SMALL | {"prompt": "a red kite", "height": 96, "num_inference_steps": 6, "seed": 1} | options
+        alone = pipe(**call).frames
+        parallel = parallelize(pipe, cfg=2)
+        found.append(off(pipe(**call).frames, alone))
+        parallel.detach()
+    return found
+
+
+def test_passes_of_guidance():
+    for found in on_ranks(2, guided):
+        assert len(found) == 3 and max(found) <= BOUND
 
 
 def manners(rank, folder):

@@ -1,5 +1,6 @@
 """Tokens shared among ranks: what one rank computes, in every layout; and nothing remains of it."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from tests.tiers import slow
 from wan22.accel.parallel import Layout, parallelize
 from wan22.accel.parallel.mesh import suggest
 from wan22.models.attention import Kernel, native, register, unregister
+from wan22.models.attention_guidance import AttentionGuidance
 
 LAYOUTS = {2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(4, 1), (2, 2)], 7: [(7, 1)]}
 BOUND = 1e-5
@@ -89,6 +91,32 @@ def test_a_transformer(count):
         off = {case: value for case, value in found.items() if not value <= BOUND}
         assert not off, (rank, off)
         assert len(found) == len(LAYOUTS[count]) * 3 * len(cases())
+
+
+def guided(rank):
+    """How far what guidance asks of a transformer is off that of one rank. Outer layers are not skipped."""
+    model, given = copy.deepcopy(random_transformer(0)), inputs()
+    model.blocks.extend(random_transformer(1).blocks)
+    negative = {"encoder_hidden_states_negative": given["encoder_hidden_states"].flip(-1)}
+    given |= negative | {"attention_guidance": AttentionGuidance(4.0, 2.5, 0.5), "skip_layers": (1,)}
+    plain, found = run(model, given), []
+    for layout in ({"ring": 2}, {"ulysses": 2}):
+        parallel = parallelize(Pipe(model), **layout, vae=False)
+        found.append((run(model, given) - plain).abs().max().item())
+        for layer in (0, 3):
+            with pytest.raises(
+                ValueError, match=f"layer {layer} cannot be skipped where ranks share tokens: lay"
+            ):
+                run(model, given | {"skip_layers": (1, layer)})
+        found.append((run(model, given) - plain).abs().max().item())
+        parallel.detach()
+    assert run(model, given | {"skip_layers": (0, 3)}).isfinite().all()
+    return found
+
+
+def test_negative_texts_and_skipped_layers():
+    for found in on_ranks(2, guided):
+        assert len(found) == 4 and max(found) <= BOUND
 
 
 class Sent(TorchDispatchMode):
