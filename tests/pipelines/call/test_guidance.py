@@ -38,6 +38,7 @@ FORMULAS = {
     "slg": SLG,
     "gated": Gated(),
     "nag": NAG(),
+    "refreshed": Gated(after=0.1, refresh=1),
     "several": Gated(SkipLayer(Rescale("apg"), layers=0, start=0.2, stop=0.8), after=0.4),
 }
 
@@ -176,6 +177,8 @@ def test_gating_and_the_experts(pipe, steps):
         first = round(after * STEPS)
         full = [max(min(first, high), 1), max(first - high, 1)]
         assert list(passes(pipe, guidance=Gated(after=after))) == [high + full[0], low + full[1]]
+    full = [-(-count // 3) for count in steps]
+    assert list(passes(pipe, guidance=Gated(after=0, refresh=2))) == [high + full[0], low + full[1]]
 
 
 def test_passes_of_the_others(pipe, steps):
@@ -469,7 +472,7 @@ def test_classes_of_the_callers_own(pipe):
         pass
 
     class Ours(Guider):
-        def passes(self, step, scale, known):
+        def passes(self, step, scale, since):
             return UNGUIDED
 
     call = {**SMALL, "guidance_scale": None, "guidance_scale_2": None, "seed": 1, "output_type": "latent"}

@@ -197,7 +197,7 @@ def test_skipped_layers_are_those_of_diffusers(index):
     theirs = guiders.SkipLayerGuidance(4.0, skip_layer_guidance_scale=1.5, **options)
     ours = SkipLayer(scale=1.5, start=0.05, stop=0.2)  # theirs starts a step after its start
     at = step(index)
-    names = tuple(ours.passes(at, 4.0, False))
+    names = tuple(ours.passes(at, 4.0, None))
     theirs.set_state(index, 20, torch.tensor(500.0))
     assert len(names) == theirs.num_conditions
     predicted = predictions(names=names)
@@ -209,17 +209,19 @@ def test_skipped_layers_are_those_of_diffusers(index):
 
 
 def test_zero_steps():
-    needed = [len(CFGZeroStar().passes(step(i, 50), 4.0, False)) for i in range(4)]
+    needed = [len(CFGZeroStar().passes(step(i, 50), 4.0, None)) for i in range(4)]
     assert needed == [0, 0, 2, 2], "4 % of the steps"
-    assert [len(CFGZeroStar().passes(step(i, 8), 4.0, False)) for i in range(2)] == [2, 2]
-    assert [len(CFGZeroStar(1).passes(step(i, 8), 4.0, False)) for i in range(2)] == [0, 2]
-    assert list(CFGZeroStar(3).passes(step(0, 8), 1, False)) == ["cond"], "without guidance nothing is zero"
+    assert [len(CFGZeroStar().passes(step(i, 8), 4.0, None)) for i in range(2)] == [2, 2]
+    assert [len(CFGZeroStar(1).passes(step(i, 8), 4.0, None)) for i in range(2)] == [0, 2]
+    assert list(CFGZeroStar(3).passes(step(0, 8), 1, None)) == ["cond"], "without guidance nothing is zero"
 
 
 def test_gates():
-    needed = [list(Gated(after=0.5).passes(step(i, 8), 4.0, True)) for i in range(8)]
+    needed = [list(Gated(after=0.5).passes(step(i, 8), 4.0, 1)) for i in range(8)]
     assert needed == [["cond", "uncond"]] * 4 + [["cond"]] * 4
-    assert list(Gated(after=0.5).passes(step(7, 8), 4.0, False)) == ["cond", "uncond"], "none is known"
+    assert list(Gated(after=0.5).passes(step(7, 8), 4.0, None)) == ["cond", "uncond"], "none is known"
+    refreshed = [list(Gated(after=0.5, refresh=2).passes(step(7, 8), 4.0, since)) for since in (1, 2, 3)]
+    assert refreshed == [["cond"], ["cond"], ["cond", "uncond"]]
 
 
 # ---- settings ----
@@ -235,6 +237,7 @@ def test_gates():
         (lambda: MamboG(alpha=-1), "alpha=-1 must be a number, 0 or more"),
         (lambda: Rescale(phi=1.5), "phi=1.5 must be a number"),
         (lambda: Gated(after=-0.5), "after=-0.5 must be a number"),
+        (lambda: Gated(refresh=0), "refresh=0 must be an int, at least 1"),
         (lambda: NAG(scale=0.5), "scale=0.5 must be a number, 1 or more; 1 changes nothing"),
         (lambda: NAG(tau=0), "tau=0 must be a number, above 0"),
         (lambda: NAG(alpha=2), "alpha=2 must be a number"),

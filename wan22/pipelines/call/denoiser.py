@@ -9,7 +9,7 @@ import torch
 
 from .experts import Step
 from .guidance.guider import Memory, PassSettings
-from .guidance.scales import Guidance
+from .guidance.scales import Guidance, LastBoth
 from .passes import Pass, Predictor
 from .state import CallState
 
@@ -37,22 +37,22 @@ class GuidedDenoiser:
 
     def __init__(self, predict: Predictor, embeds: TextEmbeds, guidance: Guidance, state: CallState) -> None:
         self.predict, self.embeds, self.guidance, self.state = predict, embeds, guidance, state
-        self._expert: Any = None  # whose steps what follows is of
-        self._known = False
+        self._last = LastBoth()
+        self._expert: Any = None  # of whose predictions the memories are
         self._memories: list[Memory] = []
 
     def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the guided velocity of noisy latents, both "b c t h w" float32."""
         if step.expert != self._expert:  # whose predictions are of other statistics
-            self._expert, self._known, self._memories = step.expert, False, [{} for _ in latents]
+            self._expert, self._memories = step.expert, [{} for _ in latents]
         guider, scale = self.guidance.guider, self.guidance.scale_at(step)
         if self._negative is None:
             scale = 1
-        needed = guider.passes(step, scale, self._known)
+        needed = guider.passes(step, scale, self._last.since(step))
+        self._last.note(step, needed)
         if not needed:
             return torch.zeros_like(latents)
         passes = {name: self._pass(settings) for name, settings in needed.items()}
-        self._known |= "uncond" in passes
         predicted = self.predict(latents, step, passes, range(len(latents)))
         videos = zip(*(predicted[name].split(1) for name in passes), strict=True)
         each = [dict(zip(passes, video, strict=True)) for video in videos]

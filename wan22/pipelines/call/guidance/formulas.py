@@ -37,10 +37,10 @@ class CFGZeroStar(Guider):
         if self.zero_steps is not None:
             check_positive_int("zero_steps", self.zero_steps, least=0)
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return none at the first steps."""
         zero_steps = first_step(0.04, step.count) if self.zero_steps is None else self.zero_steps
-        return {} if scale != 1 and step.index < zero_steps else super().passes(step, scale, known)
+        return {} if scale != 1 and step.index < zero_steps else super().passes(step, scale, since)
 
     def guided(self, c: torch.Tensor, u: torch.Tensor, g: float, memory: Memory) -> torch.Tensor:
         """Return s u + g (c - s u)."""

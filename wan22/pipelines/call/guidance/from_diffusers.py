@@ -65,7 +65,7 @@ class DiffusersGuider(Guider):
         """Whether its class is one that diffusers has, so that a recipe can name it."""
         return type(self.guider).__module__.startswith("diffusers.")
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return those that the guider asks for."""
         if scale == 1:
             return UNGUIDED

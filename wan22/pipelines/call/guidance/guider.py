@@ -52,10 +52,10 @@ class Guider:
     def check(self, models: Sequence[Any]) -> None:
         """Refuse, with a ValueError, transformers that cannot run its passes."""
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return the passes that a step needs, by name; without any its velocity is zero.
 
-        `known`: whether c and u have been predicted together at an earlier step of this expert.
+        `since`: steps since c and u were last predicted together, by this expert; None: not yet.
         """
         return UNGUIDED if scale == 1 else GUIDED
 

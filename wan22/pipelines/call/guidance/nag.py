@@ -59,6 +59,6 @@ class NAG(Guider):
                         "set_attn_processor(WanAttnProcessor()) takes it away"
                     )
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return the only pass, with its attention guided."""
         return {"cond": PassSettings(attention=AttentionGuidance(self.scale, self.tau, self.alpha))}

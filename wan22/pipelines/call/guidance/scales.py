@@ -1,6 +1,6 @@
 """A call's guidance: the formula, and its scale at each step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,25 @@ from .named import recorded
 
 # One for all steps, one for each, or a function of the noise level, 0 to 1.
 Scale = float | Sequence[float] | Callable[[float], float]
+
+
+class LastBoth:
+    """Remembers at which step both predictions were last made by the expert at work."""
+
+    def __init__(self) -> None:
+        self._expert: Any = None
+        self._index: int | None = None
+
+    def since(self, step: Step) -> int | None:
+        """Return the steps since then; None: this expert has not yet made both."""
+        return None if self._index is None or step.expert != self._expert else step.index - self._index
+
+    def note(self, step: Step, passes: Iterable[str]) -> None:
+        """Take note of the passes of a step."""
+        if step.expert != self._expert:
+            self._expert, self._index = step.expert, None
+        if "uncond" in passes:
+            self._index = step.index
 
 
 @dataclass(frozen=True)
@@ -29,11 +48,10 @@ class Guidance:
     def passes(self, steps: Sequence[Step]) -> list[Mapping[str, PassSettings]]:
         """Return the passes of each step of the schedule, unless a callback changes that."""
         found: list[Mapping[str, PassSettings]] = []
-        known, expert = False, None
+        last = LastBoth()
         for step in steps:
-            known, expert = known and step.expert == expert, step.expert
-            found.append(self.guider.passes(step, self.scale_at(step), known))
-            known = known or "uncond" in found[-1]
+            found.append(self.guider.passes(step, self.scale_at(step), last.since(step)))
+            last.note(step, found[-1])
         return found
 
     def needs_negative(self, steps: Sequence[Step]) -> bool:

@@ -32,9 +32,9 @@ class Wrapper(Guider):
         """See the wrapped formula."""
         self.guider.check(models)
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return the wrapped formula's."""
-        return self.guider.passes(step, scale, known)
+        return self.guider.passes(step, scale, since)
 
     def combine(self, predicted: Predictions, scale: float, step: Step, memory: Memory) -> torch.Tensor:
         """Return the wrapped formula's velocity."""
@@ -43,13 +43,14 @@ class Wrapper(Guider):
 
 @dataclass(frozen=True)
 class Gated(Wrapper):
-    """Guides the later steps by the last known difference: u = c - d, d of the last step that had both.
+    """Guides later steps by the last known difference: u = c - d, d = c - u of the last step that had both.
 
-    After this share of the steps only the pass with the prompt runs; the first step of each expert has both.
+    At gated steps only the pass with the prompt runs. The first step of each expert has both.
 
     Args:
         guider: a formula of c and u.
-        after: share of the schedule's steps, 0 to 1; 1 gates none.
+        after: share of the schedule's steps after which gating begins, 0 to 1; 1 gates none.
+        refresh: gated steps after which one has both again, at least 1; None: none has.
 
     Source: arXiv 2312.12487, LinearAG with one earlier difference; hao-ai-lab/FastVideo.
     """
@@ -57,14 +58,18 @@ class Gated(Wrapper):
     name = "gated"
 
     after: float = 0.5
+    refresh: int | None = None
 
     def __post_init__(self) -> None:
         check_real("after", self.after, 0, 1)
+        if self.refresh is not None:
+            check_positive_int("refresh", self.refresh)
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
-        """Return the wrapped formula's, without that for u once gated."""
-        needed = self.guider.passes(step, scale, known)
-        if not known or step.index < first_step(self.after, step.count):
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
+        """Return the wrapped formula's, without that for u at gated steps."""
+        needed = self.guider.passes(step, scale, since)
+        fresh = since is None or (self.refresh is not None and since > self.refresh)
+        if fresh or step.index < first_step(self.after, step.count):
             return needed
         return {name: settings for name, settings in needed.items() if name != "uncond"}
 
@@ -72,7 +77,7 @@ class Gated(Wrapper):
         """Return the wrapped formula's velocity, for u as it is or as it was."""
         if "uncond" in predicted:
             memory["difference"] = predicted["cond"] - predicted["uncond"]
-        elif "difference" in memory and "uncond" in self.guider.passes(step, scale, True):
+        elif "difference" in memory and "uncond" in self.guider.passes(step, scale, None):
             predicted = {**predicted, "uncond": predicted["cond"] - memory["difference"]}
         return self.guider.combine(predicted, scale, step, memory)
 
@@ -126,9 +131,9 @@ class SkipLayer(Wrapper):
     def _layers(self) -> tuple[int, ...]:
         return self.layers  # type: ignore[return-value]
 
-    def passes(self, step: Step, scale: float, known: bool) -> Mapping[str, PassSettings]:
+    def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return the wrapped formula's, and "skip" between start and stop."""
-        needed = self.guider.passes(step, scale, known)
+        needed = self.guider.passes(step, scale, since)
         start, stop = (first_step(share, step.count) for share in (self.start, self.stop))
         if not needed or not self.scale or not start <= step.index < stop:
             return needed
