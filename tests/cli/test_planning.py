@@ -46,7 +46,7 @@ def test_the_plan_of_a_release(here, hub):
 def test_the_passes_of_guidance(here):
     for options, text, passes in (
         ([], "guidance 4 and 3", 40),
-        (["--guidance", "gated"], "gated guidance 4 and 3", 30),
+        (["--guidance", "gated"], "gated guidance 4 and 3", 28),
         (["--guidance", "nag"], "nag guidance 1 and 1", 20),
         (["--guidance", "cfg-zero*"], "cfg-zero* guidance 4 and 3", 38),
         (["--guidance-interval", "0.2,0.7"], "guidance 4 and 3", 30),

@@ -81,15 +81,16 @@ def guided(rank):
     ):
         call = SMALL | {"prompt": "a red kite", "height": 96, "num_inference_steps": 6, "seed": 1} | options
         alone = pipe(**call).frames
-        parallel = parallelize(pipe, cfg=2)
-        found.append(off(pipe(**call).frames, alone))
-        parallel.detach()
+        for fsdp in (False, True):
+            parallel = parallelize(pipe, cfg=2, fsdp=fsdp)
+            found.append(off(pipe(**call).frames, alone))
+            parallel.detach()
     return found
 
 
 def test_passes_of_guidance():
     for found in on_ranks(2, guided):
-        assert len(found) == 3 and max(found) <= BOUND
+        assert len(found) == 6 and max(found) <= BOUND
 
 
 def manners(rank, folder):

@@ -3,11 +3,11 @@
 import copy
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from diffusers import guiders
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from tests.accel.features import streamed
@@ -21,9 +21,11 @@ from tests.builders import (
     random_ti2v_pipeline,
     recording,
 )
-from wan22.guidance import APG, NAG, CFGZeroStar, ClassifierFreeGuidance, Gated, Guider, Rescale, SkipLayer
-from wan22.pipelines.call.guidance.guider import UNGUIDED
+from wan22.guidance import APG, NAG, CFGZeroStar, ClassifierFreeGuidance, Gated, Rescale, SkipLayer
+from wan22.pipelines.call.denoiser import GuidedDenoiser
+from wan22.pipelines.call.experts import Experts
 from wan22.pipelines.call.guidance.named import GUIDERS
+from wan22.pipelines.call.guidance.scales import Guidance
 from wan22.video.recipe import Recipe
 
 STEPS = 8
@@ -176,7 +178,10 @@ def test_gating_and_the_experts(pipe, steps):
     for after in (0.0, 0.25, 0.5, 0.75):
         first = round(after * STEPS)
         full = [max(min(first, high), 1), max(first - high, 1)]
-        assert list(passes(pipe, guidance=Gated(after=after))) == [high + full[0], low + full[1]]
+        assert list(passes(pipe, guidance=Gated(after=after, refresh=None))) == [
+            high + full[0],
+            low + full[1],
+        ]
     full = [-(-count // 3) for count in steps]
     assert list(passes(pipe, guidance=Gated(after=0, refresh=2))) == [high + full[0], low + full[1]]
 
@@ -315,7 +320,7 @@ def test_gating_that_begins_without_guidance(pipe, steps):
 
     high, low = steps
     with recording(pipe) as calls:
-        latents(pipe, guidance=Gated(after=0), callback_on_step_end=end)
+        latents(pipe, guidance=Gated(after=0, refresh=None), callback_on_step_end=end)
     per_step = Counter(t for name, t in calls if name != "text_encoder")
     assert [per_step[t] for t in pipe.scheduler.timesteps.tolist()] == [2] + [1] * (high + 1) + [2] + [1] * (
         low - 3
@@ -341,6 +346,11 @@ def test_what_layers_cannot_do_is_refused(pipe):
     with pytest.raises(ValueError, match="a step cache counts; call disable_cache"):
         latents(other, guidance=SLG)
     model.disable_cache()
+    grouped = copy.deepcopy(model)
+    device = torch.device("cpu")
+    grouped.enable_group_offload(device, device, "block_level", num_blocks_per_group=1)
+    with pytest.raises(ValueError, match="group offloading brings the next before it is called"):
+        latents(random_pipeline(transformer=grouped), guidance=SLG)
     model.blocks[0].attn2.set_processor(diffusers.models.transformers.transformer_wan.WanAttnProcessor())
     model.blocks[0].attn2.set_processor(lambda *args: args[1])
     with pytest.raises(ValueError, match="not known to the attention processor function"):
@@ -383,102 +393,28 @@ def test_what_does_not_go_together_is_refused(pipe, options, message):
     assert not calls, "before any work"
 
 
-# ---- diffusers' guiders ----
+# ---- the denoiser alone ----
 
 
-def own(pipe, guider, **options):
-    """Latents by a guider, whose scale is its own."""
-    return latents(pipe, guidance=guider, guidance_scale=None, guidance_scale_2=None, **options)
-
-
-def test_a_guider_of_diffusers(pipe):
-    expected = latents(pipe, guidance_scale=3.0, guidance_scale_2=3.0)
-    assert torch.equal(own(pipe, guiders.ClassifierFreeGuidance(3.0)), expected)
-    gated = latents(pipe, guidance=Gated(), guidance_scale=3.0, guidance_scale_2=3.0)
-    assert torch.equal(own(pipe, Gated(guiders.ClassifierFreeGuidance(3.0))), gated)
-    inside = latents(pipe, guidance_scale=3.0, guidance_scale_2=3.0, guidance_interval=(0.25, 0.75))
-    assert torch.equal(own(pipe, guiders.ClassifierFreeGuidance(3.0, start=0.25, stop=0.75)), inside)
-
-
-OF_DIFFUSERS = {
-    "apg": lambda: guiders.AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5),
-    "original apg": lambda: guiders.AdaptiveProjectedGuidance(1.0, use_original_formulation=True),
-    "mix": lambda: guiders.AdaptiveProjectedMixGuidance(3.0, adaptive_projected_guidance_start_step=2),
-    "zero": lambda: guiders.ClassifierFreeZeroStarGuidance(3.0),
-    "tcfg": lambda: guiders.TangentialClassifierFreeGuidance(3.0),
-}
-
-
-@pytest.mark.parametrize("name", OF_DIFFUSERS)
-def test_guiders_of_diffusers_in_a_call(pipe, plain, name):
-    guider = OF_DIFFUSERS[name]()
-    both = own(pipe, guider, prompt=["a red circle", "b"])
-    assert torch.equal(own(pipe, guider, prompt=["a red circle", "b"]), both), "nothing is kept"
-    assert torch.equal(own(pipe, OF_DIFFUSERS[name](), prompt="b", seed=8), both[1:])
-    assert not torch.equal(both[:1], plain)
-    call = {**SMALL, "guidance_scale": None, "guidance_scale_2": None, "seed": 1}
-    video = pipe("a", **call, guidance=guider)
-    table = video.recipe.call["guidance"]
-    assert (table["name"], table["class"]) == ("diffusers", type(guider).__name__)
-    assert pipe.reproduce(Recipe.from_json(video.recipe.to_json())) == video
-
-
-def test_guiders_that_do_not_fit_are_refused(pipe):
-    hooked = guiders.SkipLayerGuidance(skip_layer_guidance_layers=[0])
-    for guider in (hooked, guiders.PerturbedAttentionGuidance(perturbed_guidance_layers=[0])):
-        with pytest.raises(
-            ValueError, match=f"{type(guider).__name__} changes the transformer between passes"
-        ):
-            own(pipe, guider)
-    with pytest.raises(ValueError, match="MagnitudeAwareGuidance fails on videos: linalg"):
-        own(pipe, guiders.MagnitudeAwareGuidance(3.0))
-    changed = guiders.ClassifierFreeGuidance(3.0)
-    changed.guidance_scale = 5.0
-    with pytest.raises(ValueError, match=r"guidance_scale of the Class.* has been changed, .*new"):
-        own(pipe, changed)
-    off = guiders.ClassifierFreeGuidance(3.0)
-    off.disable()
-    with pytest.raises(ValueError, match="enabled of the ClassifierFreeGuidance has been changed"):
-        own(pipe, off)
-    with pytest.raises(ValueError, match=r"=3\.0, and guidance='diffusers' runs at a scale of 5"):
-        latents(pipe, guidance=guiders.ClassifierFreeGuidance(5.0))
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (
-            {"class": "AutoGuidanc"},
-            "guidance: class='AutoGuidanc' must be one of .*; the nearest is 'AutoGuidance'",
-        ),
-        ({"class": "BaseGuidance"}, "guidance: class='BaseGuidance' must be one of"),
-        ({"class": "ClassifierFreeGuidance", "config": {"scale": 2}}, "is not ClassifierFreeGuidance's"),
-        (
-            {"class": "ClassifierFreeGuidance", "config": 3},
-            "guidance: config=3 is not ClassifierFreeGuidance's",
-        ),
-        ({}, "guidance: class=None must be one of"),
-    ],
-)
-def test_what_a_recipe_says_of_them_is_checked(pipe, table, message):
-    with pytest.raises(ValueError, match=message):
-        own(pipe, {"name": "diffusers", **table})
-
-
-def test_classes_of_the_callers_own(pipe):
-    """They work, and no recipe holds them."""
-
-    class Theirs(guiders.ClassifierFreeGuidance):
-        pass
-
-    class Ours(Guider):
-        def passes(self, step, scale, since):
-            return UNGUIDED
-
-    call = {**SMALL, "guidance_scale": None, "guidance_scale_2": None, "seed": 1, "output_type": "latent"}
-    for guidance in (Theirs(3.0), Gated(Theirs(3.0))):
-        video = pipe("a", **call, guidance=guidance)
-        with pytest.raises(ValueError, match="guidance is a Theirs, a class of"):
-            pipe.reproduce(video.recipe)
-    unguided = latents(pipe, guidance_scale=1.0, guidance_scale_2=1.0)
-    assert torch.equal(latents(pipe, guidance=Ours()), unguided)
+def test_each_expert_begins_anew():
+    """What is kept of one expert's predictions is not the other's."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = [
+        {name: torch.randn(2, 4, 1, 3, 3, generator=generator) for name in ("cond", "uncond")}
+        for _ in range(4)
+    ]
+    times = torch.tensor([999.0, 900.0, 500.0, 10.0])
+    models = SimpleNamespace(transformer="high", transformer_2="low")
+    steps = Experts(models, 875.0).steps(SimpleNamespace(timesteps=times, sigmas=times / 1000))
+    embeds = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.zeros(2, 1, 1))
+    denoiser = GuidedDenoiser(
+        lambda latents, step, passes, videos: predicted[step.index],
+        embeds,
+        Guidance(APG(), (4.0,) * 4, {}),
+        SimpleNamespace(do_classifier_free_guidance=True),
+    )
+    for step in steps:
+        found = denoiser(torch.zeros(2, 4, 1, 3, 3), step)
+        video = {name: p[1:] for name, p in predicted[step.index].items()}
+        fresh = APG().combine(video, 4.0, step, {})
+        assert torch.equal(found[1:], fresh) == (step.index in (0, 2))

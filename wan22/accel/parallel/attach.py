@@ -148,6 +148,9 @@ class Parallel:
         names, shared = list(passes), self.layout.cfg
         if len(names) < shared or shared == 1:  # the same on all ranks
             return predict(passes)
+        # Ranks that have a part of a block's weights each must all want that block.
+        if self.fsdp and len({passes[name].skip_layers for name in names[:shared]}) > 1:
+            return predict(passes)
         name = names[dist.get_rank(self.groups.guidance)]
         (own,) = predict({name: passes[name]})
         rest = {name: passes[name] for name in names[shared:]}

@@ -27,7 +27,7 @@ class Ranks(Protocol):
         ...
 
     def run_passes(self, passes: Passes, predict: Run) -> list[torch.Tensor]:
-        """Run the passes of a step, one or two, and return what each predicts."""
+        """Run the passes of a step and return what each predicts."""
         ...
 
     def frames_here(self, frames: Iterator[Frame], vae: Any) -> Iterator[Frame]:

@@ -11,6 +11,7 @@ import torch
 
 from ....checkpoints.loading.models import is_ours
 from ....checks import check_positive_int, check_real, shown
+from ....private_apis import is_group_offloaded
 from ..experts import Step
 from .guider import ClassifierFreeGuidance, Guider, Memory, PassSettings, Predictions, first_step
 
@@ -57,8 +58,8 @@ class Gated(Wrapper):
 
     name = "gated"
 
-    after: float = 0.5
-    refresh: int | None = None
+    after: float = 0.25
+    refresh: int | None = 5
 
     def __post_init__(self) -> None:
         check_real("after", self.after, 0, 1)
@@ -113,7 +114,7 @@ class SkipLayer(Wrapper):
         check_real("stop", self.stop, check_real("start", self.start, 0, 1), 1)
 
     def check(self, models: Sequence[Any]) -> None:
-        """Refuse transformers of others, with fewer layers, or with a step cache."""
+        """Refuse transformers of others, with fewer layers, or whose layers something else counts."""
         super().check(models)
         for model in models:
             if not is_ours(model):
@@ -126,6 +127,11 @@ class SkipLayer(Wrapper):
                 raise ValueError(f"layers={highest}: the transformer's layers are 0 to {last}")
             if model.is_cache_enabled:
                 raise ValueError("guidance='slg' skips layers that a step cache counts; call disable_cache()")
+            if is_group_offloaded(model):
+                raise ValueError(
+                    "guidance='slg' skips layers, and diffusers' group offloading brings the next before it "
+                    "is called; pipe.fit(...) streams layers in any order"
+                )
 
     @property
     def _layers(self) -> tuple[int, ...]:
