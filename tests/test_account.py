@@ -49,9 +49,9 @@ def test_peak_of_activations():
 # Gigabytes that a latent frame's kernels read and write beside convolutions.
 CHUNKS = {
     (A14B_720P, torch.bfloat16, False): 116.5,
-    (A14B_720P, torch.bfloat16, True): 61.7,
-    (A14B_720P, torch.float32, True): 123.5,
-    (TI2V_5B, torch.bfloat16, True): 49.6,
+    (A14B_720P, torch.bfloat16, True): 46.6,
+    (A14B_720P, torch.float32, True): 93.2,
+    (TI2V_5B, torch.bfloat16, True): 38.2,
 }
 
 
@@ -59,6 +59,14 @@ CHUNKS = {
 def test_bytes_of_a_decoded_chunk(video, dtype, fused):
     most = CHUNKS[video, dtype, fused]
     assert 0.9 * most <= account.chunk("wan22", video, dtype, fused).nbytes / 1e9 <= most
+
+
+@pytest.mark.parametrize(("video", "most"), [(A14B_720P, 1.02), (TI2V_5B, 2.70)])
+def test_seconds_of_decoding_a_clip(video, most):
+    """Convolutions alone take 0.78 and 2.41 s."""
+    traffic = account.chunk("wan22", video, torch.bfloat16, True)
+    kernels = video.latent_size[0] * traffic.nbytes / account.BYTE_RATE
+    assert 0.9 * most <= account.convolution_seconds(video) + kernels <= most
 
 
 def test_bare_times_are_those_of_the_profile():
@@ -75,7 +83,7 @@ def test_the_table_and_its_file(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["account", "--json", str(tmp_path / "account.json")])
     account.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 + 1 + 14
+    assert len(lines) == 8 + 1 + 16
     assert {line.count("|") for line in lines[:8]} == {11}
     assert "| wan22, fused, Wan2.2-T2V-A14B 1280x720x81 | fp32 | 2.0 | 7 | 0.01 |" in lines
     assert "| 9.451 s | 2.00 | 7 |" in lines[2]

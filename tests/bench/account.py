@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench.gpu_steps import VIDEOS, Video, released_configs, step_calls
 from tests.bench.harness import DTYPES
@@ -119,23 +120,43 @@ def rows(videos: tuple[Video, ...] = VIDEOS) -> list[Row]:
 # ---- VAE ----
 
 
-def chunk(side: str, video: Video, dtype: torch.dtype, fuse: bool = False) -> Traffic:
-    """Return what the kernels beside convolutions do for one of a clip's latent frames that is decoded."""
+def decoding(side: str, video: Video, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """Return an autoencoder on the fake GPU, ours accelerated, and three latent frames; within `fake_gpu`."""
     config = released_configs(video.preset)["vae"]
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in config.items()}  # theirs adds lists
     with torch.device("meta"):
         model = (AutoencoderKLWan if side == "wan22" else diffusers.AutoencoderKLWan)(**config)
+    place(model, dtype)
+    if side == "wan22":
+        vae_acceleration.accelerate(model)
+    return model, torch.empty(1, config["z_dim"], 3, *video.latent_size[1:], device="cuda", dtype=dtype)
+
+
+def chunk(side: str, video: Video, dtype: torch.dtype, fuse: bool = False) -> Traffic:
+    """Return what the kernels beside convolutions do for one of a clip's latent frames that is decoded."""
     with fake_gpu():
-        place(model, dtype)
-        z = torch.empty(1, config["z_dim"], 3, *video.latent_size[1:], device="cuda", dtype=dtype)
+        model, z = decoding(side, video, dtype)
         if side == "wan22":
-            vae_acceleration.accelerate(model)
             chunks = model.decode_stream(z)
             for _ in range(2):  # the first and the second are fewer frames, and no history yet
                 next(chunks)
             return eager_traffic(lambda: next(chunks), fuse)
         two, three = (eager_traffic(partial(model.decode, z[:, :, :n])) for n in (2, 3))
         return Traffic(three.nbytes - two.nbytes, three.kernels - two.kernels)
+
+
+def convolution_seconds(video: Video) -> float:
+    """Return the time of our convolutions for a clip, in bf16 at the rate of matrix products."""
+    counts = []
+    with fake_gpu():
+        model, z = decoding("wan22", video, torch.bfloat16)
+        chunks = model.decode_stream(z)
+        for _ in range(3):
+            with FlopCounterMode(display=False) as counter:
+                next(chunks)
+            counts.append(counter.get_total_flops())
+    first, second, other = counts
+    return (first + second + (video.latent_size[0] - 2) * other) / PRODUCT_RATE
 
 
 def decoding_table(videos: tuple[Video, ...]) -> str:
@@ -153,6 +174,8 @@ def decoding_table(videos: tuple[Video, ...]) -> str:
                 label = f"{side}, {'fused' if fuse else 'eager'}"
                 cells = f"{name} | {found.nbytes / 1e9:.1f} | {found.kernels} | {seconds:.2f}"
                 lines.append(f"| {label}, {video.preset.name} {video} | {cells} |")
+        alone = f"convolutions alone, {video.preset.name} {video} | bf16"
+        lines.append(f"| {alone} | | | {convolution_seconds(video):.2f} |")
     return "\n".join(lines)
 
 

@@ -94,8 +94,11 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given, made = list(tensors((args, kwargs))), list(tensors(result))
         packet = func.overloadpacket
+        if packet is aten.convolution and args[0].is_contiguous(memory_format=torch.channels_last_3d):
+            # As cuDNN's, of which fake tensors know for images alone.
+            result = torch.empty_like(result, memory_format=torch.channels_last_3d)
+        given, made = list(tensors((args, kwargs))), list(tensors(result))
         if func.namespace != "aten" or packet in PRODUCTS | FREE or not made:
             return result
         values = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}

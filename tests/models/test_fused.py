@@ -12,9 +12,16 @@ from torch._dynamo.utils import counters
 
 from tests.bench.traffic import fake_gpu
 from wan22.models import autoencoder_layers, fused, layers
-from wan22.models.autoencoder_layers import RMSNorm, normalized_silu
+from wan22.models.autoencoder_layers import (
+    CausalConv3d,
+    ResidualBlock,
+    RMSNorm,
+    convolve_normalized,
+    normalized_silu,
+)
 from wan22.models.layers import Float32LayerNorm, Float32RMSNorm
 from wan22.models.rope import rotary_tables
+from wan22.models.temporal_cache import TemporalCache
 
 B, L, N, D = 1, 24, 2, 16
 GENERATOR = torch.Generator().manual_seed(0)
@@ -133,6 +140,65 @@ def test_norm_and_silu_of_the_autoencoder_compiled(compiling, monkeypatch, layou
     monkeypatch.setattr(fused, "applies", lambda *args: False)
     plain = normalized_silu(norm, x)
     assert worst_error(y, exact) <= 1.1 * worst_error(plain, exact) + 1e-8
+
+
+def norm_and_conv(layout, dtype):
+    norm, conv = RMSNorm(24), CausalConv3d(24, 8)
+    nn.init.normal_(norm.gamma, 1, 0.3, generator=GENERATOR)
+    norm.to(dtype)
+    conv.to(dtype)
+    if layout == "innermost":
+        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return norm, conv
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["contiguous", "innermost"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_norm_and_silu_are_written_where_the_convolution_reads(compiling, monkeypatch, layout, dtype, bound):
+    norm, conv = norm_and_conv(layout, dtype)
+    chunks = [frames(layout, dtype, t=t).repeat(2, 1, 1, 1, 1) for t in (3, 4, 2)]
+    chunks = [chunk.contiguous(memory_format=conv.layout) for chunk in chunks]
+    monkeypatch.setattr(autoencoder_layers, "normalized_silu", lambda *args: pytest.fail("written twice"))
+    cache = TemporalCache()
+    found = [convolve_normalized(conv, norm, chunk, cache) for chunk in chunks]
+    assert counters["stats"]["unique_graphs"] == 1, "another number of frames compiles nothing"
+    assert not fused._failed
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "applies", lambda *args: False)
+    plain, exact = TemporalCache(), TemporalCache()
+    wide_norm, wide_conv = (copy.deepcopy(each).double() for each in (norm, conv))
+    for y, chunk in zip(found, chunks, strict=True):
+        reference = convolve_normalized(wide_conv, wide_norm, chunk.double(), exact)
+        slow = convolve_normalized(conv, norm, chunk, plain)
+        assert (y.shape, y.dtype) == (slow.shape, dtype)
+        assert worst_error(y, reference) <= min(bound, 1.1 * worst_error(slow, reference) + 1e-7)
+
+
+@torch.no_grad()
+def test_what_lies_between_norm_and_convolution_sees_its_result(compiling, monkeypatch):
+    """Hooks, dropout, strips; a single frame, another layout and other layers go the plain way, too."""
+    norm, conv = norm_and_conv("contiguous", torch.float32)
+    x, written = frames("contiguous", torch.float32), []
+    monkeypatch.setattr(RMSNorm, "write_silu", lambda self, x, out: written.append(x) or out.copy_(x))
+    convolve_normalized(conv, norm, x)
+    assert len(written) == 1
+    for module in (conv, norm):
+        handle = module.register_forward_pre_hook(lambda module, args: None)
+        convolve_normalized(conv, norm, x)
+        handle.remove()
+    convolve_normalized(conv, norm, x[:, :, :1].contiguous())
+    convolve_normalized(conv, norm, frames("innermost", torch.float32))
+    convolve_normalized(conv, nn.Identity(), x)
+    cache = TemporalCache()
+    for rows in cache.in_strips([(0, 3), (3, 6)]):
+        convolve_normalized(conv, norm, x[:, :, :, rows].contiguous(), cache)
+    assert len(written) == 1
+    block = ResidualBlock(24, 24, dropout=0.5)
+    block(x)
+    assert len(written) == 2, "its second convolution follows dropout"
+    block.eval()(x)
+    assert len(written) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,7 +22,7 @@ from .autoencoder_layers import (
     ResidualBlock,
     RMSNorm,
     Upsample,
-    normalized_silu,
+    convolve_normalized,
     rows_of,
 )
 from .strip_rows import split_rows
@@ -221,7 +221,7 @@ class Encoder3d(nn.Module):
         return torch.cat(parts, dim=3)
 
     def _head(self, x: Tensor, cache: TemporalCache | None) -> Tensor:
-        return self.conv_out(normalized_silu(self.norm_out, x), cache)
+        return convolve_normalized(self.conv_out, self.norm_out, x, cache)
 
 
 class Decoder3d(nn.Module):
@@ -302,7 +302,7 @@ class Decoder3d(nn.Module):
         x = blocks[0].enlarge(refined, cache) if blocks else refined[0]
         for block in [*blocks[1:], self.up_blocks[-1]]:
             x = block(x, cache)
-        return self.conv_out(normalized_silu(self.norm_out, x), cache)
+        return convolve_normalized(self.conv_out, self.norm_out, x, cache)
 
 
 def _residual_chain(widths: Sequence[int], dropout: float) -> nn.ModuleList:

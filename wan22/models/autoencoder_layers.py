@@ -38,25 +38,42 @@ class CausalConv3d(nn.Conv3d):
         self.skips_zeros = False
         self.cache_key = ""
 
-    def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        """Convolve "b c t h w" to "b c t h w" with the frames before it."""
+    def forward(self, x: Tensor, cache: TemporalCache | None = None, norm: "RMSNorm | None" = None) -> Tensor:
+        """Convolve "b c t h w" to "b c t h w" with the frames before it.
+
+        A norm is applied to x before, and SiLU; `convolve_normalized` says when it is left to this layer.
+        """
         h, w = (size // 2 for size in self.kernel_size[1:])
         if h and cache is not None and cache.rows is not None:
             x, h = cache.rows.around(self.cache_key, x, h), 0
+        frames = None
+        if norm is not None:
+            frames = self._with_history(x)
+            present = frames[:, :, self.history :]
+            norm.write_silu(x, present)
+            x = present
         past = None if cache is None else cache.exchange(self.cache_key, x, self.history)
-        innermost = not self.weight.is_contiguous()
-        layout = torch.channels_last_3d if innermost else torch.contiguous_format
         if past is None and x.shape[2] == 1 and (cache is None or self.skips_zeros):
             # The clip's first frame alone: all taps but the last would read the zeros before it.
-            first = x.contiguous(memory_format=layout)[:, :, 0]
+            first = x.contiguous(memory_format=self.layout)[:, :, 0]
             return F.conv2d(first, self.weight[:, :, -1], self.bias, padding=(h, w)).unsqueeze(2)
-        # Written once, in the wanted layout, whatever those of x and past are.
+        if frames is None:
+            # Written once, in the wanted layout, whatever those of x and past are.
+            frames = self._with_history(x)
+            frames[:, :, self.history :] = x
+        frames[:, :, : self.history] = 0 if past is None else past
+        return F.conv3d(frames, self.weight, self.bias, padding=(0, h, w))
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format that it runs in."""
+        return torch.contiguous_format if self.weight.is_contiguous() else torch.channels_last_3d
+
+    def _with_history(self, x: Tensor) -> Tensor:
+        """Return memory for x "b c t h w" and the frames before it, in the layout of the weight."""
         b, c, t, *frame = x.shape
         shape = b, c, self.history + t, *frame
-        frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        frames[:, :, : self.history] = 0 if past is None else past
-        frames[:, :, self.history :] = x
-        return F.conv3d(frames, self.weight, self.bias, padding=(0, h, w))
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
 
 
 class RMSNorm(nn.Module):
@@ -74,6 +91,12 @@ class RMSNorm(nn.Module):
         """Normalise over dimension 1."""
         return _unit_rms(x, self.gamma, self.scale)
 
+    def write_silu(self, x: Tensor, out: Tensor) -> None:
+        """Write the norm and SiLU of x "b c t h w", contiguous or with channels innermost, to out."""
+        for sample, result in zip(x, out, strict=True):
+            read, written = (each.movedim(0, -1).view(1, -1, x.shape[1]) for each in (sample, result))
+            _write_unit_rms_silu(read, self.gamma.flatten(), self.scale, written)
+
 
 def normalized_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalise "b c t h w" and apply SiLU: one kernel on a GPU, unless a hook lies between the two."""
@@ -84,6 +107,37 @@ def normalized_silu(norm: nn.Module, x: Tensor) -> Tensor:
     rows = x.movedim(1, -1).flatten(1, 3) if x.stride(1) == 1 else x.flatten(2).movedim(1, -1)
     rows = _unit_rms_silu(rows, norm.gamma.flatten(), norm.scale)
     return rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
+
+
+def convolve_normalized(
+    conv: nn.Module, norm: nn.Module, x: Tensor, cache: TemporalCache | None = None
+) -> Tensor:
+    """Convolve what `normalized_silu` makes of "b c t h w".
+
+    One kernel on a GPU writes it to where the convolution reads, unless a hook or a strip lies between.
+    """
+    if _writes_directly(conv, norm, x, cache):
+        return conv(x, cache, norm)
+    return conv(normalized_silu(norm, x), cache)
+
+
+def _writes_directly(conv: nn.Module, norm: nn.Module, x: Tensor, cache: TemporalCache | None) -> bool:
+    if not isinstance(conv, CausalConv3d) or not isinstance(norm, RMSNorm):
+        return False
+    return (
+        not (is_hooked(conv) or is_hooked(norm) or (cache is not None and cache.rows is not None))
+        # A single frame may be convolved alone, and takes little memory.
+        and x.shape[2] > 1
+        and x.is_contiguous(memory_format=conv.layout)
+        and fused.applies(x, norm.gamma)
+    )
+
+
+@fused.fused
+def _write_unit_rms_silu(x: Tensor, gamma: Tensor, scale: float, out: Tensor) -> None:
+    """Write `_unit_rms_silu` of "b p c" to out."""
+    y = _unit_rms(x.to(at_least_float32(x.dtype)), gamma, scale, dim=-1)
+    out.copy_(F.silu(y))
 
 
 @fused.fused
@@ -127,8 +181,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Map "b c t h w" to "b c t h w"."""
-        y = self.conv1(normalized_silu(self.norm1, x), cache)
-        y = self.conv2(self.dropout(normalized_silu(self.norm2, y)), cache)
+        y = convolve_normalized(self.conv1, self.norm1, x, cache)
+        if self.dropout.training and self.dropout.p:
+            y = self.conv2(self.dropout(normalized_silu(self.norm2, y)), cache)
+        else:
+            y = convolve_normalized(self.conv2, self.norm2, y, cache)
         return y.add_(self.conv_shortcut(rows_of(x, y.shape[3], self.cache_key, cache)))
 
 

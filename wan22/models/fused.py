@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 def fused(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function run as one kernel where the tensors are on a GPU.
 
-    It takes tensors, numbers and dtypes by position, the first a tensor, and writes to none of them. Axis 1
-    of tensors with three axes or more is variable: tokens, positions. Other sizes are compiled for.
+    It takes tensors, numbers and dtypes by position, the first a tensor, and writes to none of them that it
+    reads. Axis 1 of tensors with three axes or more is variable: tokens, positions. Other sizes are compiled
+    for.
     """
 
     @wraps(function)
