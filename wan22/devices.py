@@ -75,6 +75,15 @@ def compiles_float8(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") or (found is not None and found >= _FLOAT8)
 
 
+def uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return numbers, nested in tuples as for torch.tensor, on a device; the host does not wait for it."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if not has_own_memory(device):
+        return tensor.to(device)
+    # PyTorch keeps pinned memory until what was queued from it has come.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class HostCopies(Generic[T]):
     """Copies of tensors to the host, in order, each of which is waited for once the next one is queued.
 

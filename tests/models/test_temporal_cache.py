@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.fake_card import FakeCard
 from wan22.models.autoencoder_layers import CausalConv3d
 from wan22.models.temporal_cache import (
     SettledPrefix,
@@ -71,13 +72,48 @@ def test_whether_histories_come_out_as_they_went_in():
         cache.exchange("b", x[:, :, :1] * 0, 1)
         return x
 
-    still = []
-    for start in (0, 0, 2, 2):
-        x, stands = cache.stands_still(unit, _frames(start, start + 2))
+    found = []
+    for start, repeats in ((0, False), (0, True), (0, True), (0, True), (2, False), (2, True), (2, True)):
+        x, *state = cache.run(unit, _frames(start, start + 2), repeats)
         assert x.flatten().tolist() == [start, start + 1]
-        still.append(stands)
-    assert still == [False, True, False, True]
-    assert cache.stands_still(lambda x, cache: x, x) == (x, True)
+        found.append(tuple(state))
+    # The second layer's input repeats one chunk after the first one's history did, and then its result.
+    moved, settled, still = (False, False), (True, False), (True, True)
+    assert found == [moved, moved, settled, still, moved, moved, settled]
+    assert cache.run(lambda x, cache: x, x, True)[1:] == still
+    assert cache.run(lambda x, cache: x, x, False)[1:] == settled
+    unit(x, cache)
+    assert cache.run(unit, x, True)[1:] == moved, "nobody knows whether that chunk repeated"
+
+
+def test_the_strips_of_a_chunk_settle_together():
+    cache, frame = TemporalCache(), _frames(0, 2).expand(1, 1, 2, 4, 1)
+
+    def stage(x, cache):
+        for rows in cache.in_strips([(0, 1), (1, 4)]):
+            cache.exchange("a", x[:, :, :, rows], 2)
+            cache.exchange("b", x[:, :, :, rows], 2)
+        return x
+
+    found = [cache.run(stage, frame, repeats)[1:] for repeats in (False, True, True, True)]
+    assert found == [(False, False), (False, False), (True, False), (True, True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+def test_a_device_is_not_asked_whether_memory_repeats():
+    with FakeCard() as card:
+        zeros, settled = torch.zeros(1, 3, 1, 2, 2, device="cuda"), SettledPrefix()
+        assert not settled.repeats(zeros.expand(-1, -1, 4, -1, -1))
+        assert settled.repeats(zeros.expand(-1, -1, 4, -1, -1))
+        assert not settled.repeats(zeros.expand(-1, -1, 3, -1, -1))
+        assert not card.recorded
+        assert settled.repeats(torch.zeros(1, 3, 3, 2, 2, device="cuda"))
+        assert [wait.kind for wait in card.recorded] == ["compares"]
+        piece = torch.zeros(1, 3, 3, 2, 2, device="cuda")
+        assert not settled.repeats(piece + 1)
+        assert not settled.repeats(piece)
+        piece.add_(0)
+        assert not settled.repeats(piece), "it was written to"
 
 
 def test_strips_have_histories_of_their_own():

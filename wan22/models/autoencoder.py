@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..checks import check_size
+from ..devices import uploaded
 from .autoencoder_coders import Decoder3d, Encoder3d
 from .autoencoder_memory import MemoryModes
 from .layers import at_least_float32
@@ -329,6 +330,6 @@ def _statistics(z: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple
     """Return mean and reciprocal deviation, "c 1 1 1", and z, in float32 or float64."""
     # float32: the sampler's latents are, and half types would round them once more on each way.
     z = z.to(at_least_float32(z.dtype))
-    shift, deviation = (z.new_tensor(values)[:, None, None, None] for values in (mean, std))
+    shift, deviation = uploaded((tuple(mean), tuple(std)), z.dtype, z.device)[..., None, None, None]
     # The official code stores the reciprocal; rounding it first gives the same last bit.
     return shift, 1 / deviation, z

@@ -4,12 +4,14 @@ Shapes: `b` batch, `c` channels, `t h w` frames, rows and columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..private_apis import version
 from .strip_rows import Span, StripRows
 
 Unit: TypeAlias = "Callable[[Tensor, TemporalCache | None], Tensor]"
@@ -30,7 +32,9 @@ class TemporalCache:
         self.started = False
         self.rows: StripRows | None = None
         self._history: dict[Any, Tensor] = {}
-        self._watched: bool | None = None  # whether histories came out as they went in; None: nobody asks
+        # How many chunks in a row each layer's input was that of the chunk before.
+        self._repeats: dict[Any, int] = {}
+        self._watch: _Watch | None = None
 
     def in_strips(self, spans: Sequence[Span]) -> Iterator[slice]:
         """Go through the strips of a chunk, and yield the rows of each, which layers get meanwhile."""
@@ -55,18 +59,32 @@ class TemporalCache:
             now = torch.cat([past[:, :, t:], x], dim=2)
         else:
             now = F.pad(x, (0, 0, 0, 0, frames - t, 0))
-        if self._watched:
-            self._watched = same_bits(past, now)
         self._put(key, now)
+        self._count_repeats(key, -(-frames // t))
         return past
 
-    def stands_still(self, unit: Unit, x: Tensor) -> tuple[Tensor, bool]:
-        """Run a unit on a chunk; return its result, and whether its histories came out as they went in."""
-        self._watched = True
+    def run(self, unit: Unit, x: Tensor, repeats: bool) -> tuple[Tensor, bool, bool]:
+        """Run a unit on a chunk, of which it is known whether it repeats the chunk before.
+
+        Returns: its result; whether its histories came out as they went in; whether its result repeats.
+        """
+        self._watch = watch = _Watch(repeats)
         try:
-            return unit(x, self), bool(self._watched)
+            return unit(x, self), watch.settled, repeats and all(watch.repeat.values())
         finally:
-            self._watched = None
+            self._watch = None
+
+    def _count_repeats(self, key: Any, chunks: int) -> None:
+        """Note that a layer, whose history spans so many chunks, has got its input."""
+        if self._watch is None:
+            self._repeats.pop(key, None)
+            return
+        watch, strip = self._watch, 0 if self.rows is None else self.rows.strip
+        count = self._repeats.get(key, 0) + 1 if watch.repeat.setdefault(strip, watch.given) else 0
+        self._repeats[key] = count
+        watch.settled &= count >= chunks
+        # Its result is that of the chunk before if it had the same history as well.
+        watch.repeat[strip] = count > chunks
 
     def close(self) -> None:
         """End the clip: forget all histories."""
@@ -80,42 +98,71 @@ class TemporalCache:
         self._history[key] = now
 
 
+@dataclass
+class _Watch:
+    """What is known of a unit's chunk.
+
+    Args:
+        given: whether the unit's input repeats.
+        settled: whether the histories of its layers came out as they went in, so far.
+        repeat: by strip, whether the input of the next layer repeats.
+    """
+
+    given: bool
+    settled: bool = True
+    repeat: dict[int, bool] = field(default_factory=dict)
+
+
 class SettledPrefix:
     """Skips the units at the start of a chain whose result would repeat, while a clip stands still.
 
-    A unit whose histories come out as they went in, bit for bit, repeats its result for the same input: it
-    has settled. During the zeros after a conditioning image, one unit after the other does.
+    A unit whose histories come out as they went in repeats its result for the same input: it has settled.
+    During the zeros after a conditioning image, one unit after the other does. When is known from how many
+    chunks each layer looks back to, so no device is asked for the values.
     """
 
     def __init__(self) -> None:
         self._chunk: Tensor | None = None
+        self._version: int | None = None
         self._length = 0
         self._output: Tensor | None = None
-        # Whether a unit that has settled here has settled everywhere; ranks that share a clip's rows ask.
-        self.agree: Callable[[bool], bool] = bool
 
     def repeats(self, chunk: Tensor) -> bool:
         """Whether a chunk equals the one before; if not, all units have to run."""
-        same = same_bits(self._chunk, chunk)
+        same = self._is_last(chunk)
         if not same:
-            # A copy, for the caller may fill the same memory anew.
-            self._chunk, self._length, self._output = chunk.clone(), 0, None
+            self._length, self._output = 0, None
+            # The caller may fill the same memory anew. On a device that counts as a write; memory of the host
+            # may be shared with others, whose writes do not.
+            counted = chunk.device.type not in ("cpu", "meta") and not chunk.is_inference()
+            self._chunk = chunk if counted else chunk.clone()
+            self._version = version(chunk) if counted else None
         return same
 
     def run(self, units: Sequence[Unit], x: Tensor, cache: TemporalCache) -> Tensor:
         """Run a chain on a chunk "b c t h w" that `repeats`, without the units that have settled."""
         x = x if self._output is None else self._output
-        settling = True
+        settling = repeats = True
         for unit in units[self._length :]:
             if not settling:
                 x = unit(x, cache)
                 continue
-            x, still = cache.stands_still(unit, x)
             # Its next input is this one again, for all units before it have settled.
-            settling = self.agree(still)
+            x, settling, repeats = cache.run(unit, x, repeats)
             if settling:
                 self._length, self._output = self._length + 1, x
         return x
+
+    def _is_last(self, chunk: Tensor) -> bool:
+        last = self._chunk
+        if last is None or (self._version is not None and version(last) != self._version):
+            return False
+        # The device, which would be waited for, need not compare memory with itself.
+        return (self._version is not None and _same_memory(last, chunk)) or same_bits(last, chunk)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
 
 
 def same_bits(a: Tensor | None, b: Tensor) -> bool:

@@ -305,7 +305,8 @@ class WanI2VPipeline(WanPipeline):
             raise ValueError("num_frames=1 has no room for last_image; give 5 or more")
         # In pieces, so that a long clip of zeros never lies in memory whole; made where they are encoded.
         stride = self.vae_scale_factor_temporal
-        zeros = torch.zeros_like(images[0], device=get_module_execution_device(self.vae))
+        place = get_module_execution_device(self.vae)
+        zeros = torch.zeros_like(images[0], device=place, dtype=self.vae.dtype)
         pieces = [zeros.expand(-1, -1, min(stride, between - i), -1, -1) for i in range(0, between, stride)]
         latents = self.encode_clip([images[0], *pieces, *images[1:]])
         mask = latents.new_zeros(1, stride, *latents.shape[2:])

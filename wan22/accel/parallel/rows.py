@@ -9,7 +9,6 @@ Shapes: b batch, c channels, t h w frames, rows, columns, of all ranks together 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from ...checkpoints.loading.models import is_ours
 from ...models.autoencoder import AutoencoderKLWan
 from ...models.autoencoder_layers import AttentionBlock, CausalConv3d, Downsample, Upsample
-from ...models.temporal_cache import SettledPrefix
 from ..methods import is_own
 from .mesh import gathered
 
@@ -88,17 +86,11 @@ class RowParallel:
     # ---- chunks ----
 
     def _share_pixels(self, encoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give the encoder this rank's rows, unless it encodes in strips.
-
-        A unit has settled once it has on every rank.
-        """
+        """Give the encoder this rank's rows, unless it encodes in strips."""
         x, *rest = arguments
         rows = x.shape[3] * self.vae.patch_size // self.vae.spatial_stride
         if not self._share(0 if self.vae.use_strips else rows):
             return None
-        for settled in rest:
-            if isinstance(settled, SettledPrefix):
-                settled.agree = partial(self._agree, x.device)
         return (self._own(x), *rest)
 
     def _share_latents(self, decoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -122,12 +114,6 @@ class RowParallel:
         x = self._joined(x, to_first) if self._shares else x
         self._shares = ()
         return x
-
-    def _agree(self, device: torch.device, settled: bool) -> bool:
-        """Whether a unit has settled on every rank: rows of one are seen by others."""
-        every = torch.tensor(int(settled), device=device)
-        dist.all_reduce(every, dist.ReduceOp.MIN, self.group)
-        return bool(every.item())
 
     def _own(self, x: Tensor) -> Tensor:
         """Return this rank's rows of "… h w", at any resolution."""
