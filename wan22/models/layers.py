@@ -7,8 +7,11 @@ products together.
 Shapes: b batch, l tokens, k timesteps per sample (1, or one for each of k equal runs of tokens), d size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ..private_apis import addmm_activation, is_hooked
@@ -226,3 +229,24 @@ class GELU(nn.Module):
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
             and not torch.is_autocast_enabled("cuda")
         )
+
+
+class Head(nn.Module):
+    """The step from tokens "b l d" and the time's embedding "b k d" to velocities, as hooks may see it.
+
+    Its parameters are the model's, under their released names.
+    """
+
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor, finish: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Return what `finish` makes of the others."""
+        return finish(x, temb)
+
+
+def unpatchified(x: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> torch.Tensor:
+    """Lay out patches "b l (pt ph pw c)" of a grid "t h w" as "b c t h w"."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(
+        x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+    )

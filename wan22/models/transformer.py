@@ -27,10 +27,12 @@ from .layers import (
     FeedForward,
     Float32LayerNorm,
     Float32Linear,
+    Head,
     add_gated,
     added_and_normalized,
     at_least_float32,
     normalized,
+    unpatchified,
 )
 from .rope import RotaryTables, rotary_tables
 from .token_stream import Pending, TokenStream, joined, split
@@ -187,9 +189,7 @@ class WanTransformer3DModel(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.head_dim, self.rope_max_seq_len = attention_head_dim, rope_max_seq_len
         dim = num_attention_heads * attention_head_dim
-        self.patch_embedding = nn.Conv3d(
-            in_channels, dim, kernel_size=self.patch_size, stride=self.patch_size
-        )
+        self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch_size, self.patch_size)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
         self.blocks = nn.ModuleList(
             WanTransformerBlock(
@@ -198,6 +198,7 @@ class WanTransformer3DModel(nn.Module):
             )
             for _ in range(num_layers)
         )
+        self.head = Head()
         self.norm_out = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = Float32Linear(dim, self.out_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -302,13 +303,14 @@ class WanTransformer3DModel(nn.Module):
     def _velocity(self, stream: TokenStream, grid: tuple[int, int, int]) -> torch.Tensor:
         """Return the velocity that the last block's tokens stand for."""
         # With the blocks spread over devices, the stream ends on another one than it started on.
-        x = stream.x
-        shift, scale = (e.to(x.device) for e in (self.scale_shift_table + stream.temb[:, :, None]).unbind(2))
-        x = self.proj_out(normalized(self.norm_out, x, scale, shift, None))
-        (t, h, w), (pt, ph, pw) = grid, self.patch_size
-        return rearrange(
-            x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+        return unpatchified(
+            self.head(stream.x, stream.temb.to(stream.x.device), self._finish), grid, self.patch_size
         )
+
+    def _finish(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Map the last block's tokens "b l d" to patches of velocity "b l (pt ph pw c)"."""
+        shift, scale = (self.scale_shift_table.to(x.device) + temb[:, :, None]).unbind(2)
+        return cast(torch.Tensor, self.proj_out(normalized(self.norm_out, x, scale, shift, None)))
 
     def rotary(self, latents: torch.Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> RotaryTables:
         """Return the rotary tables of a grid of tokens, see `rope.rotary_tables`."""

@@ -155,14 +155,34 @@ def volumes(rank, layouts):
 @pytest.mark.parametrize("count", [2, 4])
 def test_what_is_sent(count):
     """The same by every rank. Per block: of queries, keys, values and results what is for other heads, and of
-    keys and values all once to every other rank of the ring. Behind the last block the tokens.
+    keys and values all once to every other rank of the ring. At the end each token's velocity.
     """
     tokens, dim, layers, size = 48, 48, 2, 4
     own = tokens // count * dim * size  # bytes of one tensor of a rank's tokens
+    velocity = tokens // count * 2 * 2 * 16 * size
     for found in on_ranks(count, volumes, LAYOUTS[count]):
         for (ring, ulysses), sent in zip(LAYOUTS[count], found, strict=True):
             exchanged = 4 * own * (ulysses - 1) // ulysses + 2 * own * (ring - 1)
-            assert sent == {"exchanged": layers * exchanged, "gathered": own * (count - 1)}
+            assert sent == {"exchanged": layers * exchanged, "gathered": velocity * (count - 1)}
+
+
+def with_wrapped_layers(rank):
+    """Differences from one rank where a LoRA, say, wraps the head's layers before and after ranks come."""
+    found = []
+    for first in (False, True):
+        model, given = random_transformer(0), inputs(times="frames")
+        plain = run(model, given)
+        model.proj_out = model.proj_out if first else torch.nn.Sequential(model.proj_out)
+        parallel = parallelize(Pipe(model), ulysses=2, vae=False)
+        model.proj_out = torch.nn.Sequential(model.proj_out)
+        found.append((run(model, given) - plain).abs().max().item())
+        parallel.detach()
+        assert torch.equal(run(model, given), plain)
+    return found
+
+
+def test_wrapped_layers():
+    assert all(value <= BOUND for found in on_ranks(2, with_wrapped_layers) for value in found)
 
 
 def refusals(rank):

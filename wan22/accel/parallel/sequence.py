@@ -75,7 +75,9 @@ class SequenceParallel:
             self._handles.append(model.register_forward_pre_hook(self._refuse_skips, with_kwargs=True))
         for chain in chains:
             self._handles += [block.register_forward_pre_hook(self._before) for block in chain]
-            self._handles.append(chain[-1].register_forward_hook(self._after))
+        for head in (model.head for model in models):
+            self._handles.append(head.register_forward_pre_hook(self._before_head))
+            self._handles.append(head.register_forward_hook(self._gather))
 
     def detach(self) -> None:
         """Let each rank compute all tokens, as before."""
@@ -121,7 +123,12 @@ class SequenceParallel:
             del self._shared[id(time)]
         return (x, text, *shared, *rest)
 
-    def _after(self, block: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+    def _before_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, temb, *rest = arguments
+        return (x, self._times(temb), *rest)
+
+    def _gather(self, head: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+        """Return the velocities of all tokens, which are far smaller than the tokens."""
         return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
     @property
@@ -138,7 +145,7 @@ class SequenceParallel:
         return F.pad(part, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else part
 
     def _times(self, time: torch.Tensor) -> torch.Tensor:
-        """Return the modulation "b k 6 m" for this rank's tokens: as it is for k = 1, else one per token."""
+        """Return the modulation "b k …" for this rank's tokens: as it is for k = 1, else one per token."""
         times = time.shape[1]
         if times == 1:
             return time
