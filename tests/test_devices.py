@@ -61,7 +61,7 @@ def test_mps_computes_in_the_hosts_memory(monkeypatch):
 def test_an_xpu_is_planned_for(monkeypatch):
     memory = {"memory_reserved": lambda device: 7, "memory_allocated": lambda device: 3}
     have(monkeypatch, "xpu", mem_get_info=lambda device: (5, 100), empty_cache=lambda: None, **memory)
-    for name in ("measured_flops", "measured_bandwidth"):
+    for name in ("measured_flops", "measured_bandwidth", "measured_pinning"):
         monkeypatch.setattr(f"wan22.accel.planning.machine.{name}", lambda device: 1.0)
     machine = Machine.of(ram="8GB")
     assert (machine.device, machine.vram) == (torch.device("xpu"), 5 + 7 - 3)

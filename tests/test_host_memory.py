@@ -1,5 +1,9 @@
 """What takes more of the host's memory than there is room for is refused before it begins."""
 
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -95,3 +99,23 @@ def test_converting_what_was_deferred(folder, room, monkeypatch):
     room(0)
     with pytest.raises(MemoryError, match="converting all weights takes"):
         settle(pipe.transformer)
+
+
+def test_pages_are_found_by_several_threads(monkeypatch):
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, threads, name):
+            started.append(threads)
+            super().__init__(threads, name)
+
+    monkeypatch.setattr(host_memory, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    buffer = torch.ones(40 * 2**20 + mmap.PAGESIZE, dtype=torch.uint8)
+    host_memory.fault_in(buffer)
+    assert started == [3]
+    assert not buffer[:: mmap.PAGESIZE].any()
+    assert buffer.sum() == buffer.numel() - buffer.numel() // mmap.PAGESIZE
+    small = torch.ones(2**20, dtype=torch.uint8)
+    host_memory.fault_in(small)
+    assert started == [3] and small.all()

@@ -6,13 +6,17 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 
+# Threads that find memory for pages: more get into each other's way in the system. Pages worth a thread.
+_THREADS, _PAGES = 8, 4096
 # Share of the free host memory that is left to other programs, unless an amount is given.
 MARGIN = 0.1
 
@@ -124,6 +128,20 @@ def read_ahead(tensor: torch.Tensor) -> None:
     size = tensor.data_ptr() + tensor.nbytes - start
     if sys.platform == "linux" and tensor.nbytes:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
+
+
+def fault_in(buffer: torch.Tensor) -> None:
+    """Let the system find memory for all pages of a tensor of bytes, by several threads.
+
+    Pinning finds it, too, page by page in one thread, which takes most of its time. Bytes become undefined.
+    """
+    pages = buffer.numpy()[:: mmap.PAGESIZE]
+    threads = min(_THREADS, os.cpu_count() or 1, -(-pages.size // _PAGES))
+    if threads <= 1:
+        return  # what follows finds it as fast
+    with ThreadPoolExecutor(threads, "wan22-pages") as pool:
+        for part in np.array_split(pages, threads):
+            pool.submit(part.fill, 0)
 
 
 def trim_heap() -> None:

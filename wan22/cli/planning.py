@@ -44,7 +44,8 @@ def _findings(task: str, loading: Loading, outline: Outline | None) -> dict[str,
     source = find_model(loading.model, task)
     found: dict[str, Any] = {"model": str(loading.model or f"tiny-{task}"), "source": str(source)}
     found |= {"here": Path(source).exists(), "download_bytes": _download(source, task, loading)}
-    found |= {"settings": None, "memory": None, "fits": None, "seconds_per_step": None}
+    found |= {"settings": None, "memory": None, "fits": None}
+    found |= {"seconds_per_step": None, "seconds_to_pin": None}
     if outline is None:
         return found
     found["settings"] = asdict(outline.settings) | {"text": str(outline.settings)}
@@ -53,7 +54,8 @@ def _findings(task: str, loading: Loading, outline: Outline | None) -> dict[str,
     except ValueError as error:  # nothing fits; the message says what would
         return found | {"memory": str(error), "fits": False}
     found |= {"memory": str(plan), "fits": True, "device_bytes": plan.device_peak, "host_bytes": plan.host}
-    return found | {"seconds_per_step": plan.step_seconds, "flop_per_step": plan.step_flops}
+    found |= {"seconds_per_step": plan.step_seconds, "seconds_to_pin": plan.pin_seconds}
+    return found | {"flop_per_step": plan.step_flops}
 
 
 def _download(source: str | Path, task: str, loading: Loading) -> int | None:
@@ -109,7 +111,10 @@ def _time_in_words(found: Mapping[str, Any]) -> str:
     if seconds is None:
         work = f"by arithmetic {found['flop_per_step'] / 1e12:,.0f} TFLOP a step, for {steps} steps"
         return f"unknown, as the GPU is not here; {work}"
-    return f"by arithmetic, not measured: {seconds:.3g} s a step, {steps * seconds:.3g} s for {steps} steps"
+    once = found["seconds_to_pin"] or 0.0
+    pinned = f" after {once:.3g} s to pin the weights" if once else ""
+    total = f"{once + steps * seconds:.3g} s for {steps} steps"
+    return f"by arithmetic, not measured: {seconds:.3g} s a step, {total}{pinned}"
 
 
 # ---- what a plan is for ----

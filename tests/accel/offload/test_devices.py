@@ -7,6 +7,8 @@ import torch
 
 from tests.accel.offload.offloaders import DEVICES, make_device
 from tests.accel.offload.recording import RecordingDevice
+from tests.fake_card import FakeCard
+from wan22.accel.offload import devices
 from wan22.accel.offload.devices import CudaDevice
 
 
@@ -84,6 +86,21 @@ def test_memory_is_there_as_long_as_any_tensor_on_it():
 def test_without_cuda():
     with pytest.raises(ValueError, match="there is no CUDA device here, and cuda is one; plan with"):
         CudaDevice()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_pages_are_found_before_they_are_pinned(monkeypatch):
+    order = []
+    monkeypatch.setattr(devices, "fault_in", lambda buffer: order.append(buffer.data_ptr()))
+    register = FakeCard.register
+    monkeypatch.setattr(
+        FakeCard, "register", lambda self, a, n, f: order.append(-a) or register(self, a, n, f)
+    )
+    with FakeCard():
+        buffer = CudaDevice().allocate_host(5 * 2**20 + 1)
+        assert order == [buffer.data_ptr(), -buffer.data_ptr()]
+        del buffer
+        gc.collect()
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    for name in ("measured_flops", "measured_bandwidth"):
+    for name in ("measured_flops", "measured_bandwidth", "measured_pinning"):
         monkeypatch.setattr(machine, name, lambda device: 1.0)
 
 

@@ -296,6 +296,27 @@ def test_without_a_gpu():
         accel.plan(pipe, ram="1MB", device="cpu")
 
 
+def test_the_time_to_pin_weights_is_planned(pipe):
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True, anonymous={"transformer": 10**9})
+    streamed = dict.fromkeys(MODELS, Placement("on_demand")) | dict.fromkeys(
+        ("transformer", "transformer_2"), Placement("streamed", source="pinned")
+    )
+    rates = {"flops": 1e9, "pinning": 100.0, "disk": 50.0}
+    plan, unknown = (
+        _planned(task, Machine(torch.device("cuda"), 1e12, 1e12, **given), streamed, None, Computing())
+        for given in (rates, {})
+    )
+    packed = [task.device_bytes(name, Placement("on_demand")) for name in ("transformer", "transformer_2")]
+    assert plan.pin_seconds == sum(packed) / 100 + task.bytes_of("transformer_2") / 50
+    assert f", and once {plan.pin_seconds:.3g} s to pin the weights" in str(plan)
+    assert unknown.pin_seconds is None
+    from_files = _planned(
+        task, plan.machine, dict.fromkeys(MODELS, Placement("on_demand")), None, Computing()
+    )
+    assert from_files.pin_seconds == 0
+    assert "to pin" not in str(from_files)
+
+
 def test_free_gives_everything_back():
     pipe = own_pipeline()
     pipe.apply(plan_in(pipe, 1e9), RecordingDevice())

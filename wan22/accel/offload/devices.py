@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ...devices import card, free_and_total, has_own_memory, module_of
-from ...host_memory import available_ram, trim_heap
+from ...host_memory import available_ram, fault_in, trim_heap
 
 # A point in the order of computations or copies; each device has its own type.
 Mark = Any
@@ -108,6 +108,7 @@ class CudaDevice(Device):
                 cudart.cudaHostUnregister(address)
 
         buffer = host_bytes(nbytes, freed)
+        fault_in(buffer)
         with torch.cuda.device(self.torch_device):
             error = cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all devices
         if int(error):

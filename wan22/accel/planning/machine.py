@@ -29,6 +29,7 @@ class Machine:
     flops: float | None = None  # operations a second of matrix products in bfloat16
     bandwidth: float | None = None  # bytes a second from host to device
     disk: float | None = None  # bytes a second from files
+    pinning: float | None = None  # bytes a second of host memory that is pinned
 
     @classmethod
     def of(
@@ -66,11 +67,12 @@ class Machine:
             room = float(devices.free_and_total(device)[0] + spare + taken.get(device.type, 0))
         else:
             room = parse_bytes(vram, "vram") - CONTEXT
-        flops, bandwidth = None, None
+        flops, bandwidth, pinning = None, None, None
         if here:
             flops, bandwidth = measured_flops(str(device)), measured_bandwidth(str(device))
+            pinning = measured_pinning(str(device))
             devices.module_of(device).empty_cache()  # the memory that measuring took
-        return cls(device, room, host, flops, bandwidth, speed)
+        return cls(device, room, host, flops, bandwidth, speed, pinning)
 
     @property
     def has_device(self) -> bool:
@@ -103,6 +105,16 @@ def measured_bandwidth(device: str) -> float | None:
         return None
     target = card.allocate(source.nbytes)
     return source.nbytes / _best_seconds(lambda: target.copy_(source, non_blocking=True), 5, device)
+
+
+@cache
+def measured_pinning(device: str) -> float | None:
+    """Return the bytes a second of host memory that are pinned; None if the system does not pin."""
+    card, start = CudaDevice(device), time.perf_counter()
+    try:
+        return card.allocate_host(2**28).nbytes / (time.perf_counter() - start)
+    except MemoryError:
+        return None
 
 
 def _best_seconds(function: Any, rounds: int, device: str) -> float:

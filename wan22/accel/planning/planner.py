@@ -259,6 +259,7 @@ def _planned(
         pinned=pinned,
         mapped=sum(map(task.in_files, in_files)),
         step_seconds=_step_seconds(task, machine, placements, computing.in_turn),
+        pin_seconds=_pin_seconds(task, machine, packed),
         step_flops=task.step_flops(),
         videos=task.videos,
     )
@@ -337,6 +338,15 @@ def _step_seconds(
         if placement.source == "mmap" and machine.disk is not None and in_files > machine.ram:
             seconds = max(seconds, passed * in_files / machine.disk)
     return seconds
+
+
+def _pin_seconds(task: Task, machine: Machine, packed: Iterable[str]) -> float | None:
+    """Return the time to pin memory for models and to read their files into it, if their rate is known."""
+    if machine.pinning is None:
+        return None
+    nbytes = sum(task.device_bytes(name, Placement("on_demand")) for name in packed)
+    read = sum(map(task.in_files, packed)) / machine.disk if machine.disk is not None else 0.0
+    return nbytes / machine.pinning + read
 
 
 # ---- where nothing fits ----

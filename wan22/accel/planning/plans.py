@@ -45,6 +45,8 @@ class Plan:
         pinned: bytes of these that are pinned, for copies to the device.
         mapped: bytes of weights in files, whose pages the system can drop.
         step_seconds: time of one step, all passes of all videos; None: rates are unknown.
+        pin_seconds: time that the first call takes to bring weights to pinned memory, beside its steps; None:
+            rates are unknown.
         step_flops: floating-point operations of one step; 0: not counted.
         videos: number of videos of a call.
     """
@@ -63,6 +65,7 @@ class Plan:
     pinned: int
     mapped: int
     step_seconds: float | None = None
+    pin_seconds: float | None = None
     step_flops: float = 0.0
     videos: int = 1
 
@@ -120,6 +123,8 @@ class Plan:
             lines[-1] += f", and {self.mapped / GB:.2f} GB in files, read as there is room"
         if self.step_seconds is not None:
             lines += [f"  about {self.step_seconds:.3g} s a step"]
+            if self.pin_seconds:
+                lines[-1] += f", and once {self.pin_seconds:.3g} s to pin the weights"
         return "\n".join(lines)
 
 
