@@ -9,6 +9,9 @@ Tensors on the card are wrappers around CPU tensors. Operators see their device,
 is inside and wrap the results, so that a call on the card gives the CPU's numbers. As on a real card, an
 operator refuses to mix tensors of the host with the card's, and a copy to the host that does not block
 arrives when its event is waited for: until then the host reads NaN.
+
+Compiled models do not run here: torch.compile refuses to compile beneath the dispatch mode by which the card
+sees operators. `tests/models/test_fused.py` and `tests/accel/test_compile.py` compile for the CPU instead.
 """
 
 import sys

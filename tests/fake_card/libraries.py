@@ -59,6 +59,33 @@ class Stream:
         return None
 
 
+class _AnyGenerator(type(torch.Generator)):
+    """Takes generators that were made before there was a card for generators, too."""
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, _Generator)
+
+
+_Generator = torch.Generator
+
+
+class Generator(_Generator, metaclass=_AnyGenerator):
+    """A generator of the CPU's numbers, also on the card, whose own would be others."""
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.place = CARD if torch.device(device).type == "cuda" else torch.device(device)
+        return made
+
+    def __init__(self, device="cpu"):
+        """Nothing is left to do."""
+
+    @property
+    def device(self):
+        """Its device."""
+        return self.place
+
+
 def answers(card):
     """Return the functions that PyTorch answers questions about the card by."""
 
@@ -107,5 +134,5 @@ def answers(card):
         Tensor: {"data": property(get_data, set_data)},
         torch.cuda: shared | cuda,
         torch.accelerator: shared | accelerator,
-        torch: {"Stream": Stream, "Event": Event},
+        torch: {"Stream": Stream, "Event": Event, "Generator": Generator},
     }

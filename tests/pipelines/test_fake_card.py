@@ -15,6 +15,7 @@ from tests.golden_data import relative_error
 from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
 from wan22.accel import attention, quantize
 from wan22.accel.offload.layout import Placement
+from wan22.accel.planning import machine, planner
 from wan22.accel.planning.machine import Machine
 from wan22.accel.planning.plans import Phase, Plan
 from wan22.pipelines.call.guidance.guider import ClassifierFreeGuidance
@@ -215,6 +216,72 @@ def test_a_planned_call_makes_the_cpus_frames(source, strips):
                 assert told(waits) == known
         pipe.release()
         assert not any(isinstance(p, CardTensor) for p in pipe.transformer.parameters())
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Rates of the card, which it has not, and no memory of libraries, which a miniature is small beside."""
+    for name in ("measured_flops", "measured_bandwidth", "measured_pinning"):
+        monkeypatch.setattr(machine, name, lambda device: 1e12)
+    monkeypatch.setattr(planner, "WORKSPACE", 0)
+
+
+# Where the text encoder, the transformers and the VAE are, and the strips that the VAE decodes in.
+BUDGETS = {
+    "auto": ("resident", "resident", "resident", None),
+    30e6: ("host", "resident", "on_demand", None),
+    20e6: ("on_demand", "on_demand", "on_demand", None),
+    9e6: ("host", "on_demand", "on_demand", 2),
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_call_within_a_budget_makes_the_cpus_frames(rates, budget):
+    expected = on_cpu("t2v")
+    with FakeCard() as card:
+        memory = "auto" if budget == "auto" else machine.CONTEXT + budget
+        pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), dtype=torch.float32, memory=memory)
+        pipe.set_progress_bar_config(disable=True)
+        for _ in range(2):  # the first one plans
+            card.recorded.clear()
+            assert np.array_equal(pipe(**arguments("t2v")).frames, expected)
+        plan = pipe.memory_plan
+        kinds = (plan.placements[slot].kind for slot in ("text_encoder", "transformer", "vae"))
+        assert (*kinds, plan.strips) == BUDGETS[budget]
+        for part, known in (("denoise", SAMPLING), ("decode", DECODING)):
+            # Where another model comes, copies of the one before end before its memory is given away.
+            waits = [w for w in card.waits(part) if w.where != "accel/offload/devices.py:finish"]
+            assert told(waits) == known
+        pipe.release()
+        assert not any(isinstance(p, CardTensor) for p in pipe.transformer.parameters())
+
+
+def test_a_larger_video_is_planned_anew(rates):
+    with FakeCard():
+        pipe = load("t2v")
+        small = pipe.fit(vram=machine.CONTEXT + 20e6, height=32, width=32, num_frames=5)
+        large = arguments("t2v", height=64, width=64)
+        assert pipe(**large).frames.shape[2:4] == (64, 64)
+        assert pipe.memory_plan is not small
+        assert pipe.memory_plan.size == (64, 64, 5)
+
+
+def test_noise_that_the_card_draws_stays_there():
+    with FakeCard() as card:
+        pipe = load("t2v").to("cuda")
+        found = pipe(**arguments("t2v", noise_device="cuda"))
+        given = pipe(**arguments("t2v", seed=None, generator=torch.Generator("cuda").manual_seed(3)))
+    assert found.recipe.call["noise_device"] == "cuda"
+    assert not card.waits("draw_latents")
+    # The pretended generator draws the CPU's numbers.
+    assert np.array_equal(found.frames, on_cpu("t2v"))
+    assert np.array_equal(given.frames, found.frames)
+
+
+def test_noise_of_the_host_is_uploaded_once():
+    with FakeCard() as card:
+        load("t2v").to("cuda")(**arguments("t2v"))
+    assert [wait.kind for wait in card.waits("draw_latents")] == ["upload"]
 
 
 # ---- the card itself ----
