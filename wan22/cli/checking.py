@@ -135,9 +135,10 @@ def plan_of(pipe: Any, settings: Settings, loading: Loading) -> Any:
 
     memory = parse_memory(loading.memory)
     vram = None if memory == "auto" else memory
-    size = {name: getattr(settings, name) for name in ("height", "width", "num_frames", "videos")}
+    names = ("height", "width", "num_frames", "videos", "residuals")
+    size = {name: getattr(settings, name) for name in names}
     device = None if vram is not None else loading.device
-    guided = settings.passes > settings.steps
+    guided = settings.all_passes > settings.steps
     return plan(pipe, **size, vram=vram, quantize=loading.quantize, guided=guided, device=device)
 
 

@@ -39,6 +39,7 @@ HELP = {
     "sigmas": "Noise levels instead of steps and shift: 1.0,0.8,0.3",
     "timesteps": "Timesteps instead of steps and shift: 1000,750,500",
     "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
+    "cache": "Skip passes: easy, mag or taylor, with :low, :medium or :high error; or a file of ratios.",
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",
     "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
 }

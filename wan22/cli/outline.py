@@ -26,7 +26,10 @@ class Settings:
     shift: float | None  # None for a schedule that is given
     formula: str  # of guidance; "" for plain guidance
     guidance: tuple[float, ...]  # scales of the experts, high noise first, or of each step
-    passes: int  # of a transformer, in all steps of one video
+    passes: int  # of a transformer, in all steps of one video; at most so many, if latents have a say
+    all_passes: int  # those without a step cache
+    cache: str | None = None  # the step cache's name
+    residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
 
     def __str__(self) -> str:
         many = "" if self.videos == 1 else f"{self.videos} x "
@@ -96,6 +99,9 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     """
     import torch
 
+    from ..pipelines.call.caches.checked import check_schedule
+    from ..pipelines.call.caches.decisions import computed_steps
+    from ..pipelines.call.caches.places import places_of
     from ..pipelines.call.few_steps import with_distilled
     from ..pipelines.call.noise import generators_of
     from ..pipelines.call.prepare import check, guidance_over, schedule
@@ -107,9 +113,12 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     checked = check(pipe, request)
     generators_of(request, checked.videos, lambda: 0)
     scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))
+    check_schedule(checked.cache, request, scheduler, steps)
+    guidance = guidance_over(steps, pipe, checked)
+    passes = list(map(len, guidance.passes(steps)))
+    computed = computed_steps(checked.cache, places_of(steps))
     if request.preview is not None:
         Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
-    guidance = guidance_over(steps, pipe, checked)
     scales = [guidance.arguments[name] for name in ("guidance_scale", "guidance_scale_2")]
     given = request.sigmas is not None or request.timesteps is not None
     shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
@@ -125,5 +134,8 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
         shift=None if given else shift,
         formula=(guidance.arguments["guidance"] or {}).get("name", ""),
         guidance=tuple(scales[0] if isinstance(scales[0], list) else filter(None, scales)),
-        passes=sum(map(len, guidance.passes(steps))),
+        passes=sum(count for count, runs in zip(passes, computed, strict=True) if runs),
+        all_passes=sum(passes),
+        cache=None if checked.cache is None else checked.cache.method,
+        residuals=0 if checked.cache is None else checked.cache.residuals,
     )

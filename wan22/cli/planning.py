@@ -80,7 +80,10 @@ def _in_words(found: Mapping[str, Any]) -> dict[str, str]:
         return words | {"video": "unknown: nothing here tells the sizes of the models"}
     settings = found["settings"]
     words["video"] = settings["text"]
-    words["passes"] = f"{settings['passes']} of a transformer, for each video"
+    passes = f"{settings['passes']} of a transformer, for each video"
+    if settings["cache"] is not None:
+        passes = f"at most {passes}, in place of {settings['all_passes']}, by the cache {settings['cache']}"
+    words["passes"] = passes
     words["memory"] = f"by arithmetic, not measured: {found['memory']}"
     words["time"] = _time_in_words(found)
     if "output" in found:
@@ -113,7 +116,8 @@ def _time_in_words(found: Mapping[str, Any]) -> str:
         return f"unknown, as the GPU is not here; {work}"
     once = found["seconds_to_pin"] or 0.0
     pinned = f" after {once:.3g} s to pin the weights" if once else ""
-    total = f"{once + steps * seconds:.3g} s for {steps} steps"
+    share = found["settings"]["passes"] / found["settings"]["all_passes"]
+    total = f"{once + share * steps * seconds:.3g} s for {steps} steps"
     return f"by arithmetic, not measured: {seconds:.3g} s a step, {total}{pinned}"
 
 

@@ -231,6 +231,14 @@ class GELU(nn.Module):
         )
 
 
+class Tokens(nn.Module):
+    """The tokens "b l d" that blocks are given, as hooks may see and divide them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tokens."""
+        return x
+
+
 class Head(nn.Module):
     """The step from tokens "b l d" and the time's embedding "b k d" to velocities, as hooks may see it.
 

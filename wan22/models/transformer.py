@@ -28,6 +28,7 @@ from .layers import (
     Float32LayerNorm,
     Float32Linear,
     Head,
+    Tokens,
     add_gated,
     added_and_normalized,
     at_least_float32,
@@ -198,7 +199,7 @@ class WanTransformer3DModel(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.head = Head()
+        self.tokens, self.head = Tokens(), Head()
         self.norm_out = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = Float32Linear(dim, self.out_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -274,7 +275,7 @@ class WanTransformer3DModel(nn.Module):
         """Embed what `forward` is given."""
         dtype = at_least_float32(text.dtype)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        x = rearrange(x, "b d t h w -> b (t h w) d").to(dtype).contiguous()
+        x = self.tokens(rearrange(x, "b d t h w -> b (t h w) d").to(dtype).contiguous())
         temb, modulation = self.condition_embedder.embed_time(timestep, dtype)
         embed_text = self.condition_embedder.text_embedder
         text = embed_text(text) if negative is None else torch.cat((embed_text(text), embed_text(negative)))

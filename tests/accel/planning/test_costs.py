@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.builders import random_i2v_pipeline, random_pipeline
+from tests.builders import latents_of, random_i2v_pipeline, random_pipeline
 from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import accel, presets
-from wan22.accel.planning.costs import Task, forward_flops
+from wan22.accel.planning.costs import Task, cached_bytes, forward_flops
 from wan22.accel.planning.meta_models import meta_copies, released_models
 
 
@@ -56,3 +56,27 @@ def test_flops_of_the_released_checkpoints():
     ti2v_5b = released_models(presets.TI2V_5B)["transformer"].config
     for config, tokens, tera in ((a14b, 32760, 1678), (a14b, 75600, 6523), (ti2v_5b, 27280, 517)):
         assert forward_flops(config, tokens) / 1e12 == pytest.approx(tera, rel=0.01)
+
+
+def test_what_a_step_cache_keeps():
+    """Those of a 14B model at 720p: 75,600 tokens of 5,120 in bfloat16, of two passes."""
+    assert cached_bytes(75_600, 5_120, passes=2) == 2 * 75_600 * 5_120 * 2
+    assert cached_bytes(75_600, 5_120, 2, residuals=2, itemsize=4) == 4 * cached_bytes(75_600, 5_120, 2)
+    pipe, size = random_pipeline(), {"height": 32, "width": 32, "num_frames": 5}
+    plans = [accel.plan(pipe, **size, vram="8GB", ram="8GB", residuals=n, videos=3) for n in range(3)]
+    assert [plan.residuals for plan in plans] == [0, 1, 2]
+    denoising = [next(p.activations for p in plan.phases if p.name == "denoise") for plan in plans]
+    tokens = 2 * 2 * 2
+    assert denoising[2] - denoising[1] == cached_bytes(tokens, 48, passes=6, itemsize=4)
+    assert denoising[1] - denoising[0] == cached_bytes(tokens, 48, 6, itemsize=4) + 3 * tokens * 48 * 4
+
+
+def test_a_call_with_a_cache_is_planned_for():
+    pipe = random_pipeline()
+    pipe.fit(device="cpu", height=32, width=32, num_frames=5)
+    assert pipe.memory_plan.residuals == 0
+    latents_of(pipe, num_inference_steps=8, cache="taylor")
+    assert pipe.memory_plan.residuals == 2
+    latents_of(pipe, num_inference_steps=8, cache="easy")
+    assert pipe.memory_plan.residuals == 2, "what was planned for has room for less"
+    pipe.release()

@@ -75,7 +75,8 @@ class SequenceParallel:
             self._handles.append(model.register_forward_pre_hook(self._refuse_skips, with_kwargs=True))
         for chain in chains:
             self._handles += [block.register_forward_pre_hook(self._before) for block in chain]
-        for head in (model.head for model in models):
+        for tokens, head in ((model.tokens, model.head) for model in models):
+            self._handles.append(tokens.register_forward_hook(self._divide))
             self._handles.append(head.register_forward_pre_hook(self._before_head))
             self._handles.append(head.register_forward_hook(self._gather))
 
@@ -115,13 +116,16 @@ class SequenceParallel:
         if block.attn1.backend != self.name:  # another has been chosen since
             self._compute_by(block.attn1.backend)
         if any(block is first for first in self._firsts):
-            self.tokens = x.shape[1]
             self._shared[id(time)] = self._times(time), tuple(map(self._part, rotary))
-            x = self._part(x)
         shared = self._shared[id(time)]
         if any(block is last for last in self._lasts):
             del self._shared[id(time)]
         return (x, text, *shared, *rest)
+
+    def _divide(self, tokens: nn.Module, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's tokens."""
+        self.tokens = x.shape[1]
+        return self._part(x)
 
     def _before_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, temb, *rest = arguments

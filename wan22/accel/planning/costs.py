@@ -45,6 +45,7 @@ class Task:
     quantize: str | None  # the transformers' quantisation
     guided: bool  # whether steps have two passes
     videos: int = 1
+    residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
     # Bytes of each model's weights that are in host memory and in no file.
     anonymous: Mapping[str, int] = field(default_factory=dict)
     # Bytes of each model's weights of which running on the host makes copies; default: those in files.
@@ -131,9 +132,21 @@ class Task:
         `in_turn`: each block computes all passes of all videos, before the next one does.
         """
         latent = self.models["vae"].config.z_dim * torch.Size(self.latent_shape).numel() * 4
-        return self.videos * LATENT_COPIES * latent + self._once(
-            ("denoise", chunks, in_turn), lambda: self._step(chunks, in_turn)
+        return (
+            self.videos * LATENT_COPIES * latent
+            + self.cached(in_turn)
+            + self._once(("denoise", chunks, in_turn), lambda: self._step(chunks, in_turn))
         )
+
+    def cached(self, in_turn: bool = False) -> int:
+        """Bytes that a step cache keeps, and those of the tokens that blocks are given, in float32."""
+        if not self.residuals:
+            return 0
+        model = self.models[self.experts[0]]
+        dim = model.config.num_attention_heads * model.config.attention_head_dim
+        kept = cached_bytes(self.tokens, dim, self.passes, self.residuals, model.dtype.itemsize)
+        # The new residual is there before the one that it replaces is gone.
+        return kept + 3 * self.tokens * dim * 4 * (self.passes if in_turn else 1)
 
     def decode(self, strips: int | None, on_device: bool = False) -> Peak:
         """Activation bytes of decoding; in strips on a device, the layers' histories are on the host."""
@@ -244,6 +257,15 @@ class Task:
                 vae.enable_strips(strips)
         caches = partial(HostHistories, device) if offloaded else TemporalCache
         return Peak(peak_bytes(stream, caches), device.host)
+
+
+def cached_bytes(tokens: int, dim: int, passes: int, residuals: int = 1, itemsize: int = 2) -> int:
+    """Return the bytes that a step cache keeps of so many passes, of all videos, for l video tokens.
+
+    `residuals` of a pass are 1 for MagCache and order + 1 for TaylorCache; they have the dtype of the model's
+    large layers. EasyCache keeps latents alone.
+    """
+    return tokens * dim * passes * residuals * itemsize
 
 
 def forward_flops(config: Any, tokens: int) -> float:

@@ -55,6 +55,7 @@ def plan(
     disk: str | float | None = None,
     *,
     videos: int = 1,
+    residuals: int = 0,
     quantize: str | None = None,
     guided: bool = True,
     device: str | torch.device | None = None,
@@ -72,6 +73,8 @@ def plan(
             other programs.
         disk: bytes a second that weights are read with where host memory is short of them.
         videos: number of videos of a call, of all prompts.
+        residuals: tensors of the tokens' size that a step cache keeps of each pass and video: none without
+            one and for EasyCache, 1 for MagCache, order + 1 for TaylorCache.
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
         guided: whether steps have two passes.
         device: default is the GPU if there is one, "cuda" if vram is given, or else "cpu".
@@ -81,6 +84,7 @@ def plan(
         ranks have divided the weights.
     """
     videos = check_positive_int("videos", videos)
+    residuals = check_positive_int("residuals", residuals, least=0)
     anonymous: dict[str, int] = {}
     copied: dict[str, int] = {}
     stored: dict[str, int] = {}
@@ -95,7 +99,7 @@ def plan(
         copied, stored = _copied(target, models), _stored(target, models)
     given = {"width": width, "height": height, "num_frames": num_frames}
     w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
-    task = Task(name, models, (w, h, t), quantize, guided, videos, anonymous, copied, stored)
+    task = Task(name, models, (w, h, t), quantize, guided, videos, residuals, anonymous, copied, stored)
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
@@ -262,6 +266,7 @@ def _planned(
         pin_seconds=_pin_seconds(task, machine, packed),
         step_flops=task.step_flops(),
         videos=task.videos,
+        residuals=task.residuals,
     )
 
 

@@ -49,6 +49,7 @@ class Plan:
             rates are unknown.
         step_flops: floating-point operations of one step; 0: not counted.
         videos: number of videos of a call.
+        residuals: tensors of the tokens' size that a step cache keeps of each pass and video.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Plan:
     pin_seconds: float | None = None
     step_flops: float = 0.0
     videos: int = 1
+    residuals: int = 0
 
     @property
     def device_peak(self) -> int:

@@ -22,7 +22,7 @@ from .part import Part
 logger = logging.getLogger(__name__)
 
 # Arguments of `fit` that belong to one call; a new plan for a larger call replaces them.
-_PER_CALL = ("height", "width", "num_frames", "videos")
+_PER_CALL = ("height", "width", "num_frames", "videos", "residuals")
 
 
 class Memory(Part):
@@ -216,12 +216,13 @@ class Memory(Part):
         width: int | None = None,
         num_frames: int | None = None,
         videos: int = 1,
+        residuals: int = 0,
     ) -> None:
         """Make a plan for a call's size if there is none yet, or if it is larger than planned for.
 
-        Default are the checkpoint's own sizes. Without a budget there is a warning that a larger call may not
-        fit. Larger frames take more to decode, however few. If nothing fits, a ValueError says so; the plan
-        stays.
+        Default are the checkpoint's own sizes; `residuals` are what a step cache keeps, see `plan`. Without a
+        budget there is a warning that a larger call may not fit. Larger frames take more to decode, however
+        few. If nothing fits, a ValueError says so; the plan stays.
         """
         preset, plan = self._pipe.preset, self.plan
         size = {
@@ -231,24 +232,24 @@ class Memory(Part):
         }
         if plan is None:
             if self.plans_next:
-                self._plan_for(size, videos)
+                self._plan_for(size, videos, residuals)
             return
         if self._offloader is not None and not self.moves_models:
             return
         columns, rows, _ = plan.size
         pixels = size["height"] * size["width"]
         larger = pixels * size["num_frames"] > plan.pixels or pixels > columns * rows
-        if not larger and videos <= plan.videos:
+        if not larger and videos <= plan.videos and residuals <= plan.residuals:
             return
         if self._budget is not None:
-            self._plan_for(size, videos)
+            self._plan_for(size, videos, residuals)
         else:
             message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
             logger.warning(message, *plan.size, plan.videos)
 
-    def _plan_for(self, size: dict[str, int], videos: int) -> None:
+    def _plan_for(self, size: dict[str, int], videos: int, residuals: int) -> None:
         automatic = self._budget is None or self._automatic
-        self.fit(**(self._budget or {"device": "cpu"}), **size, videos=videos)
+        self.fit(**(self._budget or {"device": "cpu"}), **size, videos=videos, residuals=residuals)
         if automatic and not self._automatic:
             logger.info("the host has no room for all weights at once; this is done:\n%s", self.plan)
         self._automatic = automatic

@@ -34,7 +34,8 @@ class Call:
 
     @property
     def size(self) -> dict[str, int]:
-        """Height, width and num_frames of the videos, and their number, as a plan takes them."""
+        """The videos' height, width, num_frames and number, and what a cache keeps, as a plan takes them."""
         recipe = self.recipe
         size = {"height": recipe.height, "width": recipe.width, "num_frames": recipe.num_frames}
-        return {**size, "videos": len(self.generators)}
+        residuals = 0 if self.cache is None else self.cache.residuals
+        return {**size, "videos": len(self.generators), "residuals": residuals}

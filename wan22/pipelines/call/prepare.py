@@ -76,7 +76,8 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
     if state.scheduler is None:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
-    pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos)
+    residuals = 0 if checked.cache is None else checked.cache.residuals
+    pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos, residuals)
     generators = generators_of(request, checked.videos, pipe.draw_seed)
     with state.stepping:
         scheduler, steps = schedule(pipe, request, state.scheduler, pipe._execution_device)

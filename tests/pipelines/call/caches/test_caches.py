@@ -20,7 +20,7 @@ from tests.builders import (
 from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.pipelines.call.caches.loops import CALL, RATIOS, STEPS, cached
-from wan22 import EasyCache, MagCache, TaylorCache
+from wan22 import EasyCache, FlowMatchEulerScheduler, MagCache, TaylorCache
 
 NOTHING = {
     "easy": EasyCache(threshold=0, warmup=0),
@@ -264,18 +264,17 @@ def test_a_model_that_takes_the_place_of_another():
     assert len(ran) == 4, "the first step with it, and the last"
 
 
-def test_latents_of_a_callback_do_not_change_what_is_kept():
-    """EasyCache keeps copies: a callback writes to the latents in place."""
-    pipe = random_pipeline()
+def test_a_solver_that_writes_to_the_latents_changes_nothing_that_is_kept():
+    class InPlace(FlowMatchEulerScheduler):
+        def step(self, velocity, timestep, latents, return_dict=True):
+            (found,) = super().step(velocity, timestep, latents, return_dict=False)
+            return (latents.copy_(found),)
 
-    def write(pipe, i, t, tensors):
-        return {"latents": tensors["latents"].add_(0.01)}
-
-    def fresh(pipe, i, t, tensors):
-        return {"latents": tensors["latents"] + 0.01}
-
-    first, second = (cached(pipe, SKIPPING["easy"], callback_on_step_end=f) for f in (write, fresh))
-    assert torch.equal(first, second)
+    plain, other = (
+        cached(random_pipeline(scheduler=cls(shift=5.0)), SKIPPING["easy"])
+        for cls in (FlowMatchEulerScheduler, InPlace)
+    )
+    assert torch.equal(plain, other)
 
 
 def test_exact_calls_stay_as_they_are():

@@ -41,7 +41,7 @@ class EasyPredictor(SkippingPredictor):
         if allowed and track.rate is not None and track.velocity is not None and track.before is not None:
             track.change += track.rate * _mean(latents - track.before) / _mean(track.velocity)
             wanted = track.change < self.cache.at("threshold", place.slot)
-        track.before = latents.clone()  # a callback may write to them
+        track.before = latents.clone()  # a solver may write its result to them
         return wanted
 
     def _compute(

@@ -23,13 +23,16 @@ class Track:
     def __init__(self) -> None:
         self.texts: dict[str, torch.Tensor] = {}  # of the passes of the last computed step
 
+    def forget(self) -> None:
+        """Drop what was kept of other passes or prompts than those that are computed next."""
+
 
 class SkippingPredictor:
     """Estimates the passes of a step from those of earlier ones where a cache's settings allow it.
 
     The first pass, that with the prompt, decides for all passes of the step. A step is computed if one of its
     passes was none of the last computed step's, or had another prompt. Videos decide by themselves, and those
-    of a batch are what they are alone. Nothing outlives the expert's last step.
+    of a batch are what they are alone. Nothing is kept when another expert takes over.
 
     Args:
         inner: runs the transformer.
@@ -61,8 +64,6 @@ class SkippingPredictor:
                 predicted = predict(place, latents, step, passes, some)
                 for i, video in enumerate(some):
                     found[video] = {name: each[i : i + 1] for name, each in predicted.items()}
-        if step.is_last or self._places[step.index + 1].index == 0:
-            self._tracks, self._model = {}, None
         if len(found) == 1:
             return next(iter(found.values()))
         return {name: torch.cat([found[video][name] for video in videos]) for name in passes}
@@ -79,6 +80,8 @@ class SkippingPredictor:
                 self._tracks[video] = self._new_track(place)
             track = self._tracks[video]
             known = self._knows(track, texts)
+            if not known:
+                track.forget()
             skips.append(self._wants_to_skip(track, place, latents[video : video + 1], allowed and known))
         computed = self.ranks.any(*(not skip for skip in skips))
         for video, must in zip(videos, computed, strict=True):
@@ -120,6 +123,10 @@ class ResidualTrack(Track):
         super().__init__()
         self.decision = decision
         self.residuals: dict[str, Any] = {}  # as the cache keeps them
+
+    def forget(self) -> None:
+        """See Track. Ranks that run different passes would otherwise have different histories of one."""
+        self.residuals = {}
 
 
 class ResidualPredictor(SkippingPredictor):

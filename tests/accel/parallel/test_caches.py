@@ -1,0 +1,66 @@
+"""Step caches of several ranks: one decision, and the video of one rank."""
+
+import torch
+
+from tests.accel.parallel.ranks import on_ranks
+from tests.builders import SMALL, random_pipeline
+from tests.golden_data import relative_error
+from tests.pipelines.call.caches.loops import CALL, RATIOS
+from wan22 import EasyCache, MagCache, TaylorCache
+from wan22.accel.parallel import parallelize
+from wan22.pipelines.call.caches import easy
+from wan22.pipelines.call.guidance import ClassifierFreeGuidance
+
+CACHES = {
+    "easy": EasyCache(threshold=0.3, warmup=0),
+    "mag": MagCache(threshold=0.2, warmup=0, ratios=RATIOS),
+    "taylor": TaylorCache(interval=3, warmup=0),
+}
+BOUND = 1e-5
+
+
+def videos(pipe):
+    call = SMALL | CALL | {"prompt": ["a red kite", "b"], "height": 96, "seed": 1, "output_type": "latent"}
+    return {name: pipe(**call, cache=cache) for name, cache in CACHES.items()}
+
+
+def calls(rank):
+    found, pipe = {}, random_pipeline()
+    alone = videos(pipe)
+    for layout in ({"cfg": 2}, {"ulysses": 2}):
+        parallel = parallelize(pipe, **layout, vae=False)
+        for name, video in videos(pipe).items():
+            error = relative_error(video.frames, alone[name].frames)
+            found[str(layout), name] = error, video.recipe.passes == alone[name].recipe.passes
+        found[str(layout), "ratios"] = pipe.calibrate_cache("a", **SMALL | CALL, seed=1)
+        parallel.detach()
+    return found
+
+
+def test_a_call():
+    first, other = on_ranks(2, calls)
+    for found in (first, other):
+        cases = {case: result for case, result in found.items() if case[1] != "ratios"}
+        assert len(cases) == 6 and all(error <= BOUND and same for error, same in cases.values())
+    assert all(first[case] == other[case] for case in first if case[1] == "ratios")
+
+
+def disagreeing(rank):
+    """One rank sees twice the change of the others, and passes come and go."""
+    mean, needs = easy._mean, ClassifierFreeGuidance.needs_negative
+    easy._mean = lambda x: mean(x) * (1 + rank)
+    ClassifierFreeGuidance.needs_negative = lambda self, step: step.index % 4 in (0, 1)
+    try:
+        pipe = random_pipeline()
+        parallelize(pipe, cfg=2, vae=False)
+        return {name: (video.frames, video.recipe.passes) for name, video in videos(pipe).items()}
+    finally:
+        easy._mean, ClassifierFreeGuidance.needs_negative = mean, needs
+
+
+def test_ranks_that_would_decide_differently_compute():
+    first, other = on_ranks(2, disagreeing)
+    for name in CACHES:
+        assert first[name][1] == other[name][1]
+        assert torch.equal(first[name][0], other[name][0])
+        assert any(computed < of for computed, of in first[name][1])
