@@ -5,11 +5,10 @@ import torch
 from tests.accel.parallel.ranks import on_ranks
 from tests.builders import SMALL, random_pipeline
 from tests.golden_data import relative_error
-from tests.pipelines.call.caches.loops import CALL, RATIOS
+from tests.pipelines.call.caches.loops import CALL, RATIOS, STEPS
 from wan22 import EasyCache, MagCache, TaylorCache
 from wan22.accel.parallel import parallelize
 from wan22.pipelines.call.caches import easy
-from wan22.pipelines.call.guidance import ClassifierFreeGuidance
 
 CACHES = {
     "easy": EasyCache(threshold=0.3, warmup=0),
@@ -19,9 +18,9 @@ CACHES = {
 BOUND = 1e-5
 
 
-def videos(pipe):
+def videos(pipe, **changes):
     call = SMALL | CALL | {"prompt": ["a red kite", "b"], "height": 96, "seed": 1, "output_type": "latent"}
-    return {name: pipe(**call, cache=cache) for name, cache in CACHES.items()}
+    return {name: pipe(**call | changes, cache=cache) for name, cache in CACHES.items()}
 
 
 def calls(rank):
@@ -47,15 +46,15 @@ def test_a_call():
 
 def disagreeing(rank):
     """One rank sees twice the change of the others, and passes come and go."""
-    mean, needs = easy._mean, ClassifierFreeGuidance.needs_negative
+    mean, scales = easy._mean, [3.0 if i % 4 in (0, 1) else 1.0 for i in range(STEPS)]
     easy._mean = lambda x: mean(x) * (1 + rank)
-    ClassifierFreeGuidance.needs_negative = lambda self, step: step.index % 4 in (0, 1)
+    changes = {"guidance_scale": scales, "guidance_scale_2": None}
     try:
         pipe = random_pipeline()
         parallelize(pipe, cfg=2, vae=False)
-        return {name: (video.frames, video.recipe.passes) for name, video in videos(pipe).items()}
+        return {name: (video.frames, video.recipe.passes) for name, video in videos(pipe, **changes).items()}
     finally:
-        easy._mean, ClassifierFreeGuidance.needs_negative = mean, needs
+        easy._mean = mean
 
 
 def test_ranks_that_would_decide_differently_compute():
