@@ -187,6 +187,16 @@ def test_what_a_run_may_not_need_is_imported_late(path):
     assert not {name.split(".")[0] for name in names} & late
 
 
+def test_a_pipeline_does_not_import_what_few_calls_need():
+    """Conversion, planning, ranks, compilation, and pictures beside the frames load when they are used."""
+    told = run("import sys, json, wan22; wan22.WanT2VPipeline; print(json.dumps(sorted(sys.modules)))")
+    loaded = json.loads(told.stdout)
+    assert "wan22.pipelines.t2v" in loaded
+    late = ("accel.compile", "accel.parallel.attach", "accel.planning.planner", "checkpoints.converting")
+    late += ("checkpoints.preparing.prepare", "video.grid", "video.sheets", "training", "cli")
+    assert not [name for name in loaded if name.startswith(tuple(f"wan22.{part}" for part in late))]
+
+
 def test_every_public_name_resolves():
     assert len(set(wan22.__all__)) == len(wan22.__all__)
     for name in wan22.__all__:

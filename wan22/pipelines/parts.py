@@ -4,15 +4,12 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.video_processor import VideoProcessor
 
-from ..accel.compile import Compiled
-from ..accel.parallel import Parallel
-from ..accel.planning.plans import Plan
 from ..checkpoints.loading.dtypes import read_device
 from ..checkpoints.loading.models import OWN_MODELS, AutoencoderKLWan, WanTransformer3DModel, is_ours
 from ..checkpoints.quantized_linear import check_has_float8
@@ -36,6 +33,10 @@ from .diffusers_names import DiffusersNames
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
+
+    from ..accel.compile import Compiled
+    from ..accel.parallel import Parallel
+    from ..accel.planning.plans import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,7 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
     offload_all = delegate("memory", Memory.offload_all)
 
     @property
-    def memory_plan(self) -> Plan | None:
+    def memory_plan(self) -> "Plan | None":
         """The plan that is applied."""
         return self.memory.plan
 
@@ -354,14 +355,14 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
     quantize = delegate("acceleration", Acceleration.quantize)
 
     @property
-    def compiled(self) -> Compiled | None:
+    def compiled(self) -> "Compiled | None":
         """What `compile` attached, or None."""
         return self.acceleration.compiled
 
     @property
-    def parallel(self) -> Parallel | None:
+    def parallel(self) -> "Parallel | None":
         """The ranks that share this pipeline's work, see `wan22.accel.parallel.parallelize`."""
-        return self.ranks if isinstance(self.ranks, Parallel) else None
+        return None if isinstance(self.ranks, OneRank) else cast("Parallel", self.ranks)
 
     load_lora_weights = delegate("loras", Loras.load_lora_weights)
     unload_lora_weights = delegate("loras", Loras.unload_lora_weights)

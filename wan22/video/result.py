@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from PIL import Image
 from ..checks import as_path
 from ..notebooks import table
 from ..progress import progress_bar
-from . import labels, sheets, writers
-from .compare import Comparison
+from . import writers
 from .player import player
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 OutputType = Literal["np", "pil", "pt", "latent", "stream"]
 OUTPUT_TYPES = get_args(OutputType)
@@ -102,12 +104,14 @@ class WanVideo(BaseOutput):
             caption: whether prompt, seed, size, steps and the time that the call took are above each row.
             prompt: whether the prompt is among them.
         """
+        from . import labels, sheets
+
         videos = self.as_uint8()
         recipes = [self.recipe.of(i) for i in range(len(videos))] if caption else []
         texts = [labels.caption(recipe, self.seconds, prompt) for recipe in recipes]
         return sheets.contact_sheet(videos, texts, columns, cell_width)
 
-    def compare(self, other: "WanVideo", labels: Sequence[str] | None = None) -> Comparison:
+    def compare(self, other: "WanVideo", labels: Sequence[str] | None = None) -> "Comparison":
         """Put another result beside this one: what differs in the recipes, in the frames, in the time.
 
             print(exact.compare(fast))  # settings, PSNR, largest difference
@@ -117,6 +121,8 @@ class WanVideo(BaseOutput):
 
         Raises: ValueError: they have different numbers of videos, or frames are latents.
         """
+        from .compare import Comparison
+
         return Comparison(self, other, labels)
 
     def __eq__(self, other: object) -> bool:

@@ -17,6 +17,7 @@ from tests.golden_data import golden
 from tests.pipelines.loading.repositories import FORMS, make_repository, write_official
 from wan22 import WanI2VPipeline, WanT2VPipeline, WanTransformer3DModel
 from wan22.accel.offload.layout import bytes_of
+from wan22.accel.parallel import processes
 from wan22.accel.planning.machine import CONTEXT
 from wan22.accel.planning.planner import _held
 from wan22.accel.quantized_layers import is_quantized
@@ -250,7 +251,7 @@ def test_loras(source, tmp_path):
 
 
 def test_one_process_goes_to_its_device(source, monkeypatch):
-    monkeypatch.setattr(load.processes, "own_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(processes, "own_device", lambda: torch.device("meta"))
     pipe = source[1](parallel="auto")
     assert all(parameter.is_meta for name in MODELS for parameter in getattr(pipe, name).parameters())
     with pytest.raises(ValueError, match="must be 'auto', or a dict with some of ring, ulysses"):

@@ -14,7 +14,7 @@ from tests.checkpoints.preparing.test_prepare import assert_equal
 from tests.pipelines.loading.repositories import make_repository
 from wan22 import WanT2VPipeline
 from wan22.checkpoints.converting.convert import convert
-from wan22.checkpoints.preparing import prepare as module
+from wan22.checkpoints.preparing import cache as cached_models
 from wan22.pipelines.loading import preparing
 from wan22.pipelines.loading.checkpoint import Wanted
 from wan22.pipelines.loading.load import locate, transformers_as_stored
@@ -199,7 +199,7 @@ def test_a_load_that_converts_says_what_it_costs(folder, cache, log, monkeypatch
 
 def test_the_bytes_that_are_named(saved, cache, log, monkeypatch):
     monkeypatch.setattr(preparing, "WORTH_A_LINE", 1)
-    monkeypatch.setattr(module, "_KINDS", ("transformer",))
+    monkeypatch.setattr(cached_models, "_KINDS", ("transformer",))
     pipe = load_pipeline(saved, dtype=DTYPES)
     count = sum(p.numel() for m in (pipe.transformer, pipe.transformer_2) for p in m.parameters())
     assert f"reads {4 * count / 1e9:.3g} GB and converts them to {2 * count / 1e9:.3g} GB" in log.text

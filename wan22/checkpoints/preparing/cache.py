@@ -24,10 +24,19 @@ logger = logging.getLogger(__name__)
 
 # "bf16": as a load in bfloat16 gives it; "fp8": a transformer as wan22.accel.quantize then makes it of that.
 FORMS = ("bf16", "fp8")
+# VAE and image encoder are small, and better left in float32.
+_KINDS = ("transformer", "text_encoder")
 RECORD = "prepared.json"  # in the folder: what it was made of, and the sizes of its files
 # Counts up when the same source gives other weights, as when other parts of a model are kept in float32.
 _VERSION = 1
 _HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def is_preparable(stored: StoredModel, form: str) -> bool:
+    """Return whether a model is in a file and plain, and a load would convert most of it."""
+    if stored.kind not in _KINDS or not stored.paths or "quantised" in stored.sizes:
+        return False
+    return form == "fp8" or stored.sizes.most_common(1)[0][0] != "bfloat16"
 
 
 def cache_folder() -> Path:

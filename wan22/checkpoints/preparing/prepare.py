@@ -27,14 +27,12 @@ from ..converting.writing import bytes_to_write, check_room, write_plan
 from ..files.quantized import ROWS, QuantizedTensor, scaled_numbers
 from ..files.weights import as_json
 from ..loading.stored import StoredModel
-from .cache import FORMS, RECORD, cache_folder, find_prepared, folder_of
+from .cache import FORMS, RECORD, cache_folder, find_prepared, folder_of, is_preparable
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 5 * 10**9  # what an interruption costs at most
 ELSEWHERE = "; the environment variable WAN22_CACHE can name a folder on another disk"
-# VAE and image encoder are small, and better left in float32.
-_KINDS = ("transformer", "text_encoder")
 _FLOAT8 = torch.float8_e4m3fn
 _NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -85,13 +83,6 @@ def preparations(models: Mapping[str, StoredModel], form: str) -> list[Preparati
             folder = folder_of(stored, own)
             found.setdefault(folder, Preparation(name, stored, own, folder))
     return list(found.values())
-
-
-def is_preparable(stored: StoredModel, form: str) -> bool:
-    """Return whether a model is in a file and plain, and a load would convert most of it."""
-    if stored.kind not in _KINDS or not stored.paths or "quantised" in stored.sizes:
-        return False
-    return form == "fp8" or stored.sizes.most_common(1)[0][0] != "bfloat16"
 
 
 def prepare(work: Sequence[Preparation], progress: bool | None = None) -> None:

@@ -3,13 +3,12 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...accel import attention
 from ...accel import vae as vae_acceleration
-from ...accel.compile import Compiled
 from ...accel.planning.meta_models import MODELS
 from ...accel.quantize import check, check_memory, check_method, quantize
 from ...accel.quantized_layers import formats_of, needs_quantizing
@@ -31,6 +30,9 @@ from ...private_apis import (
 from ...progress import bytes_bar
 from ..call.request import plain
 from .part import Part
+
+if TYPE_CHECKING:
+    from ...accel.compile import Compiled
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class Acceleration(Part):
             return
         if vae and not is_ours(pipe.vae):
             raise ValueError("pipe.vae is not wan22's, whose chunks alone are compiled; leave vae=True out")
+        from ...accel.compile import Compiled
+
         vae = vae and not pipe.ranks.shares_rows
         transformers = pipe.transformers if vae else self._transformers()
         self.uncompile()

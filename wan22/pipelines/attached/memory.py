@@ -15,7 +15,7 @@ from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import as_number, keywords_of, refuse_unknown, shown
 from ...host_memory import anonymous_bytes, available_ram, check_room
-from ...private_apis import accelerate_hook, is_group_offloaded, uncompiled
+from ...private_apis import accelerate_hook, is_group_offloaded, own_tensors, uncompiled
 from ..call.experts import Expert
 from .part import Part
 
@@ -259,7 +259,11 @@ class Memory(Part):
 
         Half of what is free is left for the rest.
         """
-        models = self._models.values()
+        models, room = self._models.values(), available_ram() / 2
+        modules = (module for model in models for module in model.modules())
+        tensors = (tensor for module in modules for own in own_tensors(module) for tensor in own.values())
+        if sum(tensor.nbytes for tensor in tensors if tensor is not None) <= room:
+            return False  # whatever has to be copied: each call asks several times
         moved = any(accelerate_hook(model) is not None or is_group_offloaded(model) for model in models)
         elsewhere = any(not weight.is_cpu for model in models for weight in model.parameters())
         if moved or elsewhere or self._pipe.parallel is not None:
@@ -269,7 +273,7 @@ class Memory(Part):
             for model in models
             for weight in (*unaligned_weights(model), *deferred_weights(model))
         ]
-        return sum(copied) > available_ram() / 2
+        return sum(copied) > room
 
     def ready(self) -> None:
         """Make a plan for the checkpoint's own size, if the next call would make one."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ...accel.parallel import parallelize
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.single_file import STEERING
 from ...checks import check_choice, keywords_of, refuse_unknown, shown
@@ -44,6 +43,8 @@ def arguments_of(parallel: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `parallelize` that a constructor's parallel stands for."""
     if parallel == "auto":
         return {}
+    from ...accel.parallel import parallelize
+
     known = list(inspect.signature(parallelize).parameters)[1:]
     if not isinstance(parallel, Mapping):
         raise ValueError(

@@ -12,13 +12,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from ...accel.offload.devices import CudaDevice
-from ...accel.parallel import parallelize, processes
 from ...accel.parallel.environment import launched
-from ...accel.planning.planner import plan
 from ...checkpoints.deferred import deferring
 from ...checkpoints.files.hub import check_repository_name
-from ...checkpoints.preparing.prepare import preparations
-from ...checkpoints.preparing.prepare import prepare as write_prepared
 from ...checks import as_path, cut, shown
 from ...downloads import reaching
 from ...private_apis import signature_keys
@@ -70,6 +66,8 @@ def load_pipeline(
     adapters = lora_arguments(loras, pipeline.load_lora_weights)
     check_kind(pipeline, checkpoint)
     together = shares is not None and launched()
+    if shares is not None:
+        from ...accel.parallel import parallelize, processes
     if together:
         processes.join()
         processes.keep_silent()
@@ -82,7 +80,9 @@ def load_pipeline(
     elif together and quantize is None:
         dtype, wanted = transformers_as_stored(wanted)
     if form is not None:
-        write_prepared(preparations(checkpoint.fetch(pipeline, wanted), form))
+        from ...checkpoints.preparing import prepare as prepared_files
+
+        prepared_files.prepare(prepared_files.preparations(checkpoint.fetch(pipeline, wanted), form))
     with deferring() if budget is not None else nullcontext():
         pipe = checkpoint.load(pipeline, wanted)
     pipe.check_components()
@@ -122,6 +122,8 @@ def check_budget(
 
     Where no size is given yet, that is what the smallest video takes.
     """
+    from ...accel.planning.planner import plan
+
     outlined = outlined_pipeline(pipeline, checkpoint.outline(wanted), wanted)
     if outlined is not None:
         size = {} if SIZES & budget.keys() else smallest_size(outlined)

@@ -10,8 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ...checkpoints.loading.stored import StoredModel
-from ...checkpoints.preparing.cache import FORMS, cache_folder, find_prepared
-from ...checkpoints.preparing.prepare import is_preparable
+from ...checkpoints.preparing.cache import FORMS, cache_folder, find_prepared, is_preparable
 from ...checks import check_choice, shown
 from ...progress import bytes_bar
 from .checkpoint import PREPARED, TRANSFORMERS, Wanted
