@@ -26,6 +26,11 @@ class Layout:
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name), most))
 
     @property
+    def shares_tokens(self) -> bool:
+        """Whether each rank has a part of a video's tokens."""
+        return self.ring * self.ulysses > 1
+
+    @property
     def ranks(self) -> int:
         """The number of ranks."""
         return self.ring * self.ulysses * self.cfg
