@@ -38,7 +38,7 @@ GUIDANCE = {
 }
 STACKS = {
     f"{cache} + gated": {"cache": cache, "guidance": "gated"}
-    for cache in ("easy:medium", "mag:low", "mag:medium", "taylor:medium")
+    for cache in ("easy:low", "easy:medium", "mag:low", "taylor:low", "taylor:medium")
 }
 FEWER = {f"{percent} % of the steps": {"steps": percent / 100} for percent in (75, 50, 35)}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {EXACT: {}, **FEWER, **GUIDANCE, **CACHES, **STACKS}
