@@ -52,7 +52,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
             "max_sequence_length": 512,
             "noise_device": "cpu",
             **dict.fromkeys(("attention_kwargs", "distilled", "sigmas", "timesteps")),
-            **dict.fromkeys(("guidance", "guidance_interval")),
+            **dict.fromkeys(("cache", "fast", "guidance", "guidance_interval")),
         },
         "height": 32,
         "width": 48,
@@ -67,6 +67,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
         "dtypes": dict.fromkeys(("text_encoder", "transformer", "transformer_2", "vae"), "float32"),
         "changes": {},
         "memory": None,
+        "passes": (),
         "steps_done": None,
         "not_reproducible_because": None,
     }

@@ -48,7 +48,7 @@ REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
 # What a plan depends on.
 PLANNED = (
     *("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt"),
-    *("guidance_scale", "guidance", "guidance_interval", "cache"),
+    *("guidance_scale", "guidance", "guidance_interval", "cache", "fast"),
 )
 PLACED = ("dtype", "device", "memory", "quantize", "revision")
 Yes = Annotated[bool, Option("--yes", "-y", metavar="", help="Download and write without asking.")]

@@ -102,6 +102,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     from ..pipelines.call.caches.checked import check_schedule
     from ..pipelines.call.caches.decisions import computed_steps
     from ..pipelines.call.caches.places import places_of
+    from ..pipelines.call.fast import with_fast
     from ..pipelines.call.few_steps import with_distilled
     from ..pipelines.call.noise import generators_of
     from ..pipelines.call.prepare import check, guidance_over, schedule
@@ -109,7 +110,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     from ..pipelines.call.request import Request
     from ..pipelines.call.schedule import scheduler_shift
 
-    request = with_distilled(pipe.with_inputs(Request.of(type(pipe).__call__, call)))
+    request = with_distilled(with_fast(pipe.with_inputs(Request.of(type(pipe).__call__, call))))
     checked = check(pipe, request)
     generators_of(request, checked.videos, lambda: 0)
     scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))

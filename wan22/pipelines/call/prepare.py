@@ -19,6 +19,7 @@ from .call import Call
 from .callback import StepCallback
 from .checks import check_latents
 from .experts import Experts, Step
+from .fast import with_fast
 from .few_steps import check_scale, hint_at_settings, lora_scales, with_distilled
 from .guidance.guider import Guider
 from .guidance.named import as_guider, not_recordable
@@ -70,7 +71,8 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
 
 def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
-    preset, request = pipe.preset, with_distilled(given)
+    preset, given = pipe.preset, with_fast(given)
+    request = with_distilled(given)
     checked = check(pipe, request)
     if request.output_type != "latent":
         pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
