@@ -18,7 +18,8 @@ from wan22.accel.offload.layout import Placement
 from wan22.accel.planning import machine, planner
 from wan22.accel.planning.machine import Machine
 from wan22.accel.planning.plans import Phase, Plan
-from wan22.pipelines.call.guidance.guider import ClassifierFreeGuidance
+from wan22.guidance import ClassifierFreeGuidance, Gated, SkipLayer
+from wan22.pipelines.call.guidance.named import GUIDERS
 from wan22.video.result import to_uint8
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
@@ -299,6 +300,14 @@ def test_a_number_that_the_loop_reads_is_found(monkeypatch):
         load("t2v").to("cuda")(**arguments("t2v"))
     more = told(card.waits("denoise")) - Counter(SAMPLING)
     assert more == {"reads a number in pipelines/call/guidance/guider.py:combine": STEPS}
+
+
+@pytest.mark.parametrize("guidance", [*GUIDERS, "apg, gated"])
+def test_no_formula_of_guidance_reads_a_number(guidance):
+    others = {"slg": SkipLayer(layers=1, start=0, stop=1), "apg, gated": Gated("apg", after=0, refresh=1)}
+    with FakeCard() as card:
+        load("t2v").to("cuda")(**arguments("t2v", guidance=others.get(guidance, guidance)))
+    assert told(card.waits("denoise")) == SAMPLING
 
 
 def test_what_makes_the_host_wait():
