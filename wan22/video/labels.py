@@ -30,6 +30,7 @@ ABSENT = {
     "distilled": "not distilled",
     "guidance": "plain guidance",
     "guidance_interval": "guidance in all steps",
+    "cache": "every pass computed",
     "loras": "no LoRA",
 }
 # Entries of a call that others below say better, or that change nothing.
@@ -114,6 +115,9 @@ def _said(name: str, value: Any) -> str:
     if name == "guidance" and isinstance(value, Mapping):
         rest = _plain({setting: inner for setting, inner in value.items() if setting != "name"})
         return f"{_plain(value.get('name'))} guidance{rest and f' ({rest})'}"
+    if name == "cache" and isinstance(value, Mapping):
+        settings = {n: v for n, v in value.items() if n not in ("method", "ratios")}
+        return f"{value.get('method')} cache, {_plain(settings)}"
     if name == "quantized" and isinstance(value, Mapping):
         formats = {form for table in value.values() for form in table}
         return f"{', '.join(sorted(formats))} {_word(name)}"

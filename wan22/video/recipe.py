@@ -136,9 +136,13 @@ class Recipe:
     def _repr_html_(self) -> str:
         """Return what the recipe says of the video, for notebooks."""
         told = {name: value for name, value in self.call.items() if value not in (None, [], ())}
+        if isinstance(cache := told.get("cache"), Mapping):  # whose ratios are a number for each step
+            told["cache"] = {name: value for name, value in cache.items() if name != "ratios"}
+        passes = cut(", ".join(f"{computed} of {of}" for computed, of in self.passes))
         rows = {
             **{name: as_words(value) for name, value in told.items()},
             "scheduler": f"{self.scheduler}, {self.num_inference_steps} steps",
+            "passes computed": passes,
             "LoRAs": ", ".join(f"{lora.name} {as_words(lora.strengths)}" for lora in self.loras),
             "dtypes": as_words(self.dtypes),
             "changes": as_words(self.changes),

@@ -27,7 +27,7 @@ def videos(pipe, **changes):
 def calls(rank):
     found, pipe = {}, random_pipeline()
     alone = videos(pipe)
-    for layout in ({"cfg": 2}, {"ulysses": 2}):
+    for layout in ({"cfg": 2}, {"ulysses": 2}, {"cfg": 2, "fsdp": True}):
         parallel = parallelize(pipe, **layout, vae=False)
         for name, video in videos(pipe).items():
             error = relative_error(video.frames, alone[name].frames)
@@ -45,7 +45,7 @@ def test_a_call():
     first, other = on_ranks(2, calls)
     for found in (first, other):
         cases = {case: result for case, result in found.items() if case[1] != "ratios"}
-        assert len(cases) == 6 and all(error <= BOUND and same for error, same in cases.values())
+        assert len(cases) == 9 and all(error <= BOUND and same for error, same in cases.values())
     assert all(first[case] == other[case] for case in first if case[1] == "ratios")
 
 

@@ -21,6 +21,7 @@ from tests.checkpoints.lora_writers import make_lora, save
 from tests.golden_data import relative_error
 from tests.pipelines.call.caches.loops import CALL, RATIOS, STEPS, cached
 from wan22 import EasyCache, FlowMatchEulerScheduler, MagCache, TaylorCache
+from wan22.video.labels import labels
 
 NOTHING = {
     "easy": EasyCache(threshold=0, warmup=0),
@@ -237,6 +238,15 @@ def test_reproduce(method):
     video = made(pipe, SKIPPING[method])
     again = pipe.reproduce(type(video.recipe).from_json(video.recipe.to_json()), output_type="latent")
     assert torch.equal(again.frames, video.frames) and again.recipe.passes == video.recipe.passes
+
+
+def test_what_is_said_of_a_cache_leaves_its_ratios_out():
+    pipe = random_pipeline()
+    recipes = [made(pipe, cache).recipe for cache in (None, SKIPPING["mag"])]
+    assert labels(recipes) == ["every pass computed", "mag cache, warmup 0, threshold 0.2, most_skips 2"]
+    html = recipes[1]._repr_html_()
+    assert "0.97" not in html and f"{recipes[1].passes[0][0]} of {2 * STEPS}" in html
+    assert "passes" not in recipes[0]._repr_html_()
 
 
 def test_a_stopped_call_says_what_it_has_computed():
