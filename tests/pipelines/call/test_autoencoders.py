@@ -36,3 +36,25 @@ def test_histories_on_the_host_change_nothing(retry, monkeypatch):
     monkeypatch.setattr(autoencoders, "_caches", lambda vae, _: lambda: HostHistories(device))
     assert all(map(torch.equal, results(), plain))
     assert device.copied() > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "cudnn", "dtype", "warned"),
+    [
+        ("2.9.0+cu128", 91002, torch.bfloat16, True),
+        ("2.9.0+cu128", 92100, torch.float16, True),
+        ("2.9.1+cu128", 91002, torch.bfloat16, True),
+        ("2.9.1+cu128", 91501, torch.bfloat16, False),
+        ("2.9.0+cu128", 91002, torch.float32, False),
+        ("2.10.0+cu128", 91002, torch.bfloat16, False),
+    ],
+)
+def test_convolutions_without_cudnn_are_warned_of(version, cudnn, dtype, warned, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    autoencoders.warn_of_slow_convolutions.cache_clear()
+    for _ in range(2):
+        autoencoders.warn_of_slow_convolutions("cuda", dtype)
+        autoencoders.warn_of_slow_convolutions("cpu", dtype)
+    assert caplog.text.count("without cuDNN") == warned
+    autoencoders.warn_of_slow_convolutions.cache_clear()

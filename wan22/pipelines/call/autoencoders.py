@@ -5,7 +5,7 @@ Shapes: b videos, c channels, t h w frames, rows, columns, of latents or pixels.
 
 import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -33,6 +33,23 @@ def temporal_stride(vae: Any) -> int:
 def spatial_stride(vae: Any) -> int:
     """Return the pixels per latent row and column."""
     return strides_of(vae.config)[1]
+
+
+@cache
+def warn_of_slow_convolutions(device: str, dtype: torch.dtype) -> None:
+    """Say, once, where PyTorch convolves videos in half precision without cuDNN, at many times the memory.
+
+    Source: pytorch/pytorch issues 166643 and 166122: 2.9.0, and 2.9.1 with a cuDNN before 9.15.
+    """
+    if device != "cuda" or torch.version.hip or dtype not in (torch.bfloat16, torch.float16):
+        return
+    version, cudnn = torch.__version__.partition("+")[0], torch.backends.cudnn.version() or 0
+    if version == "2.9.0" or (version.startswith("2.9.") and cudnn < 91500):
+        logger.warning(
+            "PyTorch %s convolves videos in %s without cuDNN, which takes many times the memory and time: "
+            "install PyTorch 2.10 or newer, or keep the VAE in float32",
+            *(torch.__version__, str(dtype).removeprefix("torch.")),
+        )
 
 
 @torch.no_grad()
@@ -72,6 +89,7 @@ def decode(
     align_weights(vae)
     z = denormalized(z, vae.config.latents_mean, vae.config.latents_std)
     z = z.to(get_module_execution_device(vae), vae.dtype)
+    warn_of_slow_convolutions(z.device.type, z.dtype)
     if is_ours(vae):
         chunks = _in_more_strips(vae, z) if retry else vae.decode_stream(z, caches=_caches(vae, z.device))
     else:
