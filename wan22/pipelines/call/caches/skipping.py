@@ -132,7 +132,7 @@ class ResidualTrack(Track):
 class ResidualPredictor(SkippingPredictor):
     """Skips the blocks alone: the embedding of a step's own latents and the head always run.
 
-    Each rank keeps the residuals of all tokens, of the passes that it runs: a skipped step exchanges nothing.
+    Each rank keeps the residuals of its own tokens, of the passes that it runs.
     """
 
     def _new_track(self, place: Place) -> ResidualTrack:
