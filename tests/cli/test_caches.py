@@ -23,11 +23,13 @@ def test_a_video_and_its_recipe(tmp_path, monkeypatch):
 def test_previews_say_how_many_passes_there_are_at_most(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tiny_checkpoint() / "cache_ratios.json"
-    for cache, most in (("mag", 18), ("easy:low", 40), (file, 18)):
-        name = "easy" if cache == "easy:low" else "mag"
+    for cache in ("mag", file):
         found = rows(run("t2v", "a", "--dry-run", "--cache", cache)[0])
-        expected = f"at most {most} of a transformer, for each video, in place of 40, by the cache {name}"
+        expected = "at most 18 of a transformer, for each video, in place of 40, by the cache mag"
         assert found["passes"] == expected
+    found = rows(run("t2v", "a", "--dry-run", "--fast", "medium")[0])
+    expected = "40 of a transformer, for each video, less what the cache easy skips as it goes"
+    assert found["passes"] == expected
     found = json.loads(run("plan", "Wan2.2-T2V-A14B", "--cache", "mag:low", "--memory", 40, "--json")[0])
     assert found["settings"]["passes"] < found["settings"]["all_passes"] == 80
     assert found["settings"]["residuals"] == 1

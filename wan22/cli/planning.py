@@ -81,8 +81,10 @@ def _in_words(found: Mapping[str, Any]) -> dict[str, str]:
     settings = found["settings"]
     words["video"] = settings["text"]
     passes = f"{settings['passes']} of a transformer, for each video"
-    if settings["cache"] is not None:
+    if settings["passes"] < settings["all_passes"]:
         passes = f"at most {passes}, in place of {settings['all_passes']}, by the cache {settings['cache']}"
+    elif settings["cache"] is not None:
+        passes = f"{passes}, less what the cache {settings['cache']} skips as it goes"
     words["passes"] = passes
     words["memory"] = f"by arithmetic, not measured: {found['memory']}"
     words["time"] = _time_in_words(found)
