@@ -49,7 +49,8 @@ def test_easy():
     assert relative_error(latents_of(pipe, **CALL), expected) > 100 * BOUND
 
 
-def test_mag():
+@pytest.mark.parametrize(("threshold", "most_skips"), [(0.07, 4), (0.15, 2), (1.0, 1)])
+def test_mag(threshold, most_skips):
     known, counted = {}, []
 
     def predict(place, x, run):
@@ -60,7 +61,7 @@ def test_mag():
             known["ratio"] *= RATIOS.resampled(place["slot"], place["count"])[place["i"]]
             known["n"] += 1
             known["error"] += abs(1 - known["ratio"])
-            skip = known["error"] < 0.15 and known["n"] <= 2
+            skip = known["error"] < threshold and known["n"] <= most_skips
         counted.append(skip)
         if skip:
             return {name: run(x, name, known[name])[0] for name in PASSES}
@@ -72,7 +73,7 @@ def test_mag():
 
     pipe = euler()
     expected = written_out(pipe, predict)
-    found = cached(pipe, MagCache(threshold=0.15, most_skips=2, warmup=0.2, ratios=RATIOS))
+    found = cached(pipe, MagCache(threshold, most_skips, RATIOS, warmup=0.2))
     assert 2 <= sum(counted) < STEPS - 2
     assert relative_error(found, expected) < BOUND
     assert relative_error(latents_of(pipe, **CALL), expected) > 100 * BOUND
