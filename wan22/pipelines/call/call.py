@@ -38,4 +38,5 @@ class Call:
         recipe = self.recipe
         size = {"height": recipe.height, "width": recipe.width, "num_frames": recipe.num_frames}
         residuals = 0 if self.cache is None else self.cache.residuals
-        return {**size, "videos": len(self.generators), "residuals": residuals}
+        kept = {"residuals": residuals} if residuals else {}
+        return {**size, "videos": len(self.generators), **kept}
