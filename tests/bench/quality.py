@@ -94,7 +94,7 @@ def counted(pipe: Any) -> Iterator[list[int]]:
 
 
 def make(pipe: Any, setting: Mapping[str, Any], prompt: str, seed: int) -> tuple[np.ndarray, int, float]:
-    """Return a video in uint8, the passes that were computed, and the seconds: on a CPU those of its one core."""
+    """Return a video in uint8, the passes that were computed, and its seconds, on a CPU those of its core."""
     arguments = dict(setting)
     if (share := arguments.pop("steps", None)) is not None:
         arguments["num_inference_steps"] = round(share * pipe.preset.num_inference_steps)
