@@ -1,5 +1,6 @@
 """The settings of distilled models: the published numbers, and what a table may hold."""
 
+import json
 import math
 
 import pytest
@@ -41,6 +42,9 @@ def test_plain_values_give_the_same_table():
         assert FewSteps.from_dict(table.to_dict()) == table
     own = FewSteps((900, 400), phases=(Phase(500, lora={"a": 0.5}), Phase(0)))
     assert read_few_steps(own.to_dict()) == own == read_few_steps(own)
+    assert read_few_steps(json.dumps(own.to_dict())) == own
+    with pytest.raises(ValueError, match="must be a name, or JSON: Expecting property name"):
+        read_few_steps("{900: 1}")
 
 
 WRONG = [

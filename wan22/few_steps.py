@@ -4,6 +4,7 @@ A table has the timesteps that were trained, the solver, and what differs betwee
 runs, how strong LoRAs are, and the guidance scale. `distilled=` takes a name below, or a table of your own.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -185,12 +186,17 @@ _NAMES = {
 
 
 def read_few_steps(value: Any) -> FewSteps:
-    """Return the settings that `distilled` asks for: by their name, as a table, or as they are.
+    """Return the settings that `distilled` asks for: by their name, as a table, also in JSON, or as they are.
 
     Raises: ValueError: there is no such name, or it is no such table.
     """
     if isinstance(value, FewSteps):
         return value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"distilled={shown(value)} must be a name, or JSON: {error}") from None
     if isinstance(value, Mapping):
         return FewSteps.from_dict(value)
     check_choice("distilled", value, tuple(FEW_STEPS))

@@ -1,0 +1,65 @@
+"""Ways to compute less, in pairs: each keeps its promises beside the other, or the pair is refused."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from tests.builders import SMALL, random_pipeline
+from tests.pipelines.call.caches.loops import CALL, RATIOS
+from wan22 import EasyCache, FewSteps, MagCache, TaylorCache
+from wan22.guidance import NAG, Gated, SkipLayer
+
+# Each skips steps of both experts, or none at all.
+CACHES = {
+    "easy": (EasyCache(0.3, warmup=0), EasyCache(0, warmup=0)),
+    "mag": (MagCache(0.2, warmup=0, ratios=RATIOS), MagCache(0, warmup=0, ratios=RATIOS)),
+    "taylor": (TaylorCache(3, warmup=0), TaylorCache(1, warmup=0)),
+}
+GUIDANCE = {
+    "cfg-zero*": {"guidance": "cfg-zero*"},
+    "apg": {"guidance": "apg"},
+    "rescale": {"guidance": "rescale"},
+    "gated": {"guidance": Gated(after=0.3, refresh=3)},
+    "gated apg": {"guidance": Gated("apg", after=0.3, refresh=None)},
+    "slg": {"guidance": SkipLayer(layers=1, start=0, stop=1)},
+    "nag": {"guidance": NAG(), "guidance_scale": 1.0, "guidance_scale_2": None},
+    "interval": {"guidance_interval": (0.2, 0.8)},
+}
+
+
+def latents(pipe, prompt="a", **arguments):
+    given = {**SMALL, **CALL, "seed": 7, "output_type": "latent", **arguments}
+    return pipe(prompt, **given)
+
+
+@pytest.mark.parametrize(("cache", "guidance"), product(CACHES, GUIDANCE))
+def test_caches_and_guidance(cache, guidance):
+    pipe, (skipping, nothing) = random_pipeline(), CACHES[cache]
+    exact = latents(pipe, **GUIDANCE[guidance])
+    assert torch.equal(latents(pipe, **GUIDANCE[guidance], cache=nothing).frames, exact.frames)
+    video = latents(pipe, **GUIDANCE[guidance], cache=skipping)
+    ((computed, of),) = video.recipe.passes
+    assert computed < of and video.frames.isfinite().all()
+    assert not torch.equal(video.frames, exact.frames)
+    together = latents(pipe, ["b", "a"], **GUIDANCE[guidance], cache=skipping, seed=[3, 7])
+    assert torch.equal(together.frames[1:], video.frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_few_steps_and_guidance(guidance):
+    """A table's own scales take part where the formula is guided, and NAG works without."""
+    pipe = random_pipeline()
+    given = {"distilled": FewSteps((1000, 900, 700, 400)), "num_inference_steps": None, "flow_shift": None}
+    chosen = {"guidance_scale": 3.0, "guidance_scale_2": None, **GUIDANCE[guidance]}
+    video = latents(pipe, **given, **chosen)
+    assert video.frames.isfinite().all()
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_few_steps_and_caches_are_refused(cache):
+    given = {"distilled": FewSteps((1000, 900)), "num_inference_steps": None, "flow_shift": None}
+    with pytest.raises(ValueError, match="cache= and distilled=: each of so few steps counts"):
+        latents(random_pipeline(), **given, cache=CACHES[cache][0])
