@@ -40,8 +40,8 @@ HELP = {
     "timesteps": "Timesteps instead of steps and shift: 1000,750,500",
     "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
     "cache": "Skip passes: easy, mag or taylor, with :low, :medium or :high error; or a file of ratios.",
-    "distilled": "Settings of distilled LoRAs and checkpoints: lightning-4, lightning-3-phase, rcm-4, rcm-4-ode, "
-    "turbo, turbo-ode or fastwan-3; or JSON with a table of your own.",
+    "distilled": "Settings of distilled weights: lightning-4, lightning-3-phase, rcm-4, rcm-4-ode, turbo, "
+    "turbo-ode or fastwan-3; or JSON with a table of your own.",
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",
     "preview_decoder": "Tiny autoencoder for finer previews: file of taew2_1 or taew2_2.",
 }
