@@ -80,6 +80,8 @@ def test_names():
     assert looks_distilled("lightx2v/Wan2.2-Lightning") == "lightning-4"
     assert looks_distilled("TurboDiffusion/TurboWan2.2-I2V-A14B-720P") == "turbo"
     assert looks_distilled("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers") == "fastwan-3"
+    assert looks_distilled("/home/rcm/loras/wan/style.safetensors") is None
+    assert looks_distilled("marcmodels/style.safetensors") is None
     assert looks_distilled("Wan-AI/Wan2.2-T2V-A14B-Diffusers") is None
 
 

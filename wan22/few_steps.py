@@ -6,6 +6,7 @@ runs, how strong LoRAs are, and the guidance scale. `distilled=` takes a name be
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -205,7 +206,8 @@ def read_few_steps(value: Any) -> FewSteps:
 
 def looks_distilled(source: str) -> str | None:
     """Return the name of the settings that a file's or a repository's name calls for; None: none is known."""
-    return next((name for part, name in _NAMES.items() if part in source.lower()), None)
+    words = "/".join(source.lower().replace("\\", "/").split("/")[-2:])  # not folders further up
+    return next((name for part, name in _NAMES.items() if re.search(rf"(?<![a-z]){part}", words)), None)
 
 
 def distilled_adapters(sources: Mapping[str, str | None]) -> list[str]:

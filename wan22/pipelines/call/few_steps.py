@@ -8,6 +8,7 @@ from ...checkpoints.loading.models import is_ours
 from ...checkpoints.lora.adapters import adapters_of
 from ...checks import check_choice, check_real, shown
 from ...few_steps import FEW, FewSteps, distilled_adapters, looks_distilled, read_few_steps
+from ...video.recipe import Recipe
 from .experts import Expert, LoraScales
 from .request import Request
 
@@ -103,18 +104,16 @@ def check_scale(pipe: Any, attention_kwargs: Mapping[str, Any] | None) -> None:
         check_real(f"attention_kwargs['scale'][{shown(name)}]", factor)
 
 
-def hint_at_settings(pipe: Any, request: Request, steps: int) -> None:
+def hint_at_settings(recipe: Recipe) -> None:
     """Say that weights look distilled where a call takes many steps, which makes worse videos of them."""
-    if request.distilled is not None or steps <= FEW:
+    if recipe.call["distilled"] is not None or recipe.num_inference_steps <= FEW:
         return
-    origin = pipe.provenance.origin()
-    sources = [] if origin is None else [origin.place]
-    for model in pipe.transformers:
-        sources += [f"{source or ''} {name}" for name, (source, _) in adapters_of(model).used().items()]
+    sources = [] if recipe.origin is None else [recipe.origin.place]
+    sources += [f"{lora.source or ''} {lora.name}".strip() for lora in recipe.loras]
     for source in sources:
         if (name := looks_distilled(source)) is not None:
             logger.warning(
                 "%s looks distilled to a few steps, and this call takes %d; distilled=%s has its settings",
-                *(shown(source.strip()), steps, shown(name)),
+                *(shown(source), recipe.num_inference_steps, shown(name)),
             )
             return

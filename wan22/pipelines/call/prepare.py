@@ -113,7 +113,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         or changed_by_hand(state.scheduler),
         **pipe.run_metadata(),
     )
-    hint_at_settings(pipe, request, count)
+    hint_at_settings(recipe)
     state.scheduler = scheduler
     state.start(recipe, guided, len(steps))
     texts = checked.prompts, checked.negative_prompts
