@@ -110,7 +110,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     from ..pipelines.call.request import Request
     from ..pipelines.call.schedule import scheduler_shift
 
-    request = with_distilled(with_fast(pipe.with_inputs(Request.of(type(pipe).__call__, call))))
+    request = with_distilled(with_fast(pipe, pipe.with_inputs(Request.of(type(pipe).__call__, call))))
     checked = check(pipe, request)
     generators_of(request, checked.videos, lambda: 0)
     scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))

@@ -117,8 +117,8 @@ class WanT2VPipeline(WanPipeline):
             cache: what skips passes: "easy", "mag" or "taylor", with a preset for its error, "easy:low",
                 "easy:medium" or "easy:high"; settings such as EasyCache(threshold=0.1); for "mag" also ratios
                 of `calibrate_cache`, or their file. Default is None: every pass is computed.
-            fast: "low", "medium" or "high": the cache with the least known error for a call about 1.8, 2.2 or
-                2.5 times faster; the log and the recipe say which.
+            fast: "low", "medium" or "high": how much faster, by the step cache with the least known error
+                for the checkpoint; the log and the recipe say which.
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.

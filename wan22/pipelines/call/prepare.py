@@ -71,7 +71,7 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
 
 def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     """Check a request and complete it; a ValueError names the value, the rule and the nearest valid value."""
-    preset, given = pipe.preset, with_fast(given)
+    preset, given = pipe.preset, with_fast(pipe, given)
     request = with_distilled(given)
     checked = check(pipe, request)
     if request.output_type != "latent":
