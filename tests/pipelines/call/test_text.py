@@ -1,10 +1,15 @@
 """Prompt cleaning and umT5 encoding."""
 
+import html
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.builders import byte_tokenizer, golden_text_encoder, random_text_encoder
 from tests.golden_data import golden, relative_error
@@ -175,3 +180,20 @@ def test_an_empty_prompt_is_the_empty_text():
     spaces, _ = pipe.encode_prompt(" \n", do_classifier_free_guidance=False)
     assert torch.equal(embeds, spaces)
     assert embeds[0, 0].any() and not embeds[0, 1:].any(), "the end token alone"
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="&")))
+def test_of_printable_ascii_nothing_is_repaired(text):
+    import ftfy
+
+    assert html.unescape(html.unescape(ftfy.fix_text(text))) == text
+
+
+def test_plain_english_does_not_import_ftfy():
+    code = """
+import sys
+from wan22.pipelines.call.text import clean_prompt
+assert clean_prompt(" a  red circle ") == "a red circle" and "ftfy" not in sys.modules
+assert clean_prompt("a &amp; b") == "a & b" and "ftfy" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

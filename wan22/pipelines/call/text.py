@@ -89,9 +89,11 @@ def clean_prompt(text: str) -> str:
 
     Source: Wan2.2 wan/modules/tokenizers.py, basic_clean and whitespace_clean.
     """
-    import ftfy
+    # Of printable ASCII there is nothing to repair, and importing ftfy takes as long as some sampling steps.
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        import ftfy
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
