@@ -65,8 +65,8 @@ class Guider:
         return cond if uncond is None else self.guided(cond, uncond, scale, memory)
 
     def guided(self, c: torch.Tensor, u: torch.Tensor, g: float, memory: Memory) -> torch.Tensor:
-        """Return the velocity, given both predictions."""
-        raise NotImplementedError
+        """Return the velocity, given both predictions: by plain guidance, u + g (c - u)."""
+        return u + g * (c - u)
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,6 @@ class ClassifierFreeGuidance(Guider):
     """
 
     name = "cfg"
-
-    def guided(self, c: torch.Tensor, u: torch.Tensor, g: float, memory: Memory) -> torch.Tensor:
-        """Return u + g (c - u)."""
-        return u + g * (c - u)
 
 
 def first_step(share: float, count: int) -> int:
