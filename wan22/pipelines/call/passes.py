@@ -96,29 +96,10 @@ class ModelPredictor:
             residuals: for wan22's transformers alone.
         """
         predict = partial(self._predict, latents, step, videos, residuals)
-        return dict(zip(passes, self._run_passes(passes, predict), strict=True))
+        predicted = self._run_passes(passes, partial(_in_groups, predict))
+        return dict(zip(passes, predicted, strict=True))
 
     def _predict(
-        self,
-        latents: torch.Tensor,
-        step: Step,
-        videos: Sequence[int],
-        residuals: Residuals,
-        passes: Passes,
-    ) -> list[torch.Tensor]:
-        """Run passes, those together that run the same blocks."""
-        groups: dict[Any, dict[str, Pass]] = {}
-        for name, run in passes.items():
-            groups.setdefault((run.skip_layers, run.attention), {})[name] = run
-        predict = partial(self._predict_group, latents, step, videos, residuals)
-        found = {
-            name: predicted
-            for group in groups.values()
-            for name, predicted in zip(group, predict(group), strict=True)
-        }
-        return [found[name] for name in passes]
-
-    def _predict_group(
         self,
         latents: torch.Tensor,
         step: Step,
@@ -191,6 +172,17 @@ class ModelPredictor:
             for sample, residual in zip(samples, found[0].to(text.dtype).split(1), strict=True):
                 residuals.keep(*sample, residual)
         return velocity.float()
+
+
+def _in_groups(predict: Run, passes: Passes) -> list[torch.Tensor]:
+    """Run passes, those together that run the same blocks."""
+    groups: dict[Any, dict[str, Pass]] = {}
+    for name, run in passes.items():
+        groups.setdefault((run.skip_layers, run.attention), {})[name] = run
+    found: dict[str, torch.Tensor] = {}
+    for group in groups.values():
+        found |= zip(group, predict(group), strict=True)
+    return [found[name] for name in passes]
 
 
 def takes_samples_in_turn(model: Any) -> bool:
