@@ -1,6 +1,6 @@
 """What each way to compute less costs: passes saved, time, and distance to the exact video of the same seed.
 
-    python -m tests.bench.quality [--prompts 100] [--only NAME …] [--json FILE] [--plot FILE]
+    python -m tests.bench.quality [--miniature i2v] [--prompts 100] [--only NAME …] [--json FILE] [--plot F]
     python -m tests.bench.quality --checkpoint Wan-AI/Wan2.2-T2V-A14B-Diffusers --prompt-file prompts.txt
 
 Each video is made exactly and by each setting, with one seed, and compared frame by frame. The miniature's
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tests.bench.harness import Row, machine
-from wan22 import WanT2VPipeline, tiny_checkpoint
+from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 EXACT = "exact"
@@ -42,6 +42,13 @@ STACKS = {
 }
 FEWER = {f"{percent} % of the steps": {"steps": percent / 100} for percent in (75, 50, 35)}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {EXACT: {}, **FEWER, **GUIDANCE, **CACHES, **STACKS}
+# The miniatures' tasks: pipeline, and whether videos start from an image.
+MINIATURES = {
+    "t2v": (WanT2VPipeline, "t2v", False),
+    "i2v": (WanI2VPipeline, "i2v", True),
+    "ti2v": (WanT2VPipeline, "ti2v", False),
+    "ti2v-image": (WanI2VPipeline, "ti2v", True),
+}
 # What is read in a miniature's videos, each a share of all.
 JUDGED = ("color", "background", "motion", "shape")
 
@@ -93,7 +100,9 @@ def counted(pipe: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-def make(pipe: Any, setting: Mapping[str, Any], prompt: str, seed: int) -> tuple[np.ndarray, int, float]:
+def make(
+    pipe: Any, setting: Mapping[str, Any], prompt: Mapping[str, Any], seed: int
+) -> tuple[np.ndarray, int, float]:
     """Return a video in uint8, the passes that were computed, and its seconds, on a CPU those of its core."""
     arguments = dict(setting)
     if (share := arguments.pop("steps", None)) is not None:
@@ -102,12 +111,14 @@ def make(pipe: Any, setting: Mapping[str, Any], prompt: str, seed: int) -> tuple
     clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
     with counted(pipe) as count:
         start = clock()
-        video = pipe(prompt, seed=seed, **arguments)
+        video = pipe(**prompt, seed=seed, **arguments)
         seconds = clock() - start
     return video.as_uint8()[0], count[0], seconds
 
 
-def measure(pipe: Any, name: str, prompts: Sequence[str], exact: list[np.ndarray], judge: Any) -> Measured:
+def measure(
+    pipe: Any, name: str, prompts: Sequence[Mapping[str, Any]], exact: list[np.ndarray], judge: Any
+) -> Measured:
     """Make all videos by a setting; those of the exact one are appended to `exact`."""
     found, videos = Measured(), []
     for seed, prompt in enumerate(prompts):
@@ -207,8 +218,8 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
     return [r for i, r in enumerate(ordered) if all(r["psnr"] > later["psnr"] for later in ordered[i + 1 :])]
 
 
-def of_the_miniature(count: int) -> tuple[list[str], Any]:
-    """Return held-out prompts, and what reads their videos."""
+def of_the_miniature(count: int, image: bool = False, size: int = 64) -> tuple[list[dict[str, Any]], Any]:
+    """Return held-out prompts, with the first frames that go with them, and what reads their videos."""
     sys.path.insert(0, str(TINY))
     import clips
     import judge
@@ -219,7 +230,11 @@ def of_the_miniature(count: int) -> tuple[list[str], Any]:
         found = judge.score(scenes, [judge.judge(frames) for frames in videos])
         return {key: float(found[key]) for key in JUDGED}
 
-    return [clips.canonical(scene) for scene in scenes], scores
+    given = judge.given_frames(scenes, 0, size, last=False)["image"] if image else ()
+    prompts: list[dict[str, Any]] = [{"prompt": clips.canonical(scene)} for scene in scenes]
+    for prompt, frame in zip(prompts, given, strict=False):
+        prompt["image"] = frame
+    return prompts, scores
 
 
 def main() -> None:
@@ -229,7 +244,8 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--only", nargs="+", choices=[n for n in SETTINGS if n != EXACT], metavar="NAME")
-    parser.add_argument("--checkpoint", help="default: the miniature T2V")
+    parser.add_argument("--miniature", choices=MINIATURES, default="t2v", help="default: t2v")
+    parser.add_argument("--checkpoint", help="another one, for text to video, in the miniature's place")
     parser.add_argument("--prompt-file", type=Path, help="a prompt a line, for other checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, setting by setting")
@@ -239,10 +255,12 @@ def main() -> None:
         parser.error("--checkpoint and --prompt-file go together")
     torch.set_num_threads(1)
     if options.checkpoint is None:
-        prompts, judge = of_the_miniature(options.prompts)
-        pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), dtype=torch.float32)
+        cls, checkpoint, image = MINIATURES[options.miniature]
+        pipe = cls.from_pretrained(tiny_checkpoint(checkpoint), dtype=torch.float32)
+        prompts, judge = of_the_miniature(options.prompts, image, pipe.preset.height)
     else:
-        prompts = options.prompt_file.read_text().splitlines()[: options.prompts]
+        lines = options.prompt_file.read_text().splitlines()[: options.prompts]
+        prompts = [{"prompt": line} for line in lines]
         pipe, judge = WanT2VPipeline.from_pretrained(options.checkpoint, dtype=torch.bfloat16), lambda _: {}
     pipe.to(options.device)
     pipe.set_progress_bar_config(disable=True)
@@ -252,7 +270,9 @@ def main() -> None:
         plot(rows, options.plot)
 
 
-def run(pipe: Any, prompts: Sequence[str], judge: Any, names: Sequence[str], file: Path | None) -> list[Row]:
+def run(
+    pipe: Any, prompts: Sequence[Mapping[str, Any]], judge: Any, names: Sequence[str], file: Path | None
+) -> list[Row]:
     """Measure settings one after the other; those that a file has already are not measured again."""
     known: list[Row] = []
     if file is not None and file.is_file():
