@@ -10,7 +10,7 @@ import torch
 from tests.builders import latents_of, load_pipeline, random_pipeline
 from tests.checkpoints.lora_writers import make_lora, save
 from wan22 import host_memory
-from wan22.accel.quantized_layers import is_quantized
+from wan22.accel.quantization.layers import is_quantized
 from wan22.checkpoints.deferred import deferring, settle
 from wan22.checkpoints.loading import fill
 from wan22.host_memory import MARGIN

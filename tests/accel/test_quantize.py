@@ -20,6 +20,8 @@ from tests.builders import latents_of, random_components, random_pipeline, rando
 from tests.checkpoints.lora_writers import in_diffusers, make_lora, save
 from wan22.accel import quantize as module
 from wan22.accel.offload.layout import bytes_of
+from wan22.accel.quantization import dynamic_float8
+from wan22.accel.quantization.layers import linears_of
 from wan22.accel.quantize import DynamicFloat8Linear, dequantize, quantize, report
 from wan22.checkpoints.files import quantized as stored
 from wan22.checkpoints.files.quantized import ScaledNumbers
@@ -243,7 +245,7 @@ def test_memory():
         block.ffn.net[0].proj, block.ffn.net[2] = linear(1024, 256, torch.bfloat16), linear(256, 1024)
         block.ffn.net[2].to(torch.bfloat16)
     largest, before = 2 * 1024 * 256, bytes_of(model)
-    layers = dict(module._linears(model))
+    layers = dict(linears_of(model))
     weights = sum(layer.weight.nbytes for layer in layers.values())
     del layers
     with pytest.MonkeyPatch.context() as patch, Peak(model) as peak:
@@ -298,10 +300,10 @@ def test_float8_by_float8(form, dtype, bound, monkeypatch):
     plain = linear(48, 256)
     layer = module._quantized(plain, "fp8_dynamic", None)
     assert type(layer) is DynamicFloat8Linear
-    assert module._product_form(torch.device("cpu")) == "by rows"
+    assert dynamic_float8._product_form(torch.device("cpu")) == "by rows"
     x = (torch.randn(2, 35, 256) * torch.logspace(-3, 3, 35)[:, None]).to(dtype)
     x[0, 0] = 0
-    monkeypatch.setattr(module, "_product_form", lambda device: form)
+    monkeypatch.setattr(dynamic_float8, "_product_form", lambda device: form)
     out, expected = layer(x), float8_product(x, plain)
     assert out.dtype == dtype
     exact = F.linear(x.double(), plain.weight.double(), plain.bias.double())
@@ -314,8 +316,8 @@ def test_float8_by_float8(form, dtype, bound, monkeypatch):
 
 def test_queries_keys_and_values_share_one_input_in_float8(monkeypatch):
     q, k = (module._quantized(linear(48, 256).bfloat16(), "fp8_dynamic", None) for _ in range(2))
-    made, inner = [], module._per_token_float8
-    monkeypatch.setattr(module, "_per_token_float8", lambda x: made.append(len(x)) or inner(x))
+    made, inner = [], dynamic_float8._per_token_float8
+    monkeypatch.setattr(dynamic_float8, "_per_token_float8", lambda x: made.append(len(x)) or inner(x))
     x = torch.randn(1, 35, 256).bfloat16()
     expected = q(x.clone()), k(x.clone())
     made.clear()
@@ -324,7 +326,7 @@ def test_queries_keys_and_values_share_one_input_in_float8(monkeypatch):
     assert len(made) == 1
     x.mul_(2)
     assert torch.equal(q(x), q(x.clone())), "written to since"
-    kept = weakref.ref(module._shared.rows_of(x)[0])
+    kept = weakref.ref(dynamic_float8._shared.rows_of(x)[0])
     assert kept() is not None
     del x
     assert kept() is None, "gone with the input"
@@ -343,11 +345,11 @@ def test_where_float8_is_not_multiplied():
     layer, weights_only = (module._quantized(plain, method, None) for method in ("fp8_dynamic", "fp8"))
     x = torch.randn(7, 256)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PRODUCTS", {"by rows": lambda *tensors: torch.zeros(16, 16)})
-        module._tried_form.cache_clear()
-        assert module._product_form(torch.device("cpu")) is None, "wrong numbers are found out"
+        patch.setattr(dynamic_float8, "_PRODUCTS", {"by rows": lambda *tensors: torch.zeros(16, 16)})
+        dynamic_float8._tried_form.cache_clear()
+        assert dynamic_float8._product_form(torch.device("cpu")) is None, "wrong numbers are found out"
         assert torch.equal(layer(x), weights_only(x))
-    module._tried_form.cache_clear()
+    dynamic_float8._tried_form.cache_clear()
     assert not torch.equal(layer(x), weights_only(x))
     assert layer.to("meta")(x.to("meta")).shape == (7, 48)
 
@@ -545,7 +547,7 @@ def test_a_gpu_computes_the_same(method):
     found = copy.deepcopy(layer).cuda()(x.cuda()).cpu()
     assert error(found, layer(x)) <= (1e-2 if method == "fp8_dynamic" else 1e-5)
     if method == "fp8_dynamic" and torch.cuda.get_device_capability() >= (8, 9):
-        assert module._product_form(torch.device("cuda", 0)) is not None
+        assert dynamic_float8._product_form(torch.device("cuda", 0)) is not None
     expected = run(model)
     assert torch.equal(run(model.cuda().cpu()), expected)
 

@@ -13,11 +13,12 @@ from tests.checkpoints.lora_writers import make_lora, save
 from tests.fake_card import CardTensor, FakeCard
 from tests.golden_data import relative_error
 from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
-from wan22.accel import attention, quantize
+from wan22.accel import attention
 from wan22.accel.offload.layout import Placement
 from wan22.accel.planning import machine, planner
 from wan22.accel.planning.machine import Machine
 from wan22.accel.planning.plans import Phase, Plan
+from wan22.accel.quantization import dynamic_float8
 from wan22.guidance import ClassifierFreeGuidance, Gated, SkipLayer
 from wan22.pipelines.call.guidance.named import GUIDERS
 from wan22.video.result import to_uint8
@@ -39,7 +40,7 @@ SAMPLING = {
 # The same in a process's first call.
 ONCE = {
     # Which of PyTorch's float8 products give the right number.
-    "fp8_dynamic": {"reads a number in accel/quantize.py:_tried_form": 1},
+    "fp8_dynamic": {"reads a number in accel/quantization/dynamic_float8.py:_tried_form": 1},
 }
 # The same while it is decoded.
 DECODING = {
@@ -109,7 +110,7 @@ def change(pipe, how, folder):
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_the_card():
     """Forget which kernels were tried, here and after."""
-    for found in (kernels := (attention._failure, quantize._tried_form)):
+    for found in (kernels := (attention._failure, dynamic_float8._tried_form)):
         found.cache_clear()
     yield
     for found in kernels:

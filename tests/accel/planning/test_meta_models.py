@@ -14,8 +14,8 @@ from wan22.accel.compile import Compiled
 from wan22.accel.offload.layout import blocks_of, bytes_of
 from wan22.accel.planning.meta_models import meta_copies, meta_copy, released_models, store_as
 from wan22.accel.planning.trace import FusedAttention
+from wan22.accel.quantization.layers import is_quantized
 from wan22.accel.quantize import quantize
-from wan22.accel.quantized_layers import is_quantized
 from wan22.checkpoints.lora.adapters import lora_layers
 
 

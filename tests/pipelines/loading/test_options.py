@@ -20,7 +20,7 @@ from wan22.accel.offload.layout import bytes_of
 from wan22.accel.parallel import processes
 from wan22.accel.planning.machine import CONTEXT
 from wan22.accel.planning.planner import _held
-from wan22.accel.quantized_layers import is_quantized
+from wan22.accel.quantization.layers import is_quantized
 from wan22.checkpoints.deferred import deferred_weights
 from wan22.checkpoints.loading import fill
 from wan22.checkpoints.quantized_linear import QuantizedLinear

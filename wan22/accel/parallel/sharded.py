@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from ...checkpoints.loading.dtypes import dtypes_in
 from ..offload.layout import blocks_of
 from ..planning.meta_models import meta_copy
-from ..quantized_layers import is_quantized
+from ..quantization.layers import is_quantized
 
 
 def check(model: Any) -> None:

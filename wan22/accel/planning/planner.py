@@ -21,8 +21,8 @@ from ...models.autoencoder_memory import STRIPS
 from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of, on_host
 from ..offload.transfer import CHUNK_BYTES, CHUNKS
+from ..quantization.layers import needs_quantizing
 from ..quantize import quantize as quantize_model
-from ..quantized_layers import needs_quantizing
 from .costs import Task
 from .machine import GB, Machine
 from .meta_models import meta_copies, released_models

@@ -10,8 +10,8 @@ from torch import nn
 from ...accel import attention
 from ...accel import vae as vae_acceleration
 from ...accel.planning.meta_models import MODELS
+from ...accel.quantization.layers import formats_of, needs_quantizing
 from ...accel.quantize import check, check_memory, check_method, quantize
-from ...accel.quantized_layers import formats_of, needs_quantizing
 from ...checkpoints.loading.attention_names import our_name
 from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours

@@ -1,14 +1,16 @@
 """How a model's layers are quantised, in words that a recipe holds and errors show."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.quantized_linear import QuantizedLinear
-from ..checks import cut
-from ..private_apis import uncompiled
+from ...checkpoints.quantized_linear import QuantizedLinear
+from ...checks import cut
+from ...private_apis import uncompiled
+from ..offload.layout import blocks_of
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -23,6 +25,18 @@ def is_quantized_layer(module: nn.Module) -> bool:
     weight = module.weight if isinstance(module, nn.Linear) else None
     # A weight divided among ranks is of a subclass, too, but not quantised.
     return hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
+
+
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers of a model's blocks, by their names in the model."""
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
+    for path, block in model.named_modules():
+        if any(block is one for one in blocks):
+            for name, module in block.named_modules(prefix=path):
+                if isinstance(module, nn.Linear):
+                    yield name, module
 
 
 def formats_of(model: nn.Module) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.builders import random_transformer
+from wan22.accel.quantization.layers import formats_of, is_quantized, needs_quantizing
 from wan22.accel.quantize import dequantize, quantize
-from wan22.accel.quantized_layers import formats_of, is_quantized, needs_quantizing
 from wan22.checkpoints.files.quantized import GgufBlocks, ScaledNumbers
 
 

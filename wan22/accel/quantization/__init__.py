@@ -1,0 +1,1 @@
+"""What `wan22.accel.quantize` is made of: the layers, and what they cost."""
