@@ -19,6 +19,7 @@ _EXPORTS = {
     "MagCache": "wan22.pipelines.call.caches.settings",
     "Phase": "wan22.few_steps",
     "Preview": "wan22.pipelines.call.preview",
+    "Quantization": "wan22.accel.quantization.settings",
     "TaylorCache": "wan22.pipelines.call.caches.settings",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "MagCache",
     "TaylorCache",
     "CacheRatios",
+    "Quantization",
     "grid",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 
 if TYPE_CHECKING:
     from wan22 import accel, checkpoints, guidance, presets, prompts  # noqa: F401 (found after `import wan22`)
+    from wan22.accel.quantization.settings import Quantization
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.few_steps import FewSteps, Phase

@@ -459,7 +459,7 @@ def test_the_report_of_given_inputs_and_of_other_models():
     [
         ("fp4", {}, "method 'fp4' must be fp8, fp8_dynamic, int8 or a configuration of torchao"),
         ("int8", {"block": 20}, r"block=20 does not divide the 48 inputs of blocks\.0\.attn1\.to_q"),
-        ("int8", {"block": 0}, "block=0 does not divide"),
+        ("int8", {"block": 0}, "block=0 must be an int, at least 1"),
         ("fp8_dynamic", {"block": 16}, "one scale for all inputs"),
         (object(), {"block": 16}, "torchao's configurations have their own"),
     ],

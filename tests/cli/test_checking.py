@@ -53,6 +53,7 @@ RELEASE = ["--model", "Wan-AI/Wan2.2-T2V-A14B"]
         (["--attention", "flash9"], "'flash9' cannot be used on cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--quantize", "q4"], "q4"),
+        (["--quantize", "fp8:lo"], "--quantize fp8:lo: lo is not known there"),
         (["--quantize", "int8", "--prepare", "fp8"], "--quantize int8: --prepare fp8 is quantised already"),
         (["--memory", "lots"], "--memory lots must be at least one byte, written as '12GB'"),
         (["--memory", "12"], "--memory 12GB is a GPU's, and there is no CUDA device here"),

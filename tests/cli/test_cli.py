@@ -155,6 +155,16 @@ def test_made_again(here):
     assert np.array_equal(read("c.mp4")[1], read("c-again.mp4")[1]), "from the same files"
 
 
+def test_made_again_with_the_expert_and_the_blocks_that_were_quantised(here):
+    run("t2v", "a", *QUICK, "--seed", 7, "-q", "--quantize", "fp8:low:keep=1,0", "-o", "a.mp4")
+    found = read_recipe("a.mp4").changes["quantized"]
+    assert found == {"transformer_2": {"fp8": 50, "blocks kept": "0"}}
+    run("reproduce", "a.mp4", "-q")
+    assert np.array_equal(read("a.mp4")[1], read("a-again.mp4")[1])
+    out, _ = run("plan", "tiny-t2v", "--quantize", "fp8:low:keep=1,0")
+    assert "fp8:low:keep=1,0, which changes the result" in out
+
+
 def test_made_again_as_it_was_set_up(here, caplog):
     """Quantised and planned as the recipe says; another method is refused by name, or with --anyway told."""
     made = ["t2v", "a", *QUICK, "--seed", 7, "-q", "--quantize", "int8"]

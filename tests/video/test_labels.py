@@ -48,6 +48,21 @@ def test_labels_say_what_differs():
         assert labels([plain, other]) == [without, label]
 
 
+def test_labels_of_experts_and_blocks_that_are_not_quantised():
+    plain = replace(recipe(), boundary_ratio=0.875)
+    both = {"transformer": {"fp8": 60}, "transformer_2": {"fp8": 60}}
+    told = {
+        "fp8 quantised": both,
+        "fp8 but blocks 0, 39 quantised": {slot: {"fp8": 57, "blocks kept": "0, 39"} for slot in both},
+        "quantised: transformer fp8": {"transformer": {"fp8": 60}},
+        "quantised: transformer_2 fp8": {"transformer_2": {"fp8": 60}},
+        "quantised: transformer fp8, transformer_2 int8": both | {"transformer_2": {"int8": 60}},
+    }
+    recipes = [replace(plain, changes={"quantized": tables}) for tables in told.values()]
+    assert labels([*recipes, plain]) == [*told, "not quantised"]
+    assert labels([replace(plain, changes={"quantized": {"transformer": 3}}), plain])[1] == "not quantised"
+
+
 def test_prompts_that_differ_come_first_and_pictures_have_marks():
     told = labels([recipe(prompt=["a cat"], seed=[1]), recipe(prompt=["a dog"], seed=[2])], [1.0, 2.0])
     assert told == [f"a {x}\nseed {i}, made in {i}.0\N{NO-BREAK SPACE}s" for i, x in ((1, "cat"), (2, "dog"))]

@@ -25,19 +25,18 @@ from ..host_memory import anonymous_bytes, check_room, trim_heap
 from ..private_apis import accelerate_hook, reapply_group_offloading, uncompiled
 from ..progress import advance
 from .quantization.dynamic_float8 import MULTIPLE, DynamicFloat8Linear
-from .quantization.layers import formats_of, is_quantized, is_quantized_layer, linears_of
+from .quantization.layers import as_text, formats_of, is_quantized, is_quantized_layer, linears_of
 from .quantization.report import Report, report
+from .quantization.settings import KINDS, Quantization
 
-__all__ = ["KINDS", "DynamicFloat8Linear", "Report", "check", "check_memory", "check_method", "dequantize"]
-__all__ += ["quantize", "report"]
+__all__ = ["DynamicFloat8Linear", "Quantization", "Report", "dequantize", "quantize", "report"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-KINDS = {"fp8": torch.float8_e4m3fn, "fp8_dynamic": torch.float8_e4m3fn, "int8": torch.int8}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize(model: Model, method: Any, block: int | None = None) -> Model:
+def quantize(model: Model, method: Any, block: int | None = None, keep_blocks: Any = None) -> Model:
     """Quantise the large linear layers of a model's blocks in place, one after the other; return the model.
 
     Those are attention's projections and the feed-forward's layers; norms, embeddings, modulation and head
@@ -47,40 +46,43 @@ def quantize(model: Model, method: Any, block: int | None = None) -> Model:
         model: a WanTransformer3DModel or umT5 (UMT5EncoderModel), compiled or not.
         method: "fp8" and "int8" keep weights in these dtypes, and compute in the input's; "fp8_dynamic"
             multiplies in float8, too: faster on GPUs of compute capability 8.9 and more, and less accurate,
-            as activations are rounded, with a scale per token. Or one of torchao's configurations.
+            as activations are rounded, with a scale per token. Or one of torchao's configurations; or
+            `Quantization`, or its text, such as "fp8:keep=1".
         block: number of inputs that share a scale, for "fp8" and "int8"; None: all inputs of an output.
+        keep_blocks: how many of the first and of the last blocks stay as they are, (1, 2), or a number for
+            both; default is none.
 
     Raises:
-        ValueError: the method is unknown or does not fit a layer, or the model is quantised already, has
-            LoRAs, or is offloaded piece by piece.
+        ValueError: the method is unknown or does not fit a layer, no block is left, or the model is quantised
+            already, has LoRAs, or is offloaded piece by piece.
         MemoryError: the host has no room for the quantised weights, which are in no file.
         ImportError: torchao is not installed, and the configuration is not one of the names.
     """
-    layers = check(model, method, block)
+    settings = Quantization.of(method, block=block, keep_blocks=keep_blocks)
+    layers = check(model, settings)
     check_memory([layers])
     inner = uncompiled(model)
-    if isinstance(method, str):
+    if isinstance(settings.method, str):
         for name in list(layers):
             # Taken out of the table, so that only one weight at a time exists twice.
             advance(layers[name].weight.nbytes)
-            _put(inner, name, _quantized(layers.pop(name), method, block))
+            _put(inner, name, _quantized(layers.pop(name), settings.method, settings.block))
     else:
-        _quantize_by_torchao(inner, method, set(layers))
+        _quantize_by_torchao(inner, settings.method, set(layers))
     trim_heap()  # what a layer's rounding took does not stay the process's
     reapply_group_offloading(inner)  # so that the new layers are offloaded, too
     return model
 
 
-def check(model: nn.Module, method: Any, block: int | None = None) -> dict[str, nn.Linear]:
+def check(model: nn.Module, settings: Quantization) -> dict[str, nn.Linear]:
     """Refuse what `quantize` refuses; return the layers that it would quantise, by name."""
-    layers = _layers_to_quantize(uncompiled(model))
+    if settings.only is not None:
+        raise ValueError(f"only={settings.only!r} names an expert of a pipeline; leave it out for one model")
+    layers, method = _layers_to_quantize(uncompiled(model), settings.kept), settings.method
     if isinstance(method, str):
-        check_method(method)
-        _check_fit(method, block, layers)
+        _check_fit(method, settings.block, layers)
         if KINDS[method].is_floating_point and get_module_execution_device(model).type == "mps":
             raise ValueError(f"method {shown(method)}: MPS has no float8; 'int8' is the nearest")
-    elif block is not None:
-        raise ValueError(f"block={block} is for {', '.join(KINDS)}; torchao's configurations have their own")
     return layers
 
 
@@ -140,15 +142,15 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 # ---- which layers ----
 
 
-def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
-    kind, layers = type(model).__name__, dict(linears_of(model))
+def _layers_to_quantize(model: nn.Module, keep: tuple[int, int]) -> dict[str, nn.Linear]:
+    kind, layers = type(model).__name__, dict(linears_of(model, keep))
     if lora_layers(model):
         raise ValueError(
             f"this {kind} has LoRAs, whose strengths could not be changed later; call unload_lora_weights() "
             "first, and load them again afterwards"
         )
     if is_quantized(model):
-        found = cut(", ".join(formats_of(model)))
+        found = cut(as_text(formats_of(model)))
         raise ValueError(
             f"this {kind} is quantised already ({found}); load it again to quantise it by another method, or "
             "call dequantize first, which keeps the rounded values"
@@ -167,18 +169,10 @@ def _layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
-def check_method(method: Any) -> None:
-    """Refuse an unknown name of a method."""
-    if isinstance(method, str) and method not in KINDS:
-        raise ValueError(f"method {shown(method)} must be {', '.join(KINDS)} or a configuration of torchao")
-
-
 def _check_fit(method: str, block: int | None, layers: Mapping[str, nn.Linear]) -> None:
-    if block is not None and method == "fp8_dynamic":
-        raise ValueError("fp8_dynamic has one scale for all inputs of an output; leave block out")
     for name, layer in layers.items():
         o, i = layer.out_features, layer.in_features
-        if block is not None and (block < 1 or i % block):
+        if block is not None and i % block:
             raise ValueError(f"block={block} does not divide the {i} inputs of {name}")
         if method == "fp8_dynamic" and (o % MULTIPLE or i % MULTIPLE):
             raise ValueError(

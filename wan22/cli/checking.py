@@ -10,7 +10,7 @@ from typing import Any
 from ..accel.parallel.environment import is_first
 from ..checks import shown
 from ..pictures import is_url
-from .loading import find_device, lora_arguments, parse_layout, parse_memory
+from .loading import find_device, lora_arguments, parse_layout, parse_memory, quantization_of
 from .options import Loading, Saving, Target, flags_of
 from .outline import Settings, outlined, settings_of
 from .saving import sheet_of
@@ -73,8 +73,6 @@ def check_loading(task: str, loading: Loading, dry: bool = False, pipe: Any = No
     `dry`: nothing is made, perhaps because this is not the machine to make it on. `pipe` is the pipeline
     without weights, if there is one already.
     """
-    from ..accel.quantize import check_method
-
     memory = parse_memory(loading.memory)
     parse_layout(loading.parallel)
     device = find_device(loading.device)
@@ -83,8 +81,7 @@ def check_loading(task: str, loading: Loading, dry: bool = False, pipe: Any = No
             f"memory={shown(memory)} is a GPU's, and there is no CUDA device here; "
             "memory='auto' plans for the CPU"
         )
-    if loading.quantize is not None:
-        check_method(loading.quantize)
+    quantization_of(loading)
     pipe = outlined(task, loading) if pipe is None else pipe
     if pipe is None:
         return None
@@ -139,7 +136,7 @@ def plan_of(pipe: Any, settings: Settings, loading: Loading) -> Any:
     size = {name: getattr(settings, name) for name in names}
     device = None if vram is not None else loading.device
     guided = settings.all_passes > settings.steps
-    return plan(pipe, **size, vram=vram, quantize=loading.quantize, guided=guided, device=device)
+    return plan(pipe, **size, vram=vram, quantize=quantization_of(loading), guided=guided, device=device)
 
 
 def check_room(path: Path, settings: Settings) -> None:

@@ -109,6 +109,15 @@ def parse_memory(text: str | None) -> str | None:
     return amount
 
 
+def quantization_of(options: Loading) -> Any:
+    """Return the settings that `--quantize` names; None if it is not given."""
+    if options.quantize is None:
+        return None
+    from ..accel.quantization.settings import Quantization
+
+    return Quantization.of(options.quantize)
+
+
 def find_model(model: str | None, task: str) -> str | Path:
     """Return the path or repository that `--model` stands for; by default, the task's miniature."""
     from ..assets import tiny_checkpoint

@@ -168,7 +168,10 @@ class Loading:
     )
     device: str | None = _model("cuda, cuda:1, cpu, mps; default: the best there is.")
     memory: str | None = _model('GPU memory to use: "12GB", which 12 is short for, or "auto": what is free.')
-    quantize: str | None = _model("fp8, fp8_dynamic or int8: changes the result.")
+    quantize: str | None = _model(
+        "fp8, fp8_dynamic or int8, of both experts or of one (fp8:low), but for first and last blocks "
+        "(fp8:keep=1,2): changes the result."
+    )
     prepare: Literal["bf16", "fp8"] | None = _model(
         "Convert it once, into the cache, and load it from there; see `wan22 prepare`."
     )

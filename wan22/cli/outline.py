@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import shown
-from .loading import PARTS, check_source, dtype_of, find_model, hub_options, preset_of
+from .loading import PARTS, check_source, dtype_of, find_model, hub_options, preset_of, quantization_of
 from .options import Loading
 from .signatures import PIPELINES
 
@@ -59,7 +59,7 @@ def outlined(task: str, options: Loading, dtypes: Mapping[str, str] | None = Non
     from ..pipelines.loading.single_files import SingleFiles, with_parts_of
 
     pipeline = getattr(wan22, PIPELINES[task])
-    source, quantize = find_model(options.model, task), options.quantize
+    source, quantize = find_model(options.model, task), quantization_of(options)
     check_source(options, source)
     wanted = Wanted(dtype=dtype_of(options, dtypes))
     if options.prepare is not None:

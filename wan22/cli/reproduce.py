@@ -25,7 +25,6 @@ from .reporting import report, say, warn
 from .running import free_name, make
 from .signatures import PIPELINES
 
-METHODS = ("fp8", "fp8_dynamic", "int8")  # of --quantize
 _MOST_SHOWN = 8  # places in a message
 _ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")  # org/name, org/name/file
 
@@ -168,7 +167,7 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
     known: dict[str, Any] = {"attention": kernel if isinstance(kernel, str) else None}
     known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
     known["tiling"] = "tiled" in changes
-    known |= {"quantize": _method(changes.get("quantized")), "memory": _memory(recipe, given)}
+    known |= {"quantize": _quantization(recipe), "memory": _memory(recipe, given)}
     places = _place(recipe).split(", ")
     if given.model is None and len(places) in (4, 5):  # single files, of one transformer or two
         known |= zip(("model", *BESIDE_A_FILE[1 - len(places) :]), places, strict=True)
@@ -178,11 +177,12 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
     return replace(given, **{name: value for name, value in known.items() if not getattr(given, name)})
 
 
-def _method(quantized: Any) -> str | None:
-    """Return the method that quantised all transformers alike; None if no option says what a recipe has."""
-    tables = quantized.values() if isinstance(quantized, Mapping) else ()
-    methods = {name for table in tables if isinstance(table, Mapping) for name in table}
-    return methods.pop() if len(methods) == 1 and methods <= {*METHODS} else None
+def _quantization(recipe: Recipe) -> str | None:
+    """Return what --quantize says of the transformers; None if it cannot say what a recipe has."""
+    from ..accel.quantization.settings import from_recipe
+
+    found = from_recipe(recipe.changes.get("quantized"), 1 if recipe.boundary_ratio is None else 2)
+    return None if found is None else str(found)
 
 
 def _memory(recipe: Recipe, given: Loading) -> str | None:

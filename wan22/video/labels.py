@@ -103,6 +103,8 @@ def _settings(recipe: Recipe) -> dict[str, str]:
         )
     found["dtypes"] = ", ".join(f"{name} {dtype}" for name, dtype in sorted(recipe.dtypes.items()))
     found |= {name: _said(name, value) for name, value in recipe.changes.items() if value}
+    if isinstance(tables := recipe.changes.get("quantized"), Mapping):  # earlier versions wrote names alone
+        found["quantized"] = _quantized(tables, recipe.boundary_ratio is not None)
     return found | {"device": recipe.device, "fps": f"{recipe.fps} fps"}
 
 
@@ -118,10 +120,19 @@ def _said(name: str, value: Any) -> str:
     if name == "cache" and isinstance(value, Mapping):
         settings = {n: v for n, v in value.items() if n not in ("method", "ratios")}
         return f"{value.get('method')} cache, {_plain(settings)}"
-    if name == "quantized" and isinstance(value, Mapping):
-        formats = {form for table in value.values() for form in table}
-        return f"{', '.join(sorted(formats))} {_word(name)}"
     return f"{_word(name)} {_plain(value)}"
+
+
+def _quantized(tables: Mapping[str, Mapping[str, Any]], two: bool) -> str:
+    """Return how models are quantised: "fp8 quantised"; by model if they differ, or one of two is not."""
+    told = {}
+    for model, table in ((m, table) for m, table in tables.items() if isinstance(table, Mapping)):
+        kept, formats = table.get("blocks kept"), sorted(form for form in table if form != "blocks kept")
+        told[model] = ", ".join(formats) + (f" but blocks {kept}" if kept else "")
+    experts = {"transformer", "transformer_2"} if two else {"transformer"}
+    if len({*told.values()}) == 1 and experts <= {*told}:
+        return f"{next(iter(told.values()))} {_word('quantized')}"
+    return f"{_word('quantized')}: {', '.join(f'{model} {text}' for model, text in told.items())}"
 
 
 def _plain(value: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from tests.builders import random_transformer
 from wan22.accel.quantization.layers import formats_of, is_quantized, needs_quantizing
+from wan22.accel.quantization.settings import Quantization
 from wan22.accel.quantize import dequantize, quantize
 from wan22.checkpoints.files.quantized import GgufBlocks, ScaledNumbers
 
@@ -22,14 +23,14 @@ def transformer():
 )
 def test_the_method_and_its_groups(method, block, name):
     model = transformer()
-    assert formats_of(model) == {} and needs_quantizing(model, method)
+    assert formats_of(model) == {} and needs_quantizing(model, Quantization(method))
     with_block = block is not None and block < 48
     if block is not None:
         model.blocks[0].ffn = torch.nn.Identity()  # of another width, with other numbers of groups
         model.blocks[1].ffn = torch.nn.Identity()
     found = formats_of(quantize(model, method, block))
     assert found == {name: 16 if block else 20}
-    assert with_block or not needs_quantizing(model, method)
+    assert with_block or not needs_quantizing(model, Quantization(method))
 
 
 def test_another_method_is_refused_by_name():
@@ -38,7 +39,7 @@ def test_another_method_is_refused_by_name():
         with pytest.raises(
             ValueError, match=rf"WanTransformer3DModel is quantised already \(fp8\), and {name}"
         ):
-            needs_quantizing(model, method)
+            needs_quantizing(model, Quantization(method))
 
 
 def test_what_was_expanded_keeps_its_rounded_values():

@@ -79,7 +79,8 @@ def test_float8_is_quantize(folder, cache, monkeypatch):
 
 def test_float8_is_not_taken_where_nobody_asked(folder, cache):
     load_pipeline(folder, prepare="fp8")
-    for options in ({}, {"quantize": "int8"}, {"quantize": "fp8", "dequantize": True}):
+    others = [{"quantize": text} for text in ("int8", "fp8:low", "fp8:keep=1,0", "fp8:high:block=16")]
+    for options in ({}, *others, {"quantize": "fp8", "dequantize": True}):
         with torch.no_grad():
             found = load_pipeline(folder, dtype=DTYPES, **options)
         os.environ["WAN22_CACHE"], before = os.devnull, os.environ["WAN22_CACHE"]
@@ -214,6 +215,7 @@ def test_the_bytes_that_are_named(saved, cache, log, monkeypatch):
             r"dtype=torch\.float16 for transformer: what prepare='bf16'",
         ),
         ({"prepare": "fp8", "quantize": "int8"}, "quantize='int8': prepare='fp8' is quantised already"),
+        ({"prepare": "fp8", "quantize": "fp8:low"}, "quantize='fp8:low': prepare='fp8' is quantised"),
         ({"prepare": "fp8", "dequantize": True}, "dequantize=True undoes prepare='fp8'"),
         ({"prepare": "bf16", "device_map": "balanced"}, "device_map does not go with prepare"),
     ],

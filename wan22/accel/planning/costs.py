@@ -19,6 +19,8 @@ from ...presets import MAX_TEXT_TOKENS, TI2V_5B
 from ...private_apis import use_native_attention
 from ..offload.histories import HostHistories
 from ..offload.layout import Placement, blocks_of, bytes_of, device_bytes
+from ..quantization.layers import is_quantized
+from ..quantization.settings import Quantization
 from .meta_models import meta_copy
 from .trace import TracedDevice, peak_bytes
 
@@ -42,7 +44,7 @@ class Task:
     name: str
     models: dict[str, Any]  # on the meta device, by component name
     size: tuple[int, int, int]  # width, height, frames
-    quantize: str | None  # the transformers' quantisation
+    quantize: Quantization | None  # the transformers' quantisation
     guided: bool  # whether steps have two passes
     videos: int = 1
     residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
@@ -86,6 +88,11 @@ class Task:
     def experts(self) -> list[str]:
         """Names of the transformers that are loaded."""
         return [name for name in TRANSFORMERS if name in self.models]
+
+    @property
+    def largest_expert(self) -> str:
+        """Name of the transformer with the most bytes: one of two may be quantised."""
+        return max(self.experts, key=self.bytes_of)
 
     @property
     def encoders(self) -> list[str]:
@@ -181,9 +188,15 @@ class Task:
         return self._known[key]
 
     def _step(self, chunks: int, in_turn: bool) -> int:
-        """Measure two and three blocks: every further block keeps as much as the third does."""
-        model = self.models[self.experts[0]]
-        fewer = [meta_copy(model, blocks=n) for n in (2, 3)]
+        """Measure two and three blocks: every further block keeps as much as the third does.
+
+        Quantised ones, if there are any: a weight that is expanded takes memory, too.
+        """
+        models = [self.models[name] for name in self.experts]
+        model = next(filter(is_quantized, models), models[0])
+        quantized = [i for i, block in enumerate(blocks_of(model)) if is_quantized(block)]
+        first = max(min(quantized[0], len(blocks_of(model)) - 3), 0) if quantized else 0
+        fewer = [meta_copy(model, blocks=n, first=first) for n in (2, 3)]
         for copy in fewer if is_ours(model) else ():
             copy.set_token_chunks(chunks)
             copy.set_samples_in_turn(in_turn)

@@ -78,6 +78,7 @@ def meta_copies(components: Mapping[str, Any]) -> dict[str, Any]:
 def meta_copy(
     model: nn.Module,
     blocks: int | None = None,
+    first: int = 0,
     dtypes: Mapping[str, torch.dtype] | None = None,
     attached: bool = False,
 ) -> Any:
@@ -89,11 +90,13 @@ def meta_copy(
     Args:
         model: any model, compiled ones included.
         blocks: how many of its blocks the copy has; None: all.
+        first: number of the first block that it has.
         dtypes: dtypes of all the copy's parameters by name; None: the model's.
         attached: whether hooks and patched methods are copied; otherwise they are left behind.
     """
     model = uncompiled(model)
-    left_out = set() if blocks is None else {id(block) for block in blocks_of(model)[blocks:]}
+    kept = slice(first, None if blocks is None else first + blocks)
+    left_out = {*map(id, blocks_of(model))} - {*map(id, blocks_of(model)[kept])}
     dtype_of = {id(p): dtypes[name] for name, p in model.named_parameters()} if dtypes else {}
     copies: dict[int, Any] = {}  # by the original's id
 

@@ -22,6 +22,7 @@ from ...presets import Preset
 from ..offload.layout import Placement, Source, blocks_of, bytes_of, on_host
 from ..offload.transfer import CHUNK_BYTES, CHUNKS
 from ..quantization.layers import needs_quantizing
+from ..quantization.settings import Quantization
 from ..quantize import quantize as quantize_model
 from .costs import Task
 from .machine import GB, Machine
@@ -56,7 +57,7 @@ def plan(
     *,
     videos: int = 1,
     residuals: int = 0,
-    quantize: str | None = None,
+    quantize: str | Quantization | None = None,
     guided: bool = True,
     device: str | torch.device | None = None,
 ) -> Plan:
@@ -76,6 +77,7 @@ def plan(
         residuals: tensors of the tokens' size that a step cache keeps of each pass and video: none without
             one and for EasyCache, 1 for MagCache, order + 1 for TaylorCache.
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
+            `wan22.Quantization`, or its text, plans for one expert, or for blocks in full precision.
         guided: whether steps have two passes.
         device: default is the GPU if there is one, "cuda" if vram is given, or else "cpu".
 
@@ -85,6 +87,7 @@ def plan(
     """
     videos = check_positive_int("videos", videos)
     residuals = check_positive_int("residuals", residuals, least=0)
+    settings = None if quantize is None else Quantization.of(quantize)
     anonymous: dict[str, int] = {}
     copied: dict[str, int] = {}
     stored: dict[str, int] = {}
@@ -99,16 +102,16 @@ def plan(
         copied, stored = _copied(target, models), _stored(target, models)
     given = {"width": width, "height": height, "num_frames": num_frames}
     w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
-    task = Task(name, models, (w, h, t), quantize, guided, videos, residuals, anonymous, copied, stored)
+    task = Task(name, models, (w, h, t), settings, guided, videos, residuals, anonymous, copied, stored)
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
     taken = {"cpu": sum(anonymous.values()), (card() or torch.device("cuda")).type: on_device}
     machine = Machine.of(vram, ram, disk, device, taken)
-    if quantize:
-        for slot in task.experts:
-            if needs_quantizing(models[slot], quantize):
-                quantize_model(models[slot], quantize)
+    if settings is not None:
+        for slot in settings.slots(task.experts):
+            if needs_quantizing(models[slot], settings.of_a_model):
+                quantize_model(models[slot], settings.of_a_model)
                 anonymous[slot], copied[slot], stored[slot] = bytes_of(models[slot]), 0, 0
     for found in _candidates(task, machine):
         if found.fits:
@@ -214,7 +217,7 @@ def _streamed_experts(
 
     The faster source is first; of each, all passes in turn, if there are `several`.
     """
-    first = task.experts[0]
+    largest = task.largest_expert
     bytes_of = task.device_bytes if machine.has_device else task.scratch_bytes
     room = machine.vram - (WORKSPACE if machine.has_device else HOST_WORKSPACE)
     if not machine.has_device:
@@ -222,9 +225,9 @@ def _streamed_experts(
     sources: tuple[Source, ...] = ("pinned", "mmap") if machine.has_device else ("mmap",)
     for source, in_turn in itertools.product(sources, (True, False) if several else (False,)):
         left = room - task.denoise(chunks, in_turn)
-        for resident in range(len(blocks_of(task.models[first])), -1, -1):
+        for resident in range(len(blocks_of(task.models[largest])), -1, -1):
             placement = Placement("streamed", resident_blocks=resident, source=source)
-            if bytes_of(first, placement) <= left or not resident:
+            if bytes_of(largest, placement) <= left or not resident:
                 yield dict.fromkeys(task.experts, placement), in_turn
                 break
 
@@ -333,7 +336,7 @@ def _step_seconds(
     """Return the longest of: computing, copying to the device, reading what the host has no room for."""
     if machine.flops is None:
         return None
-    seconds, name = task.step_flops() / machine.flops, task.experts[0]
+    seconds, name = task.step_flops() / machine.flops, task.largest_expert
     placement, in_files = placements[name], task.in_files(name)
     if placement.kind == "streamed":
         share = 1 - placement.resident_blocks / len(blocks_of(task.models[name]))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..offload.layout import Placement
+from ..quantization.settings import Quantization
 from .machine import GB, Machine
 
 
@@ -60,7 +61,7 @@ class Plan:
     token_chunks: int
     in_turn: bool
     prefetch: bool
-    quantize: str | None
+    quantize: Quantization | None
     phases: tuple[Phase, ...]
     host: int
     pinned: int

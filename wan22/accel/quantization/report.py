@@ -12,7 +12,8 @@ from ...checkpoints.loading.models import is_ours
 from ...checkpoints.quantized_linear import QuantizedLinear
 from ...private_apis import uncompiled
 from ..offload.layout import blocks_of, bytes_of
-from .layers import is_quantized_layer, linears_of
+from .layers import is_quantized_layer, linears_of, plain_blocks
+from .settings import in_words
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class Report:
     """What quantising did to a model; errors are relative, in the L2 norm."""
 
     layers: Mapping[str, float]  # error of each layer's weight, by name
-    block: float  # error of the first block's output
+    block: float  # error of the output of the first block that is quantised
     output: float  # error of the model's output
     bytes_before: int  # size of the plain model's parameters and buffers
     bytes_after: int
+    first: int = 0  # number of that block
+    kept: str = ""  # numbers of the blocks in full precision, "0, 39"
 
     def __str__(self) -> str:
         errors = sorted(self.layers.values())
@@ -33,9 +36,10 @@ class Report:
             (
                 f"weights  {errors[len(errors) // 2]:.1e} relative error, median of {len(errors)} layers",
                 f"         {errors[-1]:.1e} at most, {worst}",
-                f"block 0  {self.block:.1e}",
+                f"{f'block {self.first}':8} {self.block:.1e}",
                 f"output   {self.output:.1e}",
                 f"bytes    {self.bytes_before / 1e9:.3f} GB -> {self.bytes_after / 1e9:.3f} GB, {share:.2f}",
+                *([f"kept     blocks {self.kept}"] if self.kept else []),
             )
         )
 
@@ -69,10 +73,11 @@ def report(
     }
     if not layers:
         raise ValueError(f"no layer of the second {type(quantized).__name__} is quantised")
-    block, output = zip(_outputs(plain, inputs), _outputs(quantized, inputs), strict=True)
-    found = Report(
-        layers, _relative(*block[::-1]), _relative(*output[::-1]), bytes_of(plain), bytes_of(quantized)
-    )
+    kept = plain_blocks(quantized)
+    first = next(i for i in range(len(kept) + 1) if i not in kept)
+    block, output = zip(_outputs(plain, inputs, first), _outputs(quantized, inputs, first), strict=True)
+    error, whole = (_relative(found, expected) for expected, found in (block, output))
+    found = Report(layers, error, whole, bytes_of(plain), bytes_of(quantized), first, in_words(kept))
     print(found)
     return found
 
@@ -88,10 +93,10 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float().to(expected.device) - expected).norm() / expected.norm()).item()
 
 
-def _outputs(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs of a model's first block and of itself."""
+def _outputs(model: Any, inputs: Mapping[str, Any], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outputs of one of a model's blocks and of itself."""
     device, seen = get_module_execution_device(model), []
-    hook = blocks_of(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = blocks_of(model)[number].register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         out = model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()})[0]
     finally:

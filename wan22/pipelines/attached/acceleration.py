@@ -11,12 +11,14 @@ from ...accel import attention
 from ...accel import vae as vae_acceleration
 from ...accel.planning.meta_models import MODELS
 from ...accel.quantization.layers import formats_of, needs_quantizing
-from ...accel.quantize import check, check_memory, check_method, quantize
+from ...accel.quantization.settings import Quantization
+from ...accel.quantize import check, check_memory, quantize
 from ...checkpoints.loading.attention_names import our_name
 from ...checkpoints.loading.diffusers_attention import WanAttnProcessor
 from ...checkpoints.loading.models import OWN_MODELS, is_ours
 from ...checkpoints.lora.casting import is_narrow
 from ...devices import can_compile
+from ...few_steps import SLOTS
 from ...models.attention import computing_backend
 from ...models.attention_layer import WanAttention
 from ...private_apis import (
@@ -126,27 +128,38 @@ class Acceleration(Part):
         """
         return [attention.use(model, backend) for model in self._transformers()][-1]
 
-    def quantize(self, method: Any) -> None:
+    def quantize(
+        self, method: Any, block: int | None = None, only: str | None = None, keep_blocks: Any = None
+    ) -> None:
         """Quantise the transformers' large linear layers, in place; that changes the result.
 
         Args:
             method: "fp8", "int8", "fp8_dynamic", or a configuration of torchao's; see
                 `wan22.accel.quantize.quantize`. A transformer that is quantised so already stays as it is.
+                Or all settings in one, `wan22.Quantization`, or its text, such as "fp8:low:keep=1".
+            block: inputs that share a scale, for "fp8" and "int8"; default is all inputs of an output.
+            only: "high" or "low" for that expert alone; another call may quantise the other one in another
+                way. Default is both.
+            keep_blocks: how many of the first and of the last blocks stay in full precision, (1, 2), or a
+                number for both; default is none.
 
         Raises:
-            ValueError: the method is unknown, no transformer is loaded, or one cannot be quantised as it is,
-                or is quantised in another way.
+            ValueError: the method is unknown, no transformer is loaded, or not the one that is asked for, or
+                one cannot be quantised as it is, or is quantised in another way.
             MemoryError: the host has no room for the quantised weights. Nothing is quantised then.
         """
-        check_method(method)
-        models = [model for model in self._transformers() if needs_quantizing(model, method)]
+        settings = Quantization.of(method, block=block, only=only, keep_blocks=keep_blocks)
+        self._transformers()  # says if there is none
+        loaded = [slot for slot in SLOTS if getattr(self._pipe, slot) is not None]
+        chosen, settings = settings.slots(loaded), settings.of_a_model
+        models = [m for slot in chosen if needs_quantizing(m := getattr(self._pipe, slot), settings)]
         self._pipe.memory.offload_all()
-        check_memory(check(model, method) for model in models)
+        check_memory(check(model, settings) for model in models)
         # No list of the layers: it would keep the weights that are replaced.
-        nbytes = sum(sum(layer.weight.nbytes for layer in check(m, method).values()) for m in models)
+        nbytes = sum(sum(layer.weight.nbytes for layer in check(m, settings).values()) for m in models)
         with bytes_bar(nbytes, "quantizing", **getattr(self._pipe, "_progress_bar_config", {})):
             for model in models:
-                quantize(model, method)
+                quantize(model, settings)
         self._pipe.memory.offload_all()  # drops the weights that were replaced
 
     def _transformers(self) -> list[Any]:
@@ -177,7 +190,7 @@ class Acceleration(Part):
     def _step_caches(self) -> dict[str, dict[str, Any]]:
         """Return the settings of the transformers' step caches, by the kind of cache and the transformer."""
         found: dict[str, dict[str, Any]] = {}
-        for name in ("transformer", "transformer_2"):
+        for name in SLOTS:
             if (config := cache_config(getattr(self._pipe, name))) is not None:
                 settings = {n: str(plain(v)) for n, v in vars(config).items() if not callable(v)}
                 found.setdefault(type(config).__name__, {})[name] = settings

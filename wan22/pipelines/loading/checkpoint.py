@@ -31,7 +31,7 @@ class Wanted:
     # One for all components, or by component and "default"; None, there too: as stored.
     dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None
     dequantize: bool = False  # whether to expand weights that are stored quantised
-    fp8: bool = False  # whether the transformers are to be in float8
+    fp8: tuple[str, ...] = ()  # the transformers that are to be in float8
     later: torch.dtype | None = None  # dtype that the transformers get after loading, part by part
     others: Mapping[str, Any] = field(default_factory=dict)  # what only some layouts know
 

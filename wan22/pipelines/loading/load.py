@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from ...accel.offload.devices import CudaDevice
 from ...accel.parallel.environment import launched
+from ...accel.quantization.settings import Quantization
 from ...checkpoints.deferred import deferring
 from ...checkpoints.files.hub import check_repository_name
 from ...checks import as_path, cut, shown
@@ -55,7 +56,7 @@ def load_pipeline(
     checkpoint: Checkpoint,
     wanted: Wanted,
     memory: str | float | Mapping[str, Any] | None = None,
-    quantize: str | None = None,
+    quantize: str | Quantization | None = None,
     parallel: str | Mapping[str, Any] | None = None,
     loras: Any = (),
     prepare: str | None = None,
@@ -72,12 +73,14 @@ def load_pipeline(
         processes.join()
         processes.keep_silent()
     dtype, form = None, prepare
+    settings = None if quantize is None else Quantization.of(quantize)
     if form is not None:
-        wanted, quantize = preparing.wanted_in(form, wanted, quantize)
-    wanted = replace(wanted, fp8=quantize == "fp8")
+        wanted, settings = preparing.wanted_in(form, wanted, settings)
+    if settings is not None and settings.of_a_model == Quantization("fp8"):
+        wanted = replace(wanted, fp8=tuple(settings.slots(TRANSFORMERS)))
     if budget is not None:
-        check_budget(pipeline, checkpoint, wanted, budget, quantize)
-    elif together and quantize is None:
+        check_budget(pipeline, checkpoint, wanted, budget, settings)
+    elif together and settings is None:
         dtype, wanted = transformers_as_stored(wanted)
     if form is not None:
         from ...checkpoints.preparing import prepare as prepared_files
@@ -86,12 +89,12 @@ def load_pipeline(
     with deferring() if budget is not None else nullcontext():
         pipe = checkpoint.load(pipeline, wanted)
     pipe.check_components()
-    if quantize is not None:  # before LoRAs, which it could not take
-        pipe.quantize(quantize)
+    if settings is not None:  # before LoRAs, which it could not take
+        pipe.quantize(settings)
     for arguments in adapters:
         pipe.load_lora_weights(**arguments)
     if budget is not None:
-        (pipe.fit if SIZES & budget.keys() else pipe.memory.plan_within)(**budget, quantize=quantize)
+        (pipe.fit if SIZES & budget.keys() else pipe.memory.plan_within)(**budget, quantize=settings)
     if shares is not None and together:
         parallelize(pipe, **{"dtype": dtype} | shares)
     elif shares is not None and memory is None:
@@ -116,7 +119,7 @@ def check_budget(
     checkpoint: Checkpoint,
     wanted: Wanted,
     budget: Mapping[str, Any],
-    quantize: str | None,
+    quantize: Quantization | None,
 ) -> None:
     """Refuse a budget that nothing fits into, before weights are downloaded, prepared or read.
 

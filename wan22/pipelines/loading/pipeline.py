@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 
 from ... import __version__
+from ...accel.quantization.settings import Quantization
 from ...checkpoints.files.hub import OPTIONS
 from ...checkpoints.loading.dtypes import read_dtype
 from ...checkpoints.loading.saving import check_saving
@@ -47,7 +48,7 @@ class LoadablePipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | Path,
         *,
         memory: str | float | Mapping[str, Any] | None = None,
-        quantize: str | None = None,
+        quantize: str | Quantization | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
         dtype: Dtypes = None,
@@ -64,7 +65,8 @@ class LoadablePipeline(DiffusionPipeline):
                 `fit`: "vram", "ram", and sizes. The first call finds the fastest way to make its video in it
                 (`wan22.accel.plan`) and applies it; a larger one finds another. With a size that is done at
                 once. Weights in another dtype are converted as they are used, and stay in their files.
-            quantize: how to quantise the transformers, which changes the result; see `quantize`.
+            quantize: how to quantise the transformers, which changes the result: "fp8", "fp8:low:keep=1", or
+                `wan22.Quantization`; see `quantize`.
             parallel: "auto": under torchrun all ranks make one video together, each on its own GPU, in the
                 layout that moves the least, with divided weights where whole ones would not fit; started as
                 one process, it goes to its GPU. Or arguments of `wan22.accel.parallel.parallelize`.
@@ -103,7 +105,7 @@ class LoadablePipeline(DiffusionPipeline):
         tokenizer: Any = None,
         image_encoder: Any = None,
         memory: str | float | Mapping[str, Any] | None = None,
-        quantize: str | None = None,
+        quantize: str | Quantization | None = None,
         parallel: str | Mapping[str, Any] | None = None,
         loras: Any = (),
         dtype: Dtypes = None,

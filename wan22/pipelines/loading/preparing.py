@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from ...accel.quantization.settings import Quantization
 from ...checkpoints.loading.stored import StoredModel
 from ...checkpoints.preparing.cache import FORMS, cache_folder, find_prepared, is_preparable
 from ...checks import check_choice, shown
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 WORTH_A_LINE = 10**9  # bytes that a load converts
 
 
-def wanted_in(form: str, wanted: Wanted, quantize: str | None) -> tuple[Wanted, str | None]:
+def wanted_in(form: str, wanted: Wanted, quantize: Quantization | None) -> tuple[Wanted, Quantization | None]:
     """Return what a constructor with `prepare=form` loads, and how it quantises.
 
     A ValueError says that another argument asks for another dtype or form.
@@ -30,15 +31,16 @@ def wanted_in(form: str, wanted: Wanted, quantize: str | None) -> tuple[Wanted, 
         if (dtype := wanted.dtype_of(name)) not in (None, torch.bfloat16):
             rule = f"what prepare={shown(form)} writes is loaded in torch.bfloat16; leave dtype out for it"
             raise ValueError(f"dtype={dtype} for {name}: {rule}")
-    if form == "fp8" and quantize not in (None, "fp8"):
+    fp8 = Quantization("fp8")
+    if form == "fp8" and quantize not in (None, fp8):
         raise ValueError(
-            f"quantize={shown(quantize)}: prepare='fp8' is quantised already; prepare='bf16' is not"
+            f"quantize={shown(str(quantize))}: prepare='fp8' is quantised already; prepare='bf16' is not"
         )
     if form == "fp8" and wanted.dequantize:
         raise ValueError("dequantize=True undoes prepare='fp8'; prepare='bf16' has ordinary weights")
     asked = wanted.dtype if isinstance(wanted.dtype, Mapping) else {"default": wanted.dtype}
     dtypes = {**asked, **dict.fromkeys(PREPARED, torch.bfloat16)}
-    return replace(wanted, dtype=dtypes), "fp8" if form == "fp8" else quantize
+    return replace(wanted, dtype=dtypes), fp8 if form == "fp8" else quantize
 
 
 def find_all(models: Mapping[str, StoredModel], wanted: Wanted) -> dict[str, StoredModel]:
@@ -56,7 +58,7 @@ def _forms(name: str, wanted: Wanted) -> Iterator[str]:
     later = wanted.later if name in TRANSFORMERS else None
     if (later or wanted.dtype_of(name)) != torch.bfloat16:
         return
-    if wanted.fp8 and name in TRANSFORMERS and not wanted.dequantize:
+    if name in wanted.fp8 and not wanted.dequantize:
         yield "fp8"
     yield "bf16"
 
