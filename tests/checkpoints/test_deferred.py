@@ -14,7 +14,7 @@ from wan22 import WanTransformer3DModel
 from wan22.accel.offload.layout import packed_blocks
 from wan22.checkpoints import deferred as module
 from wan22.checkpoints.deferred import DeferredWeight, deferred, deferred_weights, deferring, settle
-from wan22.checkpoints.files.quantized import GgufBlocks, QuantizedTensor, scaled_float8
+from wan22.checkpoints.files.quantized import GgufBlocks, QuantizedTensor, scaled_tensor
 from wan22.checkpoints.files.weights import read_weights
 from wan22.checkpoints.loading import fill
 
@@ -156,9 +156,9 @@ def stored_forms():
     data = (values * 100).to(torch.float8_e4m3fn)
     blocks = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
     yield values
-    yield scaled_float8(data, torch.tensor(0.01))
-    yield scaled_float8(data, torch.rand(40))
-    yield scaled_float8(data, torch.rand(40, 4, 1))
+    yield scaled_tensor(data, torch.tensor(0.01))
+    yield scaled_tensor(data, torch.rand(40))
+    yield scaled_tensor(data, torch.rand(40, 4, 1))
     yield QuantizedTensor((40, 64), GgufBlocks("Q8_0", (40, 64)), {"data": torch.from_numpy(blocks)})
 
 

@@ -104,6 +104,107 @@ def every_fp8(weights: Weights, path: Path, kind: torch.dtype = FP8, scaled: boo
     return values
 
 
+def int8(weights: Weights, path: Path, per_output: bool = True, notes: bool = False) -> Weights:
+    """LightX2V, a scale per output "o 1"; ComfyUI's int8_tensorwise has notes, and may have one scale."""
+    file, values = {}, {}
+    for name, tensor in weights.items():
+        file[name] = values[name] = tensor
+        if is_linear(name, tensor):
+            layer, w = name.removesuffix(".weight"), tensor.float()
+            scale = (w.abs().amax(1, keepdim=True) if per_output else w.abs().max()) / 127
+            file[name] = (w / scale).round().clamp(-128, 127).to(torch.int8)
+            file[f"{layer}.weight_scale"] = scale.clone()
+            values[name] = file[name].float() * scale
+            if notes:
+                note = json.dumps({"format": "int8_tensorwise", "convrot": False}).encode()
+                file[f"{layer}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    save_file(file, path)
+    return values
+
+
+def turbodiffusion(weights: Weights, path: Path) -> Weights:
+    """TurboDiffusion's -quant files: X.int8_weight, X.scale of 128 x 128 tiles, a linear patch embedding."""
+    file, values = {}, {}
+    for name, tensor in weights.items():
+        values[name] = tensor
+        if is_linear(name, tensor):
+            scale, codes, meant = tiles_of(tensor)
+            layer = name.removesuffix(".weight")
+            file[f"{layer}.int8_weight"], file[f"{layer}.scale"], values[name] = codes, scale, meant
+        else:
+            file[name] = tensor.flatten(1) if name == "patch_embedding.weight" else tensor
+    torch.save(file, path)
+    return values
+
+
+def tiles_of(weight: torch.Tensor, size: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the scales of tiles, the int8 numbers, and the values that these mean."""
+    rows, columns = (range(0, n, size) for n in weight.shape)
+    scale = torch.zeros(len(rows), len(columns))
+    codes, values = torch.zeros(weight.shape, dtype=torch.int8), torch.zeros(weight.shape)
+    for i, r in enumerate(rows):
+        for j, c in enumerate(columns):
+            tile = weight[r : r + size, c : c + size].float()
+            scale[i, j] = tile.abs().max() / 128
+            numbers = (tile / scale[i, j]).round().clamp(-128, 127)
+            codes[r : r + size, c : c + size] = numbers.to(torch.int8)
+            values[r : r + size, c : c + size] = numbers * scale[i, j]
+    return scale, codes, values
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def nvfp4(weights: Weights, path: Path, program: str) -> Weights:
+    """Pairs of four bits: "comfy", with notes; "lightx2v", converted; "lightx2v, calibrated", with alpha."""
+    file, values = {}, {}
+    for name, tensor in weights.items():
+        file[name] = values[name] = tensor
+        if is_linear(name, tensor):
+            layer = name.removesuffix(".weight")
+            pairs, scale, factor, values[name] = pairs_of(tensor, high_first=program == "comfy")
+            file[name], file[f"{layer}.weight_scale"] = pairs, scale
+            if program == "comfy":
+                file[f"{layer}.weight_scale_2"], file[f"{layer}.input_scale"] = factor, torch.tensor(0.1)
+                note = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+                file[f"{layer}.comfy_quant"] = note
+            elif program == "lightx2v":
+                file[f"{layer}.weight_global_scale"], file[f"{layer}.input_absmax"] = (
+                    1 / factor,
+                    torch.ones(()),
+                )
+            else:
+                file[f"{layer}.input_global_scale"] = torch.tensor(50.0)
+                file[f"{layer}.alpha"] = factor / 50
+    save_file(file, path)
+    return values
+
+
+def pairs_of(weight: torch.Tensor, high_first: bool) -> tuple[torch.Tensor, ...]:
+    """Return pairs of numbers in bytes, blocks' scales as tensor cores read them, the factor, the values."""
+    factor = weight.abs().max().float() / (6 * FP8_MAX)
+    blocks = weight.float().unflatten(1, (-1, 16))
+    scale = (blocks.abs().amax(2) / 6 / factor).to(FP8)
+    each = scale.float()[..., None] * factor
+    codes = (blocks / each.clamp_min(1e-30)).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
+    values = (E2M1[codes] * each).flatten(1)
+    first, second = codes.flatten(1)[:, ::2], codes.flatten(1)[:, 1::2]
+    pairs = first * 16 + second if high_first else second * 16 + first
+    return pairs.to(torch.uint8), swizzled(scale), factor, values
+
+
+def swizzled(scale: torch.Tensor) -> torch.Tensor:
+    """Return float8 scales in tiles of 128 rows and 4 columns: (r, c) is at 16 (r % 32) + 4 (r // 32) + c."""
+    rows, columns = (-(-n // multiple) for n, multiple in zip(scale.shape, (128, 4), strict=True))
+    stored = torch.zeros(rows * columns * 512, dtype=torch.uint8)
+    for r in range(scale.shape[0]):
+        for c in range(scale.shape[1]):
+            tile = (r // 128) * columns + c // 4
+            place = tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+            stored[place] = scale[r, c].view(torch.uint8)
+    return stored.view(FP8).reshape(rows * 128, columns * 4)
+
+
 def write_gguf(
     weights: Weights, path: Path, kind: str, architecture: str = "wan", every: bool = False
 ) -> Weights:

@@ -9,7 +9,7 @@ from tests.checkpoints.loading.test_recognize import check
 from tests.checkpoints.loading.test_text_encoder import gguf_name
 from tests.golden_data import golden
 from wan22 import AutoencoderKLWan, WanTransformer3DModel, tiny_checkpoint
-from wan22.checkpoints.files.quantized import scaled_float8
+from wan22.checkpoints.files.quantized import scaled_tensor
 from wan22.checkpoints.loading.recognize import read_model
 from wan22.checkpoints.quantized_linear import QuantizedLinear
 
@@ -60,7 +60,7 @@ def test_a_scale_for_each_output_of_any_rank(shape):
     data, scale = torch.randn(shape).to(writers.FP8), torch.rand(6)
     expected = data.float() * scale.reshape(-1, *[1] * (len(shape) - 1))
     for given in (scale, scale.reshape(-1, *[1] * (len(shape) - 1))):
-        tensor = scaled_float8(data, given)
+        tensor = scaled_tensor(data, given)
         assert torch.equal(tensor.format.expand(tensor.parts), expected)
 
 

@@ -249,7 +249,7 @@ def changed(official, path, **changes):
     save_file(file, path)
 
 
-NOTE = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+NOTE = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ NOTE = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
         ({"blocks__0__ffn__0__weight_scale_2": torch.ones(())}, "quantised as nvfp4 .*weight_scale_2"),
         ({"blocks__0__ffn__0__weight__absmax": torch.ones(9)}, "quantised as bitsandbytes"),
         ({"blocks__0__ffn__0__qweight": torch.ones(9)}, "quantised as GPTQ or AWQ"),
-        ({"blocks__0__ffn__0__comfy_quant": NOTE}, r"blocks\.0\.ffn\.0 is quantised as nvfp4"),
+        ({"blocks__0__ffn__0__comfy_quant": NOTE}, r"blocks\.0\.ffn\.0 is quantised as mxfp8"),
         (
             {"blocks__0__ffn__0__weight": torch.ones(512, 256)},
             "said to be float8_e4m3fn, but is torch.float32",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoints import writers
-from wan22.checkpoints.files.quantized import scaled_float8
+from wan22.checkpoints.files.quantized import scaled_tensor
 from wan22.checkpoints.loading.values import check_samples
 
 GOOD = {"norm": torch.ones(64), "a": torch.randn(512, 512), "b": torch.randn(4, 4)}
@@ -36,7 +36,7 @@ def test_large_values_whose_sum_overflows_pass(dtype):
 def test_float8(tmp_path):
     data = torch.full((256, 256), math.nan).to(writers.FP8)
     with pytest.raises(ValueError, match="a has values"):
-        check_samples("the file", GOOD | {"a": scaled_float8(data, torch.ones(()))})
+        check_samples("the file", GOOD | {"a": scaled_tensor(data, torch.ones(()))})
 
 
 def test_matrices_of_zeros_are_told(caplog):

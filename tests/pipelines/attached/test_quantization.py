@@ -13,7 +13,7 @@ from wan22.accel.quantize import quantize, report
 from wan22.checkpoints.quantized_linear import QuantizedLinear
 
 SLOTS = ("transformer", "transformer_2")
-SETTINGS = ("int8", "int8:low", "int8:high:keep=1,2")
+SETTINGS = ("int8", "int8:low", "int8:high:keep=2,1")
 
 
 def own(blocks=4):

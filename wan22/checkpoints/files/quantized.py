@@ -1,4 +1,4 @@
-"""Weights in fewer bytes than their values: scaled float8 and int8, and GGUF's blocks.
+"""Weights in fewer bytes than their values: scaled float8 and int8, and GGUF's blocks; nvfp4.py has NVFP4.
 
 Shapes: o outputs, i inputs of a linear layer, g groups of inputs with a scale of their own.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,20 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 ROWS = 1024
 
 Parts = Mapping[str, torch.Tensor]
+
+
+class Format(Protocol):
+    """How stored parts make up a tensor's values."""
+
+    @property
+    def name(self) -> str:
+        """The format in words."""
+
+    def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the values, computed in float32, in a dtype."""
+
+    def rows(self, parts: Parts, indices: torch.Tensor) -> "QuantizedTensor":
+        """Return some rows of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,46 @@ class ScaledNumbers:
 
 
 @dataclass(frozen=True)
+class ScaledTiles:
+    """Int8 numbers of a matrix, kept as bytes, times a scale for each tile of outputs and inputs.
+
+    Source: TurboDiffusion turbodiffusion/ops/core.py, Int8Linear.
+    """
+
+    tile: tuple[int, int] = (128, 128)  # rows and columns; the last ones may be cut off
+
+    @property
+    def name(self) -> str:
+        """The format in words."""
+        return f"int8, tiles of {self.tile[1]}"
+
+    def expand(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the values "o i": products in float32, rounded once to a dtype."""
+        data, height = parts["data"], self.tile[0]
+        factors = parts["scale"].repeat_interleave(self.tile[1], 1)[:, : data.shape[1]]  # of tiles, "… i"
+        if torch.compiler.is_compiling():  # into one kernel
+            return self._scaled(data, factors).to(dtype)
+        values, tiles = torch.empty(data.shape, dtype=dtype, device=data.device), ROWS // height
+        for i in range(0, len(factors), tiles):  # so that the float32 copies stay small
+            part = slice(i * height, (i + tiles) * height)
+            values[part] = self._scaled(data[part], factors[i : i + tiles])
+        return values
+
+    def _scaled(self, data: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        values, whole = data.view(torch.int8).float(), len(data) // self.tile[0]
+        inside = values[: whole * self.tile[0]]
+        inside.view(whole, self.tile[0], values.shape[1]).mul_(factors[:whole, None])
+        values[len(inside) :].mul_(factors[-1])
+        return values
+
+    def rows(self, parts: Parts, indices: torch.Tensor) -> "QuantizedTensor":
+        """Return some rows of a matrix."""
+        data, scale = parts["data"][indices], parts["scale"][indices // self.tile[0]]
+        chosen = replace(self, tile=(1, self.tile[1]))
+        return QuantizedTensor(tuple(data.shape), chosen, {"data": data, "scale": scale})
+
+
+@dataclass(frozen=True)
 class GgufBlocks:
     """Blocks of GGUF; a ValueError says which types can be read."""
 
@@ -119,7 +174,7 @@ class QuantizedTensor:
     """A tensor in fewer bytes than its values."""
 
     shape: tuple[int, ...]  # of the values
-    format: ScaledNumbers | GgufBlocks  # how the stored parts make up the values
+    format: Format  # how the stored parts make up the values
     parts: Parts
 
     @property
@@ -164,8 +219,8 @@ def scaled_numbers(
     return values.flatten(1).to(kind).view(torch.uint8), scale
 
 
-def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
-    """Return a float8 tensor times a scale: one number, or one per output, "o" or "o 1 …".
+def scaled_tensor(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTensor:
+    """Return a float8 or int8 tensor times a scale: one number, or one per output, "o" or "o 1 …".
 
     Data "o i" may also have one per group of an output's inputs, "o g 1". A ValueError says that a scale has
     another shape, is not finite, or is the only one and zero.
@@ -192,6 +247,21 @@ def scaled_float8(data: torch.Tensor, scale: torch.Tensor | None) -> QuantizedTe
         )
     parts = {"data": data.view(torch.uint8), "scale": scale}
     return QuantizedTensor(shape, ScaledNumbers(data.dtype, groups), parts)
+
+
+def scaled_tiles(data: torch.Tensor, scale: torch.Tensor) -> QuantizedTensor:
+    """Return an int8 matrix "o i" times a scale per tile; a ValueError says that the scales do not fit."""
+    format = ScaledTiles()
+    if data.dtype != torch.int8 or data.ndim != 2 or not data.numel():
+        raise ValueError(f"numbers of shape {tuple(data.shape)} in {data.dtype} are no int8 matrix")
+    tiles = tuple(-(-size // tile) for size, tile in zip(data.shape, format.tile, strict=True))
+    if tuple(scale.shape) != tiles or not scale.is_floating_point():
+        kind = f"{scale.dtype} of shape {tuple(scale.shape)}"
+        raise ValueError(f"its scales are {kind}, not one per tile, {tiles}")
+    if not scale.isfinite().all():
+        raise ValueError("its scale is zero, or not finite")
+    parts = {"data": data.view(torch.uint8), "scale": scale.float()}
+    return QuantizedTensor(tuple(data.shape), format, parts)
 
 
 def on_meta(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from ...checks import cut
+from ..files.nvfp4 import Nvfp4, has_finite_scales
 from ..files.quantized import QuantizedTensor, ScaledNumbers
 from ..naming.dialects import Tensors
 
@@ -16,6 +17,10 @@ _SAMPLE, _WHOLE = 256, 2**14
 
 def check_samples(source: str, tensors: Tensors) -> None:
     """Refuse weights whose first values are not all finite; warn of a model whose matrices are zero."""
+    for name, tensor in tensors.items():
+        four_bits = isinstance(tensor, QuantizedTensor) and isinstance(tensor.format, Nvfp4)
+        if four_bits and not tensor.is_meta and not has_finite_scales(tensor):  # type: ignore[arg-type]
+            raise ValueError(f"{source}: {cut(name)} has scales that are not finite")
     samples = {name: sample for name, tensor in tensors.items() if (sample := _sample(tensor)) is not None}
     if not samples:
         return
@@ -33,7 +38,7 @@ def _sample(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor | None:
     """Return the first values of a weight in memory or in a file; those in float8 as float32."""
     if isinstance(tensor, QuantizedTensor):
         if not isinstance(tensor.format, ScaledNumbers) or tensor.is_meta:
-            return None  # blocks of GGUF are only read as a whole
+            return None  # what is in blocks or tiles is only read as a whole
         tensor = tensor.parts["data"].view(tensor.format.kind)
     if type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.is_contiguous():
         return None

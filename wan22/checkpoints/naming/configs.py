@@ -26,6 +26,8 @@ OTHER_TRANSFORMERS = {
     "control_adapter.": "camera control",
     "ref_conv.": "Fun control",
 }
+# A layer of TurboDiffusion's attention, which is no Wan model's.
+_SPARSE_LINEAR = ".proj_l."
 # Statistics of the Wan 2.2 autoencoder's latents. Source: Wan2.2 wan/modules/vae2_2.py, Wan2_2_VAE.
 LATENTS_MEAN_22 = (
     *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
@@ -50,6 +52,11 @@ def refuse_other_transformers(source: str, names: Iterable[str]) -> None:
     for start, what in OTHER_TRANSFORMERS.items():
         if any(name.startswith(start) for name in names):
             raise ValueError(f"{source} is a transformer for {what}, which is not supported")
+    if any(_SPARSE_LINEAR in name for name in names):
+        raise ValueError(
+            f"{source} is a transformer with sparse-linear attention (SLA, of TurboDiffusion), which is not "
+            "supported: plain attention computes another video"
+        )
 
 
 def transformer_config(source: str, shapes: Shapes, head_dim: int | None = None) -> dict[str, Any]:

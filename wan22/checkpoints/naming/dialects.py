@@ -1,18 +1,23 @@
 """Bring the many ways in which files prefix and scale the same weights to one form.
 
-Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimization_utils.py, LightX2V.
+Sources: ComfyUI comfy/quant_ops.py and comfy/ops.py, musubi-tuner fp8_optimization_utils.py, LightX2V
+tools/convert/quant/quant.py and common/ops/mm/mm_weight.py, TurboDiffusion turbodiffusion/ops/core.py.
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...checks import cut, listed
-from ..files.quantized import FLOAT8, QuantizedTensor, scaled_float8
+from ..files.nvfp4 import nvfp4
+from ..files.quantized import FLOAT8, QuantizedTensor, scaled_tensor, scaled_tiles
 from ..files.weights import WeightFile
+from .configs import PATCH_SIZE
 
 Tensors = dict[str, torch.Tensor | QuantizedTensor]
 
@@ -37,10 +42,16 @@ _NOTE = ".comfy_quant"
 _COMPILED = "_orig_mod."  # torch.compile's, somewhere in a name
 _MARKER = "scaled_fp8"  # says that all float8 weights of the file have scales
 _NOTES = "_quantization_metadata"  # the notes on all layers, in the header
-_FLOAT8_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}
+# ComfyUI's names of formats, and the dtypes of their weights; what its notes may say beside the name.
+_FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}
+_FORMATS |= {"int8_tensorwise": torch.int8, "nvfp4": torch.uint8}
+_HARMLESS = {"format", "full_precision_matrix_mult", "group_size", "per_row"}
+# TurboDiffusion's int8 weight and its scales; LightX2V's factors of NVFP4, beside a weight of pairs in bytes.
+_TILES, _TILE_SCALES = ".int8_weight", ".scale"
+_FACTOR_2, _GLOBAL, _ALPHA = ".weight_scale_2", ".weight_global_scale", ".alpha"
+_INPUT_GLOBAL, _INPUT_MOST = ".input_global_scale", ".input_absmax"
 # Beside weights that are quantised in other ways.
 _OTHERS = {
-    ".weight_scale_2": "nvfp4",
     ".weight_zero_point": "int8 or int4 with zero points",
     ".qweight": "GPTQ or AWQ",
     ".quant_map": "bitsandbytes",
@@ -51,7 +62,7 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def normalize(file: WeightFile) -> Tensors:
-    """Return a file's tensors without prefixes, each float8 weight together with its scale.
+    """Return a file's tensors without prefixes, each quantised weight together with its scales.
 
     A ValueError names a layer that is quantised in an unknown way, or lacks its scale.
     """
@@ -63,16 +74,21 @@ def normalize(file: WeightFile) -> Tensors:
     for suffix, kind in _OTHERS.items():
         if marks := [name for name in found if name.endswith(suffix)]:
             raise ValueError(
-                f"{file.source} is quantised as {kind} ({cut(marks[0])}); scaled float8 and GGUF are read"
+                f"{file.source} is quantised as {kind} ({cut(marks[0])}); scaled float8 and int8, nvfp4 of "
+                "ComfyUI and LightX2V, and GGUF are read"
             )
     marked = found.pop(_MARKER, None) is not None
+    _unflatten_patches(found)
     notes = _notes(file, found)
+    for layer, note in notes.items():
+        _check_note(file.source, layer, note, found)
+    with _named(file.source):
+        _join_tiles(found)
+        _join_nvfp4(found, notes)
     scales = {name: found.pop(name) for name in [*found] if name.endswith(_WEIGHT_SCALES)}
     for name in [*found]:
         if name.endswith(_INPUT_SCALES):
             del found[name]
-    for layer, note in notes.items():
-        _check_note(file.source, layer, note, found)
     result: Tensors = {}
     for name, tensor in found.items():
         layer = name.removesuffix(".weight")
@@ -81,11 +97,13 @@ def normalize(file: WeightFile) -> Tensors:
             if scale is not None:
                 raise ValueError(f"{file.source}: {cut(name)} is not float8, but has a scale")
             result[name] = tensor
-        elif tensor.dtype in FLOAT8:
-            if scale is None and (marked or layer in notes) and name.endswith(".weight") and tensor.ndim == 2:
-                raise ValueError(f"{file.source}: {cut(name)} is scaled float8, but its scale is missing")
+        elif tensor.dtype in FLOAT8 or (tensor.dtype == torch.int8 and name.endswith(".weight")):
+            scaled = tensor.dtype == torch.int8 or ((marked or layer in notes) and tensor.ndim == 2)
+            if scale is None and scaled and name.endswith(".weight"):
+                kind = "int8" if tensor.dtype == torch.int8 else "float8"
+                raise ValueError(f"{file.source}: {cut(name)} is scaled {kind}, but its scale is missing")
             try:
-                result[name] = scaled_float8(tensor, None if scale is None else _number(scale))
+                result[name] = scaled_tensor(tensor, None if scale is None else _number(scale))
             except ValueError as error:
                 raise ValueError(f"{file.source}: {cut(name)}: {error}") from error
         else:
@@ -169,16 +187,86 @@ def _table(source: str, name: str, text: str | bytes) -> dict[str, Any]:
 
 def _check_note(source: str, layer: str, note: dict, tensors: Tensors) -> None:
     kind, weight = note.get("format"), tensors.get(f"{layer}.weight")
-    if not isinstance(kind, str) or kind not in _FLOAT8_NAMES:
-        known = ", ".join(_FLOAT8_NAMES)
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        known = ", ".join(_FORMATS)
         raise ValueError(
             f"{source}: {cut(layer)} is quantised as {cut(kind)}; of such layers {known} are read"
         )
+    # Such as convrot, of weights that are turned before they are rounded.
+    others = sorted(key for key in note.keys() - _HARMLESS if note[key] and _FORMATS[kind] not in FLOAT8)
+    if others:
+        rule = f"is quantised as {kind} with {cut(others[0])}, which is not read"
+        raise ValueError(f"{source}: {cut(layer)} {rule}")
     if weight is None:
         raise ValueError(f"{source} describes {cut(layer)}, but has no weight of it")
-    if isinstance(weight, QuantizedTensor) or weight.dtype != _FLOAT8_NAMES[kind]:
+    if isinstance(weight, QuantizedTensor) or weight.dtype != _FORMATS[kind]:
         stored = "GGUF" if isinstance(weight, QuantizedTensor) else weight.dtype
         raise ValueError(f"{source}: {cut(layer)} is said to be {kind}, but is {stored}")
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Name the file in errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _unflatten_patches(found: Tensors) -> None:
+    """Give TurboDiffusion's patch embedding, a linear layer of "c kt kh kw" inputs, its axes, in place."""
+    patches = found.get("patch_embedding.weight")
+    if not isinstance(patches, torch.Tensor) or patches.ndim != 2:
+        return
+    if not patches.shape[1] % math.prod(PATCH_SIZE):
+        found["patch_embedding.weight"] = patches.unflatten(1, (-1, *PATCH_SIZE))
+
+
+def _join_tiles(found: Tensors) -> None:
+    """Put TurboDiffusion's int8 weights and their scales together, in place."""
+    for layer in [name.removesuffix(_TILES) for name in found if name.endswith(_TILES)]:
+        name, data = f"{layer}.weight", found.pop(layer + _TILES)
+        scale = found.pop(layer + _TILE_SCALES, None)
+        if scale is None:
+            raise ValueError(f"{cut(layer + _TILES)} is int8, but its scale is missing")
+        if name in found:
+            raise ValueError(f"there are {cut(name)} and {cut(layer + _TILES)}")
+        with _named(cut(name)):
+            found[name] = scaled_tiles(_number(data), _number(scale))
+
+
+def _join_nvfp4(found: Tensors, notes: Mapping[str, dict]) -> None:
+    """Put ComfyUI's NVFP4 weights, which notes tell of, and LightX2V's together with their scales, in place.
+
+    Both have the scales of blocks in the order of the tensor cores; a pair's first number is in the upper
+    bits of ComfyUI's, and in the lower ones of LightX2V's. What others write is not told apart for sure.
+    """
+    marks = (_FACTOR_2, _GLOBAL, _INPUT_GLOBAL)
+    layers = {name.removesuffix(mark): name for mark in marks for name in found if name.endswith(mark)}
+    layers |= {layer: layer for layer, note in notes.items() if note["format"] == "nvfp4"}
+    for layer, mark in layers.items():
+        name, comfy = f"{layer}.weight", notes.get(layer, {}).get("format") == "nvfp4"
+        data, scale = found.get(name), found.get(f"{layer}.weight_scale")
+        theirs = [n for n in (_GLOBAL, _INPUT_GLOBAL) if layer + n in found]
+        if comfy == bool(theirs) or (layer + _FACTOR_2 in found) != comfy:
+            rule = "but not as ComfyUI or LightX2V writes it"
+            raise ValueError(f"it is quantised as nvfp4 ({cut(mark)}), {rule}")
+        if data is None or scale is None:
+            raise ValueError(f"{cut(layer)} is quantised as nvfp4, but its weight or its scale is missing")
+        with _named(cut(name)):
+            factor = _number(found.pop(layer + _FACTOR_2)) if comfy else _factor(found, layer)
+            found[name] = nvfp4(_number(data), _number(found.pop(f"{layer}.weight_scale")), factor, comfy)
+        for used in (_ALPHA, _GLOBAL, _INPUT_GLOBAL, _INPUT_MOST):
+            found.pop(layer + used, None)
+
+
+def _factor(found: Tensors, layer: str) -> torch.Tensor:
+    """Return the factor of LightX2V's weights: alpha is 1 / (input's global scale · weight's)."""
+    if (own := found.get(layer + _GLOBAL)) is not None:
+        return 1 / _number(own).float()
+    if (alpha := found.get(layer + _ALPHA)) is None:
+        raise ValueError("its alpha is missing")
+    return _number(alpha).float() * _number(found[layer + _INPUT_GLOBAL]).float()
 
 
 def _number(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
