@@ -50,4 +50,12 @@ def test_a_run_counts_passes_and_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("name", quality.SETTINGS)
 def test_every_setting_is_one_of_a_call(name):
     arguments = set(quality.SETTINGS[name]) - {"steps"}
-    assert arguments <= {"cache", "guidance", "guidance_interval"}
+    assert arguments <= {"cache", "guidance", "guidance_interval"} or arguments == {"quantize"}
+
+
+def test_quantised_transformers_are_copies():
+    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"), dtype=torch.float32)
+    before = [pipe.transformer, pipe.transformer_2]
+    with quality.quantized(pipe, "int8:low"):
+        assert pipe.acceleration.changes()["quantized"].keys() == {"transformer_2"}
+    assert [pipe.transformer, pipe.transformer_2] == before and pipe.acceleration.changes() == {}

@@ -9,6 +9,7 @@ over the prompts. With --json a run that was cut goes on where it was.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -40,8 +41,16 @@ STACKS = {
     f"{cache} + gated": {"cache": cache, "guidance": "gated"}
     for cache in ("easy:low", "easy:medium", "mag:low", "taylor:low", "taylor:medium")
 }
+QUANTIZED = {f"quantize={text}": {"quantize": text} for text in ("fp8", "fp8:low", "fp8:keep=1", "int8")}
 FEWER = {f"{percent} % of the steps": {"steps": percent / 100} for percent in (75, 50, 35)}
-SETTINGS: Mapping[str, Mapping[str, Any]] = {EXACT: {}, **FEWER, **GUIDANCE, **CACHES, **STACKS}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    EXACT: {},
+    **FEWER,
+    **GUIDANCE,
+    **CACHES,
+    **STACKS,
+    **QUANTIZED,
+}
 # The miniatures' tasks: pipeline, and whether videos start from an image.
 MINIATURES = {
     "t2v": (WanT2VPipeline, "t2v", False),
@@ -100,6 +109,21 @@ def counted(pipe: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
+@contextmanager
+def quantized(pipe: Any, text: str | None) -> Iterator[None]:
+    """Have the pipeline's transformers quantised for a while: copies of them."""
+    models = {} if text is None else {slot: getattr(pipe, slot) for slot in ("transformer", "transformer_2")}
+    for slot, model in models.items():
+        setattr(pipe, slot, copy.deepcopy(model))
+    try:
+        if text is not None:
+            pipe.quantize(text)
+        yield
+    finally:
+        for slot, model in models.items():
+            setattr(pipe, slot, model)
+
+
 def make(
     pipe: Any, setting: Mapping[str, Any], prompt: Mapping[str, Any], seed: int
 ) -> tuple[np.ndarray, int, float]:
@@ -120,9 +144,10 @@ def measure(
     pipe: Any, name: str, prompts: Sequence[Mapping[str, Any]], exact: list[np.ndarray], judge: Any
 ) -> Measured:
     """Make all videos by a setting; those of the exact one are appended to `exact`."""
-    found, videos = Measured(), []
-    for seed, prompt in enumerate(prompts):
-        frames, passes, seconds = make(pipe, SETTINGS[name], prompt, seed)
+    found, videos, setting = Measured(), [], dict(SETTINGS[name])
+    with quantized(pipe, setting.pop("quantize", None)):
+        made = [make(pipe, setting, prompt, seed) for seed, prompt in enumerate(prompts)]
+    for seed, (frames, passes, seconds) in enumerate(made):
         if name == EXACT:
             exact.append(frames)
         values = compare(frames, exact[seed])
@@ -179,7 +204,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
-    told = [r for r in rows if r["name"] != EXACT]
+    told = [r for r in rows if r["name"] not in (EXACT, *QUANTIZED)]
     best = frontier(told)
     axes.plot(*_points(best), color="gold", linewidth=7, alpha=0.4, label="frontier", zorder=0)
     for label, (belongs, mark) in _SERIES.items():

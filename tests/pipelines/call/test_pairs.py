@@ -1,5 +1,6 @@
 """Ways to compute less, in pairs: each keeps its promises beside the other, or the pair is refused."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -44,6 +45,47 @@ def test_caches_and_guidance(cache, guidance):
     assert not torch.equal(video.frames, exact.frames)
     together = latents(pipe, ["b", "a"], **GUIDANCE[guidance], cache=skipping, seed=[3, 7])
     assert torch.equal(together.frames[1:], video.frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+def quantised(text):
+    """A pipeline whose transformers are its own, quantised."""
+    own = random_pipeline()
+    models = {slot: copy.deepcopy(getattr(own, slot)) for slot in ("transformer", "transformer_2")}
+    pipe = random_pipeline(**models)
+    pipe.quantize(text)
+    return pipe
+
+
+@pytest.mark.parametrize("text", ["int8:low", "fp8:high:keep=1,0"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_and_quantised_experts(cache, text):
+    pipe, (skipping, nothing) = quantised(text), CACHES[cache]
+    exact = latents(pipe)
+    assert not torch.equal(exact.frames, latents(random_pipeline()).frames)
+    assert torch.equal(latents(pipe, cache=nothing).frames, exact.frames)
+    video = latents(pipe, cache=skipping)
+    ((computed, of),) = video.recipe.passes
+    assert computed < of and not torch.equal(video.frames, exact.frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("guidance", ["apg", "gated", "slg", "nag"])
+def test_guidance_and_quantised_experts(guidance):
+    pipe = quantised("int8:low")
+    video = latents(pipe, **GUIDANCE[guidance])
+    whole = latents(random_pipeline(), **GUIDANCE[guidance])
+    assert 0 < (video.frames - whole.frames).norm() / whole.frames.norm() < 0.05
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+def test_few_steps_and_quantised_experts():
+    pipe = quantised("int8:low")
+    given = {"distilled": FewSteps((1000, 900, 700, 400)), "num_inference_steps": None, "flow_shift": None}
+    given |= {"guidance_scale": None, "guidance_scale_2": None}
+    video = latents(pipe, **given)
+    whole = latents(random_pipeline(), **given)
+    assert 0 < (video.frames - whole.frames).norm() / whole.frames.norm() < 0.05
     assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ...checkpoints.files.quantized import ScaledNumbers
 from ...checkpoints.quantized_linear import QuantizedLinear
-from ...checks import cut
+from ...checks import cut, shown
 from ...private_apis import uncompiled
 from ..offload.layout import blocks_of
 from .settings import KINDS, PLAIN, Quantization, in_words
@@ -41,7 +41,7 @@ def linears_of(model: nn.Module, keep: tuple[int, int] = (0, 0)) -> Iterator[tup
         raise ValueError(f"{type(model).__name__} is neither a Wan transformer nor umT5")
     first, last = keep
     if first + last >= len(blocks):
-        raise ValueError(f"keep_blocks={keep} leaves none of the {len(blocks)} blocks to quantise")
+        raise ValueError(f"keep_blocks={shown(keep)} leaves none of the {len(blocks)} blocks to quantise")
     chosen = blocks[first : len(blocks) - last]
     for path, block in model.named_modules():
         if any(block is one for one in chosen):

@@ -86,7 +86,7 @@ class Quantization:
         """
         names = [name for name in loaded if self.only in (None, *_expert(name))]
         if not names:
-            raise ValueError(f"only={self.only!r}: {EXPERTS[str(self.only)]} is not loaded")
+            raise ValueError(f"only={shown(self.only)}: {EXPERTS[str(self.only)]} is not loaded")
         return names
 
     def __str__(self) -> str:
