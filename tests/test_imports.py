@@ -68,7 +68,13 @@ MAY_IMPORT = {
         "accel",
         "video",
     },
-    "cli": {"presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "assets", "video"},
+    "training": {
+        *("private_apis", "presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "video"),
+    },
+    "cli": {
+        *("presets", "models", "schedulers", "checkpoints", "accel", "pipelines", "assets", "video"),
+        "training",
+    },
 }
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {".".join(("wan22", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}

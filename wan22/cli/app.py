@@ -10,7 +10,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from ..presets import PRESETS
-from .options import CallOptions, FieldOptions, Loading, Output, Saving, Target, expanded
+from .options import CallOptions, Clips, FieldOptions, Loading, Output, Saving, Target, expanded
 from .reporting import print_lines, report_errors
 
 
@@ -51,6 +51,7 @@ PLANNED = (
     *("guidance_scale", "guidance", "guidance_interval", "cache", "fast"),
 )
 PLACED = ("dtype", "device", "memory", "quantize", "revision")
+ENCODING = ("model", "dtype", "device", "revision")
 Yes = Annotated[bool, Option("--yes", "-y", metavar="", help="Download and write without asking.")]
 DryRun = Annotated[
     bool, Option("--dry-run", metavar="", help="Check all, print what would be done, and stop.")
@@ -222,6 +223,35 @@ def prepare(
     from .preparing import prepare_model
 
     prepare_model(model, dtype, revision, yes, output)
+
+
+@command
+def cache(
+    data: Annotated[
+        str, Argument(help="Folder of videos and pictures with captions, .jsonl or .csv list, or .toml file.")
+    ],
+    loading: Annotated[Loading, FieldOptions(Loading, ENCODING)],
+    clips: Clips,
+    output: Output,
+    folder: Annotated[
+        Path | None, Option("--output", "-o", help="Folder for the clips; default: DATA-cache.")
+    ] = None,
+    prune: Annotated[
+        bool, Option("--prune", metavar="", help="Remove files of earlier runs that no clip needs any more.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Encode a data set for training; what is there already is kept, so that it goes on when interrupted.
+
+    wan22 cache clips --resolution 64x64 --frames 5,17 -o clips-cache
+
+    wan22 cache clips.toml --dry-run
+
+    All files are looked at first. VAE and text encoder are loaded one after the other, and no transformer.
+    """
+    from .caching import cache_data
+
+    cache_data(data, folder, loading, clips, dry_run, prune, output)
 
 
 @command

@@ -151,7 +151,7 @@ def _option(panel: str, help: str, *flags: str, default: Any = None) -> Any:
 
 
 _model, _saving = partial(_option, "Model"), partial(_option, "Saving")
-_printing = partial(_option, "Output")
+_printing, _clips = partial(_option, "Output"), partial(_option, "Clips")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,33 @@ class Saving:
     contact_sheet: bool = _saving("Also save a picture of some frames.", default=False)
     no_recipe: bool = _saving("Leave the recipe out of the file.", default=False)
     no_prompt: bool = _saving("Leave the prompt out of the file, its name, and the picture.", default=False)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How clips for training are made of files; fields of training's DataConfig, and how they are stored."""
+
+    resolution: str | None = _clips("Area of the clips, as 832x480. Default: the checkpoint's.")
+    frames: str | None = _clips("Lengths: 17,33,81. A video gives the longest it has. Default: any.")
+    extraction: Literal["head", "chunk", "slide", "uniform", "full"] | None = _clips(
+        "Which parts of a video: its first frames (default), one after the other, one every --stride frames, "
+        "--samples evenly, or all of it."
+    )
+    every_length: bool = _clips("Clips of each length of --frames.", default=False)
+    stride: int | None = _clips("Frames from one clip to the next, with --extraction slide.")
+    samples: int | None = _clips("Clips of a video, with --extraction uniform.")
+    max_frames: int | None = _clips("Most frames, with --extraction full; default 129.")
+    keep_fps: bool = _clips("Use every frame, whatever the rate of the file.", default=False)
+    source_fps: float | None = _clips("Frames per second of the files, in place of what they say.")
+    no_buckets: bool = _clips("Crop all to --resolution, whatever their aspect.", default=False)
+    no_upscale: bool = _clips("Do not enlarge small files.", default=False)
+    repeats: int | None = _clips("How often an epoch has each clip; default 1.")
+    caption_extension: str | None = _clips("Ending of the caption files; default .txt.")
+    default_caption: str | None = _clips("Caption of files that have none.")
+    skip: bool = _clips("Leave out files that cannot be used, with a warning.", default=False)
+    latents_dtype: Literal["float32", "bfloat16"] = _clips(
+        "bfloat16 takes half the room, and is less exact.", default="float32"
+    )
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ class WanI2VPipeline(WanPipeline):
             key = id(first), id(last)
             if key not in encoded:
                 frames = [self.fitted(picture, call) for picture in (first, last) if picture is not None]
-                encoded[key] = self._encode_frames(frames, call.recipe.num_frames)
+                encoded[key] = self.encode_frames(frames, call.recipe.num_frames)
         latents = [encoded[id(first), id(last)] for first, last in pairs]
         if self.config.expand_timesteps:
             return FirstFrameCondition(torch.cat(latents))
@@ -297,7 +297,7 @@ class WanI2VPipeline(WanPipeline):
         fit: Fit = request.fit or ("stretch" if follows and not tokens else "crop")
         return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
 
-    def _encode_frames(self, images: Sequence[torch.Tensor], num_frames: int) -> torch.Tensor:
+    def encode_frames(self, images: Sequence[torch.Tensor], num_frames: int) -> torch.Tensor:
         """Encode a first and perhaps a last frame "1 3 1 h w" as the transformer takes them, "1 c t h w"."""
         if self.config.expand_timesteps:
             return self.encode_clip(images[:1])
@@ -419,7 +419,7 @@ class WanI2VPipeline(WanPipeline):
             latents = starting_noise(batch_size, shape, generator, self.draw_seed, device, dtype)
         count = max(map(len, given))
         videos = zip(*(f[:, :, None].expand(count, -1, -1, -1, -1).split(1) for f in given), strict=True)
-        encoded = [self._encode_frames(frames, num_frames) for frames in videos]
+        encoded = [self.encode_frames(frames, num_frames) for frames in videos]
         condition = torch.cat(encoded).expand(batch_size, -1, -1, -1, -1).to(device, dtype)
         latents = latents.to(device, dtype)
         if not self.config.expand_timesteps:
