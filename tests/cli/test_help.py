@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import QUICK, picture, run
+from tests.videos import frames_of
 from wan22 import tiny_checkpoint
 from wan22.checkpoints.converting.convert import convert
 from wan22.cli import options, signatures
 from wan22.cli.app import app
 from wan22.pipelines.loading import preparing
 from wan22.presets import PRESETS
+from wan22.video.writers import write_encoded
 
 TINY = tiny_checkpoint("t2v")
 COMMANDS = {command.callback.__name__: command.callback for command in app.registered_commands}
@@ -35,6 +37,10 @@ def files(here, monkeypatch):
     """The files that the examples name."""
     for name in ("shapes.png", "cat.jpg", "asleep.jpg"):
         picture(name, (64, 64))
+    (here / "clips").mkdir()
+    write_encoded(iter(frames_of(5)), here / "clips" / "a.mp4", 8)
+    (here / "clips" / "a.txt").write_text("a red circle")
+    (here / "clips.toml").write_text('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [5]\n')
     (here / "prompts.jsonl").write_text('{"prompt": "a red circle grows", "num_inference_steps": 1}')
     shutil.copy(next((TINY / "transformer").glob("*.safetensors")), "high_noise_model.safetensors")
     monkeypatch.setattr(preparing, "bytes_to_download", lambda *_: 10**9)

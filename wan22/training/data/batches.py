@@ -29,17 +29,17 @@ def batches_of_epoch(
     def place(*parts: object) -> bytes:
         return hashlib.sha256("\0".join(map(str, (seed, epoch, *parts))).encode()).digest()
 
-    shapes: dict[tuple[int, ...], list[tuple[bytes, int]]] = defaultdict(list)
+    # All clips once, those with repeats once more, and so on: few batches have a clip twice.
+    shapes: dict[tuple[int, ...], list[tuple[int, bytes, int]]] = defaultdict(list)
     for index, item in enumerate(clips.items):
-        shapes[item.shape] += [(place(item.file.name, i), index) for i in range(item.repeats)]
+        shapes[item.shape] += [(i, place(item.file.name, i), index) for i in range(item.repeats)]
     batches: list[tuple[bytes, list[int]]] = []
     for placed in shapes.values():
         placed.sort()
         for start in range(0, len(placed), batch_size):
             batch = placed[start : start + batch_size]
             if len(batch) == batch_size or not drop_last:
-                # By its first clip's place once more hashed: batches of all shapes are mixed evenly.
-                batches.append((place("batch", batch[0][0].hex()), [index for _, index in batch]))
+                batches.append((place("batch", batch[0][1].hex()), [index for *_, index in batch]))
     if not batches:
         most = max(map(len, shapes.values()), default=0)
         raise ValueError(

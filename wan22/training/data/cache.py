@@ -28,9 +28,8 @@ from ...progress import progress_bar
 from ...whole_files import is_temporary, whole_file
 from .buckets import Rules
 from .cached import EMPTY, FORMAT, CachedClips, Header, write_index
-from .config import Data, read_configs
 from .encoding import Encoders, clips_of_file, encode_caption, encode_clip, mark_of
-from .items import Item, find_items
+from .items import Data, Item, find_items, read_configs
 
 logger = logging.getLogger(__name__)
 
@@ -269,9 +268,7 @@ class _Work:
         there = {name: self._text_there(name) for files in wanted.values() for name in files}
         marks = {mark for _, mark in there.values()}
         complete = all(there[name][0] == caption for caption, files in wanted.items() for name in files)
-        model = self.planned.encoders.outline.text_encoder
-        dtype = "" if model is None else str(model.dtype).removeprefix("torch.")
-        if complete and len(marks) == 1 and (mark := marks.pop()).startswith(dtype):
+        if complete and len(marks) == 1 and self._is_mark(mark := marks.pop()):
             return 0, mark
         with self.planned.encoders.texts() as pipe:
             mark = mark_of(pipe.text_encoder)
@@ -285,6 +282,16 @@ class _Work:
                 for name in files:
                     self._write_text(name, caption, text, mark)
         return sum(1 for caption, _ in left if caption), mark
+
+    def _is_mark(self, mark: str) -> bool:
+        """Return whether a mark is that of the text encoder.
+
+        One that is not loaded is large, and is not loaded for nothing: there the dtype alone tells.
+        """
+        encoders, model = self.planned.encoders, self.planned.encoders.outline.text_encoder
+        if encoders.source is None:
+            return mark == mark_of(model)
+        return model is None or mark.startswith(f"{str(model.dtype).removeprefix('torch.')}:")
 
     def _text_there(self, name: str) -> tuple[str | None, str]:
         """Return the caption of a file, None without, and the mark of what encoded it."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ...checks import as_path, check_choice, check_positive_int, check_real, cut, shown
+from ...checks import check_choice, check_positive_int, check_real, shown
 
 Extraction = Literal["head", "chunk", "slide", "uniform", "full"]
 EXTRACTIONS = get_args(Extraction)
@@ -97,32 +96,3 @@ def _lengths(value: Any) -> tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"frames={shown(value)} must be numbers of frames, such as (17, 33, 81)")
     return tuple(sorted({check_positive_int("frames", length) for length in value}))
-
-
-Data = str | Path | DataConfig | Sequence[DataConfig]
-
-
-def read_configs(data: Data, **defaults: Any) -> list[DataConfig]:
-    """Return data sets: those of a TOML file, that of a folder or a list of files, or those that are given.
-
-    `defaults` are fields of `DataConfig` for a folder or a list.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: a setting breaks its rule.
-    """
-    if isinstance(data, DataConfig) or not isinstance(data, str | Path):
-        configs = [data] if isinstance(data, DataConfig) else list(data)
-        if defaults or not all(isinstance(config, DataConfig) for config in configs):
-            raise ValueError("data must be a path with settings, or DataConfig that have theirs")
-        return configs
-    path = as_path(data)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no folder or file {cut(path)}")
-    if path.suffix.lower() != ".toml":
-        return [DataConfig(str(path), **defaults)]
-    if defaults:
-        raise ValueError(f"{cut(path)} has its own settings; write {', '.join(sorted(defaults))} there")
-    from .dialect import read_toml
-
-    return read_toml(path)[0]

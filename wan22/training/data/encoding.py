@@ -75,14 +75,11 @@ class Encoders:
             return cls(source)
         checkpoint = locate(str(source), hub or {})
         wanted = Wanted(dtype={"vae": torch.float32, "default": dtype})
-        kinds = [
-            kind
-            for kind in (WanT2VPipeline, WanI2VPipeline)
-            if checkpoint.kind in (kind.__name__, *kind.checkpoint_kinds)
-        ]
-        if not kinds:
+        models = checkpoint.outline(wanted)
+        kind = _pipeline_for(checkpoint.kind, models)
+        if kind is None:
             raise ValueError(f"{cut(source)} is a checkpoint for {checkpoint.kind}; t2v and i2v are trained")
-        outline = outlined_pipeline(kinds[0], checkpoint.outline(wanted), wanted)
+        outline = outlined_pipeline(kind, models, wanted)
         if outline is None:
             raise ValueError(f"{cut(source)} does not say what its transformer and VAE are like")
         if device is None:
@@ -123,6 +120,16 @@ class Encoders:
             yield pipe.to(self.device)
         finally:
             pipe.free()
+
+
+def _pipeline_for(kind: str | None, models: Mapping[str, Any]) -> Any:
+    """Return the pipeline for a checkpoint of a kind, or, if nothing names that, for such models."""
+    if kind is not None:
+        known = (WanT2VPipeline, WanI2VPipeline)
+        return next((cls for cls in known if kind in (cls.__name__, *cls.checkpoint_kinds)), None)
+    config = getattr(models.get("transformer"), "config", None)
+    continued = config is not None and config.in_channels > config.out_channels
+    return WanI2VPipeline if continued else WanT2VPipeline
 
 
 def mark_of(model: Any) -> str:

@@ -4,18 +4,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ...checks import cut, listed
+from ...checks import as_path, cut, listed
 from ...pipelines.call.images import load_picture
 from ...progress import progress_bar
 from ...video.reading import VideoFile, scan
 from .buckets import Rules, bucket_size, check_rules, shortest, windows
-from .config import DataConfig, read_configs
+from .config import DataConfig
+from .dialect import read_toml
 from .sources import Captioned, files_of
 
 __all__ = ["DataConfig", "Item", "Rules", "find_items", "read_configs"]
 
 logger = logging.getLogger(__name__)
+
+
+Data = str | Path | DataConfig | Sequence[DataConfig]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,30 @@ class Item:
     repeats: int
     numbers: tuple[int, ...]
     video: VideoFile | None = None
+
+
+def read_configs(data: Data, **defaults: Any) -> list[DataConfig]:
+    """Return data sets: those of a TOML file, that of a folder or a list of files, or those that are given.
+
+    `defaults` are fields of `DataConfig` for a folder or a list.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: a setting breaks its rule.
+    """
+    if isinstance(data, DataConfig) or not isinstance(data, str | Path):
+        configs = [data] if isinstance(data, DataConfig) else list(data)
+        if defaults or not all(isinstance(config, DataConfig) for config in configs):
+            raise ValueError("data must be a path with settings, or DataConfig that have theirs")
+        return configs
+    path = as_path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or file {cut(path)}")
+    if path.suffix.lower() != ".toml":
+        return [DataConfig(str(path), **defaults)]
+    if defaults:
+        raise ValueError(f"{cut(path)} has its own settings; write {', '.join(sorted(defaults))} there")
+    return read_toml(path)[0]
 
 
 def find_items(
