@@ -11,8 +11,10 @@ from PIL import Image
 from typer.main import get_group
 
 from tests.prompts.stubs import completion, serving
+from tests.videos import frames_of
 from wan22 import read_recipe, tiny_checkpoint
 from wan22.cli.app import app
+from wan22.video.writers import write_encoded
 
 ROOT = Path(__file__).parents[1]
 READMES = {
@@ -51,6 +53,7 @@ SMALLER = {
     "num_frames=241": "num_frames=33, num_inference_steps=2",
     'output_type="latent")': 'output_type="latent", num_inference_steps=2)',
     "max_area=832 * 480": "max_area=64 * 64",
+    "resolution=(832, 480)": "resolution=(64, 48)",
     "pipe.compile()": 'pipe.compile(backend="eager")',
     'memory="12GB"': 'memory="auto"',
     'pipe.fit("24GB", "64GB", height=480, width=832, num_frames=81)': (
@@ -72,6 +75,7 @@ MADE = {
         "seeds.mp4",
     ],
     "wan22/prompts/README.md": ["fox.mp4"],
+    "wan22/training/README.md": [],
 }
 
 
@@ -85,6 +89,9 @@ def released(tmp_path, monkeypatch):
         folder.parent.mkdir(exist_ok=True)
         folder.symlink_to(tiny_checkpoint(task))
     Image.new("RGB", (96, 96), (200, 30, 30)).save("cat.jpg")
+    Path("clips").mkdir()
+    write_encoded(iter(frames_of(17)), Path("clips", "circle.mp4"), 8)
+    Path("clips", "circle.txt").write_text("a red circle")
     Path(LIGHTNING).mkdir(parents=True)
     for expert in ("high", "low"):
         trained = LORAS / f"purple_{expert}.safetensors"

@@ -13,7 +13,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -52,7 +52,7 @@ class VideoFile:
     path: Path
     width: int
     height: int
-    times: tuple[int, ...]
+    times: tuple[int, ...] = field(repr=False)
     duration: int
 
     @property

@@ -1,6 +1,12 @@
 """Encoding a data set: what the models give for the same frames, once, and again where it changes."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -20,6 +26,7 @@ from wan22.training.data.cache import cache, fill, plan
 from wan22.training.data.cached import CachedClips
 from wan22.training.data.config import DataConfig
 from wan22.video.reading import read_frames, scan
+from wan22.video.writers import write_encoded
 
 SETTINGS = {"frames": (5, 9), "resolution": (64, 48)}
 
@@ -171,6 +178,27 @@ def test_latents_in_half_the_room(exact, tmp_path):
         cache(pipe, exact[0], tmp_path / "a", latents_dtype="fp16")
 
 
+def test_a_long_video_is_never_held_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    lossless(folder / "a.mkv", frames_of(60), 16)
+    config = DataConfig(str(folder), (64, 48), (5,), "slide", stride=2, default_caption="")
+    items = plan(builders.random_pipeline(), config).items
+    fit, frames, most = encoding.fitted, weakref.WeakSet(), 0
+
+    def fitted(*arguments):
+        nonlocal most
+        frame = fit(*arguments)
+        frames.add(frame)
+        most = max(most, len(frames))
+        return frame
+
+    monkeypatch.setattr(encoding, "fitted", fitted)
+    for _, clip in encoding.clips_of_file(dict(enumerate(items))):
+        del clip
+    assert len(items) == 28 and 5 <= most <= 8
+
+
 # ---- again ----
 
 
@@ -208,8 +236,8 @@ def test_what_is_there_is_kept_and_what_changes_is_encoded(clips, tmp_path):
     assert again() == (0, 0, 2, 2)
     assert again(prune=True) == (0, 0, 2, 2)
     assert again() == (0, 0, 2, 0)
-    # Another file of the same name is another clip.
-    shutil.copy(clips / "tall.mp4", clips / "wide.mp4")
+    # Another file of the same name, size and length is another clip.
+    write_encoded(iter(frames_of(9, seed=5)), clips / "wide.mp4", 8)
     assert again() == (1, 1, 1, 1)
     # Other models encode all anew, each what it makes.
     other = builders.random_pipeline(text_encoder=builders.random_text_encoder(9))
@@ -254,6 +282,32 @@ def test_an_interrupted_run_goes_on(name, clips, tmp_path, monkeypatch):
         mine = load_file(report.clips.items[i].file)
         theirs = load_file(item.file)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on(clips, tmp_path):
+    """As the system ends a process: at once."""
+    for i in range(2):
+        shutil.copy(clips / "wide.mp4", clips / f"more{i}.mp4")
+        (clips / f"more{i}.txt").write_text(f"number {i}")
+    out, size = tmp_path / "out", "96x64"
+    command = [sys.executable, "-m", "wan22.cli", "cache", clips, "--resolution", size, "-o", out, "-q"]
+    whole = cache(tiny_checkpoint("t2v"), clips, tmp_path / "whole", resolution=(96, 64), dtype=torch.float32)
+    for count in (1, 3):
+        process = subprocess.Popen(command, start_new_session=True)
+        while len(list(out.glob("*_*x*.safetensors"))) < count and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        with pytest.raises(FileNotFoundError):
+            CachedClips.open(out)
+    subprocess.run([*command, "--prune"], check=True)
+    found = CachedClips.open(out)
+    assert [item.file.name for item in found.items] == [item.file.name for item in whole.items]
+    for i in range(len(found)):
+        assert torch.equal(found.read(i).latents, whole.read(i).latents)
+        assert torch.equal(found.read(i).text, whole.read(i).text)
+    assert len(list(out.glob("*.safetensors"))) == len(found) + 1 and not list(out.glob(".wan22-*"))
 
 
 def test_a_damaged_file_is_encoded_again(clips, tmp_path, caplog):

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LONGEST_STEM = 80
 _HEADER = 4096  # bytes of a file beside its tensors, about
+_IMAGE_TOKENS = 2 * 257  # of CLIP, for a first and a last frame
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,14 @@ class Planned:
         width = getattr(getattr(model, "config", None), "d_model", 4096)
         itemsize = 4 if model is None else model.dtype.itemsize
         latents = channels * t * h * w * LATENTS_DTYPES[latents_dtype].itemsize
-        return latents + tokens * width * itemsize + 2 * len(item.caption.encode()) + _HEADER
+        image_tokens = _IMAGE_TOKENS * (_image_dim(outline) or 0) * 4
+        texts = tokens * width * itemsize + 2 * len(item.caption.encode())
+        return latents + image_tokens + texts + _HEADER
+
+
+def _image_dim(pipe: Any) -> int | None:
+    """Return the width of image tokens that a checkpoint takes; None for most."""
+    return pipe.any_transformer.config.image_dim if pipe.transformers else None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from .sources import Captioned, files_of
 __all__ = ["DataConfig", "Item", "Rules", "find_items", "read_configs"]
 
 logger = logging.getLogger(__name__)
-
 
 Data = str | Path | DataConfig | Sequence[DataConfig]
 
@@ -44,8 +43,8 @@ class Item:
     bucket: tuple[int, int, int]
     caption: str
     repeats: int
-    numbers: tuple[int, ...]
-    video: VideoFile | None = None
+    numbers: tuple[int, ...] = field(repr=False)
+    video: VideoFile | None = field(default=None, repr=False)
 
 
 def read_configs(data: Data, **defaults: Any) -> list[DataConfig]:
