@@ -32,6 +32,7 @@ def cache_data(
     planned = plan(
         source,
         data,
+        folder,
         device=find_device(loading.device),
         dtype=dtype["default"] if isinstance(dtype, dict) else dtype,
         skip=clips.skip,

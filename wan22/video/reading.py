@@ -125,7 +125,7 @@ def scan(source: str | Path) -> VideoFile:
     last = lines[-1][1]
     if last <= 0:  # unknown: as long as the others are
         last = times[-1] // (len(times) - 1) if len(times) > 1 else _SECOND // 25
-    return VideoFile(path, *size, tuple(times), max(1, times[-1] + last))
+    return VideoFile(path, *size, tuple(times), max(1, max(times) + last))
 
 
 def read_frames(video: VideoFile, numbers: Iterable[int]) -> Iterator[np.ndarray]:

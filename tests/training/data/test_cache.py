@@ -217,9 +217,9 @@ def test_what_is_there_is_kept_and_what_changes_is_encoded(clips, tmp_path):
     assert again() == (2, 2, 0, 0)
     before = state(out)
     assert again() == (0, 0, 2, 0)
-    after = state(out)
-    assert {n: s for n, s in after.items() if n != "clips.json"} == {
-        n: s for n, s in before.items() if n != "clips.json"
+    assert {name for name, entry in state(out).items() if entry != before[name]} == {
+        "clips.json",
+        "scans.json",
     }
     tensors = {path.name: load_file(path) for path in out.glob("wide*.safetensors")}
     (clips / "wide.txt").write_text("another caption")
@@ -244,6 +244,16 @@ def test_what_is_there_is_kept_and_what_changes_is_encoded(clips, tmp_path):
     assert fill(plan(other, clips, **SETTINGS), out).captions == 2
     vae = builders.random_pipeline(vae=builders.random_vae(9), text_encoder=other.text_encoder)
     assert fill(plan(vae, clips, **SETTINGS), out).encoded == 2
+
+
+def test_a_run_that_goes_on_decodes_nothing_again(clips, tmp_path, monkeypatch):
+    pipe, out = builders.random_pipeline(), tmp_path / "out"
+    first = cache(pipe, clips, out, **SETTINGS)
+    monkeypatch.setattr("wan22.training.data.scans.scan", lambda path: pytest.fail(f"it decodes {path}"))
+    assert cache(pipe, clips, out, **SETTINGS).items == first.items
+    write_encoded(iter(frames_of(9, seed=5)), clips / "wide.mp4", 8)
+    with pytest.raises(pytest.fail.Exception, match=r"it decodes .*wide\.mp4"):
+        cache(pipe, clips, out, **SETTINGS)
 
 
 def test_files_of_others_are_left_alone(clips, tmp_path):
@@ -356,7 +366,7 @@ def test_a_full_disk_names_the_file(clips, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match=r"_48x64_\w+\.safetensors could not be written whole"):
         cache(builders.random_pipeline(), clips, tmp_path / "out", **SETTINGS)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scans.json"]
 
 
 def test_what_cannot_encode(clips, tmp_path):

@@ -183,3 +183,5 @@ def test_configs_of_a_path_and_given_ones(clips):
         read_configs(config, repeats=2)
     with pytest.raises(FileNotFoundError):
         read_configs("nothing.toml")
+    with pytest.raises(TypeError, match="a data set has no argument frame; the nearest is frames"):
+        read_configs(clips, frame=5)

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from .buckets import Rules
 from .cached import EMPTY, FORMAT, CachedClips, Header, write_index
 from .encoding import Encoders, clips_of_file, encode_caption, encode_clip, mark_of
 from .items import Data, Item, find_items, read_configs
+from .scans import Scans
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Planned:
 
     encoders: Encoders
     items: Sequence[Item]
+    scans: Scans
 
     @cached_property
     def rules(self) -> Rules:
@@ -101,6 +103,7 @@ class Report:
 def plan(
     source: Any,
     data: Data,
+    folder: str | Path | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -109,10 +112,14 @@ def plan(
     hub: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Planned:
-    """Find and check all clips of data sets; no weights are read. See `cache` for arguments and errors."""
+    """Find and check all clips of data sets; no weights are read, and nothing is written.
+
+    `folder` is one that was filled before, if any. See `cache` for the other arguments and for errors.
+    """
     configs = read_configs(data, **settings)
     encoders = Encoders.of(source, device, dtype, hub)
-    return Planned(encoders, find_items(configs, encoders.rules, skip, progress))
+    scans = Scans(None if folder is None else as_path(folder))
+    return Planned(encoders, find_items(configs, encoders.rules, skip, progress, scans), scans)
 
 
 def cache(source: Any, data: Data, folder: str | Path, **options: Any) -> CachedClips:
@@ -139,7 +146,7 @@ def cache(source: Any, data: Data, folder: str | Path, **options: Any) -> Cached
     """
     names = ("latents_dtype", "prune")
     filling = {name: options.pop(name) for name in names if name in options}
-    planned = plan(source, data, **options)
+    planned = plan(source, data, folder, **options)
     return fill(planned, folder, progress=options.get("progress", False), **filling).clips
 
 
@@ -158,6 +165,7 @@ def fill(
     work = _Work(planned, folder, latents_dtype, {} if progress else {"disable": True})
     hashes = work.hashes()
     folder.mkdir(parents=True, exist_ok=True)
+    planned.scans.save(folder)
     with planned.encoders.images() as pipe:
         checkpoint = work.checkpoint(mark_of(pipe.vae))
         names = work.names(hashes, checkpoint)
@@ -189,7 +197,7 @@ class _Work:
     def hashes(self) -> dict[Path, str]:
         """Return the hash of each source file."""
         files = list(dict.fromkeys(item.file for item in self.planned.items))
-        return {file: _sha256(file) for file in self._bar(files, "hashing files", "file")}
+        return {file: self.planned.scans.sha256(file) for file in self._bar(files, "hashing files", "file")}
 
     def checkpoint(self, vae: str) -> dict[str, Any]:
         """Return what the clips are encoded for, without the text encoder's mark."""
@@ -339,16 +347,3 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     data = save(dict(tensors), dict(metadata))
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(2**20):
-        yield block

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...checks import as_path, cut, listed
+from ...checks import as_path, cut, listed, refuse_unknown
 from ...pipelines.call.images import load_picture
 from ...progress import progress_bar
-from ...video.reading import VideoFile, scan
+from ...video.reading import VideoFile
 from .buckets import Rules, bucket_size, check_rules, shortest, windows
 from .config import DataConfig
 from .dialect import read_toml
+from .scans import Scans
 from .sources import Captioned, files_of
 
 __all__ = ["DataConfig", "Item", "Rules", "find_items", "read_configs"]
@@ -55,12 +56,14 @@ def read_configs(data: Data, **defaults: Any) -> list[DataConfig]:
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: a setting breaks its rule.
+        TypeError: there is no such setting.
     """
     if isinstance(data, DataConfig) or not isinstance(data, str | Path):
         configs = [data] if isinstance(data, DataConfig) else list(data)
         if defaults or not all(isinstance(config, DataConfig) for config in configs):
             raise ValueError("data must be a path with settings, or DataConfig that have theirs")
         return configs
+    refuse_unknown("a data set", defaults, DataConfig.__dataclass_fields__)
     path = as_path(data)
     if not path.exists():
         raise FileNotFoundError(f"there is no folder or file {cut(path)}")
@@ -72,7 +75,11 @@ def read_configs(data: Data, **defaults: Any) -> list[DataConfig]:
 
 
 def find_items(
-    configs: DataConfig | Sequence[DataConfig], rules: Rules, skip: bool = False, progress: bool = False
+    configs: DataConfig | Sequence[DataConfig],
+    rules: Rules,
+    skip: bool = False,
+    progress: bool = False,
+    scans: Scans | None = None,
 ) -> list[Item]:
     """Return the clips of data sets. Videos are decoded once, so that damage is found.
 
@@ -81,6 +88,7 @@ def find_items(
         rules: what the checkpoint's clips are like.
         skip: whether files that cannot be used are left out, with a warning, in place of refused.
         progress: whether a bar shows how many files are looked at.
+        scans: what earlier runs found out.
 
     Raises:
         FileNotFoundError: there is no such folder or list.
@@ -91,7 +99,7 @@ def find_items(
     for config in configs:
         check_rules(config, rules)
     listed_files = [(config, file) for config in configs for file in files_of(config)]
-    scans: dict[Path, VideoFile] = {}
+    scans = scans or Scans()
     items: list[Item] = []
     problems: list[str] = []
     hidden = {} if progress else {"disable": True}
@@ -116,15 +124,13 @@ def _about(path: Path, error: Exception) -> str:
     return text if path.name in text else f"{cut(path)}: {text}"
 
 
-def _clips_of(
-    file: Captioned, config: DataConfig, rules: Rules, scans: dict[Path, VideoFile]
-) -> Iterator[Item]:
+def _clips_of(file: Captioned, config: DataConfig, rules: Rules, scans: Scans) -> Iterator[Item]:
     """Yield the clips of a file; an OSError or a ValueError says why it cannot be used."""
     if file.problem is not None or file.caption is None:
         raise ValueError(file.problem or "it has no caption")
     video = None
     if file.is_video:
-        video = scans[file.path] = scans.get(file.path) or scan(file.path)
+        video = scans.video(file.path)
         size = video.width, video.height
         numbers = video.resampled(None if config.keep_fps else rules.fps, config.source_fps)
         found = windows(len(numbers), config, rules)
