@@ -13,6 +13,7 @@ import torch
 
 from ...checkpoints.files.safetensors import STORED_DTYPES, read_header, read_safetensors
 from ...checks import as_path, cut, shown
+from ...whole_files import whole_file
 
 FORMAT = "wan22.clip.1"  # in a file's metadata, and in the index
 INDEX = "clips.json"
@@ -21,7 +22,7 @@ CONDITIONED = ("i2v", "flf2v")  # kinds of checkpoints that take a condition in 
 _UNFINISHED = "run `wan22 cache` again, it goes on"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One encoded clip.
 
@@ -59,7 +60,7 @@ class CachedItem:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedClips:
     """The encoded clips of a folder.
 
@@ -115,8 +116,6 @@ class CachedClips:
 
 def write_index(folder: Path, checkpoint: Mapping[str, Any], entries: Sequence[tuple[str, int]]) -> None:
     """Write the index of a folder: what the clips are encoded for, and names and repeats of their files."""
-    from ...whole_files import whole_file
-
     clips = [{"file": name, "repeats": repeats} for name, repeats in entries]
     text = json.dumps({"format": FORMAT, "checkpoint": dict(checkpoint), "clips": clips}, indent=1)
     with whole_file(folder / INDEX) as temporary:

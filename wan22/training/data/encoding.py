@@ -123,7 +123,7 @@ class Encoders:
 
 
 def _pipeline_for(kind: str | None, models: Mapping[str, Any]) -> Any:
-    """Return the pipeline for a checkpoint of a kind, or, if nothing names that, for such models."""
+    """Return the pipeline that runs a checkpoint, by its kind, or by its models if nothing names the kind."""
     if kind is not None:
         known = (WanT2VPipeline, WanI2VPipeline)
         return next((cls for cls in known if kind in (cls.__name__, *cls.checkpoint_kinds)), None)
