@@ -33,10 +33,26 @@ def attention(
     On the meta device no kernel runs: none materialises the scores, and PyTorch's meta kernel would.
     """
     if query.is_meta:
-        return query.new_empty((*query.shape[:3], value.shape[-1]))
+        return OnMeta.apply(query, key, value)
     backend = _preferred if backend == "native" else backend
     check_backend(backend)
     return _kernels[backend].function(query, key, value)
+
+
+class OnMeta(torch.autograd.Function):
+    """What attention keeps for its gradients: queries, keys, values and its result."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return an empty result."""
+        out = query.new_empty((*query.shape[:3], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return empty gradients."""
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def native(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,11 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Return the most bytes that a function's meta tensors take at once, its result but not its arguments."""
-    with torch.no_grad(), FusedAttention(), LiveBytes() as live:
+def peak_bytes(function: Callable[..., Any], *args: Any, gradients: bool = False) -> int:
+    """Return the most bytes that a function's meta tensors take at once, its result but not its arguments.
+
+    `gradients`: what autograd keeps is counted, too; it is for wan22's own models.
+    """
+    with torch.set_grad_enabled(gradients), FusedAttention(), LiveBytes() as live:
         function(*args)
     return live.peak
