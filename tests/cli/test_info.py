@@ -91,3 +91,20 @@ def test_converting(here):
     assert "out" in err
     _, err = run("convert", tiny_checkpoint(), "o", "--to", "disk", code=1)
     assert "--to disk must be one of" in err
+
+
+def test_what_a_lora_is_and_was_trained_on(here):
+    """Of any dialect; what its header says of its training is shown."""
+    down, up = torch.zeros(4, 128), torch.zeros(128, 4)
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.alpha": torch.ones(()),
+    }
+    save_file(tensors, here / "style.safetensors", {"ss_steps": "300", "modelspec.title": "st\x1byle"})
+    found = json.loads(run("info", "style.safetensors", "--json")[0])
+    assert (found["kind"], found["layers"], found["ranks"]) == ("LoRA", 1, [4])
+    assert found["training"]["ss_steps"] == "300"
+    out, _ = run("info", "style.safetensors")
+    assert re.search(r"ss_steps:\s+300", out) and "\x1b" not in out

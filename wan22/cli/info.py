@@ -31,7 +31,35 @@ def describe(name: str, revision: str | None, output: Output) -> None:
         recipe = read_recipe(path).to_dict()
         _print(recipe if as_json else {**recipe.pop("call"), **recipe}, as_json)
     else:
-        _print(checkpoint(path), as_json)
+        _print(lora(path) or checkpoint(path), as_json)
+
+
+def lora(path: Path) -> dict[str, Any] | None:
+    """Return what a LoRA's file holds and says of its training; None for anything else."""
+    from ..checkpoints.files.safetensors import read_header
+    from ..checkpoints.lora.spellings import DELTAS, read_key
+
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    entries, metadata = read_header(path)
+    spelled = {key: found for key in entries if (found := read_key(key)).part is not None}
+    # A quantised model's files have keys that end in "alpha", too.
+    if not any(found.part != "alpha" and found.part not in DELTAS for found in spelled.values()):
+        return None
+    ranks = {entries[key]["shape"][0] for key, found in spelled.items() if found.part == "lora_A"}
+    trained = {
+        name: text for name, text in sorted(metadata.items()) if name.startswith(("modelspec.", "ss_"))
+    }
+    return {
+        "path": str(path),
+        "kind": "LoRA",
+        "experts": sorted({found.expert for found in spelled.values() if found.expert is not None}) or None,
+        "layers": len({(found.expert, found.module) for found in spelled.values()}),
+        "ranks": sorted(ranks),
+        "size": f"{path.stat().st_size / 1e6:.3g} MB",
+        "training": trained,
+        "loads with": f'pipe.load_lora_weights("{path}"), or as one of the pair high=, low=',
+    }
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
