@@ -29,6 +29,7 @@ PALETTE = {
     "purple": (190, 40, 210),
     "black": (12, 12, 12),
     "gray": (128, 128, 128),
+    "orange": (250, 130, 20),  # of no checkpoint: see lora_clips.py
 }
 COLORS = {name: PALETTE[name] for name in ("red", "green", "blue", "yellow", "white", "purple")}
 BACKGROUNDS = {name: PALETTE[name] for name in ("blue", "black", "white", "gray", "green")}
@@ -171,7 +172,12 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = SIZE, frames: int =
         frames: number of frames.
     Returns: uint8 frames, "t h w c".
     """
-    track = (path(scene.motion, rng, frames) * (size / SIZE)).astype(np.float32)
+    return draw_track(scene, path(scene.motion, rng, frames), size)
+
+
+def draw_track(scene: Scene, track: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """Draw a scene's shape along a path, see `path`: uint8 frames, "t h w c"."""
+    track = (track * (size / SIZE)).astype(np.float32)
     inside = np.clip(0.5 - signed_distance(scene.shape, track, size), 0, 1)  # one-pixel soft edge
     level = np.linspace(0, 1, 256)[:, None]
     ramp = (1 - level) * PALETTE[scene.background] + level * np.array(PALETTE[scene.color])

@@ -71,11 +71,12 @@ class Verdict:
     seen: float = 0.0
 
 
-def judge(frames: np.ndarray) -> Verdict:
+def judge(frames: np.ndarray, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> Verdict:
     """Read one clip.
 
     Args:
         frames: uint8 RGB, "t h w c".
+        colors: the colours that the object may have.
     Returns: the verdict; every object attribute is "none" where no object is found.
     Raises: ValueError: frames of another type or shape.
     """
@@ -110,7 +111,7 @@ def judge(frames: np.ndarray) -> Verdict:
     )
     shape, overlap = _read_shape(piece, centre, area)
     return Verdict(
-        color=_nearest(np.median(pixels[core], axis=0), COLORS),
+        color=_nearest(np.median(pixels[core], axis=0), colors),
         background=background,
         motion=_read_motion(way, jitter, size_change),
         shape=shape,
@@ -137,7 +138,7 @@ def _border_color(pixels: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate([p.reshape(len(p), -1, 3) for p in parts], axis=1), axis=1)
 
 
-def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(color: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str:
     return min(names, key=lambda name: float(np.linalg.norm(color - np.array(names[name]))))
 
 
