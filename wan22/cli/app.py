@@ -10,7 +10,17 @@ from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from ..presets import PRESETS
-from .options import CallOptions, Clips, FieldOptions, Loading, Output, Saving, Target, expanded
+from .options import (
+    CallOptions,
+    Clips,
+    FieldOptions,
+    Loading,
+    Output,
+    Saving,
+    Target,
+    TrainingOptions,
+    expanded,
+)
 from .reporting import print_lines, report_errors
 
 
@@ -274,6 +284,34 @@ def plan(
     from .planning import plan_model
 
     plan_model(model, call, loading, output)
+
+
+@command
+def train(
+    settings: Annotated[Call, TrainingOptions()],
+    output: Output,
+    file: Annotated[Path | None, Argument(help="TOML with settings, by the names of the options.")] = None,
+    resume: Annotated[
+        bool, Option("--resume", metavar="", help="Go on from the last state in the output folder.")
+    ] = False,
+    show_timesteps: Annotated[
+        bool, Option("--show-timesteps", metavar="", help="Draw the distribution of noise levels, and stop.")
+    ] = False,
+) -> None:
+    """Train a LoRA on clips that `wan22 cache` has encoded; Ctrl-C saves, and --resume goes on.
+
+    wan22 train --model Wan2.2-T2V-A14B --data cached --output runs/style
+
+    wan22 train style.toml --steps 1000 --resume
+
+    accelerate launch --num-processes 2 -m wan22.cli train style.toml
+    """
+    from .training import show_noise_levels, train_loras
+
+    if show_timesteps:
+        show_noise_levels(file, settings, output)
+    else:
+        train_loras(file, settings, resume, output)
 
 
 @command

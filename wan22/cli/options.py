@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -15,7 +15,8 @@ from typer.models import OptionInfo
 
 from ..checks import RENAMED
 from ..presets import PRESETS, Preset
-from .signatures import CHANNELS, Numbers, call_arguments
+from ..training.config import TrainConfig
+from .signatures import CHANNELS, Numbers, call_arguments, described_in
 
 # ---- a call's arguments: the pipelines declare and describe them, a command line says some differently ----
 
@@ -96,6 +97,33 @@ class FieldOptions:
     def __init__(self, cls: Any, names: Sequence[str]) -> None:
         self.parameters = [parameter for parameter in _fields(cls) if parameter.name in names]
         self.collect = cls
+
+
+# Settings of a training that have a short flag.
+SHORT = {"model": ("--model", "-m"), "output": ("--output", "-o")}
+
+
+class TrainingOptions:
+    """Options for the settings of a training, which the class that has them declares and describes."""
+
+    def __init__(self) -> None:
+        described = described_in(inspect.getdoc(TrainConfig) or "")
+        self.parameters = []
+        for item in fields(TrainConfig):
+            flags = SHORT.get(item.name, flags_of(item.name))
+            if item.type is bool:
+                flags = (f"{flags[0]}/--no-{flags[0][2:]}",)
+            help = _in_flags(described[item.name], described)
+            if item.default not in (MISSING, None, False):
+                default = flags[0].partition("/")[0] if item.default is True else item.default
+                help += f" Default: {default}."
+            option = Option(*flags, help=help, rich_help_panel="Training", show_default=False)
+            kind: Any = item.type
+            self.parameters.append(_parameter(item.name, Annotated[kind | None, option], None))
+
+    def collect(self, **values: Any) -> dict[str, Any]:
+        """Return the settings that are given."""
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def flags_of(name: str) -> tuple[str, ...]:
@@ -260,16 +288,23 @@ class Output:
 # ---- commands ----
 
 
+GROUPS = (CallOptions, FieldOptions, TrainingOptions)
+
+
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
     """Turn each parameter of a command that stands for several options into these options.
 
-    Such a parameter is annotated with one of the dataclasses above, or with CallOptions or FieldOptions.
+    Such a parameter is annotated with one of the dataclasses above, or with one of the classes of options.
     """
     hints: dict[str, Any] = get_type_hints(function, include_extras=True)
     groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
-        some = [extra for extra in get_args(hint) if isinstance(extra, CallOptions | FieldOptions)]
+        some = [
+            extra
+            for extra in get_args(hint)
+            if isinstance(extra, CallOptions | FieldOptions | TrainingOptions)
+        ]
         if some:
             groups[name] = some[0].parameters, some[0].collect
         elif isinstance(hint, type) and is_dataclass(hint):

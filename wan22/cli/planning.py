@@ -17,7 +17,7 @@ def plan_model(model: str, call: Mapping[str, Any], loading: Loading, output: Ou
     """Print the plan of a call of a checkpoint; an image, where one is needed, has the video's size."""
     loading = replace(loading, model=model)
     say(f"planning for {model}")
-    task, pipe = _outlined(loading)
+    task, pipe = outlined_task(loading)
     call = _with_inputs(task, call, pipe)
     outline = check_all(task, call, loading, Path("video.mp4"), dry=True, pipe=pipe)
     print_plan(task, loading, outline, output)
@@ -126,7 +126,7 @@ def _time_in_words(found: Mapping[str, Any]) -> str:
 # ---- what a plan is for ----
 
 
-def _outlined(loading: Loading) -> tuple[str, Any]:
+def outlined_task(loading: Loading) -> tuple[str, Any]:
     """Return a checkpoint's task, text to video if it has both, and its pipeline without weights."""
     from .outline import outlined
 

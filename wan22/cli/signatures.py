@@ -40,7 +40,7 @@ def call_arguments(task: str) -> Mapping[str, CallArgument]:
     call = _call(task)
     described: dict[str, str] = {}
     for other in (*PIPELINES, task):  # a docstring leaves out what another one has said
-        described |= _described(ast.get_docstring(_call(other)) or "")
+        described |= described_in(ast.get_docstring(_call(other)) or "")
     found = {}
     for argument in (*call.args.args[1:], *call.args.kwonlyargs):
         members = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
@@ -63,8 +63,8 @@ def _call(task: str) -> ast.FunctionDef:
     return next(n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
 
 
-def _described(docstring: str) -> dict[str, str]:
-    """Return the entries of a docstring's "Args:", each as one line."""
+def described_in(docstring: str) -> dict[str, str]:
+    """Return the entries of a docstring's "Args:", each as one line; it has no indentation of its own."""
     entries: dict[str, str] = {}
     name = ""
     for line in docstring.partition("Args:\n")[2].partition("\n\n")[0].splitlines():

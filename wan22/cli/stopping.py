@@ -4,16 +4,21 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..accel.parallel.environment import launched
-
-if TYPE_CHECKING:
-    from .loading import Pipeline
 
 # SIGTERM is sent by kill, a service manager, a queue at its time limit; SIGHUP when the terminal is closed.
 _TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _HANDLED = [signal.SIGINT, *_TERMINATING]
+
+
+class Stoppable(Protocol):
+    """What can end after its present step: a pipeline's call, a training."""
+
+    def stop(self) -> None:
+        """Let it end so."""
+        ...
 
 
 @contextmanager
@@ -45,8 +50,13 @@ def until_terminated() -> Iterator[None]:
 
 
 @contextmanager
-def stopping(pipe: "Pipeline", say: Callable[[str], None]) -> Iterator[None]:
-    """Let the first signal end the run with its step, the second at once; several ranks end at the first."""
+def stopping(
+    run: Stoppable, say: Callable[[str], None], then: str = "with the video as it is"
+) -> Iterator[None]:
+    """Let the first signal end a run with its step, the second at once; several ranks end at the first.
+
+    `then` says what becomes of the run.
+    """
     if launched():
         yield
         return
@@ -56,8 +66,8 @@ def stopping(pipe: "Pipeline", say: Callable[[str], None]) -> Iterator[None]:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(True)
-        say("\nstopping after this step, with the video as it is; Ctrl-C once more stops at once")
-        pipe.stop()
+        say(f"\nstopping after this step, {then}; Ctrl-C once more stops at once")
+        run.stop()
 
     with handling(_HANDLED, interrupt):
         yield

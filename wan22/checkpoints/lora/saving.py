@@ -40,6 +40,20 @@ def save_as_diffusers(
     )
 
 
+def diffusers_state(model: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter's tensors by PEFT's names, which diffusers has, too, and PEFT's configuration.
+
+    A ValueError says what that layout cannot hold.
+    """
+    from peft import get_peft_model_state_dict
+
+    if refusal := save_refusal(model, key, foreign=True):
+        raise ValueError(f"the adapter {refusal}")
+    config = model.peft_config[key].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return get_peft_model_state_dict(model, adapter_name=key), plain
+
+
 def _layers(model: Any, key: str) -> dict[str, Any]:
     return {path: layer for path, layer in lora_layers(model).items() if key in layer.scaling}
 
@@ -48,7 +62,7 @@ def save_official(model: Any, key: str, folder: Path, weight_name: str | None, u
     """Write an adapter, by PEFT's name for it, into a folder."""
     tensors = {
         f"{PREFIX}{name}": (tensor.float() if upcast else tensor).detach().cpu().contiguous()
-        for name, tensor in _official(model, key)
+        for name, tensor in official_tensors(model, key)
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / (weight_name or FILE_NAME), {"format": "pt"})
@@ -76,7 +90,8 @@ def _kind(layer: Any, key: str) -> str:
     return "LoKr" if hasattr(layer, "lokr_w1") else "LoHa"
 
 
-def _official(model: Any, key: str) -> Iterator[tuple[str, Tensor]]:
+def official_tensors(model: Any, key: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield an adapter's tensors with their official names, alpha / r multiplied into a matrix."""
     for path, layer in _layers(model, key).items():
         if isinstance(layer, Differences):
             for parameter, tensor in layer.tensors[key].items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checks import as_path, cut, shown
+from ..toml import parse_toml
 from .config import DataConfig, Kind
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def read_toml(path: Path) -> tuple[list[DataConfig], str | None]:
 
     Raises: ValueError: it is no TOML, has an unknown key, or a value that breaks its rule.
     """
-    tables = _parsed(path)
+    tables = parse_toml(path)
     for name in tables.keys() - {"general", "datasets"}:
         raise ValueError(f"{cut(path)}: {_unknown(name, ('general', 'datasets'))}")
     general, sets = tables.get("general", {}), tables.get("datasets", [])
@@ -78,17 +79,6 @@ def read_toml(path: Path) -> tuple[list[DataConfig], str | None]:
     if len(named) != 1:  # all share one folder here, where each has its own in that program
         return configs, None
     return configs, str(_beside(path.parent, named.pop(), CACHE))
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{cut(path)} is not TOML: {cut(error)}") from error
 
 
 def _is_table(value: Any) -> bool:
