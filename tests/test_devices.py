@@ -120,7 +120,7 @@ def test_an_mi300_is_no_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(attention_kernels, "running_kernel", lambda device: "flash")
-    monkeypatch.setattr(attention, "_failure", lambda *arguments: None)
+    monkeypatch.setattr(attention, "failure", lambda *arguments: None)
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=None))
     assert attention.select("auto", "cuda") == "native"

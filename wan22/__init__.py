@@ -20,6 +20,8 @@ _EXPORTS = {
     "Phase": "wan22.few_steps",
     "Preview": "wan22.pipelines.call.preview",
     "Quantization": "wan22.accel.quantization.settings",
+    "RadialAttention": "wan22.accel.sparse.settings",
+    "SpargeAttention": "wan22.accel.sparse.settings",
     "TaylorCache": "wan22.pipelines.call.caches.settings",
     "WanI2VPipeline": "wan22.pipelines.i2v",
     "WanT2VPipeline": "wan22.pipelines.t2v",
@@ -40,6 +42,8 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "TaylorCache",
     "CacheRatios",
     "Quantization",
+    "RadialAttention",
+    "SpargeAttention",
     "grid",
     "WanTransformer3DModel",
     "AutoencoderKLWan",
@@ -55,6 +59,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 if TYPE_CHECKING:
     from wan22 import accel, checkpoints, guidance, presets, prompts  # noqa: F401 (found after `import wan22`)
     from wan22.accel.quantization.settings import Quantization
+    from wan22.accel.sparse.settings import RadialAttention, SpargeAttention
     from wan22.assets import tiny_checkpoint
     from wan22.checkpoints.loading.models import AutoencoderKLWan, WanTransformer3DModel
     from wan22.few_steps import FewSteps, Phase

@@ -108,7 +108,13 @@ def test_reasons_are_told():
         ((9, 0), torch.float32, 128, "cudnn", r"float16 and torch\.bfloat16 only"),
         ((9, 0), torch.bfloat16, 20, "flash", "head size must be a multiple of 8"),
         ((9, 0), torch.bfloat16, 128, "flash_attn_3", "flash-attn-3 is not installed"),
-        ((9, 0), torch.bfloat16, 128, "sage", "sageattention is not installed"),
+        (
+            (9, 0),
+            torch.bfloat16,
+            128,
+            "sage",
+            "sageattention is not installed: pip install --no-build-iso.* sageattention==",
+        ),
     ],
 )
 def test_what_a_gpu_is_told(capability, dtype, head_dim, name, reason, monkeypatch):
@@ -128,7 +134,7 @@ def test_auto_takes_the_fastest_for_the_card(capability, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(accel, "_function", lambda backend: native)
-    monkeypatch.setattr(accel, "_failure", lambda *arguments: None)
+    monkeypatch.setattr(accel, "failure", lambda *arguments: None)
     assert select("auto", "cuda") == chosen
     assert chosen in registry._kernels
 
@@ -146,7 +152,7 @@ def test_auto_takes_cudnns_kernel_where_pytorch_passes_it_over(capability, runni
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention_kernels, "running_kernel", lambda device: running)
-    monkeypatch.setattr(accel, "_failure", lambda *arguments: None)
+    monkeypatch.setattr(accel, "failure", lambda *arguments: None)
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)
     assert select("auto", "cuda") == chosen

@@ -50,7 +50,7 @@ RELEASE = ["--model", "Wan-AI/Wan2.2-T2V-A14B"]
         (["--lora", "gone.safetensors"], "gone.safetensors"),
         (["--lora", "no-lora.safetensors"], "no-lora.safetensors"),
         (["--lora-high", "gone.safetensors"], "gone.safetensors"),
-        (["--attention", "flash9"], "'flash9' cannot be used on cpu"),
+        (["--attention-backend", "flash9"], "'flash9' cannot be used on cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--quantize", "q4"], "q4"),
         (["--quantize", "fp8:lo"], "--quantize fp8:lo: lo is not known there"),

@@ -142,7 +142,7 @@ def test_made_again(here):
     assert np.array_equal(read("a.mp4")[1], read("a-again.mp4")[1])
     _, err = run("reproduce", "a.mp4", "--model", "tiny-ti2v", "-q", code=1)
     assert "is another file" in err
-    run("t2v", "a", *QUICK, "--seed", 7, "-o", "b.mp4", "-q", "--attention", "math")
+    run("t2v", "a", *QUICK, "--seed", 7, "-o", "b.mp4", "-q", "--attention-backend", "math")
     run("reproduce", "b.mp4", "-q", "--contact-sheet")
     assert np.array_equal(read("b.mp4")[1], read("b-again.mp4")[1]), "by the same kernel"
     assert (here / "b-again-sheet.png").exists()
@@ -349,7 +349,7 @@ def test_help_has_examples():
         (["t2v", "x", "--preview-every", "2"], "--preview-every needs --preview FILE"),
         (["t2v", "x", "--distilled", "fast"], "--distilled fast must be one of 'lightning-4'"),
         (["t2v", "x", "--recipe", "lightning-4"], "--recipe is called --distilled now"),
-        (["t2v", "x", "--attention", "flash9"], "flash9"),
+        (["t2v", "x", "--attention-backend", "flash9"], "flash9"),
         (["i2v", "gone.png", "x"], "there is no file gone.png"),
         (["i2v", "text.png", "x"], "text.png"),
         (["info", "gone.mp4"], "there is no file or folder gone.mp4"),

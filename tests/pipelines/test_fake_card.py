@@ -110,7 +110,7 @@ def change(pipe, how, folder):
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_the_card():
     """Forget which kernels were tried, here and after."""
-    for found in (kernels := (attention._failure, dynamic_float8._tried_form)):
+    for found in (kernels := (attention.failure, dynamic_float8._tried_form)):
         found.cache_clear()
     yield
     for found in kernels:

@@ -189,7 +189,7 @@ def _problem(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
     reason = _unfit(backend, device, dtype, head_dim)
     if reason is None and backend.name != "native":  # what the others are compared with
         try:
-            reason = _failure(backend, device, dtype, head_dim)
+            reason = failure(backend, device, dtype, head_dim)
         except torch.OutOfMemoryError as error:  # not the kernel's fault; the next call tries again
             reason = f"there is no memory to check it: {error}"
     if reason is None:
@@ -204,11 +204,20 @@ def _function(backend: Backend) -> Callable[..., torch.Tensor]:
 
 @cache
 @torch.no_grad()
-def _failure(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a kernel on small random tensors; return how it fails, or None."""
+def failure(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    lengths: tuple[tuple[int, int], ...] = LENGTHS,
+) -> str | None:
+    """Run a kernel on small random tensors, once; return how it fails, or None.
+
+    `lengths` are numbers of queries and keys; the other arguments are those of `available`.
+    """
     bound = BOUNDS.get(dtype, 0.0) if backend.exact else LOSSY_BOUND
     function, generator = _function(backend), torch.Generator().manual_seed(0)
-    for l, s in LENGTHS:  # noqa: E741
+    for l, s in lengths:  # noqa: E741
         shapes = [(2, n, 3, head_dim) for n in (l, s, s)]
         given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         # On the CPU, where float32 means float32, whatever is set for the GPU.

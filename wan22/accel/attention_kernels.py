@@ -24,6 +24,7 @@ from ..private_apis import (
 )
 
 HALF = (torch.float16, torch.bfloat16)
+INSTALL_SAGE = "pip install --no-build-isolation sageattention==2.2.0"
 
 
 class NotInstalledError(ImportError):
@@ -61,7 +62,7 @@ def running_kernel(
 # ---- where they run ----
 
 
-def _rules(
+def rules(
     device: str = "cuda",
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
@@ -99,8 +100,8 @@ def _rules(
 def _flash_refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type == "cpu":
         return None
-    rules = _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8, rocm=True)
-    return rules(device, dtype, head_dim)
+    on_gpus = rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8, rocm=True)
+    return on_gpus(device, dtype, head_dim)
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -150,19 +151,27 @@ def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 # ---- kernels of other libraries ----
 
 
-def _library(name: str, module: str, function: str, package: str, **options: Any) -> Callable[..., Any]:
+def _library(
+    name: str, module: str, function: str, package: str, install: str | None = None, **options: Any
+) -> Callable[..., Any]:
     """Return the `load` of a library's kernel, a function of "b l n d" tensors and the options."""
 
     def load() -> Callable[..., torch.Tensor]:
-        try:
-            library = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if f"{module}.".startswith(f"{error.name}."):  # itself, not one of its dependencies
-                raise NotInstalledError(f"{package} is not installed") from error
-            raise
-        return opaque(name, getattr(library, function), **options)
+        return opaque(name, getattr(load_library(module, package, install), function), **options)
 
     return load
+
+
+def load_library(module: str, package: str, install: str | None = None) -> Any:
+    """Import a kernel's library; a NotInstalledError has the line that installs it, if that is one."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):  # itself, not one of its dependencies
+            raise NotInstalledError(
+                f"{package} is not installed" + (f": {install}" if install else "")
+            ) from error
+        raise
 
 
 def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., torch.Tensor]:
@@ -189,35 +198,35 @@ def opaque(name: str, function: Callable[..., Any], **options: Any) -> Callable[
 BACKENDS = (
     Backend("native", lambda: native, lambda device, dtype, head_dim: None),
     Backend("flash", lambda: _flash, _flash_refuses),
-    Backend("efficient", lambda: _efficient, _rules(multiple=8, rocm=True)),
+    Backend("efficient", lambda: _efficient, rules(multiple=8, rocm=True)),
     Backend("math", lambda: _math, lambda device, dtype, head_dim: None),
     Backend(
         "flash_attn_2",
         _library("flash_attn_2", "flash_attn.flash_attn_interface", "flash_attn_func", "flash-attn"),
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF, rocm=True),
+        rules(capability=((8, 0), (99, 0)), dtypes=HALF, rocm=True),
     ),
     Backend(
         "flash_attn_3",
         _library("flash_attn_3", "flash_attn_interface", "flash_attn_func", "flash-attn-3"),
-        _rules(capability=((8, 0), (9, 9)), dtypes=HALF),
+        rules(capability=((8, 0), (9, 9)), dtypes=HALF),
         preferred=_is_hopper,
     ),
     Backend(
         "flash_attn_4",
         _library("flash_attn_4", "flash_attn.cute", "flash_attn_func", "flash-attn-4"),
-        _rules(capability=((9, 0), (99, 0)), dtypes=HALF),
+        rules(capability=((9, 0), (99, 0)), dtypes=HALF),
         preferred=_is_blackwell,
     ),
     Backend(
         "cudnn",
         lambda: _cudnn,
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8),
+        rules(capability=((8, 0), (99, 0)), dtypes=HALF, multiple=8),
         preferred=_is_slower_by_choice,
     ),
     Backend(
         "sage",
-        _library("sage", "sageattention", "sageattn", "sageattention", tensor_layout="NHD"),
-        _rules(capability=((8, 0), (99, 0)), dtypes=HALF),
+        _library("sage", "sageattention", "sageattn", "sageattention", INSTALL_SAGE, tensor_layout="NHD"),
+        rules(capability=((8, 0), (99, 0)), dtypes=HALF),
         exact=False,
     ),
 )

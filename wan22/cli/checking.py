@@ -85,7 +85,7 @@ def check_loading(task: str, loading: Loading, dry: bool = False, pipe: Any = No
     pipe = outlined(task, loading) if pipe is None else pipe
     if pipe is None:
         return None
-    _check_kernel(pipe, loading.attention, device)
+    _check_kernel(pipe, loading.attention_backend, device)
     for lora in lora_arguments(loading):
         if not any(isinstance(place, str) and _is_remote(place) for place in lora.values()):
             pipe.loras.check_lora(**lora)

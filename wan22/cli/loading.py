@@ -65,8 +65,8 @@ def load(
             pipe.vae.enable_tiling()
         if options.accelerate:
             pipe.accelerate()
-        if options.attention is not None:
-            pipe.set_attention_backend(options.attention)
+        if options.attention_backend is not None:
+            pipe.set_attention_backend(options.attention_backend)
         if options.compile:
             pipe.compile()
     return pipe

@@ -40,6 +40,8 @@ HELP = {
     "sigmas": "Noise levels instead of steps and shift: 1.0,0.8,0.3",
     "timesteps": "Timesteps instead of steps and shift: 1000,750,500",
     "attention_kwargs": 'JSON: {"scale": 0.5} multiplies the strengths of all LoRAs by 0.5.',
+    "attention": "What self-attention leaves out: radial or sparge; or JSON with settings: "
+    '{"method": "radial", "decay": 0.5}',
     "cache": "Skip passes: easy, mag or taylor, with :low, :medium or :high error; or a file of ratios.",
     "distilled": "Settings of distilled weights: lightning-4, lightning-3-phase, rcm-4, rcm-4-ode, turbo, "
     "turbo-ode or fastwan-3; or JSON with a table of your own.",
@@ -214,7 +216,7 @@ class Loading:
     lora_high: str | None = _model("LoRA for the high-noise expert.")
     lora_low: str | None = _model("LoRA for the low-noise expert.")
     parallel: str | None = _model('Under torchrun: "auto", the default, or cfg=2,ulysses=4,fsdp=true.')
-    attention: str | None = _model("Name of the attention kernel.")
+    attention_backend: str | None = _model("Name of the attention kernel.")
     accelerate: bool = _model("Faster; results change by rounding.", default=False)
     compile: bool = _model("Compile the models first.", default=False)
     tiling: bool = _model("VAE in blended tiles: changes the result.", default=False)

@@ -30,6 +30,7 @@ class Settings:
     all_passes: int  # those without a step cache
     cache: str | None = None  # the step cache's name
     residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
+    attention: str | None = None  # what sparse self-attention computes, in words
 
     def __str__(self) -> str:
         many = "" if self.videos == 1 else f"{self.videos} x "
@@ -99,6 +100,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     """
     import torch
 
+    from ..pipelines.call.attention import described
     from ..pipelines.call.caches.checked import check_schedule
     from ..pipelines.call.caches.decisions import computed_steps
     from ..pipelines.call.caches.places import places_of
@@ -120,6 +122,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     computed = computed_steps(checked.cache, places_of(steps))
     if request.preview is not None:
         Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
+    attention = checked.attention
     scales = [guidance.arguments[name] for name in ("guidance_scale", "guidance_scale_2")]
     given = request.sigmas is not None or request.timesteps is not None
     shift = scheduler_shift(scheduler) if request.flow_shift is None else request.flow_shift
@@ -139,4 +142,5 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
         all_passes=sum(passes),
         cache=None if checked.cache is None else checked.cache.method,
         residuals=0 if checked.cache is None else checked.cache.residuals,
+        attention=None if attention is None else described(attention, checked.grid, pipe, len(steps)),
     )

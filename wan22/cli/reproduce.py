@@ -164,7 +164,7 @@ def _recorded(recipe: Recipe, given: Loading) -> Loading:
     origin, changes = recipe.origin, recipe.changes
     kernels = changes.get("attention")
     kernel = kernels[0] if isinstance(kernels, tuple) and len(kernels) == 1 else None
-    known: dict[str, Any] = {"attention": kernel if isinstance(kernel, str) else None}
+    known: dict[str, Any] = {"attention_backend": kernel if isinstance(kernel, str) else None}
     known |= {"accelerate": "accelerated" in changes, "compile": "compiled" in changes}
     known["tiling"] = "tiled" in changes
     known |= {"quantize": _quantization(recipe), "memory": _memory(recipe, given)}

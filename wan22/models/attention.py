@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import shown
+from .self_attention import AttentionKernel
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Kernel:
     """An attention kernel."""
 
     function: Callable[..., torch.Tensor]  # query "b l n d", key and value "b s n d" to "b l n d"
-    inner: str | None = None  # the kernel that this one calls
+    # The kernel that this one calls; what is to compute in its place comes as a fourth argument.
+    inner: str | None = None
 
 
 def attention(
@@ -27,16 +29,21 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     backend: str = "native",
+    instead: AttentionKernel | None = None,
 ) -> torch.Tensor:
-    """Softmax attention without mask or dropout: query "b l n d", key and value "b s n d" to "b l n d".
+    """Softmax attention without dropout: query "b l n d", key and value "b s n d" to "b l n d".
 
+    All queries attend to all keys, unless `instead` computes in the place of the backend's kernel.
     On the meta device no kernel runs: none materialises the scores, and PyTorch's meta kernel would.
     """
     if query.is_meta:
         return OnMeta.apply(query, key, value)
     backend = _preferred if backend == "native" else backend
     check_backend(backend)
-    return _kernels[backend].function(query, key, value)
+    kernel = _kernels[backend]
+    if instead is None:
+        return kernel.function(query, key, value)
+    return instead(query, key, value) if kernel.inner is None else kernel.function(query, key, value, instead)
 
 
 class OnMeta(torch.autograd.Function):

@@ -14,6 +14,7 @@ from .attention import attention
 from .attention_guidance import AttentionGuidance
 from .layers import Float32RMSNorm, rms_normalized
 from .rope import RotaryTables
+from .self_attention import AttentionKernel
 
 
 class WanAttention(nn.Module):
@@ -47,19 +48,21 @@ class WanAttention(nn.Module):
         image: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
         guidance: AttentionGuidance | None = None,
+        instead: AttentionKernel | None = None,
     ) -> torch.Tensor:
         """Attend from the video tokens x "b l d" to themselves, or to text tokens "b s d" as the context.
 
         In Wan 2.1 I2V, image tokens "b s d" are attended to separately and the results are added; without
         projections of their own they are context like the text. `rotary` has cosine and sine for queries and
-        keys. With `guidance` the context is the prompts' and then the negative ones', "2b s d".
+        keys. With `guidance` the context is the prompts' and then the negative ones', "2b s d". `instead`
+        computes self-attention in place of the layer's kernel.
         """
         context = x if context is None else context
         if image is not None and self.add_k_proj is None:
             image = image if guidance is None else image.repeat(2, 1, 1)
             context, image = torch.cat((image, context), dim=1), None
         # Queries, keys and values are gone before the last product.
-        attended = self._attended(x, context, image, rotary, guidance)
+        attended = self._attended(x, context, image, rotary, guidance, instead)
         return self.to_out[0](rearrange(attended, "b l n d -> b l (n d)"))
 
     def _attended(
@@ -69,10 +72,11 @@ class WanAttention(nn.Module):
         image: torch.Tensor | None,
         rotary: RotaryTables | None,
         guidance: AttentionGuidance | None,
+        instead: AttentionKernel | None,
     ) -> torch.Tensor:
         query, key, value = self.project(x, context, rotary)
         if guidance is None:
-            out = attention(query, key, value, self.backend)
+            out = attention(query, key, value, self.backend, instead)
         else:
             texts = zip(key.chunk(2), value.chunk(2), strict=True)
             out = guidance(*(attention(query, *text, self.backend) for text in texts))
@@ -97,7 +101,11 @@ class WanAttention(nn.Module):
         return not is_hooked(self)
 
     def attend(
-        self, parts: Iterable[tuple[slice, torch.Tensor]], tokens: int, rotary: RotaryTables
+        self,
+        parts: Iterable[tuple[slice, torch.Tensor]],
+        tokens: int,
+        rotary: RotaryTables,
+        instead: AttentionKernel | None = None,
     ) -> torch.Tensor:
         """Attend from l video tokens, given part by part, to themselves; return "b l n d", not projected.
 
@@ -110,7 +118,7 @@ class WanAttention(nn.Module):
             for target, each in zip(whole, found, strict=True):
                 target[:, part] = each
         query, key, value = whole
-        return attention(query, key, value, self.backend)
+        return attention(query, key, value, self.backend, instead)
 
     def project_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values "b s n d" of image tokens."""

@@ -36,6 +36,7 @@ from .layers import (
     unpatchified,
 )
 from .rope import RotaryTables, rotary_tables
+from .self_attention import AttentionKernel, SelfAttention
 from .token_stream import Pending, TokenStream, joined, split
 
 
@@ -71,12 +72,14 @@ class WanTransformerBlock(nn.Module):
         encoder_hidden_states_image: torch.Tensor | None = None,
         pending: Pending | None = None,
         guidance: AttentionGuidance | None = None,
+        instead: AttentionKernel | None = None,
     ) -> Any:
         """Refine the residual stream "b l d", float32, by text and (Wan 2.1 I2V) image tokens "b s d".
 
         The linear layers run in the dtype of the text tokens. `temb` "b k 6 d", float32, is shift, scale and
         gate of self-attention and feed-forward; `rotary_emb` is from `rotary_tables`. With `guidance` the
-        text is the prompts' and then the negative ones', "2b s d".
+        text is the prompts' and then the negative ones', "2b s d". `instead` computes self-attention in place
+        of the layer's kernel.
 
         Returns: the stream. With what the block before has left pending, an update "b l d" and its gate
             "b k d", it is a triple: the stream, and the update and gate that this block leaves.
@@ -84,7 +87,7 @@ class WanTransformerBlock(nn.Module):
         x, text, image = hidden_states, encoder_hidden_states, encoder_hidden_states_image
         hooked = is_hooked(self.attn2) or is_hooked(self.ffn)
         if self.token_chunks > 1 and self.attn1.attends_in_parts and not hooked:
-            return self._in_chunks(x, text, temb, rotary_emb, image, guidance)
+            return self._in_chunks(x, text, temb, rotary_emb, image, guidance, instead)
         dtype = text.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
         # No name is given to what attention returns, which would keep it in memory.
@@ -92,7 +95,8 @@ class WanTransformerBlock(nn.Module):
             y = normalized(self.norm1, x, scale1, shift1, dtype)
         else:
             x, y = added_and_normalized(self.norm1, x, *pending, scale1, shift1, dtype)
-        x, y = added_and_normalized(self.norm2, x, self.attn1(y, rotary=rotary_emb), gate1, None, None, dtype)
+        y = self.attn1(y, rotary=rotary_emb, instead=instead)
+        x, y = added_and_normalized(self.norm2, x, y, gate1, None, None, dtype)
         x, y = added_and_normalized(
             self.norm3, x, self.attn2(y, text, image, guidance=guidance), None, scale3, shift3, dtype
         )
@@ -113,6 +117,7 @@ class WanTransformerBlock(nn.Module):
         rotary: RotaryTables,
         image: torch.Tensor | None,
         guidance: AttentionGuidance | None,
+        instead: AttentionKernel | None,
     ) -> torch.Tensor:
         """Do what `forward` does for some tokens after the others, but for self-attention's products."""
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + temb).unbind(2)
@@ -128,7 +133,7 @@ class WanTransformerBlock(nn.Module):
             return normalized(self.norm1, x[:, part], at(scale1, part), at(shift1, part), dtype)
 
         parts = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-        out = self.attn1.attend(((part, normalised(part)) for part in parts), tokens, rotary)
+        out = self.attn1.attend(((part, normalised(part)) for part in parts), tokens, rotary, instead)
         result = torch.empty_like(x)
         for part in parts:
             y = self.attn1.to_out[0](out[:, part].flatten(2))
@@ -216,6 +221,7 @@ class WanTransformer3DModel(nn.Module):
         skip_layers: Collection[int] = (),
         encoder_hidden_states_negative: torch.Tensor | None = None,
         attention_guidance: AttentionGuidance | None = None,
+        self_attention: SelfAttention | None = None,
     ) -> Any:
         """Predict the flow velocity of noisy latents.
 
@@ -231,6 +237,7 @@ class WanTransformer3DModel(nn.Module):
             skip_layers: indices of blocks that do not run.
             encoder_hidden_states_negative: text that cross-attention keeps away from, "b s text_dim".
             attention_guidance: how it does so; both are given, or neither.
+            self_attention: what computes layers' self-attention in place of their kernels.
         Returns: velocity, "b out_channels t h w", float32 (float64 in a float64 model); or it and the
             residual.
         Raises: ValueError: a shape is not as above.
@@ -244,7 +251,12 @@ class WanTransformer3DModel(nn.Module):
         starts = [stream.x for stream in streams] if return_residual else []
         if residual is None:
             rotary = self.rotary(samples[0][0], grid, at_least_float32(encoder_hidden_states.dtype))
-            self._run_blocks(streams, rotary, skip_layers)
+            device = streams[0].x.device
+            kernels = [
+                None if self_attention is None else self_attention.kernel_of(layer, grid, device)
+                for layer in range(len(self.blocks))
+            ]
+            self._run_blocks(streams, rotary, skip_layers, kernels)
         else:
             for stream, part in zip(streams, residual.chunk(len(streams)), strict=True):
                 stream.skip_blocks(part)
@@ -253,13 +265,17 @@ class WanTransformer3DModel(nn.Module):
         return (velocity, joined(residuals)) if return_residual else velocity
 
     def _run_blocks(
-        self, streams: Sequence[TokenStream], rotary: RotaryTables, skip_layers: Collection[int]
+        self,
+        streams: Sequence[TokenStream],
+        rotary: RotaryTables,
+        skip_layers: Collection[int],
+        self_attention: Sequence[AttentionKernel | None],
     ) -> None:
         """Advance streams by the blocks, each block by all streams before the next one."""
         self._leave_updates(streams)
-        for block in (block for i, block in enumerate(self.blocks) if i not in skip_layers):
-            for stream in streams:
-                self._advance(stream, block, rotary)
+        for i, (block, kernel) in enumerate(zip(self.blocks, self_attention, strict=True)):
+            for stream in streams if i not in skip_layers else ():
+                self._advance(stream, block, rotary, kernel)
         for stream in streams:
             stream.settle()
 
@@ -289,12 +305,13 @@ class WanTransformer3DModel(nn.Module):
                 nothing = torch.zeros_like(stream.x, dtype=stream.text.dtype)
                 stream.pending = nothing, torch.zeros_like(stream.modulation)[:, :, 5]
 
-    def _advance(self, stream: TokenStream, block: nn.Module, rotary: RotaryTables) -> None:
+    def _advance(
+        self, stream: TokenStream, block: nn.Module, rotary: RotaryTables, kernel: AttentionKernel | None
+    ) -> None:
         arguments: list[Any] = [stream.x, stream.text, stream.modulation, rotary, stream.image]
-        if stream.guidance is not None:
-            arguments += [stream.pending, stream.guidance]
-        elif stream.pending is not None:
-            arguments.append(stream.pending)
+        arguments += [stream.pending, stream.guidance, kernel]
+        while len(arguments) > 5 and arguments[-1] is None:  # blocks of others take the first ones alone
+            arguments.pop()
         if stream.pending is None:
             stream.x = self.run_block(block, *arguments)
         else:

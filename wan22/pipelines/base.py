@@ -80,7 +80,8 @@ class WanPipeline(PipelineParts):
 
     def make_predictor(self, call: Call, condition: Condition) -> Predictor:
         """Return what runs the transformer for the passes of a step, or skips some by the call's cache."""
-        return wrapped(ModelPredictor(condition, call.state, self.ranks.run_passes), call, self.ranks)
+        model = ModelPredictor(condition, call.state, self.ranks.run_passes, call.attention)
+        return wrapped(model, call, self.ranks)
 
     # ---- a call, and its steps ----
 

@@ -133,6 +133,7 @@ class WanI2VPipeline(WanPipeline):
         guidance: Any = None,
         guidance_interval: Sequence[float] | None = None,
         cache: Any = None,
+        attention: Any = None,
         fast: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,

@@ -264,6 +264,12 @@ class PipelineParts(DiffusersNames, WanLoraLoaderMixin):
         frames = 1 + (num_frames - 1) // self.vae_scale_factor_temporal
         return self.latent_channels, frames, height // stride, width // stride
 
+    def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the transformer's tokens along frames, rows and columns, for a size in pixels."""
+        _, t, h, w = self.latent_shape(num_frames, height, width)
+        frames, rows, columns = self.any_transformer.config.patch_size
+        return t // frames, h // rows, w // columns
+
     def checked_latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the latent shape "c t h w" of a size that has whole cells; others are refused."""
         check_size("height", height, self.vae_scale_factor_spatial)

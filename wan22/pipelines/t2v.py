@@ -70,6 +70,7 @@ class WanT2VPipeline(WanPipeline):
         guidance: Any = None,
         guidance_interval: Sequence[float] | None = None,
         cache: Any = None,
+        attention: Any = None,
         fast: str | None = None,
         preview: Any = None,
         preview_every: int | None = None,
@@ -117,6 +118,8 @@ class WanT2VPipeline(WanPipeline):
             cache: what skips passes: "easy", "mag" or "taylor", with a preset for its error, "easy:low",
                 "easy:medium" or "easy:high"; settings such as EasyCache(threshold=0.1); for "mag" also ratios
                 of `calibrate_cache`, or their file. Default is None: every pass is computed.
+            attention: what self-attention leaves out: "radial" or "sparge", or settings such as
+                RadialAttention(decay=0.5). Default is None: nothing.
             fast: "low", "medium" or "high": how much faster, by the step cache with the least known error
                 for the checkpoint; the log and the recipe say which.
             preview: what shows the video while it is made, from the latents as they will be: True, in place

@@ -165,6 +165,7 @@ _CALL = _record(
         "guidance_interval": _numbers,
         # Settings, not the name of a file: what a recipe names is not opened unasked.
         "cache": _or_null(_table(_any)),
+        "attention": _or_null(_table(_any)),
         "noise_device": _or_null(_name),
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),

@@ -21,6 +21,7 @@ from torch import nn
 from ...checkpoints.loading.diffusers_attention import DiffusersAttention, WanAttnProcessor
 from ...checkpoints.loading.models import is_ours
 from ...models.attention import Kernel, attention, register, unregister
+from ...models.self_attention import AttentionKernel
 from ...private_apis import (
     all_to_all_single,
     efficient_attention,
@@ -162,10 +163,20 @@ class SequenceParallel:
     def _kernel(self, backend: str) -> Callable[..., torch.Tensor]:
         """Return the kernel of self-attention of a rank's tokens to those of all ranks."""
 
-        def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        def compute(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            instead: AttentionKernel | None = None,
+        ) -> torch.Tensor:
             q, k, v = self._to_heads(torch.stack((query, key, value)))
             ring = dist.get_world_size(self.groups.ring)
-            if ring == 1:
+            if instead is not None:
+                check_not_in_ring(ring)
+                q, k, v = (x[:, : self.tokens] for x in (q, k, v))
+                out = instead(q, k, v)
+                out = F.pad(out, (0, 0, 0, 0, 0, self.ranks * self._own_tokens - self.tokens))
+            elif ring == 1:
                 out = attention(q, k[:, : self.tokens], v[:, : self.tokens], backend)
             else:
                 out = self._ring(q, torch.stack((k, v)))
@@ -211,6 +222,13 @@ class SequenceParallel:
             block = block if following is None else wait_tensor(following).view_as(block)
         assert total is not None, "the first rank of a ring has tokens"
         return total[0].to(query.dtype)
+
+
+def check_not_in_ring(ring: int) -> None:
+    """Refuse sparse self-attention where a rank sees the keys of one rank of a ring at a time."""
+    if ring > 1:
+        passing = f"sparse attention needs all keys at once, and ring={ring} has them pass by"
+        raise ValueError(f"{passing}; share heads: ulysses=")
 
 
 def attention_and_lse(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...models.attention_guidance import AttentionGuidance
 from ...models.attention_layer import WanAttention
 from ...models.rope import RotaryTables
+from ...models.self_attention import AttentionKernel
 from ...presets import MAX_TEXT_TOKENS
 
 Processor = Callable[..., Tensor]
@@ -85,13 +86,17 @@ class DiffusersAttention(WanAttention, AttentionModuleMixin):
         image: Tensor | None = None,
         rotary: RotaryTables | None = None,
         guidance: AttentionGuidance | None = None,
+        instead: AttentionKernel | None = None,
     ) -> Tensor:
         """`wan22.models.attention_layer.WanAttention.forward`, by the layer's processor.
 
-        Raises: ValueError: attention is guided, and the processor is another's, which does not know how.
+        Raises: ValueError: attention is guided or sparse, and the processor is another's, which does not know
+            how.
         """
         if type(self.processor) is WanAttnProcessor:
-            return super().forward(x, context, image, rotary, guidance)
+            return super().forward(x, context, image, rotary, guidance, instead)
+        if instead is not None:
+            raise ValueError(f"{type(self.processor).__name__} computes dense self-attention alone")
         if guidance is not None:
             raise ValueError(f"{type(self.processor).__name__} cannot keep attention away from a text")
         if image is not None and context is not None:

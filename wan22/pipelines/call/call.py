@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...accel.sparse.settings import SparseAttention
 from ...few_steps import FewSteps
 from ...video.recipe import Recipe
 from .caches.settings import StepCache
@@ -31,6 +32,7 @@ class Call:
     callback: StepCallback | None
     few_steps: FewSteps | None = None  # of a distilled checkpoint or LoRA
     cache: StepCache | None = None
+    attention: SparseAttention | None = None
 
     @property
     def size(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...accel.sparse.settings import SparseAttention
 from ...checkpoints.loading.diffusers_caches import attention_caches_of_video
 from ...checkpoints.loading.models import is_ours
 from ...models.attention_guidance import AttentionGuidance
@@ -76,10 +77,18 @@ class ModelPredictor:
         condition: what the transformer gets beside text.
         state: the call's.
         run_passes: runs the passes of a step, or shares them among ranks.
+        attention: what self-attention leaves out, after the steps in which it is dense.
     """
 
-    def __init__(self, condition: Condition, state: CallState, run_passes: RunPasses) -> None:
+    def __init__(
+        self,
+        condition: Condition,
+        state: CallState,
+        run_passes: RunPasses,
+        attention: SparseAttention | None = None,
+    ) -> None:
         self.condition, self.state, self._run_passes = condition, state, run_passes
+        self.attention = attention
 
     def __call__(
         self,
@@ -163,6 +172,8 @@ class ModelPredictor:
         """Call a transformer for samples, each of a pass and a video."""
         attention_kwargs = with_scales(self.state.attention_kwargs, step.lora_scales)
         kwargs: dict[str, Any] = {"attention_kwargs": attention_kwargs, "return_dict": False}
+        if self.attention is not None and step.index >= self.attention.first_step(step.count):
+            kwargs["self_attention"] = self.attention
         if residuals.supply is not None:
             kwargs["residual"] = torch.cat([residuals.supply(*sample) for sample in samples])
         if residuals.keep is not None:

@@ -1,11 +1,13 @@
 """Checks a request and completes it with the checkpoint's official settings, before any work."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ...accel.sparse.settings import Grid, SparseAttention
 from ...checkpoints.loading.diffusers_caches import check_cache_for_passes
 from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
 from ...presets import MAX_TEXT_TOKENS
@@ -13,6 +15,7 @@ from ...private_apis import cache_config
 from ...video.recipe import Recipe
 from ...video.result import OUTPUT_TYPES
 from ..parts import PipelineParts
+from .attention import checked_attention, described
 from .caches.checked import check_schedule, checked_cache
 from .caches.settings import StepCache
 from .call import Call
@@ -30,6 +33,8 @@ from .schedule import changed_by_hand, scheduler_for, scheduler_shift
 from .state import CallState
 from .text import check_prompts, check_text_encoder
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -44,6 +49,8 @@ class Checked:
     guidance: CheckedGuidance
     callback: StepCallback | None
     cache: StepCache | None
+    attention: SparseAttention | None
+    grid: Grid
 
 
 def check(pipe: PipelineParts, request: Request) -> Checked:
@@ -65,8 +72,10 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
         check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, height, width)))
     callback = _callback(request, pipe._callback_tensor_inputs)
     guidance = _guidance(pipe, request)
-    cache = checked_cache(pipe, request)
-    return Checked(prompts, negatives, videos, height, width, num_frames, guidance, callback, cache)
+    cache, grid = checked_cache(pipe, request), pipe.token_grid(num_frames, height, width)
+    attention = checked_attention(pipe, request, grid)
+    sizes = videos, height, width, num_frames
+    return Checked(prompts, negatives, *sizes, guidance, callback, cache, attention, grid)
 
 
 def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
@@ -76,6 +85,10 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     checked = check(pipe, request)
     if request.output_type != "latent":
         pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
+    if checked.attention is not None:
+        model = pipe.any_transformer
+        head_dim = model.config.attention_head_dim
+        checked.attention.check_device(pipe._execution_device, model.dtype, head_dim)
     if state.scheduler is None:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
     residuals = 0 if checked.cache is None else checked.cache.residuals
@@ -96,6 +109,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         "num_frames": checked.num_frames,
         **guidance.arguments,
         "cache": None if checked.cache is None else checked.cache.plain(),
+        "attention": None if checked.attention is None else checked.attention.plain(),
         **_completed_schedule(given, scheduler, count),
         **_completed_size(checked.height, checked.width, pipe.followed_area(request)),
     }
@@ -114,6 +128,8 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         **pipe.run_metadata(),
     )
     hint_at_settings(recipe)
+    if checked.attention is not None:
+        logger.info("%s", described(checked.attention, checked.grid, pipe, len(steps)))
     state.scheduler = scheduler
     state.start(recipe, guided, len(steps))
     texts = checked.prompts, checked.negative_prompts
@@ -122,6 +138,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         callback=checked.callback,
         few_steps=request.distilled,
         cache=checked.cache,
+        attention=checked.attention,
     )
 
 

@@ -1,0 +1,71 @@
+"""SpargeAttn's kernel, from its package: which blocks are left out is told from the tokens themselves.
+
+Shapes: b batch, l tokens, n heads, d head size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from ..attention import failure
+from ..attention_kernels import Backend, NotInstalledError, load_library, rules
+
+INSTALL = "pip install --no-build-isolation git+https://github.com/thu-ml/SpargeAttn.git"
+LEAST_TOKENS = 128
+_MODULE, _FUNCTION = "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda"
+
+
+class SpargeKernel(NamedTuple):
+    """An attention kernel: SpargeAttn's, with a share of the blocks of keys that each block attends to."""
+
+    keep: float
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend from "b l n d" to some of "b l n d"."""
+        return _sparge(query, key, value, self.keep)
+
+
+@torch.library.custom_op("wan22::sparge_attention", mutates_args=())
+def _sparge(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: float) -> torch.Tensor:
+    return _function()(query, key, value, topk=keep, tensor_layout="NHD").contiguous()
+
+
+@_sparge.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: float) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+def check_sparge(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Refuse SpargeAttn, with a ValueError, where it cannot run or is not installed.
+
+    Keeping all blocks, it is once compared with float32 attention, as 8-bit kernels are.
+    """
+    refused = _rules(device, dtype, head_dim)
+    if refused is None and head_dim > LEAST_TOKENS:
+        refused = "its head size must be 64 or 128"
+    try:
+        _function()
+    except NotInstalledError as error:
+        refused = refused or str(error)
+    except Exception as error:  # libraries built for another PyTorch fail in many ways
+        refused = refused or f"{type(error).__name__}: {error}"
+    lengths = ((2 * LEAST_TOKENS, 2 * LEAST_TOKENS), (300, 300))
+    refused = refused or failure(_KEEPING_ALL, device, dtype, head_dim, lengths)
+    if refused is not None:
+        where = f"on {device} in {dtype} with {head_dim} channels a head"
+        raise ValueError(f"attention='sparge' cannot be used {where}: {refused}")
+
+
+def _keeping_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return SpargeKernel(1.0)(query, key, value)
+
+
+@cache
+def _function() -> Callable[..., Any]:
+    return getattr(load_library(_MODULE, "SpargeAttn", INSTALL), _FUNCTION)
+
+
+_rules = rules(capability=((8, 0), (99, 0)), dtypes=(torch.float16, torch.bfloat16), multiple=64)
+_KEEPING_ALL = Backend("sparge", lambda: _keeping_all, _rules, exact=False)
