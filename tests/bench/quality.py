@@ -37,6 +37,7 @@ GUIDANCE = {
     "guidance=gated": {"guidance": "gated"},
     "guidance_interval=(0, 0.7)": {"guidance_interval": (0, 0.7)},
 }
+ATTENTION = {"attention=radial": {"attention": {"method": "radial"}}}
 STACKS = {
     f"{cache} + gated": {"cache": cache, "guidance": "gated"}
     for cache in ("easy:low", "easy:medium", "mag:low", "taylor:low", "taylor:medium")
@@ -48,6 +49,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **FEWER,
     **GUIDANCE,
     **CACHES,
+    **ATTENTION,
     **STACKS,
     **QUANTIZED,
 }
@@ -131,6 +133,9 @@ def make(
     arguments = dict(setting)
     if (share := arguments.pop("steps", None)) is not None:
         arguments["num_inference_steps"] = round(share * pipe.preset.num_inference_steps)
+    if arguments.get("attention") and pipe.released is not None and not pipe.released.repo:
+        # One block of 128 tokens would hold a miniature's video, and leave out nothing.
+        arguments["attention"] = {**arguments["attention"], "block": 2}
     # CPU seconds, for exact videos and others are made minutes apart, beside whatever else runs.
     clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
     with counted(pipe) as count:
@@ -228,6 +233,7 @@ _SERIES: Mapping[str, tuple[Any, str]] = {
     "cache=taylor: low, medium, high": (lambda name: name.startswith("cache=taylor"), "^-"),
     "guidance=gated": (lambda name: name == "guidance=gated", "D"),
     "guidance_interval=(0, 0.7)": (lambda name: name.startswith("guidance_interval"), "v"),
+    "attention=radial": (lambda name: name == "attention=radial", "*"),
     "a cache and guidance=gated": (lambda name: "+" in name, "P"),
     "75, 50 and 35 % of the steps": (lambda name: name.endswith("steps"), "X-"),
 }

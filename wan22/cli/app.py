@@ -58,7 +58,7 @@ REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
 # What a plan depends on.
 PLANNED = (
     *("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt"),
-    *("guidance_scale", "guidance", "guidance_interval", "cache", "fast"),
+    *("guidance_scale", "guidance", "guidance_interval", "cache", "attention", "fast"),
 )
 PLACED = ("dtype", "device", "memory", "quantize", "revision")
 ENCODING = ("model", "dtype", "device", "revision")

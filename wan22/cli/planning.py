@@ -87,7 +87,7 @@ def _in_words(found: Mapping[str, Any]) -> dict[str, str]:
         passes = f"{passes}, less what the cache {settings['cache']} skips as it goes"
     words["passes"] = passes
     if settings["attention"] is not None:
-        words["attention"] = settings["attention"]
+        words["attention"] = f"{settings['attention']}; the time is with all of them"
     words["memory"] = f"by arithmetic, not measured: {found['memory']}"
     words["time"] = _time_in_words(found)
     if "output" in found:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from wan22.accel.sparse import blocks
-from wan22.accel.sparse.blocks import BlockSparse, by_flex_attention, by_gathering, flex_mask
+from wan22.accel.sparse.blocks import block_sparse, by_flex_attention, by_gathering, flex_mask
 
 
 def inputs(tokens, dtype=torch.float32, batch=2, heads=3, size=32):
@@ -35,7 +35,7 @@ def error(found, wanted):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_the_formula(tokens, block, dtype, bound):
     tensors, kept = inputs(tokens, dtype), mask(tokens, block)
-    found = BlockSparse(kept, block)(*tensors)
+    found = block_sparse(kept, block)(*tensors)
     assert found.dtype == dtype and found.is_contiguous()
     assert error(found, expected(tensors, kept, block)) <= bound
 
@@ -81,18 +81,17 @@ def test_which_one_computes(monkeypatch):
 
     for name in ("by_flex_attention", "by_gathering"):
         monkeypatch.setattr(blocks, name, note(name))
-    compute = blocks._block_sparse._init_fn
     given = [x.as_subclass(OnGPU) for x in inputs(16)]
     for there in (object(), None):
         monkeypatch.setattr(blocks, "find_spec", lambda name, there=there: there)
-        compute(*given, torch.ones(1, 1), 16)
-    compute(*inputs(16), torch.ones(1, 1), 16)
+        blocks.attend(*given, torch.ones(1, 1), 16)
+    blocks.attend(*inputs(16), torch.ones(1, 1), 16)
     assert chosen == ["by_flex_attention", "by_gathering", "by_gathering"]
 
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match="a mask of 4 blocks of 16 tokens is not for 65 tokens"):
-        BlockSparse(torch.ones(4, 4, dtype=torch.bool), 16)(*inputs(65))
+        block_sparse(torch.ones(4, 4, dtype=torch.bool), 16)(*inputs(65))
 
 
 def test_compiled_without_a_graph_break_and_once_for_all_masks():
@@ -107,6 +106,6 @@ def test_compiled_without_a_graph_break_and_once_for_all_masks():
     tensors = inputs(70)
     for seed in range(3):
         kept = torch.rand(5, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
-        kernel = BlockSparse(kept | torch.eye(5, dtype=torch.bool), 16)
+        kernel = block_sparse(kept | torch.eye(5, dtype=torch.bool), 16)
         torch.testing.assert_close(compiled(kernel, *tensors), kernel(*tensors) + 1)
     assert len(graphs) == 1

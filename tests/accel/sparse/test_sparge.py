@@ -10,7 +10,7 @@ from tests.builders import latents_of, random_pipeline
 from wan22 import SpargeAttention
 from wan22.accel import attention
 from wan22.accel.sparse import sparge
-from wan22.accel.sparse.sparge import SpargeKernel, check_sparge
+from wan22.accel.sparse.sparge import check_sparge, sparge_kernel
 from wan22.models.attention import native
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -42,7 +42,7 @@ def package(monkeypatch):
 
 def test_what_the_package_is_called_with(package):
     q, k, v = torch.randn(3, 1, 128, 2, 64)
-    found = SpargeKernel(0.25)(q, k, v)
+    found = sparge_kernel(0.25)(q, k, v)
     torch.testing.assert_close(found, native(q, k[:, :32], v[:, :32]))
     assert package == [{"topk": 0.25, "tensor_layout": "NHD"}]
 

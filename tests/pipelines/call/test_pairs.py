@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import SMALL, random_pipeline
 from tests.pipelines.call.caches.loops import CALL, RATIOS
-from wan22 import EasyCache, FewSteps, MagCache, TaylorCache
+from wan22 import EasyCache, FewSteps, MagCache, RadialAttention, TaylorCache
 from wan22.guidance import NAG, Gated, SkipLayer
 
 # Each skips steps of both experts, or none at all.
@@ -27,6 +27,10 @@ GUIDANCE = {
     "nag": {"guidance": NAG(), "guidance_scale": 1.0, "guidance_scale_2": None},
     "interval": {"guidance_interval": (0.2, 0.8)},
 }
+
+# It leaves out some of 40 tokens, from the first step on.
+SPARSE = {"attention": RadialAttention(0.1, block=2, dense_steps=0), "width": 64, "num_frames": 17}
+DENSE = {**SPARSE, "attention": None}
 
 
 def latents(pipe, prompt="a", **arguments):
@@ -105,3 +109,37 @@ def test_few_steps_and_caches_are_refused(cache):
     given = {"distilled": FewSteps((1000, 900)), "num_inference_steps": None, "flow_shift": None}
     with pytest.raises(ValueError, match="cache= and distilled=: each of so few steps counts"):
         latents(random_pipeline(), **given, cache=CACHES[cache][0])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_sparse_attention_and_caches(cache):
+    pipe, (skipping, nothing) = random_pipeline(), CACHES[cache]
+    every = latents(pipe, **SPARSE)
+    assert torch.equal(latents(pipe, **SPARSE, cache=nothing).frames, every.frames)
+    video = latents(pipe, **SPARSE, cache=skipping)
+    ((computed, of),) = video.recipe.passes
+    assert computed < of and not torch.equal(video.frames, every.frames)
+    assert not torch.equal(video.frames, latents(pipe, **DENSE, cache=skipping).frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_sparse_attention_and_guidance(guidance):
+    pipe, given = random_pipeline(), {**GUIDANCE[guidance], "num_inference_steps": 4}
+    video = latents(pipe, **given, **SPARSE)
+    assert video.frames.isfinite().all()
+    assert not torch.equal(video.frames, latents(pipe, **given, **DENSE).frames)
+    together = latents(pipe, ["b", "a"], **given, **SPARSE, seed=[3, 7])
+    assert torch.equal(together.frames[1:], video.frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+def test_sparse_attention_and_few_steps():
+    """The first of four steps stays dense."""
+    pipe = random_pipeline()
+    given = {"distilled": FewSteps((1000, 900, 700, 400)), "num_inference_steps": None, "flow_shift": None}
+    given |= {"guidance_scale": None, "guidance_scale_2": None}
+    sparse = {**SPARSE, "attention": RadialAttention(0.1, block=2)}
+    video = latents(pipe, **given, **sparse)
+    assert not torch.equal(video.frames, latents(pipe, **given, **DENSE).frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)

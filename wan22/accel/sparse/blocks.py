@@ -24,33 +24,47 @@ FLEX_BLOCK = 128
 
 
 class BlockSparse(NamedTuple):
-    """An attention kernel: a mask of blocks, in each of whose rows at least one is kept."""
+    """An attention kernel, see `block_sparse`."""
 
-    kept: torch.Tensor  # "q k", bool, on the device of the tokens
-    block: int  # tokens of a block; the last one may have fewer
+    kept: torch.Tensor  # "q k"
+    block: int
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /) -> torch.Tensor:
         """Attend from "b l n d" to some of "b l n d"."""
-        return _block_sparse(query, key, value, self.kept, self.block)
+        attended: torch.Tensor = torch.ops.wan22.block_sparse_attention(
+            query, key, value, self.kept, self.block
+        )
+        return attended
 
 
-# An operator, which torch.compile does not trace: blocks of the transformer are compiled once for all masks.
-@torch.library.custom_op("wan22::block_sparse_attention", mutates_args=())
-def _block_sparse(
+def block_sparse(kept: torch.Tensor, block: int) -> BlockSparse:
+    """Return what attends by a mask.
+
+    Args:
+        kept: which blocks of keys each block of queries attends to, "q k", bool, on the tokens' device; at
+            least one in each row.
+        block: tokens of a block; the last one may have fewer.
+    """
+    _define_operator()
+    return BlockSparse(kept, block)
+
+
+@cache
+def _define_operator() -> None:
+    """Make it an operator, which torch.compile does not trace: compiled blocks serve all masks."""
+    operator = torch.library.custom_op("wan22::block_sparse_attention", attend, mutates_args=())
+    operator.register_fake(lambda query, key, value, kept, block: query.new_empty(query.shape))
+
+
+def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, block: int
 ) -> torch.Tensor:
+    """Attend by a mask, as fast as the device can."""
     tokens = query.shape[1]
     if len(kept) != -(-tokens // block):
         raise ValueError(f"a mask of {len(kept)} blocks of {block} tokens is not for {tokens} tokens")
-    attend = by_flex_attention if query.is_cuda and find_spec("triton") else by_gathering
-    return attend(query, key, value, kept, block).contiguous()
-
-
-@_block_sparse.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, block: int
-) -> torch.Tensor:
-    return query.new_empty(query.shape)
+    compute = by_flex_attention if query.is_cuda and find_spec("triton") else by_gathering
+    return compute(query, key, value, kept, block).contiguous()
 
 
 def by_gathering(

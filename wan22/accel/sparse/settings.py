@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...checks import check_choice, check_positive_int, check_real, refuse_unknown, shown
+from ...checks import check_choice, check_positive_int, check_real, shown, unknown_argument
 from ...models.self_attention import AttentionKernel
 from ..attention_kernels import BACKENDS
-from .blocks import FLEX_BLOCK, MOST_MASKS, BlockSparse
+from .blocks import FLEX_BLOCK, MOST_MASKS, BlockSparse, block_sparse
 from .radial import radial_mask
-from .sparge import LEAST_TOKENS, SpargeKernel, check_sparge
+from .sparge import LEAST_TOKENS, check_sparge, sparge_kernel
 
 Grid = tuple[int, int, int]
 # Tokens of the largest video are fewer; a block that holds all of them leaves out none.
@@ -126,7 +126,7 @@ class RadialAttention(SparseAttention):
 @lru_cache(maxsize=MOST_MASKS)
 def _radial_kernel(grid: Grid, decay: float, block: int, device: torch.device) -> BlockSparse | None:
     kept = radial_mask(grid, decay, block)
-    return None if kept.all() else BlockSparse(kept.to(device), block)
+    return None if kept.all() else block_sparse(kept.to(device), block)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class SpargeAttention(SparseAttention):
 
     def kernel(self, grid: Grid, device: torch.device) -> AttentionKernel | None:
         """See SparseAttention."""
-        return SpargeKernel(self.keep)
+        return sparge_kernel(self.keep)
 
     def check_grid(self, grid: Grid) -> None:
         """See SparseAttention."""
@@ -200,7 +200,9 @@ def sparse_attention_of(value: Any) -> SparseAttention | None:
         method = value.get("method")
         check_choice("attention's method", method, METHODS)
         cls, settings = METHODS[str(method)], {name: v for name, v in value.items() if name != "method"}
-        refuse_unknown(f"attention {method}", settings, [f.name for f in fields(cls)])
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(unknown_argument(f"attention {shown(method)}", str(unknown[0]), known))
         return cls(**settings)
     raise ValueError(
         f"attention={shown(value)} must be a name such as 'radial', or settings such as RadialAttention()"

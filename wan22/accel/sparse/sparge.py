@@ -18,23 +18,31 @@ _MODULE, _FUNCTION = "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda"
 
 
 class SpargeKernel(NamedTuple):
-    """An attention kernel: SpargeAttn's, with a share of the blocks of keys that each block attends to."""
+    """An attention kernel, see `sparge_kernel`."""
 
     keep: float
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /) -> torch.Tensor:
         """Attend from "b l n d" to some of "b l n d"."""
-        return _sparge(query, key, value, self.keep)
+        attended: torch.Tensor = torch.ops.wan22.sparge_attention(query, key, value, self.keep)
+        return attended
 
 
-@torch.library.custom_op("wan22::sparge_attention", mutates_args=())
-def _sparge(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: float) -> torch.Tensor:
+def sparge_kernel(keep: float) -> SpargeKernel:
+    """Return SpargeAttn's kernel, with the share of the blocks of keys that each block attends to."""
+    _define_operator()
+    return SpargeKernel(keep)
+
+
+@cache
+def _define_operator() -> None:
+    """Make it an operator, which torch.compile does not trace."""
+    operator = torch.library.custom_op("wan22::sparge_attention", _attend, mutates_args=())
+    operator.register_fake(lambda query, key, value, keep: query.new_empty(query.shape))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: float) -> torch.Tensor:
     return _function()(query, key, value, topk=keep, tensor_layout="NHD").contiguous()
-
-
-@_sparge.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: float) -> torch.Tensor:
-    return query.new_empty(query.shape)
 
 
 def check_sparge(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -59,7 +67,7 @@ def check_sparge(device: torch.device, dtype: torch.dtype, head_dim: int) -> Non
 
 
 def _keeping_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return SpargeKernel(1.0)(query, key, value)
+    return sparge_kernel(1.0)(query, key, value)
 
 
 @cache
