@@ -51,6 +51,7 @@ RELEASE = ["--model", "Wan-AI/Wan2.2-T2V-A14B"]
         (["--lora", "no-lora.safetensors"], "no-lora.safetensors"),
         (["--lora-high", "gone.safetensors"], "gone.safetensors"),
         (["--attention-backend", "flash9"], "'flash9' cannot be used on cpu"),
+        (["--attention", "sparge"], "--attention sparge cannot be used on cpu in torch.bfloat16 with 128"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--quantize", "q4"], "q4"),
         (["--quantize", "fp8:lo"], "--quantize fp8:lo: lo is not known there"),

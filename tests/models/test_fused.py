@@ -267,7 +267,7 @@ def test_what_does_not_compile_and_does_not_run_raises_its_own_error(compiling):
 
 
 def test_conditions(monkeypatch):
-    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
     x = randn(1, L, 16)
     assert not fused.applies(x)
     with fake_gpu():
@@ -279,9 +279,9 @@ def test_conditions(monkeypatch):
     assert not fused.applies(x, weight)
     with torch.no_grad():
         assert fused.applies(x, weight)
-    monkeypatch.setattr(fused, "_has_compiler", lambda: False)
+    monkeypatch.setattr(fused, "has_compiler", lambda: False)
     assert not fused.applies(x)
-    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
     fused.set_fused(False)
     try:
         assert not fused.applies(x)
@@ -290,7 +290,7 @@ def test_conditions(monkeypatch):
 
 
 def test_within_torch_compile_nothing_is_compiled_apart(monkeypatch):
-    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
     monkeypatch.setattr(fused, "_as_kernel", lambda *args: pytest.fail("compiled apart"))
     torch._dynamo.reset()
     with fake_gpu():

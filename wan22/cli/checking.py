@@ -103,6 +103,8 @@ def check_all(
         return None
     settings = settings_of(pipe, call)
     check_room(path, settings)
+    if not dry:
+        _check_attention(pipe, call, loading.device)
     if loading.memory is not None and not dry:
         plan_of(pipe, settings, loading)
     return Outline(pipe, settings)
@@ -124,6 +126,17 @@ def _check_kernel(pipe: Any, name: str | None, device: str) -> None:
     if name is not None:
         model = pipe.any_transformer
         select(our_name(name), device, model.dtype, model.head_dim)
+
+
+def _check_attention(pipe: Any, call: Mapping[str, Any], device: str | None) -> None:
+    """Refuse sparse self-attention that cannot run here."""
+    import torch
+
+    from ..accel.sparse.settings import sparse_attention_of
+
+    if (attention := sparse_attention_of(call.get("attention"))) is not None:
+        model = pipe.any_transformer
+        attention.check_device(torch.device(find_device(device)), model.dtype, model.head_dim)
 
 
 def plan_of(pipe: Any, settings: Settings, loading: Loading) -> Any:

@@ -54,7 +54,7 @@ def is_fused() -> bool:
 
 def applies(*args: Any) -> bool:
     """Whether a call with these arguments is computed by fused kernels."""
-    if torch.compiler.is_compiling() or not _enabled or not args[0].is_cuda or not _has_compiler():
+    if torch.compiler.is_compiling() or not _enabled or not args[0].is_cuda or not has_compiler():
         return False
     given = [value for value in args if isinstance(value, torch.Tensor)]
     # Subclasses are tensors that are traced or hold something else.
@@ -99,7 +99,8 @@ def _marked(value: Any) -> Any:
 
 
 @cache
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether Triton is there, which compiles for GPUs."""
     return find_spec("triton") is not None
 
 

@@ -82,8 +82,8 @@ def test_which_one_computes(monkeypatch):
     for name in ("by_flex_attention", "by_gathering"):
         monkeypatch.setattr(blocks, name, note(name))
     given = [x.as_subclass(OnGPU) for x in inputs(16)]
-    for there in (object(), None):
-        monkeypatch.setattr(blocks, "find_spec", lambda name, there=there: there)
+    for there in (True, False):
+        monkeypatch.setattr(blocks, "has_compiler", lambda there=there: there)
         blocks.attend(*given, torch.ones(1, 1), 16)
     blocks.attend(*inputs(16), torch.ones(1, 1), 16)
     assert chosen == ["by_flex_attention", "by_gathering", "by_gathering"]

@@ -35,8 +35,7 @@ def package(monkeypatch):
 
     package = SimpleNamespace(spas_sage2_attn_meansim_topk_cuda=function)
     monkeypatch.setitem(sys.modules, "spas_sage_attn", package)
-    monkeypatch.setattr(sparge, "_rules", lambda device, dtype, head_dim: None)
-    monkeypatch.setattr(sparge, "LEAST_TOKENS", 128)
+    monkeypatch.setattr(sparge, "_refuses", lambda device, dtype, head_dim: None)
     return calls
 
 
@@ -72,7 +71,7 @@ def test_a_package_that_computes_something_else_is_refused(package, monkeypatch)
 
 def test_where_it_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "spas_sage_attn", None)
-    monkeypatch.setattr(sparge, "_rules", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(sparge, "_refuses", lambda device, dtype, head_dim: None)
     told = (
         r"SpargeAttn is not installed: pip install --no-build-isolation git\+https://github.com/thu-ml/Sparge"
     )
@@ -82,7 +81,7 @@ def test_where_it_is_not_installed(monkeypatch):
 
 def test_where_it_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "spas_sage_attn", SimpleNamespace())
-    monkeypatch.setattr(sparge, "_rules", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(sparge, "_refuses", lambda device, dtype, head_dim: None)
     with pytest.raises(ValueError, match=r"AttributeError: .*spas_sage2_attn_meansim_topk_cuda"):
         check_sparge(CUDA, torch.bfloat16, 128)
 
@@ -92,7 +91,7 @@ def test_where_it_is_broken(monkeypatch):
     [
         (CPU, torch.bfloat16, 128, "it runs on cuda only"),
         (CUDA, torch.float32, 128, "there is no GPU|it computes in"),
-        (CUDA, torch.bfloat16, 24, "there is no GPU|its head size"),
+        (CUDA, torch.bfloat16, 32, "there is no GPU|its head size must be 64 or 128"),
     ],
 )
 def test_where_it_does_not_run(device, dtype, head_dim, told):

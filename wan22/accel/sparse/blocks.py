@@ -8,12 +8,12 @@ Shapes: b batch, l tokens, n heads, d head size, q k blocks of queries and of ke
 """
 
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
 from ...models.attention import native
+from ...models.fused import has_compiler
 from ...private_apis import allow_recompiling
 
 # Masks are kept by size of video and by settings. A mask of 75,600 tokens has 0.35 MB, FlexAttention's form
@@ -63,7 +63,7 @@ def attend(
     tokens = query.shape[1]
     if len(kept) != -(-tokens // block):
         raise ValueError(f"a mask of {len(kept)} blocks of {block} tokens is not for {tokens} tokens")
-    compute = by_flex_attention if query.is_cuda and find_spec("triton") else by_gathering
+    compute = by_flex_attention if query.is_cuda and has_compiler() else by_gathering
     return compute(query, key, value, kept, block).contiguous()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention import failure
-from ..attention_kernels import Backend, NotInstalledError, load_library, rules
+from ..attention_kernels import HALF, Backend, NotInstalledError, load_library, rules
 
 INSTALL = "pip install --no-build-isolation git+https://github.com/thu-ml/SpargeAttn.git"
 LEAST_TOKENS = 128
@@ -50,9 +50,7 @@ def check_sparge(device: torch.device, dtype: torch.dtype, head_dim: int) -> Non
 
     Keeping all blocks, it is once compared with float32 attention, as 8-bit kernels are.
     """
-    refused = _rules(device, dtype, head_dim)
-    if refused is None and head_dim > LEAST_TOKENS:
-        refused = "its head size must be 64 or 128"
+    refused = _refuses(device, dtype, head_dim)
     try:
         _function()
     except NotInstalledError as error:
@@ -75,5 +73,12 @@ def _function() -> Callable[..., Any]:
     return getattr(load_library(_MODULE, "SpargeAttn", INSTALL), _FUNCTION)
 
 
-_rules = rules(capability=((8, 0), (99, 0)), dtypes=(torch.float16, torch.bfloat16), multiple=64)
-_KEEPING_ALL = Backend("sparge", lambda: _keeping_all, _rules, exact=False)
+_on_gpus = rules(capability=((8, 0), (99, 0)), dtypes=HALF)
+
+
+def _refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    sizes = None if head_dim in (64, 128) else "its head size must be 64 or 128"
+    return _on_gpus(device, dtype, head_dim) or sizes
+
+
+_KEEPING_ALL = Backend("sparge", lambda: _keeping_all, _refuses, exact=False)
