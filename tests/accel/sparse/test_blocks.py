@@ -55,6 +55,7 @@ def test_flex_attentions_form_of_the_mask(tokens, block):
     q, k = torch.meshgrid(torch.arange(tokens), torch.arange(tokens), indexing="ij")
     allowed = found.mask_mod(0, 0, q, k)
     assert torch.equal(allowed, torch.kron(kept.int(), torch.ones(block, block))[:tokens, :tokens].bool())
+    assert not found.mask_mod(0, 0, q, tokens + torch.arange(-tokens % block)[:, None, None]).any()
     partial = found.kv_num_blocks.sum()
     assert partial == (kept[:, -1].sum() if tokens % block else 0), "the others need no look at single tokens"
     assert flex_mask(kept, block, tokens) is found, "made once"
