@@ -52,7 +52,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
             "max_sequence_length": 512,
             "noise_device": "cpu",
             **dict.fromkeys(("attention_kwargs", "distilled", "sigmas", "timesteps")),
-            **dict.fromkeys(("cache", "fast", "guidance", "guidance_interval")),
+            **dict.fromkeys(("attention", "cache", "fast", "guidance", "guidance_interval")),
         },
         "height": 32,
         "width": 48,

@@ -287,7 +287,7 @@ def test_an_argument_that_the_call_does_not_have():
         TypeError, match=r"^the call has no argument num_inference_step; the nearest is num_inf"
     ):
         pipe.stream("a", num_inference_step=4)
-    with pytest.raises(TypeError, match=r"^the call has no argument zzz; it has attention_kwargs, "):
+    with pytest.raises(TypeError, match=r"^the call has no argument zzz; it has attention, attention_kw"):
         pipe("a", zzz=1)
     recipe = pipe("a", output_type="latent", **SMALL).recipe
     with pytest.raises(TypeError, match=r"has no argument seeds; the nearest is seed$"):
