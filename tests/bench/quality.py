@@ -25,6 +25,7 @@ import torch
 
 from tests.bench.harness import Row, machine
 from wan22 import WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
+from wan22.accel.planning.costs import forward_flops
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 EXACT = "exact"
@@ -44,6 +45,10 @@ STACKS = {
 }
 QUANTIZED = {f"quantize={text}": {"quantize": text} for text in ("fp8", "fp8:low", "fp8:keep=1", "int8")}
 FEWER = {f"{percent} % of the steps": {"steps": percent / 100} for percent in (75, 50, 35)}
+# A miniature's frame has 4 x 4 tokens, and 3 x 3 at 0.75.
+FEWER_TOKENS = {
+    f"resolution_schedule={name}": {"resolution_schedule": name} for name in ("coarse-to-fine", "u")
+}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     EXACT: {},
     **FEWER,
@@ -52,6 +57,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **ATTENTION,
     **STACKS,
     **QUANTIZED,
+    **FEWER_TOKENS,
 }
 # The miniatures' tasks: pipeline, and whether videos start from an image.
 MINIATURES = {
@@ -68,7 +74,7 @@ JUDGED = ("color", "background", "motion", "shape")
 class Measured:
     """A setting's videos, one value for each prompt."""
 
-    passes: list[int] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)  # by their arithmetic, in those at full size
     seconds: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
@@ -96,16 +102,16 @@ def compare(frames: np.ndarray, exact: np.ndarray) -> tuple[float, float, float]
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[list[int]]:
-    """Count the passes in which blocks run."""
-    count, handles = [0], []
+    """List the tokens of each pass in which blocks run."""
+    tokens, handles = list[int](), []
 
-    def add(*_: Any) -> None:
-        count[0] += 1
+    def add(block: Any, arguments: Any) -> None:
+        tokens.append(arguments[0].shape[1])
 
     for model in pipe.transformers:
         handles.append(model.blocks[0].register_forward_pre_hook(add))
     try:
-        yield count
+        yield tokens
     finally:
         for handle in handles:
             handle.remove()
@@ -128,8 +134,11 @@ def quantized(pipe: Any, text: str | None) -> Iterator[None]:
 
 def make(
     pipe: Any, setting: Mapping[str, Any], prompt: Mapping[str, Any], seed: int
-) -> tuple[np.ndarray, int, float]:
-    """Return a video in uint8, the passes that were computed, and its seconds, on a CPU those of its core."""
+) -> tuple[np.ndarray, float, float]:
+    """Return a video in uint8, the passes that were computed, and its seconds, on a CPU those of its core.
+
+    A pass of fewer tokens counts as the share of a whole one's arithmetic that it has.
+    """
     arguments = dict(setting)
     if (share := arguments.pop("steps", None)) is not None:
         arguments["num_inference_steps"] = round(share * pipe.preset.num_inference_steps)
@@ -138,11 +147,13 @@ def make(
         arguments["attention"] = {**arguments["attention"], "block": 2}
     # CPU seconds, for exact videos and others are made minutes apart, beside whatever else runs.
     clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
-    with counted(pipe) as count:
+    with counted(pipe) as tokens:
         start = clock()
         video = pipe(**prompt, seed=seed, **arguments)
         seconds = clock() - start
-    return video.as_uint8()[0], count[0], seconds
+    flops = {count: forward_flops(pipe.any_transformer.config, count) for count in set(tokens)}
+    passes = sum(flops[count] for count in tokens) / flops[max(tokens)]
+    return video.as_uint8()[0], passes, seconds
 
 
 def measure(
@@ -195,7 +206,7 @@ def table(rows: Sequence[Row]) -> str:
         fall = "" if r["fall"] is None else f"{max(0.0, 100 * r['fall']):.0f}"
         psnr = "" if r["name"] == EXACT else f"{r['psnr']:.1f} ({r['psnr_worst']:.1f}) dB"
         lines.append(
-            f"| `{r['name']}` | {r['passes']:g} | {r['fewer']:.2f}× | {r['faster']:.2f}× | {psnr} "
+            f"| `{r['name']}` | {r['passes']:.3g} | {r['fewer']:.2f}× | {r['faster']:.2f}× | {psnr} "
             f"| {r['ssim']:.3f} | {r['distance']:.3f} | {fall} |"
         )
     return "\n".join(lines)
@@ -235,6 +246,7 @@ _SERIES: Mapping[str, tuple[Any, str]] = {
     "guidance_interval=(0, 0.7)": (lambda name: name.startswith("guidance_interval"), "v"),
     "attention=radial": (lambda name: name == "attention=radial", "*"),
     "a cache and guidance=gated": (lambda name: "+" in name, "P"),
+    "resolution_schedule": (lambda name: name.startswith("resolution_schedule"), "*"),
     "75, 50 and 35 % of the steps": (lambda name: name.endswith("steps"), "X-"),
 }
 

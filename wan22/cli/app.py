@@ -59,6 +59,7 @@ REPLACED = ("image", "last_image", "prompt", "negative_prompt", "seed")
 PLANNED = (
     *("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt"),
     *("guidance_scale", "guidance", "guidance_interval", "cache", "attention", "fast"),
+    "resolution_schedule",
 )
 PLACED = ("dtype", "device", "memory", "quantize", "revision")
 ENCODING = ("model", "dtype", "device", "revision")

@@ -43,6 +43,8 @@ HELP = {
     "attention": "What self-attention leaves out: radial or sparge; or JSON with settings: "
     '{"method": "radial", "decay": 0.5}',
     "cache": "Skip passes: easy, mag or taylor, with :low, :medium or :high error; or a file of ratios.",
+    "resolution_schedule": "Fewer tokens for a while: coarse-to-fine or u; or JSON with scales of both sides "
+    "and the shares of the steps at which they end: [[0.75, 0.5]]",
     "distilled": "Settings of distilled weights: lightning-4, lightning-3-phase, rcm-4, rcm-4-ode, turbo, "
     "turbo-ode or fastwan-3; or JSON with a table of your own.",
     "preview": "File that shows the video while it is made: .png, .gif, .webp.",

@@ -1,11 +1,12 @@
 """The pipeline that the options of a command describe, without its weights: what checks and plans need."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checks import shown
+from ..video.recipe import sizes_in_words
 from .loading import PARTS, check_source, dtype_of, find_model, hub_options, preset_of, quantization_of
 from .options import Loading
 from .signatures import PIPELINES
@@ -28,20 +29,23 @@ class Settings:
     guidance: tuple[float, ...]  # scales of the experts, high noise first, or of each step
     passes: int  # of a transformer, in all steps of one video; at most so many, if latents have a say
     all_passes: int  # those without a step cache
+    work: float  # arithmetic of the passes in passes at full size
     cache: str | None = None  # the step cache's name
     residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
     attention: str | None = None  # what sparse self-attention computes, in words
+    sizes: tuple[tuple[int, int, int], ...] = ()  # width, height, steps of the parts of a resolution schedule
 
     def __str__(self) -> str:
         many = "" if self.videos == 1 else f"{self.videos} x "
         shift = "custom schedule" if self.shift is None else f"shift {self.shift:g}"
         formula = f"{self.formula} " if self.formula else ""
         scales = " and ".join(f"{scale:g}" for scale in self.guidance)
+        parts = f" ({sizes_in_words(self.sizes)})" if self.sizes else ""
         if len(self.guidance) > 2:
             scales = f"{min(self.guidance):g} to {max(self.guidance):g}"
         return (
             f"{many}{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps "
-            f"({self.num_frames / self.fps:.2g} s), {self.steps} steps of {self.solver}, {shift}, "
+            f"({self.num_frames / self.fps:.2g} s), {self.steps} steps{parts} of {self.solver}, {shift}, "
             f"{formula}guidance {scales}"
         )
 
@@ -110,16 +114,18 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     from ..pipelines.call.prepare import check, guidance_over, schedule
     from ..pipelines.call.preview import Previewer
     from ..pipelines.call.request import Request
+    from ..pipelines.call.resolution import sizes_of
     from ..pipelines.call.schedule import scheduler_shift
 
     request = with_distilled(with_fast(pipe, pipe.with_inputs(Request.of(type(pipe).__call__, call))))
     checked = check(pipe, request)
     generators_of(request, checked.videos, lambda: 0)
-    scheduler, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"))
+    scheduler, _, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"), checked.parts)
     check_schedule(checked.cache, request, scheduler, steps)
     guidance = guidance_over(steps, pipe, checked)
     passes = list(map(len, guidance.passes(steps)))
     computed = computed_steps(checked.cache, places_of(steps))
+    runs = [count if runs else 0 for count, runs in zip(passes, computed, strict=True)]
     if request.preview is not None:
         Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
     attention = checked.attention
@@ -138,9 +144,28 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
         shift=None if given else shift,
         formula=(guidance.arguments["guidance"] or {}).get("name", ""),
         guidance=tuple(scales[0] if isinstance(scales[0], list) else filter(None, scales)),
-        passes=sum(count for count, runs in zip(passes, computed, strict=True) if runs),
+        passes=sum(runs),
         all_passes=sum(passes),
+        work=_work(pipe, checked, steps, runs),
         cache=None if checked.cache is None else checked.cache.method,
         residuals=0 if checked.cache is None else checked.cache.residuals,
         attention=None if attention is None else described(attention, checked.grid, pipe, len(steps)),
+        sizes=sizes_of(steps),
+    )
+
+
+def _work(pipe: Any, checked: Any, steps: Sequence[Any], runs: Sequence[int]) -> float:
+    """Return the arithmetic of so many passes at each step, in passes at full size."""
+    from ..accel.planning.costs import forward_flops
+
+    config = pipe.any_transformer.config
+
+    def flops(width: int, height: int) -> float:
+        _, frames, rows, columns = pipe.latent_shape(checked.num_frames, height, width)
+        _, per_row, per_column = config.patch_size
+        return forward_flops(config, frames * (rows // per_row) * (columns // per_column))
+
+    full = checked.width, checked.height
+    return sum(
+        count * flops(*(step.size or full)) / flops(*full) for count, step in zip(runs, steps, strict=True)
     )

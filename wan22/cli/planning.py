@@ -85,6 +85,8 @@ def _in_words(found: Mapping[str, Any]) -> dict[str, str]:
         passes = f"at most {passes}, in place of {settings['all_passes']}, by the cache {settings['cache']}"
     elif settings["cache"] is not None:
         passes = f"{passes}, less what the cache {settings['cache']} skips as it goes"
+    if settings["sizes"]:
+        passes += f", as much arithmetic as {settings['work']:.3g} at full size"
     words["passes"] = passes
     if settings["attention"] is not None:
         words["attention"] = f"{settings['attention']}; the time is with all of them"

@@ -38,6 +38,7 @@ from .call.phases import phase
 from .call.prepare import prepare
 from .call.preview import Previewer
 from .call.request import Prompt, Request, check_recorded
+from .call.resolution import ConditionBySize, resized
 from .call.schedule import take_step
 from .call.text import encode_prompt, pad_tokens, warn_of_unknown_words
 from .parts import PipelineParts
@@ -74,6 +75,13 @@ class WanPipeline(PipelineParts):
     def make_condition(self, call: Call) -> Condition:
         """Return what the transformer gets beside text."""
 
+    def make_conditions(self, call: Call) -> Condition:
+        """Return what the transformer gets beside text, at each size that the schedule has."""
+        if len(call.sizes) == 1:
+            return self.make_condition(call)
+        cells = {size: self.latent_shape(1, size[1], size[0])[2:] for size in call.sizes}
+        return ConditionBySize({cells[size]: self.make_condition(call.at(size)) for size in call.sizes})
+
     def make_denoiser(self, call: Call, embeds: TextEmbeds, condition: Condition) -> Denoiser:
         """Return what predicts the velocity of a step."""
         return GuidedDenoiser(self.make_predictor(call, condition), embeds, call.guidance, call.state)
@@ -101,7 +109,7 @@ class WanPipeline(PipelineParts):
                     with phase(self, "encoding the prompt", call.size):
                         embeds = self.encode(call)
                     with phase(self, "encoding the image", call.size):
-                        condition = self.make_condition(call)
+                        condition = self.make_conditions(call)
                     latents = self.draw_latents(call)
                     latents = self.denoise(call, latents, embeds, condition, previewer)
                     result = self.finish(call, latents)
@@ -257,7 +265,8 @@ class WanPipeline(PipelineParts):
         if given is not None:
             latents = given.to(device, torch.float32)
         else:
-            shape = self.latent_shape(recipe.num_frames, recipe.height, recipe.width)
+            width, height = call.sizes[0]
+            shape = self.latent_shape(recipe.num_frames, height, width)
             latents = draw(call.generators, shape, device)
         return latents if call.few_steps is None else call.few_steps.noise_scale * latents
 
@@ -315,7 +324,8 @@ class WanPipeline(PipelineParts):
                 if interrupt:
                     break
             finite.finish()
-        return latents
+        # A call that was stopped may be at a smaller size than it was asked for.
+        return resized(latents, self.latent_shape(1, call.recipe.height, call.recipe.width)[2:])
 
     def _align_transformers(self) -> None:
         """Bring the weights where kernels want them, those of models that a callback put in place, too."""

@@ -135,6 +135,7 @@ class WanI2VPipeline(WanPipeline):
         cache: Any = None,
         attention: Any = None,
         fast: str | None = None,
+        resolution_schedule: Any = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -291,12 +292,14 @@ class WanI2VPipeline(WanPipeline):
     def fitted(self, picture: Picture, call: Call) -> torch.Tensor:
         """Return an image at a call's size, "1 3 1 h w" in [-1, 1]."""
         request = call.request
-        size = call.recipe.width, call.recipe.height
-        tokens = self.config.expand_timesteps
+        size, tokens = call.full_size, self.config.expand_timesteps
         # Where an image has its own best size, less than a cell of stretching brings it there.
         follows = request.height is None and self.best_size(picture, self._area(request)) == size
         fit: Fit = request.fit or ("stretch" if follows and not tokens else "crop")
-        return fit_picture(picture, size, fit, lanczos if tokens else bicubic).pixels[None, :, None]
+        resize = lanczos if tokens else bicubic
+        fitted = fit_picture(picture, size, fit, resize)
+        # In a part of the schedule at another size, the image shows the same.
+        return resize(fitted, call.part or size).pixels[None, :, None]
 
     def encode_frames(self, images: Sequence[torch.Tensor], num_frames: int) -> torch.Tensor:
         """Encode a first and perhaps a last frame "1 3 1 h w" as the transformer takes them, "1 c t h w"."""

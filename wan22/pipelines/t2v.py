@@ -72,6 +72,7 @@ class WanT2VPipeline(WanPipeline):
         cache: Any = None,
         attention: Any = None,
         fast: str | None = None,
+        resolution_schedule: Any = None,
         preview: Any = None,
         preview_every: int | None = None,
         preview_decoder: Any = None,
@@ -91,7 +92,7 @@ class WanT2VPipeline(WanPipeline):
             guidance_scale_2: scale of the low-noise expert.
             num_videos_per_prompt: videos of each prompt, one after the other.
             generator: source of the noise, one or one per video.
-            latents: noise to start from, "b c t h w".
+            latents: noise to start from, "b c t h w", of the size of the first part of a resolution_schedule.
             prompt_embeds: in place of prompt, "b l d" with up to 512 tokens; `encode_prompt` makes them.
             negative_prompt_embeds: in place of negative_prompt.
             output_type: "np", "pil", "pt" or "latent", see WanVideo.frames; or "stream", see `stream`.
@@ -122,6 +123,9 @@ class WanT2VPipeline(WanPipeline):
                 RadialAttention(decay=0.5). Default is None: nothing.
             fast: "low", "medium" or "high": how much faster, by the step cache with the least known error
                 for the checkpoint; the log and the recipe say which.
+            resolution_schedule: fewer tokens for a while: pairs (scale, until) of parts of the schedule, such
+                as [(0.75, 0.5)]: half of the steps run at 0.75 of both sides, the rest at full size. Or
+                "coarse-to-fine", which is this, or "u", which has smaller sides in the middle.
             preview: what shows the video while it is made, from the latents as they will be: True, in place
                 in a notebook, otherwise preview.png; a path that ends in .png, .gif or .webp and is written
                 anew each time; or a function that gets a `Preview`.

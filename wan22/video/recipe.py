@@ -68,6 +68,7 @@ class Recipe:
         versions: versions of the packages.
         steps_done: steps after which the run was stopped; None: it went to its end.
         passes: with a step cache, for each video the passes that were computed, and of how many.
+        sizes: with a resolution schedule, width, height and number of steps of each of its parts.
         not_reproducible_because: why the call alone does not give the video again; None if it does.
         outside: whether it was read, and anybody may have written it; what it names is not opened unasked.
     """
@@ -93,6 +94,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     steps_done: int | None = None
     passes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int, int], ...] = ()
     not_reproducible_because: str | None = None
     outside: bool = field(default=False, compare=False, repr=False)
 
@@ -127,8 +129,9 @@ class Recipe:
         formula = "" if guidance is None else f"{cut(guidance['name'])} "
         shift = call.get("flow_shift")
         size = f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps"
+        parts = f" ({sizes_in_words(self.sizes)})" if self.sizes else ""
         return (
-            f"{self.checkpoint}: {len(self.seeds)} x {size}, {self.num_inference_steps} steps of "
+            f"{self.checkpoint}: {len(self.seeds)} x {size}, {self.num_inference_steps} steps{parts} of "
             f"{self.scheduler}, {'custom schedule' if shift is None else f'shift {shift:g}'}, "
             f"{formula}guidance {scales}, seeds {cut(', '.join(map(str, self.seeds)))}"
         )
@@ -142,6 +145,7 @@ class Recipe:
         rows = {
             **{name: as_words(value) for name, value in told.items()},
             "scheduler": f"{self.scheduler}, {self.num_inference_steps} steps",
+            "sizes": cut(sizes_in_words(self.sizes)),
             "passes computed": passes,
             "LoRAs": ", ".join(f"{lora.name} {as_words(lora.strengths)}" for lora in self.loras),
             "dtypes": as_words(self.dtypes),
@@ -218,13 +222,19 @@ class Recipe:
         values["loras"] = tuple(UsedLora(**_known(UsedLora, lora)) for lora in values.get("loras", ()))
         for name in ("scheduler_config", "changes", "pictures"):
             values[name] = frozen(values.get(name, {}))
-        values["passes"] = frozen(values.get("passes", ()))
+        for name in ("passes", "sizes"):
+            values[name] = frozen(values.get(name, ()))
         return cls(**values, outside=True)
 
 
 def stopped_after(step: int, recipe: Recipe) -> Recipe:
     """Return the recipe of a call that was stopped after a step, counted from 1."""
     return replace(recipe, steps_done=step, not_reproducible_because=f"it was stopped after step {step}")
+
+
+def sizes_in_words(sizes: Sequence[tuple[int, int, int]]) -> str:
+    """Return what a recipe's sizes say: "10 at 48x48, 10 at 64x64"."""
+    return ", ".join(f"{steps} at {width}x{height}" for width, height, steps in sizes)
 
 
 def with_passes(recipe: Recipe, passes: Mapping[int, tuple[int, int]]) -> Recipe:

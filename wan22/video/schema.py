@@ -78,11 +78,14 @@ def _list(of: Check, least: int = 0) -> Check:
     return check
 
 
-def _pair(entry: str, value: Any) -> None:
-    if not isinstance(value, list) or len(value) != 2:
-        raise _wrong(entry, value, "two whole numbers")
-    for inner in value:
-        _whole(0)(entry, inner)
+def _wholes(count: int) -> Check:
+    def check(entry: str, value: Any) -> None:
+        if not isinstance(value, list) or len(value) != count:
+            raise _wrong(entry, value, f"{count} whole numbers")
+        for inner in value:
+            _whole(0)(entry, inner)
+
+    return check
 
 
 def _table(of: Check) -> Check:
@@ -166,6 +169,7 @@ _CALL = _record(
         # Settings, not the name of a file: what a recipe names is not opened unasked.
         "cache": _or_null(_table(_any)),
         "attention": _or_null(_table(_any)),
+        "resolution_schedule": _or_null(_list(_list(_number))),
         "noise_device": _or_null(_name),
         "fit": _or_null(_name),
         "attention_kwargs": _or_null(_table(_any)),
@@ -205,7 +209,8 @@ OTHERS: dict[str, Check] = {
     "device": _text(_LONGEST_NAME),
     "versions": _table(_name),
     "steps_done": _or_null(_whole(0)),
-    "passes": _list(_pair),
+    "passes": _list(_wholes(2)),
+    "sizes": _list(_wholes(3)),
     "not_reproducible_because": _or_null(_text(_LONGEST_NAME)),
 }
 _RECIPE = _record(NEEDED, OTHERS)

@@ -28,6 +28,8 @@ GUIDANCE = {
     "interval": {"guidance_interval": (0.2, 0.8)},
 }
 
+# The rows and columns of half of the steps are half as many.
+FEWER_TOKENS = {"resolution_schedule": [(0.5, 0.5)]}
 # It leaves out some of 40 tokens, from the first step on.
 SPARSE = {"attention": RadialAttention(0.1, block=2, dense_steps=0), "width": 64, "num_frames": 17}
 DENSE = {**SPARSE, "attention": None}
@@ -142,4 +144,44 @@ def test_sparse_attention_and_few_steps():
     sparse = {**SPARSE, "attention": RadialAttention(0.1, block=2)}
     video = latents(pipe, **given, **sparse)
     assert not torch.equal(video.frames, latents(pipe, **given, **DENSE).frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_fewer_tokens_and_caches(cache):
+    pipe, (skipping, nothing) = random_pipeline(), CACHES[cache]
+    exact = latents(pipe, **FEWER_TOKENS)
+    assert torch.equal(latents(pipe, **FEWER_TOKENS, cache=nothing).frames, exact.frames)
+    video = latents(pipe, **FEWER_TOKENS, cache=skipping)
+    ((computed, of),) = video.recipe.passes
+    assert computed < of and video.frames.isfinite().all()
+    together = latents(pipe, ["b", "a"], **FEWER_TOKENS, cache=skipping, seed=[3, 7])
+    assert torch.equal(together.frames[1:], video.frames)
+    assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_fewer_tokens_and_guidance(guidance):
+    """Beside a step cache as well."""
+    pipe = random_pipeline()
+    for cache in (None, CACHES["easy"][0]):
+        video = latents(pipe, **FEWER_TOKENS, **GUIDANCE[guidance], cache=cache)
+        assert video.frames.isfinite().all()
+        together = latents(pipe, ["b", "a"], **FEWER_TOKENS, **GUIDANCE[guidance], cache=cache, seed=[3, 7])
+        assert torch.equal(together.frames[1:], video.frames)
+        assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
+
+
+def test_few_steps_and_fewer_tokens_are_refused():
+    given = {"distilled": FewSteps((1000, 900)), "num_inference_steps": None, "flow_shift": None}
+    with pytest.raises(ValueError, match="resolution_schedule= and distilled=: each of so few steps counts"):
+        latents(random_pipeline(), **given, **FEWER_TOKENS)
+
+
+def test_sparse_attention_and_fewer_tokens():
+    """Each size has a mask of its own."""
+    pipe = random_pipeline()
+    video = latents(pipe, **FEWER_TOKENS, **SPARSE)
+    assert video.frames.isfinite().all()
+    assert not torch.equal(video.frames, latents(pipe, **FEWER_TOKENS, **DENSE).frames)
     assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)

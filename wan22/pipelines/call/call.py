@@ -1,7 +1,7 @@
 """A checked call: its arguments completed with the checkpoint's settings, and all that its run needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from .callback import StepCallback
 from .experts import Step
 from .guidance.scales import Guidance
 from .request import Request
+from .resolution import Size
 from .state import CallState
 
 
@@ -33,6 +34,21 @@ class Call:
     few_steps: FewSteps | None = None  # of a distilled checkpoint or LoRA
     cache: StepCache | None = None
     attention: SparseAttention | None = None
+    part: Size | None = None  # width and height of a part of the schedule that this call stands in for
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Width and height at which steps run, each once, the first step's first."""
+        return list(dict.fromkeys(step.size or self.full_size for step in self.steps))
+
+    @property
+    def full_size(self) -> Size:
+        """The videos' width and height."""
+        return self.recipe.width, self.recipe.height
+
+    def at(self, size: Size) -> "Call":
+        """Return the call as conditions are made for it, for steps at a size."""
+        return replace(self, part=size)
 
     @property
     def size(self) -> dict[str, int]:

@@ -38,13 +38,13 @@ class GuidedDenoiser:
     def __init__(self, predict: Predictor, embeds: TextEmbeds, guidance: Guidance, state: CallState) -> None:
         self.predict, self.embeds, self.guidance, self.state = predict, embeds, guidance, state
         self._last = LastBoth()
-        self._expert: Any = None  # of whose predictions the memories are
+        self._stage: Any = None  # whose predictions the memories are of
         self._memories: list[Memory] = []
 
     def __call__(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the guided velocity of noisy latents, both "b c t h w" float32."""
-        if step.expert != self._expert:  # whose predictions are of other statistics
-            self._expert, self._memories = step.expert, [{} for _ in latents]
+        if step.stage != self._stage:  # whose predictions are of other statistics, or another shape
+            self._stage, self._memories = step.stage, [{} for _ in latents]
         guider, scale = self.guidance.guider, self.guidance.scale_at(step)
         if self._negative is None:
             scale = 1

@@ -46,6 +46,12 @@ class Step:
     expert: Expert
     next_expert: Expert | None  # the next step's, if that is another one
     lora_scales: Mapping[str, float] | None = None  # factors of adapters' strengths in it, by their names
+    size: tuple[int, int] | None = None  # width and height in pixels, where they change in the schedule
+
+    @property
+    def stage(self) -> tuple[Expert, tuple[int, int] | None]:
+        """What predictions of earlier steps must share to be of use: the expert, and the size."""
+        return self.expert, self.size
 
     @property
     def number(self) -> int:

@@ -29,6 +29,14 @@ from .guidance.named import as_guider, not_recordable
 from .guidance.scales import CheckedGuidance, Guidance, check_interval, check_scales
 from .noise import generators_of, not_reproducible_because, seeds_of
 from .request import Request, plain
+from .resolution import (
+    Part,
+    SizedSolver,
+    checked_parts,
+    read_resolution_schedule,
+    sizes_of,
+    stages_of,
+)
 from .schedule import changed_by_hand, scheduler_for, scheduler_shift
 from .state import CallState
 from .text import check_prompts, check_text_encoder
@@ -51,6 +59,7 @@ class Checked:
     cache: StepCache | None
     attention: SparseAttention | None
     grid: Grid
+    parts: tuple[Part, ...]  # of a schedule in which the size changes
 
 
 def check(pipe: PipelineParts, request: Request) -> Checked:
@@ -68,14 +77,16 @@ def check(pipe: PipelineParts, request: Request) -> Checked:
     if request.output_type == "stream" and videos > 1:
         raise ValueError(f"{videos} videos cannot be streamed together; ask for one at a time")
     height, width, num_frames = _size(pipe, request)
+    parts = checked_parts(pipe, request, (width, height))
     if request.latents is not None:
-        check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, height, width)))
+        w, h = parts[0].size if parts else (width, height)  # noise to start from
+        check_latents(request.latents, (videos, *pipe.latent_shape(num_frames, h, w)))
     callback = _callback(request, pipe._callback_tensor_inputs)
     guidance = _guidance(pipe, request)
     cache, grid = checked_cache(pipe, request), pipe.token_grid(num_frames, height, width)
     attention = checked_attention(pipe, request, grid)
     sizes = videos, height, width, num_frames
-    return Checked(prompts, negatives, *sizes, guidance, callback, cache, attention, grid)
+    return Checked(prompts, negatives, *sizes, guidance, callback, cache, attention, grid, parts)
 
 
 def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
@@ -95,7 +106,9 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos, residuals)
     generators = generators_of(request, checked.videos, pipe.draw_seed)
     with state.stepping:
-        scheduler, steps = schedule(pipe, request, state.scheduler, pipe._execution_device)
+        scheduler, solver, steps = schedule(
+            pipe, request, state.scheduler, pipe._execution_device, checked.parts
+        )
     check_schedule(checked.cache, request, scheduler, steps)
     guidance = guidance_over(steps, pipe, checked)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
@@ -110,6 +123,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         **guidance.arguments,
         "cache": None if checked.cache is None else checked.cache.plain(),
         "attention": None if checked.attention is None else checked.attention.plain(),
+        "resolution_schedule": read_resolution_schedule(request.resolution_schedule),
         **_completed_schedule(given, scheduler, count),
         **_completed_size(checked.height, checked.width, pipe.followed_area(request)),
     }
@@ -122,6 +136,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         scheduler=type(scheduler).__name__,
         num_inference_steps=count,
         pictures=request.image_marks(),
+        sizes=sizes_of(steps),
         not_reproducible_because=not_reproducible_because(request, generators, guided)
         or not_recordable(guidance.guider)
         or changed_by_hand(state.scheduler),
@@ -130,7 +145,7 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     hint_at_settings(recipe)
     if checked.attention is not None:
         logger.info("%s", described(checked.attention, checked.grid, pipe, len(steps)))
-    state.scheduler = scheduler
+    state.scheduler = solver
     state.start(recipe, guided, len(steps))
     texts = checked.prompts, checked.negative_prompts
     return Call(
@@ -142,14 +157,19 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     )
 
 
-def schedule(pipe: Any, request: Request, scheduler: Any, device: torch.device) -> tuple[Any, list[Step]]:
-    """Return a request's scheduler, its schedule set, and the steps with their experts."""
+def schedule(
+    pipe: Any, request: Request, scheduler: Any, device: torch.device, parts: Sequence[Part]
+) -> tuple[Any, Any, list[Step]]:
+    """Return a request's scheduler, its schedule set; what takes the steps; and these, with their experts."""
     scheduler = scheduler_for(request, scheduler, device, pipe.preset.num_inference_steps)
     ratio = pipe.config.boundary_ratio
     boundary = None if ratio is None else ratio * scheduler.config.num_train_timesteps
     settings = request.distilled
-    scales = lora_scales(pipe, settings)
-    return scheduler, Experts(pipe, boundary, settings).steps(scheduler, scales)
+    experts, scales = Experts(pipe, boundary, settings), lora_scales(pipe, settings)
+    if not parts:
+        return scheduler, scheduler, experts.steps(scheduler, scales)
+    solver = SizedSolver(stages_of(pipe, request, scheduler, parts))
+    return scheduler, solver, solver.sized(experts.steps(solver, scales))
 
 
 def guidance_over(steps: Sequence[Step], pipe: PipelineParts, checked: Checked) -> Guidance:

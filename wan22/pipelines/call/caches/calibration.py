@@ -55,7 +55,7 @@ class MeasuringPredictor:
     def __call__(self, latents: Any, step: Any, passes: Any, videos: Any) -> dict[str, torch.Tensor]:
         """Return what each pass predicts for some of the videos, "n c t h w" float32."""
         place = self.calibration.places[step.index]
-        if place.index == 0:
+        if place.begins:
             self._norms = {}
 
         def keep(name: str, video: int, residual: torch.Tensor) -> None:

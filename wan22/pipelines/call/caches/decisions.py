@@ -78,7 +78,7 @@ def computed_steps(cache: StepCache | None, places: Sequence[Place]) -> list[boo
     found: list[bool] = []
     decision: Decision | None = None
     for place in places:
-        if place.index == 0:
+        if place.begins:
             decision = None if cache is None else decision_of(cache, place)
         skipped = False
         if cache is not None and decision is not None:

@@ -18,7 +18,7 @@ from .settings import StepCache
 
 
 class Track:
-    """What a cache knows of one video since its expert took over."""
+    """What a cache knows of one video since its expert took over, or its size changed."""
 
     def __init__(self) -> None:
         self.texts: dict[str, torch.Tensor] = {}  # of the passes of the last computed step
@@ -32,7 +32,7 @@ class SkippingPredictor:
 
     The first pass, that with the prompt, decides for all passes of the step. A step is computed if one of its
     passes was none of the last computed step's, or had another prompt. Videos decide by themselves, and those
-    of a batch are what they are alone. Nothing is kept when another expert takes over.
+    of a batch are what they are alone. Nothing is kept when another expert takes over or the size changes.
 
     Args:
         inner: runs the transformer.
@@ -52,7 +52,7 @@ class SkippingPredictor:
     ) -> dict[str, torch.Tensor]:
         """Return what each pass predicts for some of the videos, "n c t h w" float32."""
         place = self._places[step.index]
-        if place.index == 0 or step.expert.model is not self._model:  # a callback may replace it
+        if place.begins or step.expert.model is not self._model:  # a callback may replace it
             self._tracks, self._model = {}, step.expert.model
         skips = self._skips(place, latents, passes, videos)
         computed = [video for video, skip in zip(videos, skips, strict=True) if not skip]

@@ -14,7 +14,7 @@ from ..experts import Step
 
 # What each pass predicts for one video, "1 c t h w" float32, by the passes' names.
 Predictions = Mapping[str, torch.Tensor]
-# What a formula keeps of one video from step to step: made anew for each call, and for each expert.
+# What a formula keeps of one video from step to step: made anew for each call, each expert, and each size.
 Memory = dict[str, Any]
 
 
@@ -55,7 +55,7 @@ class Guider:
     def passes(self, step: Step, scale: float, since: int | None) -> Mapping[str, PassSettings]:
         """Return the passes that a step needs, by name; without any its velocity is zero.
 
-        `since`: steps since c and u were last predicted together, by this expert; None: not yet.
+        `since`: steps since c and u were last predicted together, by this expert at this size; None: not yet.
         """
         return UNGUIDED if scale == 1 else GUIDED
 

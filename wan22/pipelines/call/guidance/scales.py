@@ -15,20 +15,20 @@ Scale = float | Sequence[float] | Callable[[float], float]
 
 
 class LastBoth:
-    """Remembers at which step both predictions were last made by the expert at work."""
+    """Remembers at which step both predictions were last made, by the expert at work and at its size."""
 
     def __init__(self) -> None:
-        self._expert: Any = None
+        self._stage: Any = None
         self._index: int | None = None
 
     def since(self, step: Step) -> int | None:
-        """Return the steps since then; None: this expert has not yet made both."""
-        return None if self._index is None or step.expert != self._expert else step.index - self._index
+        """Return the steps since then; None: this expert has not yet made both at this size."""
+        return None if self._index is None or step.stage != self._stage else step.index - self._index
 
     def note(self, step: Step, passes: Iterable[str]) -> None:
         """Take note of the passes of a step."""
-        if step.expert != self._expert:
-            self._expert, self._index = step.expert, None
+        if step.stage != self._stage:
+            self._stage, self._index = step.stage, None
         if "uncond" in passes:
             self._index = step.index
 
