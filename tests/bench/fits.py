@@ -17,6 +17,7 @@ from wan22.accel.offload.layout import blocks_of
 from wan22.accel.planning.costs import Task
 from wan22.accel.planning.machine import CONTEXT, GB, Machine
 from wan22.accel.planning.meta_models import released_models
+from wan22.accel.planning.passes import GUIDED
 from wan22.accel.planning.planner import _candidates
 from wan22.accel.planning.plans import Plan
 from wan22.accel.quantize import quantize
@@ -64,7 +65,7 @@ def task_of(case: Case, stored: str) -> Task:
             quantize(model, "fp8")
         elif stored == "GGUF Q4":
             store_in_blocks(model)
-    return Task(case.name, models, case.size, None, True, stored=in_files)
+    return Task(case.name, models, case.size, None, GUIDED, stored=in_files)
 
 
 def store_in_blocks(model: nn.Module) -> None:

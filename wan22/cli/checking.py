@@ -148,8 +148,8 @@ def plan_of(pipe: Any, settings: Settings, loading: Loading) -> Any:
     names = ("height", "width", "num_frames", "videos", "residuals")
     size = {name: getattr(settings, name) for name in names}
     device = None if vram is not None else loading.device
-    guided = settings.all_passes > settings.steps
-    return plan(pipe, **size, vram=vram, quantize=quantization_of(loading), guided=guided, device=device)
+    passes = settings.kinds
+    return plan(pipe, **size, vram=vram, quantize=quantization_of(loading), passes=passes, device=device)
 
 
 def check_room(path: Path, settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """The pipeline that the options of a command describe, without its weights: what checks and plans need."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ class Settings:
     guidance: tuple[float, ...]  # scales of the experts, high noise first, or of each step
     passes: int  # of a transformer, in all steps of one video; at most so many, if latents have a say
     all_passes: int  # those without a step cache
-    work: float  # arithmetic of the passes in passes at full size
+    work: float  # arithmetic of these passes, in plain ones at full size
+    kinds: tuple[Any, ...]  # passes of the step that takes the most, as `wan22.accel.plan` takes them
+    step_work: float  # arithmetic of these, likewise
     cache: str | None = None  # the step cache's name
     residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
     attention: str | None = None  # what sparse self-attention computes, in words
@@ -104,6 +106,7 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     """
     import torch
 
+    from ..accel.planning.passes import most_of
     from ..pipelines.call.attention import described
     from ..pipelines.call.caches.checked import check_schedule
     from ..pipelines.call.caches.decisions import computed_steps
@@ -123,9 +126,9 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     scheduler, _, steps = schedule(pipe, request, pipe.scheduler, torch.device("cpu"), checked.parts)
     check_schedule(checked.cache, request, scheduler, steps)
     guidance = guidance_over(steps, pipe, checked)
-    passes = list(map(len, guidance.passes(steps)))
+    kinds = guidance.kinds(steps)
     computed = computed_steps(checked.cache, places_of(steps))
-    runs = [count if runs else 0 for count, runs in zip(passes, computed, strict=True)]
+    runs = [passes if computes else () for passes, computes in zip(kinds, computed, strict=True)]
     if request.preview is not None:
         Previewer(request.preview, pipe.vae, 1, request.preview_every, request.preview_decoder)
     attention = checked.attention
@@ -144,9 +147,11 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
         shift=None if given else shift,
         formula=(guidance.arguments["guidance"] or {}).get("name", ""),
         guidance=tuple(scales[0] if isinstance(scales[0], list) else filter(None, scales)),
-        passes=sum(runs),
-        all_passes=sum(passes),
-        work=_work(pipe, checked, steps, runs),
+        passes=sum(map(len, runs)),
+        all_passes=sum(map(len, kinds)),
+        work=_work(pipe, checked, zip(runs, (step.size for step in steps), strict=True)),
+        kinds=most_of(kinds),
+        step_work=_work(pipe, checked, [(most_of(kinds), None)]),
         cache=None if checked.cache is None else checked.cache.method,
         residuals=0 if checked.cache is None else checked.cache.residuals,
         attention=None if attention is None else described(attention, checked.grid, pipe, len(steps)),
@@ -154,18 +159,17 @@ def settings_of(pipe: Any, call: Mapping[str, Any]) -> Settings:
     )
 
 
-def _work(pipe: Any, checked: Any, steps: Sequence[Any], runs: Sequence[int]) -> float:
-    """Return the arithmetic of so many passes at each step, in passes at full size."""
+def _work(pipe: Any, checked: Any, steps: Iterable[tuple[Sequence[Any], Any]]) -> float:
+    """Return the arithmetic of the passes of steps at their sizes, in plain passes at full size."""
     from ..accel.planning.costs import forward_flops
 
-    config = pipe.any_transformer.config
+    config, full = pipe.any_transformer.config, (checked.width, checked.height)
+    _, per_row, per_column = config.patch_size
 
-    def flops(width: int, height: int) -> float:
+    def tokens(size: tuple[int, int] | None) -> int:
+        width, height = size or full
         _, frames, rows, columns = pipe.latent_shape(checked.num_frames, height, width)
-        _, per_row, per_column = config.patch_size
-        return forward_flops(config, frames * (rows // per_row) * (columns // per_column))
+        return frames * (rows // per_row) * (columns // per_column)
 
-    full = checked.width, checked.height
-    return sum(
-        count * flops(*(step.size or full)) / flops(*full) for count, step in zip(runs, steps, strict=True)
-    )
+    flops = sum(forward_flops(config, tokens(size), kind) for kinds, size in steps for kind in kinds)
+    return flops / forward_flops(config, tokens(full))

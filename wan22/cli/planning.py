@@ -9,6 +9,7 @@ from typing import Any
 from .checking import Outline, check_all, existing, plan_of
 from .loading import find_model, hub_options, preset_of
 from .options import Loading, Output
+from .outline import Settings
 from .reporting import aligned, print_lines, say
 from .signatures import PIPELINES
 
@@ -45,17 +46,31 @@ def _findings(task: str, loading: Loading, outline: Outline | None) -> dict[str,
     found: dict[str, Any] = {"model": str(loading.model or f"tiny-{task}"), "source": str(source)}
     found |= {"here": Path(source).exists(), "download_bytes": _download(source, task, loading)}
     found |= {"settings": None, "memory": None, "fits": None}
-    found |= {"seconds_per_step": None, "seconds_to_pin": None}
+    found |= {"seconds_per_step": None, "seconds_to_pin": None, "seconds_in_all": None}
     if outline is None:
         return found
     found["settings"] = asdict(outline.settings) | {"text": str(outline.settings)}
+    del found["settings"]["kinds"]  # which are for plans
     try:
         plan = plan_of(outline.pipe, outline.settings, loading)
     except ValueError as error:  # nothing fits; the message says what would
         return found | {"memory": str(error), "fits": False}
     found |= {"memory": str(plan), "fits": True, "device_bytes": plan.device_peak, "host_bytes": plan.host}
     found |= {"seconds_per_step": plan.step_seconds, "seconds_to_pin": plan.pin_seconds}
+    found["seconds_in_all"] = _seconds_in_all(plan, outline.settings)
     return found | {"flop_per_step": plan.step_flops}
+
+
+def _seconds_in_all(plan: Any, settings: Settings) -> float | None:
+    """Return the time of a plan's steps, of fewer passes or fewer tokens as it may be; None if it is unknown.
+
+    Copies of weights, where they take the time, are as many as the passes.
+    """
+    if plan.step_seconds is None:
+        return None
+    copying = plan.step_seconds > 1.001 * plan.step_flops / plan.machine.flops
+    steps = settings.passes / len(settings.kinds) if copying else settings.work / settings.step_work
+    return (plan.pin_seconds or 0.0) + steps * plan.step_seconds
 
 
 def _download(source: str | Path, task: str, loading: Loading) -> int | None:
@@ -122,8 +137,7 @@ def _time_in_words(found: Mapping[str, Any]) -> str:
         return f"unknown, as the GPU is not here; {work}"
     once = found["seconds_to_pin"] or 0.0
     pinned = f" after {once:.3g} s to pin the weights" if once else ""
-    share = found["settings"]["passes"] / found["settings"]["all_passes"]
-    total = f"{once + share * steps * seconds:.3g} s for {steps} steps"
+    total = f"{found['seconds_in_all']:.3g} s for {steps} steps"
     return f"by arithmetic, not measured: {seconds:.3g} s a step, {total}{pinned}"
 
 

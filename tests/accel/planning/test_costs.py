@@ -7,6 +7,7 @@ from tests.builders import random_ti2v_pipeline as ti2v
 from wan22 import accel, presets
 from wan22.accel.planning.costs import Task, cached_bytes, forward_flops
 from wan22.accel.planning.meta_models import meta_copies, released_models
+from wan22.accel.planning.passes import GUIDED
 
 
 @pytest.mark.slow
@@ -16,7 +17,7 @@ from wan22.accel.planning.meta_models import meta_copies, released_models
 )
 def test_decoding_in_little_memory(preset, size, most):
     """Beyond the weights, at real sizes; encoding takes no more."""
-    task = Task(preset.name, released_models(preset), size, None, True)
+    task = Task(preset.name, released_models(preset), size, None, GUIDED)
     peaks = [task.decode(strips, True) for strips in (None, 2, 4, 8, 16)]
     device = [peak.device for peak in peaks]
     assert device == sorted(device, reverse=True)
@@ -35,7 +36,7 @@ def test_decoding_in_little_memory(preset, size, most):
     ids=["t2v", "i2v", "ti2v"],
 )
 def test_frames_that_are_encoded(form, frames):
-    task = Task("a", meta_copies(form().components), (32, 32, 81), None, True)
+    task = Task("a", meta_copies(form().components), (32, 32, 81), None, GUIDED)
     assert task.encoded_frames == frames
 
 

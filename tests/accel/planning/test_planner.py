@@ -27,6 +27,7 @@ from wan22.accel.offload.transfer import CHUNK_BYTES, CHUNKS
 from wan22.accel.planning.costs import Task
 from wan22.accel.planning.machine import CONTEXT, Machine
 from wan22.accel.planning.meta_models import meta_copies, released_models
+from wan22.accel.planning.passes import GUIDED
 from wan22.accel.planning.planner import HOST_WORKSPACE, Computing, _held, _planned, _step_seconds
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
@@ -113,7 +114,7 @@ def test_pinned_memory_is_as_planned(kind):
     plan = next(p for p in plans_of(pipe) if p.placements["transformer"].kind == kind)
     sources = {"text_encoder": "mmap", "vae": "mmap"} | dict.fromkeys(SLOTS, "pinned")
     placements = {n: replace(plan.placements[n], source=source) for n, source in sources.items()}
-    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True)
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, GUIDED)
     plan = _planned(task, plan.machine, placements, plan.strips, Computing(plan.token_chunks, plan.in_turn))
     device = RecordingDevice()
     pipe.apply(plan, device)
@@ -130,7 +131,7 @@ def test_passes_read_streamed_weights_once_where_there_is_room():
     assert "each block for all passes at once, exact" in str(plans[0])
     first = plans[0].placements["transformer"]
     assert not plan_in(pipe, plans[0].device_peak + CONTEXT, guided=False).in_turn, "one pass has no turns"
-    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True, videos=2)
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, GUIDED, videos=2)
     slow_link = Machine(torch.device("cuda"), 1e12, 1e12, flops=1e18, bandwidth=1.0)
     seconds = [_step_seconds(task, slow_link, {"transformer": first}, turns) for turns in (True, False)]
     assert seconds[0] * 4 == pytest.approx(seconds[1])
@@ -297,7 +298,7 @@ def test_without_a_gpu():
 
 
 def test_the_time_to_pin_weights_is_planned(pipe):
-    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, True, anonymous={"transformer": 10**9})
+    task = Task("", meta_copies(pipe.components), (32, 32, 5), None, GUIDED, anonymous={"transformer": 10**9})
     streamed = dict.fromkeys(MODELS, Placement("on_demand")) | dict.fromkeys(
         ("transformer", "transformer_2"), Placement("streamed", source="pinned")
     )
@@ -336,7 +337,7 @@ def host_of(task, placements, **amounts):
 
 def test_what_the_host_holds(pipe):
     """Weights that are pinned, run there, or are in no file; the rest is in files, and passes through."""
-    task = Task("a", meta_copies(pipe.components), (32, 32, 5), None, True)
+    task = Task("a", meta_copies(pipe.components), (32, 32, 5), None, GUIDED)
     sizes = {name: task.bytes_of(name) for name in MODELS}
     on_demand = dict.fromkeys(MODELS, Placement("on_demand"))
     staging, videos = CHUNKS * CHUNK_BYTES, 2 * 3 * 32 * 32 * 5 * 4
@@ -404,7 +405,7 @@ def test_strips_and_their_histories_on_the_host():
     assert (whole.strips, few.strips) == (None, 2)
     assert kinds(few) == kinds(whole)
     assert few.device_peak < whole.device_peak
-    task = Task("a", meta_copies(pipe.components), (256, 256, 9), None, True)
+    task = Task("a", meta_copies(pipe.components), (256, 256, 9), None, GUIDED)
     assert task.decode(2, True).host > task.pixels
     assert few.host - whole.host == task.decode(2, True).host - task.pixels
 

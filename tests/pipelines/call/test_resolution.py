@@ -25,7 +25,7 @@ from wan22 import (
     MagCache,
     TaylorCache,
 )
-from wan22.guidance import Gated
+from wan22.guidance import APG, Gated
 from wan22.pipelines.call.images import bicubic, load_picture
 from wan22.pipelines.call.resolution import SCHEDULES, read_resolution_schedule
 from wan22.video.recipe import Recipe
@@ -286,6 +286,26 @@ def test_gated_guidance_measures_the_difference_anew():
     _, found = computed(pipe, resolution_schedule=HALF, guidance=Gated(after=0.125, refresh=None))
     counts = [found.count(t) for t in dict.fromkeys(found)]
     assert counts == [2, 1, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        APG(momentum=-0.5),
+        diffusers.guiders.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5),
+    ],
+    ids=["apg", "diffusers"],
+)
+def test_formulas_keep_nothing_over_a_switch(guidance):
+    """What they keep has another shape: the step after the switch begins anew."""
+    pipe, seen = random_pipeline(1), []
+
+    def see(pipe, index, timestep, tensors):
+        seen.append(tensors["latents"])
+
+    scale = {"guidance_scale": None} if not isinstance(guidance, APG) else {}
+    video = call(pipe, resolution_schedule=HALF, callback_on_step_end=see, guidance=guidance, **scale)
+    assert video.frames.isfinite().all() and len(seen) == 8
 
 
 def test_ratios_are_those_of_the_experts_steps():

@@ -22,6 +22,7 @@ from ..offload.layout import Placement, blocks_of, bytes_of, device_bytes
 from ..quantization.layers import is_quantized
 from ..quantization.settings import Quantization
 from .meta_models import meta_copy
+from .passes import PLAIN, Passes, PassKind, grouped
 from .trace import TracedDevice, peak_bytes
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -45,7 +46,7 @@ class Task:
     models: dict[str, Any]  # on the meta device, by component name
     size: tuple[int, int, int]  # width, height, frames
     quantize: Quantization | None  # the transformers' quantisation
-    guided: bool  # whether steps have two passes
+    step_passes: Passes  # of each video, in the step that takes the most
     videos: int = 1
     residuals: int = 0  # tensors of the tokens' size that a step cache keeps of each pass and video
     # Bytes of each model's weights that are in host memory and in no file.
@@ -176,11 +177,25 @@ class Task:
     @property
     def passes(self) -> int:
         """Passes of a step, of all videos."""
-        return (1 + self.guided) * self.videos
+        return len(self.step_passes) * self.videos
+
+    def model_runs(self, in_turn: bool = False) -> float:
+        """How often a step needs the blocks' weights, in whole models; once for passes that run in turn."""
+        layers = self.models[self.experts[0]].config.num_layers
+        return sum(
+            (1 - len(kind.skip_layers) / layers) * (1 if in_turn else count * self.videos)
+            for kind, count in grouped(self.step_passes)
+        )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether any passes of a step can run together, block by block."""
+        return any(count * self.videos > 1 for _, count in grouped(self.step_passes))
 
     def step_flops(self) -> float:
         """Floating-point operations of a step."""
-        return self.passes * forward_flops(self.models[self.experts[0]].config, self.tokens)
+        config = self.models[self.experts[0]].config
+        return self.videos * sum(forward_flops(config, self.tokens, kind) for kind in self.step_passes)
 
     def _once(self, key: Any, measure: Callable[[], Any]) -> Any:
         if key not in self._known:
@@ -205,10 +220,17 @@ class Task:
 
     def _passes(self, model: Any, in_turn: bool) -> list[torch.Tensor]:
         """Run a step's passes, of one video or in turn of all; results live until the last one ends."""
-        config, outputs = model.config, []
+        outputs: list[torch.Tensor] = []
+        for kind, count in grouped(self.step_passes):
+            for _ in range(1 if in_turn else count):
+                outputs += self._run(model, kind, count * self.videos if in_turn else 1)
+        return outputs
+
+    def _run(self, model: Any, kind: PassKind, samples: int) -> tuple[torch.Tensor]:
+        """Run a transformer; the blocks that are skipped would add nothing to the peak."""
+        config = model.config
         dtype = model.condition_embedder.text_embedder.linear_1.bias.dtype
         empty = partial(torch.empty, device="meta", dtype=dtype)
-        samples = self.passes if in_turn else 1
         latents = torch.empty(samples, config.in_channels, *self.latent_shape, device="meta")
         if not is_ours(model):
             latents = latents.to(dtype)
@@ -217,10 +239,14 @@ class Task:
         image = None
         if config.image_dim is not None:
             image = empty(samples, config.pos_embed_seq_len or 257, config.image_dim)
-        for _ in range(1 if in_turn else 1 + self.guided):
-            text = empty(samples, MAX_TEXT_TOKENS, config.text_dim)
-            outputs += model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)
-        return outputs
+        text = empty(samples, MAX_TEXT_TOKENS, config.text_dim)
+        guidance: dict[str, Any] = {}
+        if kind.attention is not None:
+            negative = torch.empty_like(text)
+            guidance = {"encoder_hidden_states_negative": negative, "attention_guidance": kind.attention}
+        return model(
+            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False, **guidance
+        )
 
     def _decode(self, strips: int | None, offloaded: bool) -> Peak:
         """Measure three latent frames, of which the first and the second differ from the rest.
@@ -281,13 +307,14 @@ def cached_bytes(tokens: int, dim: int, passes: int, residuals: int = 1, itemsiz
     return tokens * dim * passes * residuals * itemsize
 
 
-def forward_flops(config: Any, tokens: int) -> float:
-    """Return the floating-point operations of a transformer for l video tokens, its embeddings aside."""
+def forward_flops(config: Any, tokens: int, kind: PassKind = PLAIN) -> float:
+    """Return the floating-point operations of a pass for l video tokens, embeddings aside."""
     d = config.num_attention_heads * config.attention_head_dim
-    text = 4 * MAX_TEXT_TOKENS * d * d  # keys and values
-    linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim) + text
-    attention = 4 * tokens * (tokens + MAX_TEXT_TOKENS) * d
-    return float(config.num_layers * (linears + attention))
+    texts = MAX_TEXT_TOKENS * (1 if kind.attention is None else 2)
+    linears = 2 * tokens * (6 * d * d + 2 * d * config.ffn_dim)
+    linears += 4 * texts * d * d  # their keys and values
+    attention = 4 * tokens * (tokens + texts) * d
+    return float((config.num_layers - len(kind.skip_layers)) * (linears + attention))
 
 
 def _encode(model: Any) -> int:

@@ -4,7 +4,7 @@ Times are the slower one of arithmetic and copies, at rates measured on the mach
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..quantize import quantize as quantize_model
 from .costs import Task
 from .machine import GB, Machine
 from .meta_models import meta_copies, released_models
+from .passes import GUIDED, UNGUIDED, PassKind
 from .plans import Phase, Plan
 
 # Parts of the tokens that blocks compute one after the other where memory is short: more save little.
@@ -59,6 +60,7 @@ def plan(
     residuals: int = 0,
     quantize: str | Quantization | None = None,
     guided: bool = True,
+    passes: Sequence[PassKind] | None = None,
     device: str | torch.device | None = None,
 ) -> Plan:
     """Find the fastest way to make a video that fits, without changing the result.
@@ -79,6 +81,8 @@ def plan(
         quantize: "fp8", "int8" or "fp8_dynamic" plans for quantised transformers: that changes the result.
             `wan22.Quantization`, or its text, plans for one expert, or for blocks in full precision.
         guided: whether steps have two passes.
+        passes: in place of guided, those of the step that takes the most, where guidance has others: a pass
+            of fewer layers, or one whose cross-attention keeps away from a negative prompt.
         device: default is the GPU if there is one, "cuda" if vram is given, or else "cpu".
 
     Returns: the plan; print it.
@@ -102,7 +106,8 @@ def plan(
         copied, stored = _copied(target, models), _stored(target, models)
     given = {"width": width, "height": height, "num_frames": num_frames}
     w, h, t = (getattr(preset, n) if value is None else as_number(value) for n, value in given.items())
-    task = Task(name, models, (w, h, t), settings, guided, videos, residuals, anonymous, copied, stored)
+    kinds = (GUIDED if guided else UNGUIDED) if passes is None else tuple(passes)
+    task = Task(name, models, (w, h, t), settings, kinds, videos, residuals, anonymous, copied, stored)
     check_size("width", w, task.cell[0])
     check_size("height", h, task.cell[1])
     check_num_frames(t, strides_of(models["vae"].config)[0])
@@ -191,7 +196,7 @@ def _placements(task: Task, machine: Machine) -> Iterator[tuple[dict[str, Placem
     yield moved, Computing()
     ours = is_ours(task.models[task.experts[0]])
     for chunks in (1, CHUNKS_OF_TOKENS) if ours else (1,):
-        for experts, in_turn in _streamed_experts(task, machine, chunks, ours and task.passes > 1):
+        for experts, in_turn in _streamed_experts(task, machine, chunks, ours and task.takes_turns):
             yield moved | experts, Computing(chunks, in_turn)
 
 
@@ -270,6 +275,7 @@ def _planned(
         step_flops=task.step_flops(),
         videos=task.videos,
         residuals=task.residuals,
+        passes=task.step_passes,
     )
 
 
@@ -340,7 +346,7 @@ def _step_seconds(
     placement, in_files = placements[name], task.in_files(name)
     if placement.kind == "streamed":
         share = 1 - placement.resident_blocks / len(blocks_of(task.models[name]))
-        passed = share * (1 if in_turn else task.passes)
+        passed = share * task.model_runs(in_turn)
         if machine.bandwidth is not None:
             seconds = max(seconds, passed * task.bytes_of(name) / machine.bandwidth)
         if placement.source == "mmap" and machine.disk is not None and in_files > machine.ram:

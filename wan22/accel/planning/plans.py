@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..offload.layout import Placement
 from ..quantization.settings import Quantization
 from .machine import GB, Machine
+from .passes import GUIDED, Passes
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Plan:
         step_flops: floating-point operations of one step; 0: not counted.
         videos: number of videos of a call.
         residuals: tensors of the tokens' size that a step cache keeps of each pass and video.
+        passes: of each video, in the step that takes the most.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Plan:
     step_flops: float = 0.0
     videos: int = 1
     residuals: int = 0
+    passes: Passes = GUIDED
 
     @property
     def device_peak(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from ...accel.offload.devices import CudaDevice, Device, HostDevice
 from ...accel.offload.offloader import ModelOffloader, free, was_freed
 from ...accel.planning.meta_models import MODELS
+from ...accel.planning.passes import Passes, covers
 from ...accel.planning.plans import Plan
 from ...checkpoints.deferred import deferred_weights
 from ...checkpoints.loading.alignment import unaligned_weights
@@ -22,7 +23,7 @@ from .part import Part
 logger = logging.getLogger(__name__)
 
 # Arguments of `fit` that belong to one call; a new plan for a larger call replaces them.
-_PER_CALL = ("height", "width", "num_frames", "videos", "residuals")
+_PER_CALL = ("height", "width", "num_frames", "videos", "residuals", "passes")
 
 
 class Memory(Part):
@@ -217,12 +218,13 @@ class Memory(Part):
         num_frames: int | None = None,
         videos: int = 1,
         residuals: int = 0,
+        passes: Passes | None = None,
     ) -> None:
         """Make a plan for a call's size if there is none yet, or if it is larger than planned for.
 
-        Default are the checkpoint's own sizes; `residuals` are what a step cache keeps, see `plan`. Without a
-        budget there is a warning that a larger call may not fit. Larger frames take more to decode, however
-        few. If nothing fits, a ValueError says so; the plan stays.
+        Default are the checkpoint's own sizes; `residuals` are what a step cache keeps, `passes` those of a
+        step, see `plan`. Without a budget there is a warning that a larger call may not fit. Larger frames
+        take more to decode, however few. If nothing fits, a ValueError says so; the plan stays.
         """
         preset, plan = self._pipe.preset, self.plan
         size = {
@@ -230,26 +232,28 @@ class Memory(Part):
             "width": preset.width if width is None else width,
             "num_frames": preset.num_frames if num_frames is None else num_frames,
         }
+        others = {"videos": videos, "residuals": residuals, "passes": passes}
         if plan is None:
             if self.plans_next:
-                self._plan_for(size, videos, residuals)
+                self._plan_for(**size, **others)
             return
         if self._offloader is not None and not self.moves_models:
             return
         columns, rows, _ = plan.size
         pixels = size["height"] * size["width"]
         larger = pixels * size["num_frames"] > plan.pixels or pixels > columns * rows
-        if not larger and videos <= plan.videos and residuals <= plan.residuals:
+        fits = not larger and videos <= plan.videos and residuals <= plan.residuals
+        if fits and covers(plan.passes, passes or ()):
             return
         if self._budget is not None:
-            self._plan_for(size, videos, residuals)
+            self._plan_for(**size, **others)
         else:
             message = "the plan is for %dx%d, %d frames, %d of such videos; this takes more memory"
             logger.warning(message, *plan.size, plan.videos)
 
-    def _plan_for(self, size: dict[str, int], videos: int, residuals: int) -> None:
+    def _plan_for(self, **call: Any) -> None:
         automatic = self._budget is None or self._automatic
-        self.fit(**(self._budget or {"device": "cpu"}), **size, videos=videos, residuals=residuals)
+        self.fit(**(self._budget or {"device": "cpu"}), **call)
         if automatic and not self._automatic:
             logger.info("the host has no room for all weights at once; this is done:\n%s", self.plan)
         self._automatic = automatic

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from ...accel.planning.passes import most_of
 from ...accel.sparse.settings import SparseAttention
 from ...few_steps import FewSteps
 from ...video.recipe import Recipe
@@ -51,10 +53,11 @@ class Call:
         return replace(self, part=size)
 
     @property
-    def size(self) -> dict[str, int]:
-        """The videos' height, width, num_frames and number, and what a cache keeps, as a plan takes them."""
+    def size(self) -> dict[str, Any]:
+        """What a plan takes: the videos' sizes and number, a step's passes, and what a cache keeps."""
         recipe = self.recipe
         size = {"height": recipe.height, "width": recipe.width, "num_frames": recipe.num_frames}
         residuals = 0 if self.cache is None else self.cache.residuals
         kept = {"residuals": residuals} if residuals else {}
-        return {**size, "videos": len(self.generators), **kept}
+        passes = most_of(self.guidance.kinds(self.steps))
+        return {**size, "videos": len(self.generators), "passes": passes, **kept}

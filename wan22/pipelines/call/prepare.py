@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...accel.planning.passes import most_of
 from ...accel.sparse.settings import Grid, SparseAttention
 from ...checkpoints.loading.diffusers_caches import check_cache_for_passes
 from ...checks import check_choice, check_num_frames, check_positive_int, check_size, shown
@@ -96,21 +97,22 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
     checked = check(pipe, request)
     if request.output_type != "latent":
         pipe.check_vae(f"output_type={shown(request.output_type)}", "output_type='latent' needs none")
-    if checked.attention is not None:
-        model = pipe.any_transformer
-        head_dim = model.config.attention_head_dim
-        checked.attention.check_device(pipe._execution_device, model.dtype, head_dim)
     if state.scheduler is None:
         raise ValueError("pipe.scheduler is None; set it to one of wan22.schedulers")
-    residuals = 0 if checked.cache is None else checked.cache.residuals
-    pipe.memory.make_room(checked.height, checked.width, checked.num_frames, checked.videos, residuals)
-    generators = generators_of(request, checked.videos, pipe.draw_seed)
+    given_scheduler, device = state.scheduler, pipe._execution_device
     with state.stepping:
-        scheduler, solver, steps = schedule(
-            pipe, request, state.scheduler, pipe._execution_device, checked.parts
-        )
+        scheduler, solver, steps = schedule(pipe, request, given_scheduler, device, checked.parts)
     check_schedule(checked.cache, request, scheduler, steps)
     guidance = guidance_over(steps, pipe, checked)
+    _make_room(pipe, checked, guidance, steps)
+    if pipe._execution_device != device:  # a plan was made, which says where
+        device = pipe._execution_device
+        with state.stepping:
+            scheduler, solver, steps = schedule(pipe, request, given_scheduler, device, checked.parts)
+    if checked.attention is not None:
+        model = pipe.any_transformer
+        checked.attention.check_device(device, model.dtype, model.config.attention_head_dim)
+    generators = generators_of(request, checked.videos, pipe.draw_seed)
     count = scheduler.num_inference_steps or len(steps)  # a step of Heun's method has two timesteps
     guided = guidance.needs_negative(steps)
     check_text_encoder(pipe, request, guided)
@@ -155,6 +157,13 @@ def prepare(pipe: PipelineParts, given: Request, state: CallState) -> Call:
         cache=checked.cache,
         attention=checked.attention,
     )
+
+
+def _make_room(pipe: PipelineParts, checked: Checked, guidance: Guidance, steps: Sequence[Step]) -> None:
+    """Let a call's models be kept where its size, its passes and its cache leave room for them."""
+    residuals = 0 if checked.cache is None else checked.cache.residuals
+    sizes = checked.height, checked.width, checked.num_frames, checked.videos
+    pipe.memory.make_room(*sizes, residuals, most_of(guidance.kinds(steps)))
 
 
 def schedule(

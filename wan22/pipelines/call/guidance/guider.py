@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ....accel.planning.passes import PassKind
 from ....models.attention_guidance import AttentionGuidance
 from ..experts import Step
 
@@ -24,6 +25,11 @@ class PassSettings(NamedTuple):
     negative: bool = False  # whether the negative prompt takes the prompt's place
     skip_layers: tuple[int, ...] = ()
     attention: AttentionGuidance | None = None  # how cross-attention keeps away from the negative prompt
+
+    @property
+    def kind(self) -> PassKind:
+        """What a plan has to know of the pass."""
+        return PassKind(self.skip_layers, self.attention)
 
     @property
     def needs_negative(self) -> bool:

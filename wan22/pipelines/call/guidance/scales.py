@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ....accel.planning.passes import PassKind
 from ....checks import check_real, shown
 from ..checks import check_guidance
 from ..experts import Step
@@ -53,6 +54,10 @@ class Guidance:
             found.append(self.guider.passes(step, self.scale_at(step), last.since(step)))
             last.note(step, found[-1])
         return found
+
+    def kinds(self, steps: Sequence[Step]) -> list[tuple[PassKind, ...]]:
+        """Return the passes of each step as a plan knows them."""
+        return [tuple(settings.kind for settings in needed.values()) for needed in self.passes(steps)]
 
     def needs_negative(self, steps: Sequence[Step]) -> bool:
         """Whether the negative prompt takes part in any step."""
