@@ -163,19 +163,12 @@ class WanPipeline(PipelineParts):
             **arguments: of the call, for image to video with `image`; no video is decoded.
 
         Returns: the ratios; `cache=` takes them, or the file that their `save` writes.
-
-        Raises: ValueError: ranks share tokens, and ratios are means over all of them.
         """
-        if self.parallel is not None and self.parallel.layout.shares_tokens:
-            raise ValueError(
-                "ranks share tokens, and ratios are means over all; measure before parallelize()"
-            )
         calibration = Calibration()
         given = {"output_type": "latent", **arguments, "cache": calibration, "return_dict": True}
         recipe = self(prompt=prompt, **given).recipe
         shift = recipe.call.get("flow_shift")
-        ratios = self.ranks.agreed(calibration.ratios())
-        return CacheRatios(ratios, shift, self.checkpoint_name)
+        return CacheRatios(calibration.ratios(self.ranks), shift, self.checkpoint_name)
 
     def stop(self) -> None:
         """Let the running calls end with their current step: each returns the video as it would become.

@@ -61,6 +61,7 @@ class Parallel:
         self.groups = Groups.of(layout, self.device.type)
         self._attached: list[SequenceParallel | RowParallel] = []
         self._rows: RowParallel | None = None
+        self._sequence: SequenceParallel | None = None
         self._whole: dict[str, Any] = {}
         try:
             if vae:
@@ -74,7 +75,8 @@ class Parallel:
                 if isinstance(model, torch.nn.Module) and name not in whole:
                     model.to(device)
             if layout.ring * layout.ulysses > 1:
-                self._attached.append(SequenceParallel(pipe.transformers, self.groups))
+                self._sequence = SequenceParallel(pipe.transformers, self.groups)
+                self._attached.append(self._sequence)
         except BaseException:  # all, or nothing
             self._let_go()
             raise
@@ -138,6 +140,16 @@ class Parallel:
         asked = torch.tensor(flags, device=self.device, dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, self.groups.all)
         return tuple(asked.bool().tolist())
+
+    def mean_over_tokens(self, values: torch.Tensor) -> float:
+        """Return the mean of values "… l" of the blocks' tokens, of which ranks may have a part each."""
+        return float(values.mean()) if self._sequence is None else self._sequence.mean(values)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sums of all ranks' values."""
+        values = values.to(self.device, torch.float32)
+        dist.all_reduce(values, dist.ReduceOp.SUM, self.groups.all)
+        return values
 
     def run_passes(
         self,

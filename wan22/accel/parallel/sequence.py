@@ -136,6 +136,14 @@ class SequenceParallel:
         """Return the velocities of all tokens, which are far smaller than the tokens."""
         return torch.cat(gathered(x, self.groups.sequence), dim=1)[:, : self.tokens]
 
+    def mean(self, values: torch.Tensor) -> float:
+        """Return the mean over all ranks' tokens, given "… c" of this rank's, padding included."""
+        start = self.rank * self._own_tokens
+        own = values[..., : max(0, min(self._own_tokens, self.tokens - start))]
+        sums = torch.stack((own.sum(), own.new_tensor(own.numel())))
+        dist.all_reduce(sums, dist.ReduceOp.SUM, self.groups.sequence)
+        return float(sums[0] / sums[1])
+
     @property
     def _own_tokens(self) -> int:
         """Tokens c of a rank, padding included."""

@@ -26,6 +26,14 @@ class Ranks(Protocol):
         """Return of each flag whether it is set on any rank."""
         ...
 
+    def mean_over_tokens(self, values: torch.Tensor) -> float:
+        """Return the mean of float32 values "… l" of the blocks' tokens, where ranks share them of all."""
+        ...
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sums of all ranks' values."""
+        ...
+
     def run_passes(self, passes: Passes, predict: Run) -> list[torch.Tensor]:
         """Run the passes of a step and return what each predicts."""
         ...
@@ -53,6 +61,14 @@ class OneRank:
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Return the flags."""
         return flags
+
+    def mean_over_tokens(self, values: torch.Tensor) -> float:
+        """Return the mean."""
+        return float(values.mean())
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values."""
+        return values
 
     def run_passes(self, passes: Passes, predict: Run) -> list[torch.Tensor]:
         """Run all passes."""

@@ -32,23 +32,27 @@ class Calibration(StepCache):
         """Take a ratio of a step."""
         self._found.setdefault(place, []).append(ratio)
 
-    def ratios(self) -> dict[str, tuple[float, ...]]:
-        """Return the mean ratio of each step over videos and passes; that of an expert's first step is 1."""
+    def ratios(self, ranks: Any) -> dict[str, tuple[float, ...]]:
+        """Return the mean ratio of each step over videos, passes and ranks; 1 for an expert's first step."""
+        found = [self._found.get(place, []) for place in self.places]
+        both = [[sum(each), len(each)] for each in found]
+        sums, counts = ranks.total(torch.tensor(both, dtype=torch.float64)).T.tolist()
         ratios: dict[str, list[float]] = {}
-        for place in self.places:
-            found = self._found.get(place, [1.0])
-            ratios.setdefault(place.slot, []).append(round(sum(found) / len(found), 6))
+        for place, total, count in zip(self.places, sums, counts, strict=True):
+            ratios.setdefault(place.slot, []).append(round(total / count, 6) if count else 1.0)
         return {slot: tuple(values) for slot, values in ratios.items()}
 
 
 class MeasuringPredictor:
     """Runs all passes, and compares the norms of their residuals with those of the step before.
 
+    Ranks that share tokens have the norms of their own, and means over those of all.
+
     Source: Zehong-Ma/MagCache, MagCache4Wan2.2/magcache_generate.py, the calibration.
     """
 
     def __init__(self, inner: Any, calibration: Calibration, call: Any, ranks: Any) -> None:
-        self.inner, self.calibration = inner, calibration
+        self.inner, self.calibration, self.ranks = inner, calibration, ranks
         calibration.places = places_of(call.steps)
         self._norms: dict[tuple[str, int], torch.Tensor] = {}  # "1 l", at the step before
 
@@ -61,7 +65,8 @@ class MeasuringPredictor:
         def keep(name: str, video: int, residual: torch.Tensor) -> None:
             norms = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
             if (before := self._norms.get((name, video))) is not None:
-                self.calibration.add(place, float((norms / before.clamp_min(1e-8)).mean()))
+                ratio = self.ranks.mean_over_tokens(norms / before.clamp_min(1e-8))
+                self.calibration.add(place, ratio)
             self._norms[name, video] = norms
 
         return self.inner(latents, step, passes, videos, Residuals(keep=keep))
