@@ -1,6 +1,7 @@
 """Parts of a schedule at smaller sizes: the switch's formula, conditions, caches, and what is refused."""
 
 import copy
+import json
 
 import diffusers
 import numpy as np
@@ -447,6 +448,24 @@ def test_what_does_not_go_together():
     theirs.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
     with pytest.raises(ValueError, match=r"a step cache of diffusers in the model.*disable_cache"):
         call(random_pipeline(transformer=theirs), resolution_schedule=HALF)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("resolution_schedule", "u"),
+        ("resolution_schedule", [0.75, 0.5]),
+        ("resolution_schedule", [["a", 0.5]]),
+        ("sizes", [[48, 48]]),
+        ("sizes", [[48, 48, -1]]),
+    ],
+)
+def test_recipes_that_hold_something_else(entry, value):
+    recipe = call(random_pipeline(), resolution_schedule=HALF).recipe
+    values = json.loads(recipe.to_json())
+    (values if entry == "sizes" else values["call"])[entry] = value
+    with pytest.raises(ValueError, match=f"{entry}.* must be"):
+        Recipe.from_json(json.dumps(values))
 
 
 def test_names_are_what_they_say():
