@@ -53,6 +53,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
             "noise_device": "cpu",
             **dict.fromkeys(("attention_kwargs", "distilled", "sigmas", "timesteps")),
             **dict.fromkeys(("attention", "cache", "fast", "guidance", "guidance_interval")),
+            "resolution_schedule": None,
         },
         "height": 32,
         "width": 48,
@@ -68,6 +69,7 @@ def test_nothing_but_a_prompt(pipe, tiny_preset, caplog):
         "changes": {},
         "memory": None,
         "passes": (),
+        "sizes": (),
         "steps_done": None,
         "not_reproducible_because": None,
     }
