@@ -12,6 +12,7 @@ from tests.accel.offload.recording import RecordingDevice
 from tests.accel.planning.test_planner import plan_in
 from tests.builders import SMALL, random_i2v_pipeline
 from tests.pipelines.attached.test_calls import Threads
+from wan22.accel.planning.passes import GUIDED
 
 PHASES = {
     "encoding the prompt": lambda pipe: pipe.text_encoder,
@@ -100,8 +101,8 @@ def test_nothing_fits(monkeypatch):
     running_out(pipe.text_encoder, ERRORS["device"])
     with pytest.raises(torch.OutOfMemoryError, match=r"; it does not fit .* 16x16 with 1 frames would fit$"):
         video(pipe)
-    device = {"device": torch.device("cpu")}
-    assert asked == [{"height": 32, "width": 32, "num_frames": 5, "videos": 1} | device]
+    others = {"passes": GUIDED, "device": torch.device("cpu")}
+    assert asked == [{"height": 32, "width": 32, "num_frames": 5, "videos": 1} | others]
 
 
 @pytest.mark.parametrize("error", [MemoryError("mine"), torch.OutOfMemoryError("mine"), RuntimeError("mine")])
