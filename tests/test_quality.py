@@ -50,7 +50,13 @@ def test_a_run_counts_passes_and_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("name", quality.SETTINGS)
 def test_every_setting_is_one_of_a_call(name):
     arguments = set(quality.SETTINGS[name]) - {"steps"}
-    assert arguments <= {"cache", "guidance", "guidance_interval", "attention"} or arguments == {"quantize"}
+    assert arguments <= {
+        "cache",
+        "guidance",
+        "guidance_interval",
+        "attention",
+        "resolution_schedule",
+    } or arguments == {"quantize"}
 
 
 def test_quantised_transformers_are_copies():

@@ -4,15 +4,16 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.builders import SMALL, random_pipeline
-from wan22 import EasyCache, WanT2VPipeline, tiny_checkpoint
+from wan22 import EasyCache, WanI2VPipeline, WanT2VPipeline, tiny_checkpoint
 from wan22.pipelines.call.fast import MEASURED, PUBLISHED
 
 CALL = {**SMALL, "num_inference_steps": 12, "seed": 7, "output_type": "latent"}
 
 
-@pytest.mark.parametrize("word", MEASURED)
+@pytest.mark.parametrize("word", PUBLISHED)
 def test_of_a_checkpoint_on_which_nothing_was_measured(word, caplog):
     pipe, cache = random_pipeline(), EasyCache(PUBLISHED[word])
     with caplog.at_level(logging.INFO, logger="wan22"):
@@ -23,15 +24,21 @@ def test_of_a_checkpoint_on_which_nothing_was_measured(word, caplog):
     assert torch.equal(pipe.reproduce(video.recipe, output_type="latent").frames, video.frames)
 
 
-def test_of_the_miniature(caplog):
-    pipe = WanT2VPipeline.from_pretrained(tiny_checkpoint("t2v"))
+@pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v"])
+def test_of_the_miniatures(task, caplog):
+    """Each says what was measured on it, and a prompt comes near to that."""
+    cls = WanI2VPipeline if task == "i2v" else WanT2VPipeline
+    pipe = cls.from_pretrained(tiny_checkpoint(task), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompt = "a red circle moves to the right on a blue background"
+    image = {"image": Image.new("RGB", (64, 64), "blue")} if task == "i2v" else {}
+    fewer, psnr = MEASURED[f"tiny-{task}"]["medium"]
     with caplog.at_level(logging.INFO, logger="wan22"):
-        video = pipe(prompt, seed=1, fast="medium")
-    assert f"fast='medium' is {EasyCache.preset('medium')}: 2.22 times fewer passes" in caplog.text
+        video = pipe(prompt=prompt, seed=1, fast="medium", output_type="latent", **image)
+    assert f"fast='medium' is {EasyCache.preset('medium')}: {fewer:g} times fewer passes" in caplog.text
+    assert f"at a PSNR of {psnr:.0f} dB" in caplog.text
     ((computed, of),) = video.recipe.passes
-    assert of == 40 and 1.8 <= of / computed <= 2.6
+    assert of == 40 and 0.75 * fewer <= of / computed <= 1.25 * fewer
 
 
 @pytest.mark.parametrize(
