@@ -43,6 +43,7 @@ LORAS = Path(__file__).parent / "loras"
 LIGHTNING = "lightx2v/Wan2.2-Lightning/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 # What a machine without a GPU cannot do, or not in seconds. Longer texts are replaced first.
 SMALLER = {
+    "steps=2000": "steps=2, rank=2, dtype='fp32'",
     "pipe.enable_model_cpu_offload()": "",
     '.to("cuda")': '.to("cpu")',
     "width=832,": "width=64,",
