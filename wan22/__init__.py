@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Subpackages with names of their own, imported when first used, too.
-_SUBPACKAGES = ("accel", "checkpoints", "guidance", "presets", "prompts")
+_SUBPACKAGES = ("accel", "checkpoints", "guidance", "presets", "prompts", "training")
 # Where each public name lives. They are imported when first used, so that `import wan22` costs nothing.
 _EXPORTS = {
     "AutoencoderKLWan": "wan22.checkpoints.loading.models",
@@ -57,7 +57,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
 ]
 
 if TYPE_CHECKING:
-    from wan22 import accel, checkpoints, guidance, presets, prompts  # noqa: F401 (found after `import wan22`)
+    from wan22 import accel, checkpoints, guidance, presets, prompts, training  # noqa: F401 (after `import wan22`)
     from wan22.accel.quantization.settings import Quantization
     from wan22.accel.sparse.settings import RadialAttention, SpargeAttention
     from wan22.assets import tiny_checkpoint

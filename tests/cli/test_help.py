@@ -59,6 +59,11 @@ def test_an_example_runs_as_it_stands(example, files, monkeypatch):
         _, err = run(command, *arguments, code=1)
         assert "nobody can be asked here" in err or "HF_HUB_OFFLINE=1 forbids to ask the hub" in err
         return
+    if command == "train":  # all that is checked before anything is loaded
+        (files / "style.toml").write_text('model = "tiny-t2v"\ndata = "cached"\noutput = "runs"\n')
+        _, err = run(command, *arguments, code=1)
+        assert "the folder of encoded clips cached is not there" in err
+        return
     if "--lora" in arguments:  # a person's own file
         (files / "style.safetensors").touch()
         run(command, *arguments, "--dry-run", code=1)

@@ -121,7 +121,8 @@ class TrainingOptions:
             if item.default not in (MISSING, None, False):
                 default = flags[0].partition("/")[0] if item.default is True else item.default
                 help += f" Default: {default}."
-            option = Option(*flags, help=help, rich_help_panel="Training", show_default=False)
+            shown: dict[str, Any] = {"metavar": ""} if item.type is bool else {}
+            option = Option(*flags, help=help, rich_help_panel="Training", show_default=False, **shown)
             kind: Any = item.type
             self.parameters.append(_parameter(item.name, Annotated[kind | None, option], None))
 

@@ -261,7 +261,7 @@ class Training:
         trainee.place(self.device)
         self._placed = trainee
 
-    # ---- what is told ----
+    # ---- logs ----
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
