@@ -1,5 +1,6 @@
 """Calls with sparse self-attention: which steps and layers it is in, what goes with it, what is refused."""
 
+import copy
 import logging
 from types import SimpleNamespace
 
@@ -211,7 +212,7 @@ def test_rings(pipe, monkeypatch):
 
 
 def test_blocks_that_a_gpu_cannot_have():
-    pipe = random_pipeline()
+    pipe = copy.deepcopy(random_pipeline())
     with FakeCard():
         pipe.to("cuda")
         with pytest.raises(ValueError, match="block=2 must be a multiple of 128 on CUDA; the nearest is 128"):
