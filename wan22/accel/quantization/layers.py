@@ -60,8 +60,8 @@ def formats_of(model: nn.Module) -> dict[str, Any]:
     """Return the number of a model's layers that are quantised each way, {"fp8": 400}; {} if none is.
 
     Layers that were expanded again count, for they keep the rounded values: "fp8, expanded". Blocks without
-    such layers, where others have some, are told: {"fp8": 380, "blocks kept": "0, 39"}. A model that another
-    library has quantised has its settings under that library's name.
+    such layers, where others have some, are listed: {"fp8": 380, "blocks kept": "0, 39"}. A model that
+    another library has quantised has its settings under that library's name.
     """
     found: dict[str, Any] = dict(Counter(filter(None, map(_format, model.modules()))))
     kept = plain_blocks(model) if found else []

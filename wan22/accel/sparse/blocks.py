@@ -97,7 +97,7 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# Tensors are told apart by their identity, and kept here as long as what is made of them.
+# A tensor hashes by its identity, and the cache keeps it alive as long as what is made of it.
 @lru_cache(maxsize=MOST_MASKS)
 def flex_mask(kept: torch.Tensor, block: int, tokens: int) -> Any:
     """Return FlexAttention's form of a mask of blocks for l tokens, a BlockMask.

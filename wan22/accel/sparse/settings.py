@@ -4,6 +4,7 @@ Shapes: t h w the grid of tokens.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -24,7 +25,7 @@ MOST_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
-class SparseAttention:
+class SparseAttention(ABC):
     """Settings of self-attention that leaves out pairs of tokens; it is wan22.models' `SelfAttention`.
 
     Layout is settled in the first steps, and the first layer looks everywhere: there attention stays dense,
@@ -56,21 +57,23 @@ class SparseAttention:
         """Return the index of the first step, of so many, that is not dense."""
         return round(self.dense_steps * count)
 
+    @abstractmethod
     def share(self, grid: Grid) -> float:
         """Return the share of blocks that a layer computes among a grid "t h w" of tokens, 0 to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kernel(self, grid: Grid, device: torch.device) -> AttentionKernel | None:
         """Return what computes among a grid of tokens; None: nothing is left out."""
-        raise NotImplementedError
 
     def kernel_of(self, layer: int, grid: Grid, device: torch.device) -> AttentionKernel | None:
         """See SelfAttention."""
         return None if layer < self.dense_layers else self.kernel(grid, device)
 
+    @abstractmethod
     def check_grid(self, grid: Grid) -> None:
         """Refuse, with a ValueError, a grid of tokens that it cannot work on."""
 
+    @abstractmethod
     def check_device(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         """Refuse, with a ValueError, a device, dtype or head size that it cannot work on."""
 
@@ -113,6 +116,9 @@ class RadialAttention(SparseAttention):
     def kernel(self, grid: Grid, device: torch.device) -> AttentionKernel | None:
         """See SparseAttention."""
         return _radial_kernel(grid, self.decay, self.block, device)
+
+    def check_grid(self, grid: Grid) -> None:
+        """See SparseAttention; any grid will do."""
 
     def check_device(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         """See SparseAttention."""

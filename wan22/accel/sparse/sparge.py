@@ -1,4 +1,4 @@
-"""SpargeAttn's kernel, from its package: which blocks are left out is told from the tokens themselves.
+"""SpargeAttn's kernel, from its package: which blocks are left out follows from the tokens themselves.
 
 Shapes: b batch, l tokens, n heads, d head size.
 """
